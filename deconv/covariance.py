@@ -1,0 +1,38 @@
+"""Rows -> their mean and regularised covariance."""
+
+from __future__ import annotations
+
+import torch
+
+
+def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of every feature, and the rows without it.
+
+    NOTE (differs from the published code): blocks that share a matrix keep a mean each. Pooling the
+    means too leaves features off centre and their offsets inside the covariance.
+
+    Args:
+        rows: (G, M, S, F), M rows of F features for S blocks, G times.
+
+    Returns:
+        mean (G, 1, S, F) and centred rows (G, M, S, F).
+    """
+    mean = rows.mean(dim=1, keepdim=True)
+    return mean, rows - mean
+
+
+def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:
+    """Cov = mean_{m,s} x_ms x_ms^T + eps I of centred rows, pooled over blocks that share a matrix.
+
+    The rows are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
+
+    Args:
+        centred: (G, M, S, F), mean zero over M.
+        eps: added to the diagonal, in units of variance.
+
+    Returns:
+        (G, F, F), symmetric, positive definite for eps > 0.
+    """
+    rows = centred.flatten(1, 2)  # G M*S F
+    identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+    return torch.baddbmm(identity, rows.mT, rows, beta=eps, alpha=1 / max(rows.shape[1], 1))

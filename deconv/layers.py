@@ -1,0 +1,299 @@
+"""The layers: parameters, running statistics, and the wiring of the method's four steps."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .blocks import Blocks, divide_channels
+from .covariance import centre, covariance
+from .fold import fold, vectors_along, whiten_along
+from .inverse_sqrt import inverse_sqrt
+from .patches import sample_patches
+
+# What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
+MODES: dict[int, tuple[str, ...]] = {
+    1: ("channel", "pixel"),
+    2: ("pixel",),
+    3: ("channel",),
+    4: ("joint",),
+    5: ("joint",),
+}
+
+
+LAYOUTS = ("contiguous", "interleaved")
+
+
+def _blocks(
+    groups: int, channels: int, block: int, taps: int, layout: str, shared: bool, joint: bool
+) -> Blocks:
+    """Blocks of the largest admissible size, dealt as `layout` says."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    size = divide_channels(channels, block)
+    dealt = 1 if joint else taps  # whitening single axes needs the channels whole
+    unit = size * taps if layout == "contiguous" else dealt
+    return Blocks(groups, channels, size, taps, unit, shared)
+
+
+class _Whitening(nn.Module):
+    """Running statistics and the fold: what all deconvolution layers share.
+
+    Buffers: `running_mean` (G, 1, S, F), for every axis of the mode one `running_<axis>` (G, d, d),
+    and `num_batches_tracked`. They start at mean 0 and D = I, so that a layer that has seen no batch
+    acts as the plain convolution; the first batch replaces that start instead of joining it.
+    """
+
+    def _init_whitening(
+        self,
+        axes: tuple[str, ...],
+        blocks: Blocks,
+        *,
+        mean_taps: int,
+        eps: float,
+        n_iter: int,
+        momentum: float,
+    ) -> None:
+        if not eps > 0:
+            raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
+        if n_iter < 1:
+            raise ValueError(f"n_iter must be at least 1 step, got {n_iter}")
+        if not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        self.axes, self.blocks = axes, blocks
+        self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
+        mean = torch.zeros(blocks.matrices, 1, blocks.sharing, blocks.size * mean_taps)
+        buffers = {"mean": mean} | {
+            axis: torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
+        }
+        for name, start in buffers.items():
+            self.register_buffer(f"running_{name}", start.to(self.weight))
+        count = torch.tensor(0, dtype=torch.long, device=self.weight.device)
+        self.register_buffer("num_batches_tracked", count)
+
+    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
+        """The rows (groups, M, features) that the layer whitens, and how they fall into blocks."""
+        raise NotImplementedError
+
+    def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias that act on x as the layer's own act on whitened x."""
+        with torch.autocast(x.device.type, enabled=False):  # half precision overflows here
+            if self.training:
+                mean, whiten = self._estimate_whitening(*self._sample(x))
+                self._update_running(mean, whiten)
+            else:
+                mean, whiten = self._running_whitening()
+            return self._fold(mean, whiten)
+
+    def _estimate_whitening(
+        self, rows: torch.Tensor, blocks: Blocks
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Mean (G, 1, S, F) and whitening matrices by axis of (groups, M, features) rows."""
+        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
+        mean, rows = centre(blocks.split(rows))
+        whiten: dict[str, torch.Tensor] = {}
+        for axis in self.axes:
+            for done, matrix in whiten.items():  # the second axis sees what the first has whitened
+                rows = whiten_along(done, rows, matrix, blocks.size)
+            cov = covariance(vectors_along(axis, rows, blocks.size), self.eps)
+            whiten[axis] = inverse_sqrt(cov, self.n_iter)
+        return mean, whiten
+
+    def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
+
+    @torch.no_grad()
+    def _update_running(self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]) -> None:
+        """Move the running statistics towards the batch's; a non-finite batch leaves no trace."""
+        batch = [mean, *whiten.values()]
+        finite = torch.isfinite(sum(value.sum() for value in batch))
+        step = torch.where(self.num_batches_tracked == 0, 1.0, self.momentum)
+        running_mean, running = self._running_whitening()
+        for old, new in zip([running_mean, *running.values()], batch, strict=True):
+            old.lerp_(torch.where(finite, new.to(old.dtype), old), step.to(old.dtype))
+        self.num_batches_tracked += finite
+
+    def _fold(
+        self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Effective weight and bias, computed in the statistics' precision."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        whiten = {axis: matrix.to(dtype) for axis, matrix in whiten.items()}
+        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
+        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def whitened_weight(self) -> torch.Tensor:
+        """W D with the running statistics: the kernel as raw input sees it, of weight's shape."""
+        with torch.no_grad():
+            return self._fold(*self._running_whitening())[0]
+
+    def _whitening_repr(self, asked: int) -> str:
+        size = self.blocks.size
+        block = f"{size}" if size == asked else f"{size} (largest divisor up to {asked})"
+        return (
+            f"block={block}, layout={self.layout}, shared={self.blocks.shared}, "
+            f"eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"
+        )
+
+
+class FastDeconv(_Whitening, nn.Conv2d):
+    """A 2-d convolution that whitens the patches its kernel sees, by folding the whitening into it.
+
+        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
+
+    In training mu and D come from the batch, and gradients flow through them; running averages are
+    kept for evaluation, where the layer is a plain convolution. Use it in place of a convolution
+    and the BatchNorm beside it.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
+            `torch.nn.Conv2d`. A grouped convolution whitens each group by itself.
+        mode: 1 separable (channels, then pixels), 2 pixels, 3 channels, 4 joint over every patch,
+            5 joint over sampled patches.
+        block: B, channels whitened together. A group's C channels form blocks of the largest
+            divisor of C up to `block`.
+        eps: regularisation of the covariance, in units of variance.
+        n_iter: Newton-Schulz steps.
+        momentum: weight of the new batch in the running statistics.
+        sampling_stride: every so-many-th patch in each direction is looked at, times the
+            convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
+            whatever this says.
+        layout, shared: see `Blocks`.
+
+    Shape:
+        (N, C, H, W) -> as `torch.nn.Conv2d`.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, algorithm 1.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, int],
+        stride: int | tuple[int, int] = 1,
+        padding: int | tuple[int, int] | str = 0,
+        dilation: int | tuple[int, int] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        *,
+        mode: int = 5,
+        block: int = 16,
+        eps: float = 1e-2,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        sampling_stride: int = 3,
+        layout: str = "contiguous",
+        shared: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if sampling_stride < 1:
+            raise ValueError(f"sampling_stride must be at least 1 patch, got {sampling_stride}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride,
+            padding,
+            dilation,
+            groups,
+            bias,
+            device=device,
+            dtype=dtype,
+        )
+        self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
+        self.layout = layout
+        channels = in_channels // groups
+        taps = self.weight[0, 0].numel()
+        self._init_whitening(
+            MODES[mode],
+            _blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
+            mean_taps=1 if mode == 3 else taps,
+            eps=eps,
+            n_iter=n_iter,
+            momentum=momentum,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._whitened(x)
+        return self._conv_forward(x, weight, bias)
+
+    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
+        """The rows (groups, M, features) that the mode looks at, and their blocks."""
+        if self.mode == 3:  # single pixels, without the padding that would pull them to zero
+            one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
+            blocks = replace(self.blocks, taps=1, unit=self.blocks.unit // self.blocks.taps)
+            return sample_patches(x, one, step, one, self.groups), blocks
+        step = 1 if self.mode == 4 else self.sampling_stride
+        x = F.pad(x, self._reversed_padding_repeated_twice)
+        stride = tuple(step * s for s in self.stride)
+        return sample_patches(x, self.kernel_size, stride, self.dilation, self.groups), self.blocks
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
+            f"sampling_stride={self.sampling_stride}"
+        )
+
+
+class Delinear(_Whitening, nn.Linear):
+    """A fully connected layer that whitens its input: `FastDeconv` with one tap and no patches.
+
+    Args:
+        in_features, out_features, bias: as in `torch.nn.Linear`.
+        block: features whitened together: the largest divisor of `in_features` up to this.
+        eps, n_iter, momentum, layout, shared: as in `FastDeconv`.
+
+    Shape:
+        (..., in_features) -> (..., out_features); all leading dimensions count as rows.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        block: int = 512,
+        eps: float = 1e-2,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        layout: str = "contiguous",
+        shared: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
+        self.block, self.layout = block, layout
+        self._init_whitening(
+            ("joint",),
+            _blocks(1, in_features, block, 1, layout, shared, joint=True),
+            mean_taps=1,
+            eps=eps,
+            n_iter=n_iter,
+            momentum=momentum,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight, bias = self._whitened(x)
+        return F.linear(x, weight, bias)
+
+    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
+        return x.reshape(1, -1, self.in_features), self.blocks
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"

@@ -1,0 +1,300 @@
+"""FastDeconv and Delinear against brute force, eigenvalues and finite differences."""
+
+import itertools
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deconv import Delinear, FastDeconv
+
+MODES = [1, 2, 3, 4, 5]
+VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
+GEOMETRIES = [
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=(3, 2), stride=(2, 1), padding=(2, 0)),
+    dict(kernel_size=3, dilation=2, padding="same", groups=2),
+    dict(kernel_size=(4, 1), padding="same", bias=False),
+    dict(kernel_size=1, stride=2, padding="valid"),
+    dict(kernel_size=3, padding=1, groups=4, block=1),
+]
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def pictures(n=6, c=4, h=9, w=11):
+    """Correlated pictures with an offset, so that neither mean nor covariance is trivial."""
+    noise = torch.randn(n, c, h + 4, w + 4)
+    mixed = torch.einsum("dc,nchw->ndhw", torch.randn(c, c), F.avg_pool2d(noise, 5, stride=1))
+    return 3 * mixed + torch.arange(c).reshape(1, c, 1, 1)
+
+
+def power(matrix, exponent):
+    values, basis = torch.linalg.eigh(matrix)
+    return basis @ torch.diag(values**exponent) @ basis.T
+
+
+def brute_force(layer, x):
+    """Whiten every patch one block at a time with an exact root, then apply the raw weight.
+
+    Written for contiguous blocks with their own matrix; statistics come from the sampled patches.
+    """
+    kernel, groups, size = layer.kernel_size, layer.groups, layer.blocks.size
+    padded = F.pad(x, layer._reversed_padding_repeated_twice)
+    step = 1 if layer.mode == 4 else layer.sampling_stride
+
+    def patches(stride):
+        out = F.unfold(padded, kernel, dilation=layer.dilation, stride=stride)
+        return out.transpose(1, 2)  # N L C*T
+
+    seen = patches(layer.stride).clone()
+    sample = patches([step * s for s in layer.stride]).flatten(0, 1)
+    pixels = x[:, :, :: layer.sampling_stride, :: layer.sampling_stride]
+    pixels = pixels.permute(0, 2, 3, 1).flatten(0, 2)  # M C
+    taps = kernel[0] * kernel[1]
+    for first in range(0, layer.in_channels, size):
+        columns = slice(first * taps, (first + size) * taps)
+        part = sample[:, columns]
+        mu = part.mean(0)
+        part = (part - mu).reshape(-1, size, taps)
+        eye_c, eye_t = torch.eye(size), torch.eye(taps)
+        if layer.mode in (4, 5):
+            flat = part.flatten(1)
+            D = power(flat.T @ flat / len(flat) + layer.eps * torch.eye(size * taps), -0.5)
+        elif layer.mode == 3:
+            rows = pixels[:, first : first + size]
+            mu = rows.mean(0).repeat_interleave(taps)
+            rows = rows - rows.mean(0)
+            D = torch.kron(power(rows.T @ rows / len(rows) + layer.eps * eye_c, -0.5), eye_t)
+        else:
+            D_channel = eye_c
+            if layer.mode == 1:
+                cov = torch.einsum("mct,mdt->cd", part, part) / (len(part) * taps)
+                D_channel = power(cov + layer.eps * eye_c, -0.5)
+                part = D_channel @ part
+            cov = torch.einsum("mct,mcu->tu", part, part) / (len(part) * size)
+            D = torch.kron(D_channel, power(cov + layer.eps * eye_t, -0.5))
+        seen[..., columns] = (seen[..., columns] - mu) @ D
+    weight = layer.weight.flatten(1)
+    out = [
+        part @ w.T for part, w in zip(seen.chunk(groups, dim=-1), weight.chunk(groups), strict=True)
+    ]
+    out = torch.cat(out, dim=-1).transpose(1, 2)
+    shape = nn.Conv2d.forward(layer, x).shape
+    return out.reshape(shape) + (0 if layer.bias is None else layer.bias.reshape(1, -1, 1, 1))
+
+
+@pytest.mark.parametrize("geometry", GEOMETRIES)
+@pytest.mark.parametrize("mode", MODES)
+def test_fold_then_convolve_equals_whiten_then_convolve(mode, geometry):
+    options = dict(mode=mode, block=2, n_iter=30, eps=0.1, sampling_stride=2) | geometry
+    layer = FastDeconv(4, 8, **options)
+    x = pictures()
+    torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)
+
+
+@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
+def test_whitened_patches_have_identity_covariance(layout, shared):
+    # With as many outputs as features and W = I, the outputs of mode 4 *are* the whitened patches.
+    layer = FastDeconv(
+        2, 18, 3, padding=1, mode=4, n_iter=30, eps=1e-9, block=2, layout=layout, shared=shared
+    )
+    layer.weight.data = torch.eye(18).reshape(18, 2, 3, 3)
+    layer.bias.data.zero_()
+    rows = layer(pictures(40, 2)).permute(1, 0, 2, 3).flatten(1)
+    torch.testing.assert_close(rows.mean(1), torch.zeros(18), atol=1e-7, rtol=0)
+    torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(18), atol=1e-5, rtol=0)
+
+
+def test_five_steps_whiten_down_to_their_floor():
+    layer = FastDeconv(2, 18, 3, padding=1, mode=4, eps=1e-9, block=2)
+    layer.weight.data = torch.eye(18).reshape(18, 2, 3, 3)
+    x = pictures(40, 2)
+    rows = layer(x).permute(1, 0, 2, 3).flatten(1)
+    patches = F.unfold(x, 3, padding=1).transpose(0, 1).flatten(1)
+    before, after = torch.cov(patches, correction=0), torch.cov(rows, correction=0)
+    values, basis = torch.linalg.eigh(before)
+    share = values / before.norm()
+    std = (basis.T @ after @ basis).diagonal().sqrt()
+    assert (std[share > 0.1] - 1).abs().max() < 4e-3
+    assert std[share > 0.01].min() > 0.65 and std[share < 1e-3].max() < 0.25  # the known floor
+    assert std.max() < 1.001
+
+
+@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
+@pytest.mark.parametrize("mode", MODES)
+def test_gradients_match_finite_differences(mode, layout, shared):
+    layer = FastDeconv(4, 2, 2, mode=mode, block=2, sampling_stride=2, layout=layout, shared=shared)
+
+    def f(x, weight, bias):
+        parameters = {"weight": weight, "bias": bias}
+        return torch.func.functional_call(layer, parameters, x)
+
+    x = pictures(2, 4, 4, 3).requires_grad_()
+    assert torch.autograd.gradcheck(f, (x, *layer.parameters()), fast_mode=True)
+
+
+@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
+def test_mode_5_with_stride_1_is_mode_4(layout, shared):
+    x = pictures()
+    four, five = (
+        FastDeconv(4, 5, 3, mode=m, block=2, sampling_stride=1, layout=layout, shared=shared)
+        for m in (4, 5)
+    )
+    five.load_state_dict(four.state_dict())
+    torch.testing.assert_close(five(x), four(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eval_before_training_is_the_plain_convolution(mode):
+    layer = FastDeconv(6, 8, (3, 5), 2, 1, groups=2, mode=mode).eval()
+    x = pictures(c=6)
+    torch.testing.assert_close(layer(x), nn.Conv2d.forward(layer, x))
+    linear = Delinear(6, 3).eval()
+    torch.testing.assert_close(linear(x[:, :, 0, 0]), nn.Linear.forward(linear, x[:, :, 0, 0]))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_eval_after_one_batch_equals_training_on_it(mode):
+    layer = FastDeconv(4, 3, 3, padding=1, mode=mode, block=2)
+    x = pictures()
+    y = layer(x)
+    torch.testing.assert_close(layer.eval()(x), y)
+
+
+def test_later_batches_enter_with_the_momentum():
+    layer = FastDeconv(4, 3, 3, momentum=0.25)
+    layer(pictures())
+    first = layer.running_joint.clone()
+    other = FastDeconv(4, 3, 3)
+    x = pictures() * 2
+    layer(x), other(x)
+    torch.testing.assert_close(layer.running_joint, 0.75 * first + 0.25 * other.running_joint)
+
+
+def test_statistics_survive_state_dict():
+    layer = FastDeconv(4, 3, 3, mode=1)
+    layer(pictures())
+    copy = FastDeconv(4, 3, 3, mode=1)
+    copy.load_state_dict(layer.state_dict())
+    x = pictures()
+    torch.testing.assert_close(copy.eval()(x), layer.eval()(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_non_finite_batch_leaves_the_statistics_alone(poison):
+    layer = FastDeconv(4, 3, 3)
+    bad = pictures()
+    bad[0, 0, 0, 0] = poison
+    layer(bad)
+    assert layer.num_batches_tracked == 0
+    layer(pictures())
+    before = {k: v.clone() for k, v in layer.state_dict().items()}
+    layer(bad)
+    for name, value in layer.state_dict().items():
+        torch.testing.assert_close(value, before[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_batch_of_one_and_a_single_patch(mode):
+    layer = FastDeconv(3, 2, 3, mode=mode)
+    y = layer(torch.randn(1, 3, 3, 3, requires_grad=True))
+    y.sum().backward()
+    assert y.isfinite().all() and layer.weight.grad.isfinite().all()
+    assert Delinear(5, 2)(torch.randn(1, 5)).isfinite().all()
+
+
+def test_odd_block_is_visible_and_mixes_no_blocks():
+    layer = FastDeconv(20, 4, 3)
+    assert "block=10 (largest divisor up to 16)" in repr(layer)
+    assert "block=16" in repr(FastDeconv(32, 4, 3))
+    x = pictures(c=20, n=30)
+    layer(x)
+    whole = layer.running_joint[0].clone()
+    x[:, 10:] = torch.randn_like(x[:, 10:])  # the second block must not reach the first
+    layer.momentum = 1.0
+    layer(x)
+    torch.testing.assert_close(layer.running_joint[0], whole)
+
+
+def test_groups_whiten_like_separate_layers():
+    layer = FastDeconv(8, 6, 3, groups=2, block=2)
+    x = pictures(c=8)
+    parts = []
+    for half, xs in enumerate(x.chunk(2, dim=1)):
+        part = FastDeconv(4, 3, 3, block=2)
+        part.weight.data, part.bias.data = (
+            p.data[3 * half : 3 * half + 3] for p in (layer.weight, layer.bias)
+        )
+        parts.append(part(xs))
+    torch.testing.assert_close(layer(x), torch.cat(parts, dim=1))
+
+
+def test_delinear_is_the_same_path_as_a_1x1_convolution():
+    linear, conv = Delinear(12, 5, block=4), FastDeconv(12, 5, 1, block=4, sampling_stride=1)
+    conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
+    x = torch.randn(30, 12)
+    torch.testing.assert_close(linear(x), conv(x[..., None, None]).flatten(1))
+    torch.testing.assert_close(linear(x.reshape(5, 6, 12)).flatten(0, 1), linear(x))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_statistics_stay_float32_under_autocast(mode):
+    torch.set_default_dtype(torch.float32)
+    layer = FastDeconv(4, 8, 3, mode=mode)
+    x = 300 * pictures().float()  # squares overflow float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    reference = FastDeconv(4, 8, 3, mode=mode)
+    reference.load_state_dict(
+        {k: v for k, v in layer.state_dict().items() if "running" not in k}, strict=False
+    )
+    reference.num_batches_tracked.zero_()
+    torch.testing.assert_close(y.float(), reference(x), atol=0.1, rtol=0.05)
+    for name, value in reference._buffers.items():
+        torch.testing.assert_close(getattr(layer, name), value)
+
+
+def test_channels_last_gives_the_same_output():
+    layer = FastDeconv(4, 8, 3, padding=1)
+    x = pictures()
+    expected = layer(x)
+    torch.testing.assert_close(layer(x.to(memory_format=torch.channels_last)), expected)
+    layer.to(memory_format=torch.channels_last)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_forward_on_a_fake_cuda_device_mixes_no_devices():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        layer = FastDeconv(4, 8, 3, padding=1, mode=1, device="cuda")
+        head = Delinear(8, 2, device="cuda")
+        y = head(layer(torch.randn(2, 4, 8, 8, device="cuda")).mean((2, 3)))
+    assert y.device.type == "cuda" and y.shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(mode=6), "mode.*6"),
+        (dict(block=0), "block.*0"),
+        (dict(eps=0.0), "eps.*0"),
+        (dict(eps=float("nan")), "eps.*nan"),
+        (dict(n_iter=0), "n_iter.*0"),
+        (dict(momentum=0.0), "momentum.*0"),
+        (dict(sampling_stride=0), "sampling_stride.*0"),
+        (dict(layout="diagonal"), "layout.*diagonal"),
+    ],
+)
+def test_bad_arguments_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        FastDeconv(4, 8, 3, **options)

@@ -1,0 +1,87 @@
+"""Sampled patches and blocks against loops and torch's own im2col."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deconv.blocks import Blocks, divide_channels
+from deconv.patches import sample_patches
+
+SHAPES = [
+    # kernel, stride, dilation, groups, size
+    ((3, 3), (1, 1), (1, 1), 1, (7, 8)),
+    ((3, 3), (3, 3), (1, 1), 1, (9, 10)),
+    ((2, 5), (2, 1), (1, 2), 2, (8, 13)),
+    ((1, 1), (4, 4), (1, 1), 3, (5, 5)),
+    ((4, 2), (6, 9), (2, 1), 6, (11, 9)),
+]
+
+
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "groups", "size"), SHAPES)
+def test_rows_equal_im2col(kernel, stride, dilation, groups, size):
+    x = torch.randn(2, 6, *size, dtype=torch.float64)
+    columns = F.unfold(x, kernel, dilation=dilation, stride=stride)  # N C*T L
+    expected = columns.unflatten(1, (groups, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+    actual = sample_patches(x, kernel, stride, dilation, groups)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_rows_equal_a_loop_over_positions():
+    x = torch.arange(2 * 2 * 5 * 6, dtype=torch.float64).reshape(2, 2, 5, 6)
+    rows = sample_patches(x, (3, 2), (2, 3), (1, 1))[0]
+    expected = [
+        picture[:, top : top + 3, left : left + 2].flatten()
+        for picture in x
+        for top in (0, 2)
+        for left in (0, 3)
+    ]
+    torch.testing.assert_close(rows, torch.stack(expected))
+
+
+@pytest.mark.parametrize("dims", [1, 3])
+def test_other_numbers_of_dimensions(dims):
+    x = torch.randn(2, 4, *(6,) * dims)
+    rows = sample_patches(x, (3,) * dims, (3,) * dims, (1,) * dims)
+    assert rows.shape == (1, 2 * 2**dims, 4 * 3**dims)
+    torch.testing.assert_close(rows[0, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)])
+
+
+def test_channels_last_input_gives_the_same_rows():
+    x = torch.randn(2, 4, 6, 7)
+    args = (3, 3), (2, 2), (1, 1)
+    torch.testing.assert_close(
+        sample_patches(x.to(memory_format=torch.channels_last), *args), sample_patches(x, *args)
+    )
+
+
+@pytest.mark.parametrize(
+    ("channels", "block", "size"), [(64, 16, 16), (3, 16, 3), (20, 16, 10), (17, 16, 1), (24, 5, 4)]
+)
+def test_block_is_the_largest_divisor(channels, block, size):
+    assert divide_channels(channels, block) == size
+
+
+def test_block_below_one_is_refused():
+    with pytest.raises(ValueError, match="block.*0"):
+        divide_channels(8, 0)
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("unit", [6, 3, 1])  # contiguous, channels dealt, features dealt
+def test_merge_inverts_split(shared, unit):
+    blocks = Blocks(groups=2, channels=8, size=2, taps=3, unit=unit, shared=shared)
+    x = torch.randn(2, 5, 24)
+    parts = blocks.split(x)
+    assert parts.shape == (blocks.matrices, 5, blocks.sharing, blocks.features)
+    torch.testing.assert_close(blocks.merge(parts), x, rtol=0, atol=0)
+
+
+def test_blocks_hold_the_features_they_promise():
+    columns = torch.arange(12).reshape(1, 1, 12)  # 4 channels of 3 taps
+
+    def first_block(unit):
+        return Blocks(1, 4, 2, 3, unit, shared=False).split(columns)[0].flatten().tolist()
+
+    assert first_block(6) == [0, 1, 2, 3, 4, 5]  # channels 0 and 1
+    assert first_block(3) == [0, 1, 2, 6, 7, 8]  # channels 0 and 2
+    assert first_block(1) == [0, 2, 4, 6, 8, 10]  # every second feature, as published
