@@ -33,6 +33,23 @@ def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:
     Returns:
         (G, F, F), symmetric, positive definite for eps > 0.
     """
-    rows = centred.flatten(1, 2)  # G M*S F
-    identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-    return torch.baddbmm(identity, rows.mT, rows, beta=eps, alpha=1 / max(rows.shape[1], 1))
+    return _SecondMoment.apply(centred.flatten(1, 2), eps)
+
+
+class _SecondMoment(torch.autograd.Function):
+    """X^T X / M + eps I. Its gradient, X (G + G^T) / M, is one product; autograd takes two."""
+
+    @staticmethod
+    def forward(rows: torch.Tensor, eps: float) -> torch.Tensor:
+        identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
+        scale = 1 / max(rows.shape[1], 1)
+        return torch.baddbmm(identity, rows.mT, rows, beta=eps, alpha=scale)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
+        ctx.save_for_backward(inputs[0])
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return rows @ ((grad + grad.mT) / max(rows.shape[1], 1)), None

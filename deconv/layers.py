@@ -43,8 +43,8 @@ class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
     Buffers: `running_mean` (G, 1, S, F), for every axis of the mode one `running_<axis>` (G, d, d),
-    and `num_batches_tracked`. They start at mean 0 and D = I, so that a layer that has seen no batch
-    acts as the plain convolution; the first batch replaces that start instead of joining it.
+    and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
+    acts as the plain convolution. The first batch replaces that start instead of joining it.
     """
 
     def _init_whitening(
@@ -226,6 +226,12 @@ class FastDeconv(_Whitening, nn.Conv2d):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.dim() == len(self.kernel_size) + 1:  # one picture without a batch, as nn.Conv2d takes
+            return self(x.unsqueeze(0)).squeeze(0)
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input must have {self.in_channels} channels, got shape {(*x.shape,)}"
+            )
         weight, bias = self._whitened(x)
         return self._conv_forward(x, weight, bias)
 

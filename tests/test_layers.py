@@ -298,3 +298,14 @@ def test_forward_on_a_fake_cuda_device_mixes_no_devices():
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FastDeconv(4, 8, 3, **options)
+
+
+def test_wrong_number_of_channels_is_named():
+    with pytest.raises(ValueError, match=r"4 channels.*\(2, 1, 9, 9\)"):
+        FastDeconv(4, 8, 3)(torch.randn(2, 1, 9, 9))
+
+
+def test_single_picture_needs_no_batch_dimension():
+    layer = FastDeconv(4, 8, 3)
+    x = pictures(1)
+    torch.testing.assert_close(layer(x[0]), layer(x)[0])

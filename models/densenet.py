@@ -1,0 +1,77 @@
+"""DenseNet for small pictures (Huang et al., 2017): a 3 x 3 stem of stride 1 and no max-pool."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .factory import Layers
+
+
+class DenseLayer(nn.Module):
+    """Appends `growth` channels to its input: norm, ReLU, 1 x 1; norm, ReLU, 3 x 3.
+
+    (N, C, H, W) -> (N, C + growth, H, W).
+    """
+
+    def __init__(self, layers: Layers, channels: int, growth: int) -> None:
+        super().__init__()
+        width = 4 * growth
+        self.norm1 = layers.norm(channels)
+        self.conv1 = layers.conv(channels, width, 1)
+        self.norm2 = layers.norm(width)
+        self.conv2 = layers.conv(width, growth, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv1(F.relu(self.norm1(x)))
+        y = self.conv2(F.relu(self.norm2(y)))
+        return torch.cat([x, y], dim=1)
+
+
+def make_transition(layers: Layers, channels: int) -> nn.Module:
+    """Half the channels, half the side: (N, C, H, W) -> (N, C/2, H/2, W/2)."""
+    return nn.Sequential(
+        layers.norm(channels),
+        nn.ReLU(),
+        layers.conv(channels, channels // 2, 1),
+        nn.AvgPool2d(2),
+    )
+
+
+class DenseNet(nn.Module):
+    """Stem, dense blocks with a transition between any two, global average, linear.
+
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    Args:
+        depths: layers of each dense block.
+        growth: channels that each layer adds.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        depths: tuple[int, ...],
+        growth: int = 32,
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        channels = 2 * growth
+        self.stem = layers.stem(in_channels, channels, 3, padding=1)
+        modules: list[nn.Module] = []
+        for index, depth in enumerate(depths):
+            if index > 0:
+                modules.append(make_transition(layers, channels))
+                channels //= 2
+            for _ in range(depth):
+                modules.append(DenseLayer(layers, channels, growth))
+                channels += growth
+        self.features = nn.Sequential(*modules, layers.norm(channels), nn.ReLU())
+        self.linear = layers.linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(self.stem(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))

@@ -1,0 +1,174 @@
+"""The one place that decides BatchNorm or deconvolution: a bundle of makers of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from inspect import signature
+
+from torch import nn
+
+from deconv import Delinear, FastDeconv
+
+Maker = Callable[..., nn.Module]
+
+
+@dataclass(frozen=True)
+class Method:
+    """How the fully connected networks, simple_v1 and mlp, are built for one `method`.
+
+    Args:
+        gloss: a few words for the help text.
+        picture: picture(in_channels, image_size, out) -> a layer that looks at the whole picture,
+            (N, C, image_size, image_size) -> (N, out).
+        hidden: hidden(in_features, out_features) -> a linear layer.
+        last: last(in_features, out_features) -> the last linear layer.
+        norm: norm(features) -> what follows a hidden layer, on (N, features).
+    """
+
+    gloss: str
+    picture: Maker
+    hidden: Maker
+    last: Maker
+    norm: Maker
+
+
+@dataclass(frozen=True)
+class Layers:
+    """Makers of the layers that a network is built from.
+
+    Args:
+        conv: conv(in, out, kernel_size, stride=1, padding=0, dilation=1, groups=1) -> module.
+        stem: the same, for the first layer of a network.
+        norm: norm(channels) -> the normalisation beside a convolution; `nn.Identity` for none.
+        linear: linear(in, out) -> the last fully connected layer.
+        methods: the variants of simple_v1 and mlp, by number.
+        default_method: the one of them that is of the bundle's own kind.
+    """
+
+    conv: Maker
+    stem: Maker
+    norm: Maker
+    linear: Maker
+    methods: Mapping[int, Method]
+    default_method: int
+
+    def choose_method(self, number: int | None) -> Method:
+        """The method of that number, `default_method` for None.
+
+        Raises:
+            ValueError: there is no such method.
+        """
+        number = self.default_method if number is None else number
+        if number not in self.methods:
+            choices = ", ".join(f"{key} {method.gloss}" for key, method in self.methods.items())
+            raise ValueError(f"method must be one of {choices}; got {number!r}")
+        return self.methods[number]
+
+
+def make_layers(
+    *,
+    deconv: bool,
+    mode: int = 5,
+    block: int = 16,
+    block_final: int | None = None,
+    eps: float = 1e-2,
+    n_iter: int = 5,
+    bias: bool = True,
+    sampling_stride: int = 3,
+    batchnorm: bool = True,
+    stem_iter: int | None = None,
+    **layer_options: object,
+) -> Layers:
+    """Bind every choice about layers once, into the bundle that `build_model` takes.
+
+    Args:
+        deconv: FastDeconv layers and no normalisation, else convolutions with BatchNorm.
+        mode, block, eps, n_iter, sampling_stride: of the FastDeconv layers. The methods of
+            simple_v1 and mlp bring their own mode and block.
+        block_final: features whitened together before the last fully connected layer, 0 for a plain
+            `nn.Linear`; with BatchNorm as well. None: 512 with deconv, 0 without, and what the
+            method says in mlp.
+        bias: convolutions have a bias, except those that BatchNorm would relieve of it. Linear
+            layers always have one.
+        batchnorm: False leaves the normalisation out where deconv is False; deconvolution
+            never has any.
+        stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
+        layer_options: further keywords of FastDeconv; those that Delinear knows go there too.
+
+    Raises:
+        ValueError: `block_final` is negative.
+        TypeError: FastDeconv has no such option.
+    """
+    if block_final is not None and block_final < 0:
+        raise ValueError(f"block_final must be 0 (none) or a number of features, got {block_final}")
+    signature(FastDeconv).bind_partial(**layer_options)
+    options = {"eps": eps, "n_iter": n_iter, "sampling_stride": sampling_stride, **layer_options}
+    first = {**options, "n_iter": n_iter if stem_iter is None else stem_iter}
+    final = (512 if deconv else 0) if block_final is None else block_final
+    linear = _delinear(final, options) if final else nn.Linear
+    methods = _make_methods(
+        first,
+        options,
+        bias=bias,
+        norm=nn.BatchNorm1d if batchnorm and not deconv else nn.Identity,
+        last=None if block_final is None else linear,
+    )
+    if deconv:
+        conv = partial(FastDeconv, bias=bias, mode=mode, block=block, **options)
+        stem = partial(FastDeconv, bias=bias, mode=mode, block=block, **first)
+        return Layers(conv, stem, nn.Identity, linear, methods, default_method=3)
+    conv = partial(nn.Conv2d, bias=bias and not batchnorm)
+    norm = nn.BatchNorm2d if batchnorm else nn.Identity
+    return Layers(conv, conv, norm, linear, methods, default_method=1)
+
+
+def _delinear(block: int, options: Mapping[str, object], **more: object) -> Maker:
+    """Delinear with the options that it shares with FastDeconv."""
+    known = signature(Delinear).parameters
+    shared = {name: value for name, value in options.items() if name in known}
+    return partial(Delinear, block=block, **shared, **more)
+
+
+def _make_methods(
+    first: Mapping[str, object],
+    options: Mapping[str, object],
+    *,
+    bias: bool,
+    norm: Maker,
+    last: Maker | None,
+) -> dict[int, Method]:
+    """The table of methods; `last` replaces the last linear layer of all of them unless None."""
+
+    def deconvolve(in_channels: int, out: int, kernel_size: int, *, mode: int) -> nn.Module:
+        return FastDeconv(
+            in_channels, out, kernel_size, bias=bias, mode=mode, block=in_channels, **first
+        )
+
+    def joint(in_features: int, out: int) -> nn.Module:
+        return _delinear(in_features, options)(in_features, out)
+
+    plain, channel = partial(nn.Conv2d, bias=bias), partial(deconvolve, mode=3)
+    whole, rows = partial(deconvolve, mode=4), _delinear(32, first, bias=bias)
+    blocks = _delinear(32, options)
+    table = {
+        1: ("plain", partial(_convolve_picture, plain), nn.Linear, norm),
+        2: ("channel deconvolution", partial(_convolve_picture, channel), nn.Linear, nn.Identity),
+        3: ("joint deconvolution", partial(_convolve_picture, whole), joint, nn.Identity),
+        4: ("deconvolution in blocks of 32", partial(_flatten_picture, rows), blocks, nn.Identity),
+    }
+    return {
+        number: Method(gloss, picture, hidden, last or hidden, norm)
+        for number, (gloss, picture, hidden, norm) in table.items()
+    }
+
+
+def _convolve_picture(conv: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
+    """A linear layer on pictures, as one convolution the size of the picture."""
+    return nn.Sequential(conv(in_channels, out, image_size), nn.Flatten())
+
+
+def _flatten_picture(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
+    """A linear layer on pictures, as a row of in_channels * image_size**2 features."""
+    return nn.Sequential(nn.Flatten(), linear(in_channels * image_size**2, out))

@@ -1,0 +1,113 @@
+"""ResNet for small pictures (He et al., 2016): a 3 x 3 stem of stride 1 and no max-pool."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .factory import Layers
+
+WIDTHS = (64, 128, 256, 512)
+
+
+class BasicBlock(nn.Module):
+    """relu(x' + two 3 x 3 convolutions of x), x' = x or its projection.
+
+    (N, C, H, W) -> (N, width, H/stride, W/stride).
+    """
+
+    expansion = 1
+
+    def __init__(self, layers: Layers, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        self.conv1 = layers.conv(channels, width, 3, stride=stride, padding=1)
+        self.norm1 = layers.norm(width)
+        self.conv2 = layers.conv(width, width, 3, padding=1)
+        self.norm2 = layers.norm(width)
+        self.shortcut = _make_shortcut(layers, channels, width, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = self.norm2(self.conv2(y))
+        return F.relu(y + self.shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """relu(x' + 1 x 1, 3 x 3 and 1 x 1 convolutions of x), x' = x or its projection.
+
+    (N, C, H, W) -> (N, 4 * width, H/stride, W/stride).
+    """
+
+    expansion = 4
+
+    def __init__(self, layers: Layers, channels: int, width: int, stride: int) -> None:
+        super().__init__()
+        out = self.expansion * width
+        self.conv1 = layers.conv(channels, width, 1)
+        self.norm1 = layers.norm(width)
+        self.conv2 = layers.conv(width, width, 3, stride=stride, padding=1)
+        self.norm2 = layers.norm(width)
+        self.conv3 = layers.conv(width, out, 1)
+        self.norm3 = layers.norm(out)
+        self.shortcut = _make_shortcut(layers, channels, out, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        y = F.relu(self.norm2(self.conv2(y)))
+        y = self.norm3(self.conv3(y))
+        return F.relu(y + self.shortcut(x))
+
+
+Block = type[BasicBlock] | type[Bottleneck]
+
+
+def _make_shortcut(layers: Layers, channels: int, out: int, stride: int) -> nn.Module:
+    if stride == 1 and channels == out:
+        return nn.Identity()
+    return nn.Sequential(layers.conv(channels, out, 1, stride=stride), layers.norm(out))
+
+
+def _make_stage(
+    layers: Layers, block: Block, channels: int, width: int, depth: int, stride: int
+) -> nn.Module:
+    """`depth` residual blocks; the first takes the stride and the change of channels."""
+    inputs = [channels] + [width * block.expansion] * (depth - 1)
+    strides = [stride] + [1] * (depth - 1)
+    return nn.Sequential(
+        *(block(layers, c, width, s) for c, s in zip(inputs, strides, strict=True))
+    )
+
+
+class ResNet(nn.Module):
+    """Stem, four stages of residual blocks, global average, linear.
+
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    Args:
+        block: BasicBlock or Bottleneck.
+        depths: blocks of each stage; all stages but the first halve the picture.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        block: Block,
+        depths: tuple[int, int, int, int],
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.stem = layers.stem(in_channels, WIDTHS[0], 3, padding=1)
+        self.norm = layers.norm(WIDTHS[0])
+        channels, stages = WIDTHS[0], []
+        for width, depth in zip(WIDTHS, depths, strict=True):
+            stride = 1 if width == WIDTHS[0] else 2
+            stages.append(_make_stage(layers, block, channels, width, depth, stride))
+            channels = width * block.expansion
+        self.stages = nn.Sequential(*stages)
+        self.linear = layers.linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stages(F.relu(self.norm(self.stem(x))))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))

@@ -1,0 +1,77 @@
+"""The small networks: linear regression, three convolutions, a multi-layer perceptron."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .factory import Layers
+
+
+def simple_v1(
+    layers: Layers,
+    *,
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    method: int | None = None,
+) -> nn.Module:
+    """Linear regression, or with cross-entropy logistic regression, on whole pictures.
+
+    (N, C, image_size, image_size) -> (N, num_classes).
+    """
+    return layers.choose_method(method).picture(in_channels, image_size, num_classes)
+
+
+class SimpleCNN(nn.Module):
+    """Three 3 x 3 convolutions with a max-pool each, global average, linear.
+
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        widths: tuple[int, ...] = (32, 64, 128),
+        in_channels: int = 3,
+        num_classes: int = 10,
+        dropout_rate: float = 0.0,
+    ) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        conv, channels = layers.stem, in_channels
+        for width in widths:
+            modules += [conv(channels, width, 3, padding=1), layers.norm(width)]
+            modules += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+            conv, channels = layers.conv, width
+        self.features = nn.Sequential(*modules)
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.dropout = nn.Dropout(dropout_rate)
+        self.linear = layers.linear(channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pool(self.features(x)).flatten(1)
+        return self.linear(self.dropout(x))
+
+
+def mlp(
+    layers: Layers,
+    *,
+    widths: tuple[int, ...] = (128, 128),
+    in_channels: int = 3,
+    num_classes: int = 10,
+    image_size: int = 32,
+    method: int | None = None,
+    dropout_rate: float = 0.0,
+) -> nn.Module:
+    """Hidden layers of `widths` features, the first on the whole picture, then a linear layer.
+
+    (N, C, image_size, image_size) -> (N, num_classes).
+    """
+    chosen = layers.choose_method(method)
+    modules = [chosen.picture(in_channels, image_size, widths[0])]
+    for index, width in enumerate(widths):
+        if index > 0:
+            modules.append(chosen.hidden(widths[index - 1], width))
+        modules += [chosen.norm(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules, nn.Dropout(dropout_rate), chosen.last(widths[-1], num_classes))
