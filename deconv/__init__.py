@@ -6,12 +6,12 @@
     head = Delinear(512, 10)                    # in place of Linear
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
-correlated. The correlation acts like a blur that gradient descent has to undo. Whitening removes it:
+correlated. The correlation acts like a blur that gradient descent must undo. Whitening removes it:
 
     mu  = mean_p x_p
     Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I
     D   ~ Cov^(-1/2)                                     coupled Newton-Schulz, five steps
-    y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into weight and bias
+    y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into W and b
 
 Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
 In evaluation mu and D are running averages, and the layer is a plain convolution exactly.
@@ -25,7 +25,7 @@ In evaluation mu and D are running averages, and the layer is a plain convolutio
 | M | | patches looked at, every `sampling_stride`-th in both directions | `sample_patches` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
-| mu | (G, 1, S, F) | mean patch | `centre` |
+| mu | (G, S, 1, F) | mean patch | `centre` |
 | Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `covariance` |
 | D | (G, F, F) | its inverse square root | `inverse_sqrt` |
 | W D | as weight | effective kernel | `fold` |

@@ -73,12 +73,13 @@ class Blocks:
         return self.count if self.shared else 1
 
     def split(self, x: torch.Tensor) -> torch.Tensor:
-        """(groups, M, C*T) -> (G, M, S, F); a view wherever strides allow one."""
-        x = x.unflatten(-1, (-1, self.count, self.unit)).transpose(-3, -2).flatten(-2)
-        return x if self.shared else x.transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        """(groups, M, C*T) -> (G, S, M, F); a view wherever strides allow one."""
+        x = x.unflatten(-1, (-1, self.count, self.unit))  # groups M F/unit n unit
+        x = x.permute(0, 3, 1, 2, 4).flatten(-2)  # groups n M F
+        return x if self.shared else x.flatten(0, 1).unsqueeze(1)
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """(G, M, S, F) -> (groups, M, C*T), the inverse of `split`."""
+        """(G, S, M, F) -> (groups, M, C*T), the inverse of `split`."""
         if not self.shared:
-            x = x.squeeze(2).unflatten(0, (self.groups, self.count)).transpose(1, 2)
-        return x.unflatten(-1, (-1, self.unit)).transpose(-3, -2).flatten(-3)
+            x = x.squeeze(1).unflatten(0, (self.groups, self.count))
+        return x.unflatten(-1, (-1, self.unit)).permute(0, 2, 3, 1, 4).flatten(2)

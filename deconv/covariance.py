@@ -12,28 +12,28 @@ def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     means too leaves features off centre and their offsets inside the covariance.
 
     Args:
-        rows: (G, M, S, F), M rows of F features for S blocks, G times.
+        rows: (G, S, M, F), M rows of F features for S blocks, G times.
 
     Returns:
-        mean (G, 1, S, F) and centred rows (G, M, S, F).
+        mean (G, S, 1, F) and centred rows (G, S, M, F).
     """
-    mean = rows.mean(dim=1, keepdim=True)
+    mean = rows.mean(dim=2, keepdim=True)
     return mean, rows - mean
 
 
 def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:
-    """Cov = mean_{m,s} x_ms x_ms^T + eps I of centred rows, pooled over blocks that share a matrix.
+    """Cov = mean_{s,m} x_sm x_sm^T + eps I of centred rows, pooled over blocks that share a matrix.
 
     The rows are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
 
     Args:
-        centred: (G, M, S, F), mean zero over M.
+        centred: (G, S, M, F), mean zero over M.
         eps: added to the diagonal, in units of variance.
 
     Returns:
         (G, F, F), symmetric, positive definite for eps > 0.
     """
-    return _SecondMoment.apply(centred.flatten(1, 2), eps)
+    return _SecondMoment.apply(centred.flatten(1, 2), eps)  # G S*M F
 
 
 class _SecondMoment(torch.autograd.Function):
@@ -52,4 +52,5 @@ class _SecondMoment(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
         (rows,) = ctx.saved_tensors
-        return rows @ ((grad + grad.mT) / max(rows.shape[1], 1)), None
+        # Transposed twice, so that the gradient lies in memory as the rows do.
+        return ((grad + grad.mT) / max(rows.shape[1], 1) @ rows.mT).mT, None

@@ -25,7 +25,7 @@ def fold(
     Args:
         weight: (out, C, *kernel), C channels of one group.
         bias: (out,) or None, which counts as zero.
-        mean: (G, 1, S, F), or (G, 1, S, B) when all taps have the mean of their channel.
+        mean: (G, S, 1, F), or (G, S, 1, B) when all taps have the mean of their channel.
         whiten: whitening matrices by axis, see `whiten_along`.
         blocks: the view of `weight.flatten(1)` as blocks.
 
@@ -34,12 +34,13 @@ def fold(
     """
     out = weight.shape[0]
     rows = weight.reshape(blocks.groups, out // blocks.groups, -1)
-    rows = blocks.split(rows)  # G out S F
+    rows = blocks.split(rows)  # G S out F
     for axis, matrix in whiten.items():
         rows = whiten_along(axis, rows, matrix, blocks.size)
     if mean.shape[-1] != rows.shape[-1]:
         mean = mean.repeat_interleave(blocks.taps, dim=-1)
-    shift = blocks.merge(rows * mean).sum(dim=-1).flatten()  # W D mu, per output channel
+    shift = (rows @ mean.mT).reshape(blocks.groups, blocks.count, -1)  # W D mu, by block
+    shift = shift.sum(dim=1).flatten()  # out
     bias = -shift if bias is None else bias - shift
     return blocks.merge(rows).reshape(weight.shape), bias
 
@@ -52,24 +53,23 @@ def whiten_along(
     Args:
         axis: "joint" (matrix F x F), "channel" (B x B, the same at every tap) or
             "pixel" (T x T, the same for every channel).
-        rows: (G, M, S, F).
+        rows: (G, S, M, F).
         matrix: (G, d, d).
         channels: B.
 
     Returns:
-        (G, M, S, F).
+        (G, S, M, F).
     """
     if axis == "joint":
         return (rows.flatten(1, 2) @ matrix).view(rows.shape)
-    grid = rows.unflatten(-1, (channels, -1))  # G M S B T
+    grid = rows.unflatten(-1, (channels, -1))  # G S M B T
     matrix = matrix[:, None, None]
     return (matrix @ grid if axis == "channel" else grid @ matrix).flatten(-2)
 
 
 def vectors_along(axis: str, rows: torch.Tensor, channels: int) -> torch.Tensor:
-    """The vectors that `whiten_along` multiplies, as rows (G, M', S, d): d is B, T or F."""
+    """The vectors that `whiten_along` multiplies, as rows (G, S, M', d): d is B, T or F."""
     if axis == "joint":
         return rows
-    grid = rows.unflatten(-1, (channels, -1))  # G M S B T
-    grid = grid.permute(0, 1, 4, 2, 3) if axis == "channel" else grid.transpose(2, 3)
-    return grid.flatten(1, 2)  # channel: G M*T S B; pixel: G M*B S T
+    grid = rows.unflatten(-1, (channels, -1))  # G S M B T
+    return (grid.mT if axis == "channel" else grid).flatten(2, 3)  # G S M*T B; G S M*B T

@@ -42,7 +42,7 @@ def _blocks(
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
-    Buffers: `running_mean` (G, 1, S, F), for every axis of the mode one `running_<axis>` (G, d, d),
+    Buffers: `running_mean` (G, S, 1, F), for every axis of the mode one `running_<axis>` (G, d, d),
     and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
     acts as the plain convolution. The first batch replaces that start instead of joining it.
     """
@@ -66,7 +66,7 @@ class _Whitening(nn.Module):
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
-        mean = torch.zeros(blocks.matrices, 1, blocks.sharing, blocks.size * mean_taps)
+        mean = torch.zeros(blocks.matrices, blocks.sharing, 1, blocks.size * mean_taps)
         buffers = {"mean": mean} | {
             axis: torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
         }
@@ -92,7 +92,7 @@ class _Whitening(nn.Module):
     def _estimate_whitening(
         self, rows: torch.Tensor, blocks: Blocks
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean (G, 1, S, F) and whitening matrices by axis of (groups, M, features) rows."""
+        """Mean (G, S, 1, F) and whitening matrices by axis of (groups, M, features) rows."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         mean, rows = centre(blocks.split(rows))
         whiten: dict[str, torch.Tensor] = {}
@@ -136,7 +136,7 @@ class _Whitening(nn.Module):
         size = self.blocks.size
         block = f"{size}" if size == asked else f"{size} (largest divisor up to {asked})"
         return (
-            f"block={block}, layout={self.layout}, shared={self.blocks.shared}, "
+            f"block={block}, layout={self.layout}, shared={self.shared}, "
             f"eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"
         )
 
@@ -191,8 +191,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        layout: str = "contiguous",
-        shared: bool = False,
+        layout: str = "interleaved",
+        shared: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -213,7 +213,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
             dtype=dtype,
         )
         self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
-        self.layout = layout
+        self.layout, self.shared = layout, shared
         channels = in_channels // groups
         taps = self.weight[0, 0].numel()
         self._init_whitening(
@@ -278,13 +278,13 @@ class Delinear(_Whitening, nn.Linear):
         eps: float = 1e-2,
         n_iter: int = 5,
         momentum: float = 0.1,
-        layout: str = "contiguous",
-        shared: bool = False,
+        layout: str = "interleaved",
+        shared: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
-        self.block, self.layout = block, layout
+        self.block, self.layout, self.shared = block, layout, shared
         self._init_whitening(
             ("joint",),
             _blocks(1, in_features, block, 1, layout, shared, joint=True),

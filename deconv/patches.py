@@ -37,7 +37,6 @@ def sample_patches(
     for dim, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
         x = x.unfold(dim, (k - 1) * d + 1, s)[..., ::d]  # N C L... K...
     x = x.unflatten(1, (groups, -1))
-    # groups N L... C K...: one gather in the order of the rows
-    x = x.permute(1, 0, *range(3, 3 + dims), 2, *range(3 + dims, 3 + 2 * dims))
-    rows = x.shape[1 : 2 + dims].numel()
-    return x.reshape(groups, rows, -1)
+    # groups C K... N L...: features outermost, for long inner loops and blocks that are views
+    x = x.permute(1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims))
+    return x.reshape(groups, x.shape[1 : 2 + dims].numel(), -1).mT

@@ -42,60 +42,78 @@ def power(matrix, exponent):
 
 
 def brute_force(layer, x):
-    """Whiten every patch one block at a time with an exact root, then apply the raw weight.
-
-    Written for contiguous blocks with their own matrix; statistics come from the sampled patches.
-    """
-    kernel, groups, size = layer.kernel_size, layer.groups, layer.blocks.size
+    """Whiten every patch block by block with exact roots, then apply the raw weight."""
     padded = F.pad(x, layer._reversed_padding_repeated_twice)
     step = 1 if layer.mode == 4 else layer.sampling_stride
 
-    def patches(stride):
-        out = F.unfold(padded, kernel, dilation=layer.dilation, stride=stride)
-        return out.transpose(1, 2)  # N L C*T
+    def patches(picture, kernel, dilation, stride):  # N L C*T
+        return F.unfold(picture, kernel, dilation=dilation, stride=stride).transpose(1, 2)
 
-    seen = patches(layer.stride).clone()
-    sample = patches([step * s for s in layer.stride]).flatten(0, 1)
-    pixels = x[:, :, :: layer.sampling_stride, :: layer.sampling_stride]
-    pixels = pixels.permute(0, 2, 3, 1).flatten(0, 2)  # M C
-    taps = kernel[0] * kernel[1]
-    for first in range(0, layer.in_channels, size):
-        columns = slice(first * taps, (first + size) * taps)
-        part = sample[:, columns]
-        mu = part.mean(0)
-        part = (part - mu).reshape(-1, size, taps)
-        eye_c, eye_t = torch.eye(size), torch.eye(taps)
-        if layer.mode in (4, 5):
-            flat = part.flatten(1)
-            D = power(flat.T @ flat / len(flat) + layer.eps * torch.eye(size * taps), -0.5)
-        elif layer.mode == 3:
-            rows = pixels[:, first : first + size]
-            mu = rows.mean(0).repeat_interleave(taps)
-            rows = rows - rows.mean(0)
-            D = torch.kron(power(rows.T @ rows / len(rows) + layer.eps * eye_c, -0.5), eye_t)
-        else:
-            D_channel = eye_c
-            if layer.mode == 1:
-                cov = torch.einsum("mct,mdt->cd", part, part) / (len(part) * taps)
-                D_channel = power(cov + layer.eps * eye_c, -0.5)
-                part = D_channel @ part
-            cov = torch.einsum("mct,mcu->tu", part, part) / (len(part) * size)
-            D = torch.kron(D_channel, power(cov + layer.eps * eye_t, -0.5))
-        seen[..., columns] = (seen[..., columns] - mu) @ D
-    weight = layer.weight.flatten(1)
+    kernel = layer.kernel_size, layer.dilation
+    seen = patches(padded, *kernel, layer.stride)
+    sample = patches(padded, *kernel, [step * s for s in layer.stride]).flatten(0, 1)
+    if layer.mode == 3:  # single pixels of the raw picture, repeated for every tap
+        sample = patches(x, 1, 1, step).flatten(0, 1)
+        sample = sample.repeat_interleave(kernel[0][0] * kernel[0][1], dim=1)
+    white = torch.zeros_like(seen)
+    for blocks in columns_of(layer):  # one group
+        parts = [sample[:, block] - sample[:, block].mean(0) for block in blocks]  # M B T
+        for block, D in zip(blocks, exact_whitening(layer, parts), strict=True):
+            off_centre = seen[..., block] - sample[:, block].mean(0)
+            white[..., block.flatten()] = off_centre.flatten(-2) @ D
     out = [
-        part @ w.T for part, w in zip(seen.chunk(groups, dim=-1), weight.chunk(groups), strict=True)
+        part @ weight.T
+        for part, weight in zip(
+            white.chunk(layer.groups, dim=-1),
+            layer.weight.flatten(1).chunk(layer.groups),
+            strict=True,
+        )
     ]
-    out = torch.cat(out, dim=-1).transpose(1, 2)
-    shape = nn.Conv2d.forward(layer, x).shape
-    return out.reshape(shape) + (0 if layer.bias is None else layer.bias.reshape(1, -1, 1, 1))
+    out = torch.cat(out, dim=-1).transpose(1, 2).reshape(nn.Conv2d.forward(layer, x).shape)
+    return out + (0 if layer.bias is None else layer.bias.reshape(1, -1, 1, 1))
 
 
+def columns_of(layer):
+    """For every group a list of blocks, each the (B, T) column numbers of its features."""
+    taps = layer.weight[0, 0].numel()
+    for columns in torch.arange(layer.in_channels * taps).chunk(layer.groups):
+        count = len(columns) // taps // layer.block
+        if layer.layout == "contiguous":
+            blocks = columns.chunk(count)
+        elif layer.mode in (4, 5):
+            blocks = [columns[first::count] for first in range(count)]
+        else:
+            blocks = [columns.reshape(-1, taps)[first::count] for first in range(count)]
+        yield [block.reshape(-1, taps) for block in blocks]
+
+
+def exact_whitening(layer, parts):
+    """D of every block of a group, from centred samples (M, B, T)."""
+
+    def roots(equation):
+        covs = [torch.einsum(equation, p, p) for p in parts]
+        covs = [cov * len(cov) / parts[0].numel() for cov in covs]
+        covs = [sum(covs) / len(covs)] * len(covs) if layer.shared else covs
+        return [power(cov + layer.eps * torch.eye(len(cov)), -0.5) for cov in covs]
+
+    channels, taps = parts[0].shape[1:]
+    if layer.mode in (4, 5):
+        parts = [p.flatten(1) for p in parts]
+        return roots("mf,mg->fg")
+    by_channel = [torch.eye(channels)] * len(parts)
+    if layer.mode in (1, 3):
+        by_channel = roots("mct,mdt->cd")
+        parts = [D @ p for D, p in zip(by_channel, parts, strict=True)]
+    by_tap = roots("mct,mcu->tu") if layer.mode in (1, 2) else [torch.eye(taps)] * len(parts)
+    return [torch.kron(c, t) for c, t in zip(by_channel, by_tap, strict=True)]
+
+
+@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_fold_then_convolve_equals_whiten_then_convolve(mode, geometry):
+def test_fold_then_convolve_equals_whiten_then_convolve(mode, geometry, layout, shared):
     options = dict(mode=mode, block=2, n_iter=30, eps=0.1, sampling_stride=2) | geometry
-    layer = FastDeconv(4, 8, **options)
+    layer = FastDeconv(4, 8, **options, layout=layout, shared=shared)
     x = pictures()
     torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)
 
@@ -212,7 +230,7 @@ def test_batch_of_one_and_a_single_patch(mode):
 
 
 def test_odd_block_is_visible_and_mixes_no_blocks():
-    layer = FastDeconv(20, 4, 3)
+    layer = FastDeconv(20, 4, 3, layout="contiguous", shared=False)
     assert "block=10 (largest divisor up to 16)" in repr(layer)
     assert "block=16" in repr(FastDeconv(32, 4, 3))
     x = pictures(c=20, n=30)

@@ -72,7 +72,7 @@ def test_merge_inverts_split(shared, unit):
     blocks = Blocks(groups=2, channels=8, size=2, taps=3, unit=unit, shared=shared)
     x = torch.randn(2, 5, 24)
     parts = blocks.split(x)
-    assert parts.shape == (blocks.matrices, 5, blocks.sharing, blocks.features)
+    assert parts.shape == (blocks.matrices, blocks.sharing, 5, blocks.features)
     torch.testing.assert_close(blocks.merge(parts), x, rtol=0, atol=0)
 
 

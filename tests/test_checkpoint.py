@@ -1,0 +1,204 @@
+import os
+import pickle
+import random
+from collections import Counter, OrderedDict
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from util import checkpoint
+from util.checkpoint import (
+    CheckpointError,
+    atomic_write,
+    check_compatible,
+    load_checkpoint,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+)
+
+
+class Malicious:
+    """Unpickled by a careless reader, it leaves a folder behind."""
+
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def make_state(**changes):
+    model = torch.nn.Linear(3, 2)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    scheduler = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2])
+    state = {
+        "epoch": 2,
+        "step": 10,
+        "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "preset": None},
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "rng": rng_state(),
+        "history": {"epoch": [1, 2], "train_loss": [1.5, float("nan")]},
+        "best_top1": 12.5,
+    }
+    return {**state, **changes}
+
+
+def test_a_checkpoint_comes_back_with_the_same_values_and_types(tmp_path):
+    state = make_state()
+    path = save_checkpoint(state, tmp_path)
+    loaded = load_checkpoint(path, "cpu")
+    assert path == tmp_path / "checkpoint.pth.tar"
+    assert set(loaded) == {*state, "format_version"}
+    assert loaded["config"] == state["config"]
+    assert isinstance(loaded["model"], OrderedDict)
+    assert isinstance(loaded["scheduler"]["milestones"], Counter)
+    momentum, saved = (s["optimizer"]["state"][0]["momentum_buffer"] for s in (loaded, state))
+    assert torch.equal(momentum, saved)
+
+
+def test_only_the_named_files_are_left_and_the_best_is_a_copy_of_its_time(tmp_path):
+    save_checkpoint(make_state(), tmp_path, is_best=True)
+    save_checkpoint(make_state(epoch=3), tmp_path)
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "checkpoint.pth.tar",
+        "model_best.pth.tar",
+    }
+    assert load_checkpoint(tmp_path / "model_best.pth.tar", "cpu")["epoch"] == 2
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 3
+
+
+@pytest.mark.parametrize(
+    "bad, reason",
+    [
+        ({"best_top1": np.float64(1)}, "numpy"),
+        ({"config": {"out": Path("runs")}}, "pathlib"),
+    ],
+)
+def test_a_state_that_would_not_load_is_refused_and_the_old_checkpoint_stays(tmp_path, bad, reason):
+    path = save_checkpoint(make_state(), tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(CheckpointError, match=f"checkpoint.pth.tar.*{reason}"):
+        save_checkpoint(make_state(**bad), tmp_path)
+    state = make_state()
+    del state["optimizer"]
+    with pytest.raises(CheckpointError, match="lacks optimizer"):
+        save_checkpoint(state, tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = save_checkpoint(make_state(), tmp_path)
+    before = path.read_bytes()
+
+    def fail(*args):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(checkpoint.os, "replace", fail)
+    with pytest.raises(OSError, match="no space left"):
+        save_checkpoint(make_state(epoch=3), tmp_path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_file_and_its_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
+    calls = []
+    fsync, replace = os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
+    with atomic_write(tmp_path / "file") as file:
+        file.write(b"text")
+    assert calls == ["fsync", "replace", "fsync"]
+    assert (tmp_path / "file").read_bytes() == b"text"
+
+
+def test_files_that_are_no_checkpoint_are_refused_by_name_and_reason(tmp_path):
+    state = make_state()
+    good = save_checkpoint(state, tmp_path).read_bytes()
+    flipped = bytearray(good)
+    flipped[good.index(state["model"]["weight"].numpy().tobytes())] ^= 255
+    foreign = tmp_path / "weights.pth"
+    torch.save({"state_dict": {}}, foreign)
+    contents = {
+        "empty": (b"", "the file is empty"),
+        "text": (b"hello world", "damaged, or not a checkpoint"),
+        "halved": (good[: len(good) // 2], "damaged, or not a checkpoint"),
+        "shortened": (good[:-1], "damaged, or not a checkpoint"),
+        "flipped": (bytes(flipped), "wrong checksum"),
+        "foreign": (foreign.read_bytes(), "no format_version"),
+    }
+    for name, (content, reason) in contents.items():
+        path = tmp_path / name
+        path.write_bytes(content)
+        with pytest.raises(CheckpointError, match=reason) as caught:
+            load_checkpoint(path, "cpu")
+        assert str(caught.value).startswith(f"{path}: ")
+        assert "weights_only" not in str(caught.value)
+
+
+def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
+    with pytest.raises(CheckpointError, match="none.pth.tar: No such file"):
+        load_checkpoint(tmp_path / "none.pth.tar", "cpu")
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}: Is a directory"):
+        load_checkpoint(str(tmp_path), "cpu")
+
+
+def test_another_format_and_missing_parts_are_named(tmp_path):
+    path = tmp_path / "file"
+    torch.save({**make_state(), "format_version": 99}, path)
+    with pytest.raises(CheckpointError, match="format_version is 99"):
+        load_checkpoint(path, "cpu")
+    torch.save({"format_version": checkpoint.FORMAT_VERSION, "epoch": 1}, path)
+    with pytest.raises(CheckpointError, match="lacks step, config, model"):
+        load_checkpoint(path, "cpu")
+
+
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path):
+    trace, path = tmp_path / "trace", tmp_path / "malicious.pth.tar"
+    state = {**make_state(), "format_version": 1, "config": Malicious(trace)}
+    torch.save(state, path)
+    with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: refused, .*mkdir"):
+        load_checkpoint(path, "cpu")
+    path.write_bytes(pickle.dumps(state))
+    with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: damaged, or not"):
+        load_checkpoint(path, "cpu")
+    assert not trace.exists()
+    pickle.loads(path.read_bytes())  # what a careless reader does
+    assert trace.exists()
+
+
+def test_every_generator_continues_where_it_was(tmp_path):
+    draw = lambda: (torch.rand(3).tolist(), np.random.randn(3).tolist(), random.gauss(0, 1))  # noqa: NPY002
+    draw()  # leaves half of a pair of normal numbers behind in numpy and python
+    path = save_checkpoint(make_state(), tmp_path)
+    expected = draw()
+    draw()
+    set_rng_state(load_checkpoint(path, "cpu")["rng"])
+    assert draw() == expected
+
+
+@pytest.mark.gpu
+def test_the_generator_of_a_gpu_continues_even_from_a_checkpoint_loaded_there(tmp_path):
+    torch.rand(1, device="cuda")
+    path = save_checkpoint(make_state(), tmp_path)
+    expected = torch.rand(3, device="cuda")
+    set_rng_state(load_checkpoint(path, "cuda")["rng"])
+    assert torch.equal(torch.rand(3, device="cuda"), expected)
+
+
+def test_what_differs_from_the_checkpoint_is_named_with_both_values():
+    saved = {"arch": "vgg11", "deconv": True, "block": 16}
+    check_compatible(saved, dict(saved))
+    with pytest.raises(CheckpointError, match="block is 16 in the checkpoint, 64 in this run"):
+        check_compatible(saved, {**saved, "block": 64})
+    with pytest.raises(CheckpointError, match="mode is absent in the checkpoint, 5 in this run"):
+        check_compatible(saved, {**saved, "mode": 5})
+    with pytest.raises(CheckpointError, match="arch is 'vgg11' in the checkpoint, absent in"):
+        check_compatible(saved, {"deconv": True, "block": 16})

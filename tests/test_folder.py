@@ -1,0 +1,217 @@
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from util import pictures
+from util.data import DataError, build_loaders
+from util.folder import read_picture
+
+SIDE = 40
+
+
+def picture(shade):
+    pixels = np.random.default_rng(shade).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
+    return Image.fromarray(pixels)
+
+
+def make_folder(root, train=("cat", "dog"), test=("cat", "dog"), second="test", count=9):
+    for split, classes in (("train", train), (second, test)):
+        for number, name in enumerate(classes):
+            (root / split / name).mkdir(parents=True)
+            for i in range(count):
+                picture(100 * number + i).save(root / split / name / f"{i}.png")
+    return root
+
+
+def build(root, **options):
+    return build_loaders("folder", root, **{"batch_size": 4, "cache_dir": root / "run", **options})
+
+
+def epoch_of(loader, epoch=0):
+    loader.sampler.set_epoch(epoch)
+    images, targets = zip(*loader, strict=True)
+    return torch.cat(images), torch.cat(targets)
+
+
+def files_below(folder):
+    return sorted(path for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def root(tmp_path):
+    return make_folder(tmp_path / "pictures")
+
+
+def test_two_workers_and_none_give_the_same_bits(root):
+    plain, workers = (build(root, num_workers=n, seed=1)[1:] for n in (0, 2))
+    for epoch in (0, 1, 3):  # the workers persist from epoch to epoch
+        for one, two in zip(plain, workers, strict=True):
+            images, targets = epoch_of(one, epoch)
+            also_images, also_targets = epoch_of(two, epoch)
+            assert torch.equal(images, also_images) and torch.equal(targets, also_targets)
+
+
+def test_decoding_on_access_equals_decoding_once(root, monkeypatch):
+    held = build(root)
+    monkeypatch.setattr(pictures, "MEMORY_BUDGET", 0)
+    on_access = build(root, cache_dir=root / "other run")
+    assert held[0] == on_access[0]
+    for one, two in zip(held[1:], on_access[1:], strict=True):
+        assert torch.equal(epoch_of(one)[0], epoch_of(two)[0])
+
+
+def test_epochs_differ_in_order_and_augmentation_and_the_test_split_in_nothing(root):
+    _, train, test = build(root)
+    (first, targets), (second, others) = epoch_of(train, 0), epoch_of(train, 1)
+    assert not torch.equal(targets, others)
+    assert sorted(targets.tolist()) == sorted(others.tolist()) == [0] * 9 + [1] * 9
+    assert not any((first == image).flatten(1).all(1).any() for image in second)
+    assert torch.equal(epoch_of(train, 0)[0], first)
+    assert torch.equal(epoch_of(test, 0)[0], epoch_of(test, 5)[0])
+    assert epoch_of(test)[1].tolist() == [0] * 9 + [1] * 9
+
+
+def test_an_epoch_resumed_at_a_batch_gives_the_same_batches(root):
+    _, train, _ = build(root)
+    train.sampler.set_epoch(2)
+    whole = list(train)
+    train.sampler.set_epoch(2, start_batch=3)
+    rest = list(train)
+    assert len(train) == len(rest) == 2
+    for (images, targets), (also_images, also_targets) in zip(whole[3:], rest, strict=True):
+        assert torch.equal(images, also_images) and torch.equal(targets, also_targets)
+
+
+def test_pictures_are_resized_to_image_size(root):
+    spec, train, test = build(root, image_size=36)
+    assert spec.image_size == 36 and spec.classes == ("cat", "dog") and spec.in_channels == 3
+    for loader in (train, test):
+        assert epoch_of(loader)[0].shape == (18, 3, 36, 36)
+
+
+def test_statistics_are_those_of_the_training_pictures_as_they_enter(root):
+    spec, train, _ = build(root)
+    raw = train.dataset.split.source / 255
+    torch.testing.assert_close(torch.tensor(spec.mean), raw.mean((0, 2, 3)))
+    torch.testing.assert_close(torch.tensor(spec.std), raw.std((0, 2, 3), correction=0))
+
+
+def test_statistics_are_cached_beside_the_run_and_reused(root, tmp_path):
+    before = files_below(root)
+    first, *_ = build(root, cache_dir=tmp_path / "run")
+    assert files_below(root) == before
+    (cache,) = files_below(tmp_path / "run")
+    saved = json.loads(cache.read_text())
+    assert (tuple(saved["mean"]), tuple(saved["std"])) == (first.mean, first.std)
+    cache.write_text(json.dumps({**saved, "mean": [0.25, 0.5, 0.75]}))
+    assert build(root, cache_dir=tmp_path / "run")[0].mean == (0.25, 0.5, 0.75)
+
+
+def test_other_pictures_sizes_or_folders_do_not_reuse_the_cache(root, tmp_path):
+    run = tmp_path / "run"
+    build(root, cache_dir=run)
+    build(root, cache_dir=run, image_size=33)
+    picture(7).save(root / "train" / "cat" / "new.png")
+    build(root, cache_dir=run)
+    os.utime(root / "train" / "cat" / "new.png", (1, 1))
+    build(root, cache_dir=run)
+    build(shutil.copytree(root, tmp_path / "elsewhere"), cache_dir=run)
+    assert len(files_below(run)) == 5
+
+
+def test_a_damaged_cache_is_computed_anew(root):
+    first, *_ = build(root)
+    (cache,) = files_below(root / "run")
+    for damage in ("", "[]", '{"mean": 1}'):
+        cache.write_text(damage)
+        assert build(root)[0] == first
+    assert json.loads(cache.read_text())["mean"] == list(first.mean)
+
+
+def test_val_stands_in_for_test(tmp_path):
+    _, _, test = build(make_folder(tmp_path, second="val"))
+    assert len(test.dataset) == 18
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
+def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
+    grey = np.full((SIDE, SIDE), 255, np.uint8)
+    if mode.startswith("I"):
+        image = Image.fromarray(
+            (grey.astype(np.uint16) * 257).astype(np.int32 if mode == "I" else np.uint16)
+        )
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    path = tmp_path / ("x.tif" if mode == "I" else "x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    pixels = read_picture(str(path), 32)
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
+    assert pixels.min() >= 254
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "x.png")
+    assert read_picture(str(tmp_path / "x.png"), 32).unique().tolist() == [0x80]
+
+
+def test_floating_point_pictures_are_refused(tmp_path):
+    Image.fromarray(np.ones((SIDE, SIDE), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(DataError, match=r"x\.tif: its pixels are floating-point"):
+        read_picture(str(tmp_path / "x.tif"), 32)
+
+
+def test_a_large_jpeg_is_close_to_the_plainly_resized_picture(tmp_path):
+    ramp = np.linspace(0, 255, 500)[None, :, None].repeat(400, 0).repeat(3, 2).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "x.jpg")
+    expected = np.asarray(Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR))
+    pixels = read_picture(str(tmp_path / "x.jpg"), 32).permute(1, 2, 0).numpy()
+    assert np.abs(pixels.astype(int) - expected).max() <= 3
+
+
+def test_a_missing_split_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"pictures/train"):
+        build(tmp_path / "pictures")
+    make_folder(tmp_path / "pictures", second="other")
+    with pytest.raises(DataError, match=r"pictures/test or .*pictures/val"):
+        build(tmp_path / "pictures")
+
+
+def test_a_split_without_classes_is_named(root):
+    (root / "bare" / "train").mkdir(parents=True)
+    with pytest.raises(DataError, match="bare/train has no class folders"):
+        build(root / "bare")
+
+
+def test_a_class_without_pictures_is_named(root):
+    (root / "test" / "eel").mkdir()
+    (root / "test" / "eel" / "notes.txt").write_text("no picture")
+    with pytest.raises(DataError, match="test/eel"):
+        build(root)
+
+
+def test_classes_that_differ_are_listed(tmp_path):
+    make_folder(tmp_path, train=("cat", "dog", "eel"), test=("cat", "fox"), count=1)
+    with pytest.raises(DataError, match=r"train: dog, eel; only in .*test: fox$"):
+        build(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", None])
+def test_a_picture_that_cannot_be_decoded_is_named(root, content):
+    whole = (root / "test" / "dog" / "0.png").read_bytes()
+    bad = root / "test" / "dog" / "bad.png"
+    bad.write_bytes(whole[:-200] if content is None else content)
+    with pytest.raises(DataError, match=r"^cannot decode the picture .*dog/bad\.png"):
+        build(root)
+
+
+def test_a_bad_picture_met_by_a_worker_is_one_sentence(root, monkeypatch):
+    monkeypatch.setattr(pictures, "MEMORY_BUDGET", 0)
+    (root / "test" / "dog" / "bad.png").write_bytes(b"no picture")
+    _, _, test = build(root, num_workers=1)
+    with pytest.raises(DataError, match=r"^cannot decode the picture [^\n]*dog/bad\.png[^\n]*$"):
+        list(test)

@@ -1,0 +1,207 @@
+"""Every published data set is read from tiny files in its exact format on disk."""
+
+import pickle
+import struct
+from urllib.error import URLError
+
+import numpy as np
+import pytest
+import torch
+from scipy.io import savemat
+from torchvision import datasets
+
+from util import standard_sets
+from util.data import DataError, build_loaders
+
+rng = np.random.default_rng(0)
+IDX_NAMES = {"train": "train", "test": "t10k"}
+
+
+def pixels(*shape):
+    return rng.integers(0, 256, shape, np.uint8)
+
+
+def without_checksums(monkeypatch, kind):
+    """The tiny files cannot have the checksums of the real ones."""
+    for attribute in ("train_list", "test_list"):
+        files = [[name, None] for name, _ in getattr(kind, attribute)]
+        monkeypatch.setattr(kind, attribute, files)
+
+
+def write_pickle(path, content):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(pickle.dumps(content, protocol=2))
+
+
+def write_cifar10(root, monkeypatch):
+    without_checksums(monkeypatch, datasets.CIFAR10)
+    monkeypatch.setattr(datasets.CIFAR10, "meta", {**datasets.CIFAR10.meta, "md5": None})
+    folder = root / "cifar-10-batches-py"
+    parts = {name: (pixels(2, 3, 32, 32), [i, 9 - i]) for i, name in enumerate(cifar10_files())}
+    for name, (images, labels) in parts.items():
+        write_pickle(folder / name, {"data": images.reshape(2, 3072), "labels": labels})
+    write_pickle(folder / "batches.meta", {"label_names": [f"class {i}" for i in range(10)]})
+    *train, test = parts.values()
+    images, labels = zip(*train, strict=True)
+    return (np.concatenate(images), np.concatenate(labels).tolist()), test
+
+
+def cifar10_files():
+    return [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+
+
+def write_cifar100(root, monkeypatch):
+    without_checksums(monkeypatch, datasets.CIFAR100)
+    monkeypatch.setattr(datasets.CIFAR100, "meta", {**datasets.CIFAR100.meta, "md5": None})
+    folder = root / "cifar-100-python"
+    parts = {"train": (pixels(4, 3, 32, 32), [0, 99, 5, 7]), "test": (pixels(1, 3, 32, 32), [42])}
+    for name, (images, labels) in parts.items():
+        entry = {"data": images.reshape(-1, 3072), "fine_labels": labels, "coarse_labels": labels}
+        write_pickle(folder / name, entry)
+    write_pickle(folder / "meta", {"fine_label_names": [f"class {i}" for i in range(100)]})
+    return parts["train"], parts["test"]
+
+
+def write_idx(root, folder, damage=0):
+    """Magic number, sizes (big endian), bytes; `damage` bytes are missing at the end."""
+    (root / folder / "raw").mkdir(parents=True)
+    parts = {"train": (pixels(5, 28, 28), [0, 9, 1, 8, 3]), "test": (pixels(2, 28, 28), [4, 5])}
+    for split, (images, labels) in parts.items():
+        start = root / folder / "raw" / IDX_NAMES[split]
+        content = struct.pack(">iiii", 2051, *images.shape) + images.tobytes()
+        start.with_name(f"{start.name}-images-idx3-ubyte").write_bytes(
+            content[: len(content) - damage]
+        )
+        content = struct.pack(">ii", 2049, len(labels)) + bytes(labels)
+        start.with_name(f"{start.name}-labels-idx1-ubyte").write_bytes(content)
+    padded = {s: (np.pad(x, ((0, 0), (2, 2), (2, 2)))[:, None], y) for s, (x, y) in parts.items()}
+    return padded["train"], padded["test"]
+
+
+def write_svhn(root, monkeypatch):
+    split_list = {s: [u, n, None] for s, (u, n, _) in datasets.SVHN.split_list.items()}
+    monkeypatch.setattr(datasets.SVHN, "split_list", split_list)
+    parts = {"train": (pixels(3, 3, 32, 32), [10, 1, 9]), "test": (pixels(2, 3, 32, 32), [10, 2])}
+    for split, (images, labels) in parts.items():
+        matlab = {"X": images.transpose(2, 3, 1, 0), "y": np.array(labels, np.uint8)[:, None]}
+        savemat(root / f"{split}_32x32.mat", matlab)
+    return tuple((images, [label % 10 for label in labels]) for images, labels in parts.values())
+
+
+def write_stl10(root, monkeypatch):
+    without_checksums(monkeypatch, datasets.STL10)
+    (root / "stl10_binary").mkdir()
+    parts = {"train": (pixels(3, 3, 96, 96), [0, 9, 4]), "test": (pixels(2, 3, 96, 96), [1, 2])}
+    for split, (images, labels) in parts.items():
+        column_major = images.transpose(0, 1, 3, 2)
+        (root / "stl10_binary" / f"{split}_X.bin").write_bytes(column_major.tobytes())
+        (root / "stl10_binary" / f"{split}_y.bin").write_bytes(bytes(i + 1 for i in labels))
+    (root / "stl10_binary" / "unlabeled_X.bin").touch()
+    return parts["train"], parts["test"]
+
+
+WRITERS = {
+    "cifar10": write_cifar10,
+    "cifar100": write_cifar100,
+    "mnist": lambda root, _: write_idx(root, "MNIST"),
+    "fashion": lambda root, _: write_idx(root, "FashionMNIST"),
+    "svhn": write_svhn,
+    "stl10": write_stl10,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise URLError("no network in tests")
+
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+def build(name, root, **options):
+    return build_loaders(name, root, **{"batch_size": 50, "cache_dir": root / "run", **options})
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
+    written = WRITERS[name](tmp_path, monkeypatch)
+    spec, *loaders = build(name, tmp_path, image_size=96 if name == "stl10" else None)
+    for loader, (images, labels) in zip(loaders, written, strict=True):
+        source, targets = loader.dataset.split
+        assert np.array_equal(source.numpy(), images)
+        assert targets.tolist() == labels and targets.dtype == torch.int64
+    assert spec.num_classes == (100 if name == "cifar100" else 10)
+    assert spec.in_channels == images.shape[1] == len(spec.mean) == len(spec.std)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+@pytest.mark.parametrize("image_size", [None, 40])
+def test_batches_have_the_size_asked_for(tmp_path, monkeypatch, name, image_size):
+    WRITERS[name](tmp_path, monkeypatch)
+    spec, *loaders = build(name, tmp_path, image_size=image_size)
+    for loader in loaders:
+        ((images, targets),) = loader
+        assert images.shape == (len(targets), spec.in_channels, *[image_size or 32] * 2)
+        assert images.dtype == torch.float32 and targets.dtype == torch.int64
+    assert spec.image_size == (image_size or 32)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_failed_download_says_what_was_tried_and_where_files_go(tmp_path, name):
+    row = standard_sets.STANDARD_SETS[name]
+    with pytest.raises(DataError) as caught:
+        build(name, tmp_path)
+    message = str(caught.value)
+    for part in (name, row.url, "no network in tests", str(tmp_path / row.folder), *row.files):
+        assert part in message
+    assert caught.value.__suppress_context__
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_files_put_where_the_message_says_are_found(tmp_path, monkeypatch, name):
+    WRITERS[name](tmp_path, monkeypatch)
+    row = standard_sets.STANDARD_SETS[name]
+    assert all((tmp_path / row.folder / file).is_file() for file in row.files)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_the_address_named_is_the_one_torchvision_tries(name):
+    row = standard_sets.STANDARD_SETS[name]
+    urls = [getattr(row.kind, "url", None), *getattr(row.kind, "mirrors", ())]
+    urls += [url for url, *_ in getattr(row.kind, "split_list", {}).values()]
+    assert any(url and url.startswith(row.url) for url in urls)
+
+
+def test_a_download_is_tried_only_for_what_is_missing(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    build("cifar10", tmp_path)  # would be refused by no_network
+    (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
+    with pytest.raises(DataError, match="missing or incomplete"):
+        build("cifar10", tmp_path)
+
+
+def test_damaged_files_are_an_error_that_names_the_folder(tmp_path):
+    write_idx(tmp_path, "MNIST", damage=100)
+    with pytest.raises(DataError, match=r"mnist: damaged files in .*MNIST/raw"):
+        build("mnist", tmp_path)
+
+
+def test_digits_are_split_by_class_and_always_alike(tmp_path):
+    spec, train, test = build("digits", tmp_path / "none")
+    assert not tmp_path.joinpath("none").exists()
+    assert (len(train.dataset), len(test.dataset)) == (1437, 360)
+    shares = [
+        torch.bincount(loader.dataset.split.targets) / n
+        for loader, n in ((train, 1437), (test, 360))
+    ]
+    assert (shares[0] - shares[1]).abs().max() < 0.003
+    again = build("digits", tmp_path, seed=5)[2].dataset.split
+    assert torch.equal(again.source, test.dataset.split.source)
+    assert (spec.in_channels, spec.num_classes) == (1, 10)
+
+
+def test_digits_fill_the_grey_range_at_any_size(tmp_path):
+    for image_size in (32, 48):
+        source = build("digits", tmp_path, image_size=image_size)[1].dataset.split.source
+        assert source.shape == (1437, 1, image_size, image_size)
+        assert source.min() == 0 and source.max() > 240

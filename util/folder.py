@@ -1,0 +1,163 @@
+"""Any folder of pictures: DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val/<class>/*)."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.datasets import ImageFolder
+
+from .pictures import DataError, DataSpec, Source, Split, channel_statistics, hold_in_memory
+
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+def load_folder(
+    root: Path, image_size: int, cache_dir: Path, threads: int = 1
+) -> tuple[DataSpec, Split, Split]:
+    """Find, check and (within the memory budget) decode the pictures of both splits.
+
+    Every picture is made RGB and resized as a whole: nothing is cut off, its aspect is not kept.
+
+    Args:
+        root: the folder that holds train/ and test/ (or val/; with both, test/ is used).
+        cache_dir: gets the channel statistics, as JSON, so that the next run need not compute them.
+        threads: that decode at once.
+
+    Raises:
+        DataError: a missing or empty folder, differing classes, a picture that cannot be decoded.
+    """
+    train, test = scan_split(root, "train"), scan_split(root, "test", "val")
+    require_same_classes(train, test)
+    splits = [read_split(found, image_size, threads) for found in (train, test)]
+    mean, std = cached_statistics(train, image_size, cache_dir, splits[0].source, threads)
+    return DataSpec("folder", 3, image_size, tuple(train.classes), mean, std), *splits
+
+
+def scan_split(root: Path, *names: str) -> ImageFolder:
+    """List the pictures of the first folder root/<name> that exists.
+
+    Raises:
+        DataError: no such folder, no class in it, or a class without a picture.
+    """
+    folder = next((root / name for name in names if (root / name).is_dir()), None)
+    if folder is None:
+        wanted = " or ".join(str(root / name) for name in names)
+        raise DataError(f"no folder {wanted}: pictures are expected in <class> folders inside it")
+    try:
+        found = ImageFolder(folder, allow_empty=True)
+    except FileNotFoundError:
+        raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*") from None
+    filled = set(found.targets)
+    empty = [name for i, name in enumerate(found.classes) if i not in filled]
+    if empty:
+        listed = ", ".join(str(folder / name) for name in empty)
+        raise DataError(f"no pictures ({', '.join(found.extensions)}) in {listed}")
+    return found
+
+
+def require_same_classes(train: ImageFolder, test: ImageFolder) -> None:
+    """Targets are positions in the list of classes, so both splits need the same list."""
+    differing = [
+        f"only in {one.root}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
+        for one, other in ((train, test), (test, train))
+        if set(one.classes) - set(other.classes)
+    ]
+    if differing:
+        raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
+
+
+def read_split(found: ImageFolder, image_size: int, threads: int = 1) -> Split:
+    """The pictures found, decoded now if they fit the memory budget, else on access."""
+    files = PictureFiles([path for path, _ in found.samples], image_size)
+    return Split(hold_in_memory(files, threads), torch.tensor(found.targets))
+
+
+class PictureFiles:
+    """Picture files as a source: decoded, made RGB and resized on access."""
+
+    def __init__(self, paths: Sequence[str], image_size: int) -> None:
+        self.paths, self.image_size = paths, image_size
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Tensor) -> Tensor:
+        return torch.stack([read_picture(self.paths[i], self.image_size) for i in indices.tolist()])
+
+
+def read_picture(path: str, image_size: int) -> Tensor:
+    """Decode a file into (3, image_size, image_size) uint8.
+
+    Raises:
+        DataError: naming a file that cannot be decoded.
+    """
+    try:
+        with Image.open(path) as image:
+            # A large JPEG is decoded at a fraction of its size, never below twice the wanted one.
+            image.draft(None, (2 * image_size, 2 * image_size))
+            image = to_rgb(image)
+    except Exception as error:  # the decoders raise anything from OSError to struct.error
+        raise DataError(f"cannot decode the picture {path}: {error}") from None
+    if image.size != (image_size, image_size):
+        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any kind of picture as RGB; transparency is dropped, 16-bit grey keeps its range.
+
+    Raises:
+        ValueError: floating-point pixels, which have no range to go by.
+    """
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, of no known range")
+    if image.mode.startswith("I"):  # 16 bits; `convert` alone would clip them to 8
+        image = image.convert("I").point(lambda value: value / 256).convert("L")
+    elif image.mode == "P":
+        image = image.convert("RGBA")  # straight to RGB, Pillow warns of a transparent palette
+    return image.convert("RGB")
+
+
+def cached_statistics(
+    train: ImageFolder, image_size: int, cache_dir: Path, source: Source, threads: int = 1
+) -> Statistics:
+    """Channel mean and deviation of the training pictures, computed unless cache_dir has them.
+
+    The file's name carries a digest of folder, image size and list of files (sizes and times too),
+    so other pictures never meet these numbers. An unreadable cache is computed anew.
+    """
+    cache = cache_dir / f"channel-statistics-{digest_files(train, image_size)}.json"
+    try:
+        saved = json.loads(cache.read_text())
+        return tuple(saved["mean"]), tuple(saved["std"])
+    except (OSError, ValueError, KeyError, TypeError):
+        mean, std = channel_statistics(source, threads)
+    about = {"folder": str(train.root), "image_size": image_size, "pictures": len(source)}
+    write_json(cache, {**about, "mean": mean, "std": std})
+    return mean, std
+
+
+def digest_files(found: ImageFolder, image_size: int) -> str:
+    """Sixteen hexadecimal digits that change with the folder, the image size or any file."""
+    digest = hashlib.sha256(f"{Path(found.root).resolve()}\n{image_size}\n".encode())
+    for path, _ in found.samples:
+        status = os.stat(path)
+        name = path.removeprefix(str(found.root))
+        digest.update(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+    return digest.hexdigest()[:16]
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Write at once or not at all: runs may share the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.tmp")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    os.replace(partial, path)

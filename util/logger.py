@@ -1,0 +1,218 @@
+"""What a run leaves behind while it trains: logs, TensorBoard events, curves, a summary."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TextIO
+
+from torch import Tensor
+
+from util.checkpoint import atomic_write
+from util.plots import draw_filters, plot_training
+
+VALUES = ("loss", "top1", "top5", "lr", "seconds")
+EPOCH_COLUMNS = ("epoch", *VALUES)
+BATCH_COLUMNS = ("epoch", "batch", *VALUES)
+PLOT_NAME = "TrainingPlots.png"
+
+
+class RunLogger:
+    """Writes `train.log`, `test.log`, `train_batch.log`, TensorBoard events, `TrainingPlots.png`.
+
+    Logs are tab separated with a header row, and each row is on its way to the disk when the call
+    returns. Accuracy is in percent, time in seconds; `train.log` and `test.log` tell the seconds of
+    each epoch, `train_batch.log` the seconds of training since the epoch began. NaN and infinity
+    are written as such. In TensorBoard everything is placed at the number of optimizer steps.
+
+    Args:
+        run_dir: the folder, made if need be.
+        tensorboard: write event files.
+        plot: draw the curves after each epoch.
+        history: `history` of the checkpoint to continue; later rows and events are cut, so that
+            the files become those of a run never interrupted. None starts all files afresh.
+    """
+
+    def __init__(
+        self,
+        run_dir: str | Path,
+        *,
+        tensorboard: bool,
+        plot: bool,
+        history: dict[str, list] | None = None,
+    ) -> None:
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._plot = plot
+        keys = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
+        self.history = {key: list(history[key]) if history else [] for key in keys}
+        self._logs = {part: self._open_epoch_log(part) for part in ("train", "test")}
+        self._batch_log = self._open_batch_log()
+        self._writer = _open_writer(
+            self.run_dir, tensorboard, self._finished_steps + 1 if history else 0
+        )
+
+    def batch(
+        self,
+        epoch: int,
+        step: int,
+        loss: float,
+        top1: float,
+        top5: float,
+        lr: float,
+        seconds: float,
+    ) -> None:
+        """One row of `train_batch.log`.
+
+        Args:
+            step: optimizer steps so far in the whole run, this one included; the column `batch`
+                counts them within the epoch.
+            loss, top1, top5: over the pictures of this step, or since the row before.
+            seconds: of training since the epoch began.
+        """
+        batch = step - self._finished_steps
+        row = (epoch, batch, loss, top1, top5, lr, seconds)
+        self._batch_log.write(_format_row(row) + "\n")
+        self._writer.add_scalar("batch/loss", loss, step)
+        self._writer.add_scalar("batch/lr", lr, step)
+
+    def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
+        """One row of `train.log` and of `test.log`, and the curves so far.
+
+        Args:
+            train: `loss top1 top5 lr seconds`, and `steps`, the optimizer steps of this epoch.
+            test: `loss top1 top5 seconds`.
+        """
+        step = self._finished_steps + int(train["steps"])
+        self.history["epoch"].append(epoch)
+        self.history["step"].append(step)
+        for part, values in (("train", train), ("test", {**test, "lr": train["lr"]})):
+            for key in VALUES:
+                self.history[f"{part}_{key}"].append(float(values[key]))
+            self._logs[part].write(_format_row(self._epoch_row(part, -1)) + "\n")
+            for key in ("loss", "top1", "top5"):
+                self._writer.add_scalar(f"{part}/{key}", values[key], step)
+        self._writer.flush()
+        if self._plot:
+            title = "/".join(self.run_dir.resolve().parts[-2:])
+            plot_training(self.history, self.run_dir / PLOT_NAME, title=title)
+
+    def filters(self, epoch: int, raw: Tensor | None, whitened: Tensor | None) -> None:
+        """Pictures of the first layer's filters (O C h w) after `epoch` (0: before training).
+
+        Raises:
+            ValueError: `epoch` has not been logged yet.
+        """
+        steps = dict(zip([0, *self.history["epoch"]], [0, *self.history["step"]], strict=True))
+        if epoch not in steps:
+            raise ValueError(f"filters of epoch {epoch}, which is not logged yet")
+        for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
+            if weight is not None:
+                self._writer.add_image(f"filters/{tag}", draw_filters(weight), steps[epoch])
+
+    def summary(self, values: dict[str, Any]) -> None:
+        """Write `summary.json`; NaN and infinity, which JSON does not have, become null."""
+        text = json.dumps(_without_nonfinite(values), indent=2, allow_nan=False)
+        with atomic_write(self.run_dir / "summary.json") as file:
+            file.write(text.encode() + b"\n")
+
+    def close(self) -> None:
+        for file in (*self._logs.values(), self._batch_log, self._writer):
+            file.close()
+
+    @property
+    def _finished_steps(self) -> int:
+        """Optimizer steps of the epochs logged so far."""
+        return self.history["step"][-1] if self.history["step"] else 0
+
+    def _epoch_row(self, part: str, index: int) -> list[float]:
+        columns = ("epoch", *(f"{part}_{key}" for key in VALUES))
+        return [self.history[column][index] for column in columns]
+
+    def _open_epoch_log(self, part: str) -> TextIO:
+        rows = (self._epoch_row(part, index) for index in range(len(self.history["epoch"])))
+        return _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, rows)
+
+    def _open_batch_log(self) -> TextIO:
+        path = self.run_dir / "train_batch.log"
+        last = self.history["epoch"][-1] if self.history["epoch"] else 0
+        return _open_log(path, BATCH_COLUMNS, _kept_rows(path, last) if last else [])
+
+
+class NullWriter:
+    """A TensorBoard writer that writes nothing."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
+
+
+def read_log(path: str | Path) -> dict[str, list[float]]:
+    """The columns of a log by their names; `epoch` and `batch` are whole numbers.
+
+    Raises:
+        ValueError: naming the file and the line that is not a row of numbers.
+    """
+    header, *lines = Path(path).read_text(encoding="utf-8").splitlines() or [""]
+    columns = header.split("\t")
+    rows = []
+    for number, line in enumerate(lines, start=2):
+        try:
+            rows.append(_parse_row(line, columns))
+        except ValueError as error:
+            raise ValueError(f"{path}, line {number}: {error}") from error
+    return {column: [row[index] for row in rows] for index, column in enumerate(columns)}
+
+
+def _parse_row(line: str, columns: Sequence[str]) -> list[float]:
+    cells = line.split("\t")
+    if len(cells) != len(columns):
+        raise ValueError(f"{len(cells)} values for the {len(columns)} columns {' '.join(columns)}")
+    whole = ("epoch", "batch")
+    pairs = zip(columns, cells, strict=True)
+    return [int(cell) if column in whole else float(cell) for column, cell in pairs]
+
+
+def _kept_rows(path: Path, last_epoch: int) -> list[list[float]]:
+    """The rows of `train_batch.log` up to `last_epoch`, or up to a line that a crash has torn."""
+    rows: list[list[float]] = []
+    with suppress(ValueError, FileNotFoundError), open(path, encoding="utf-8") as lines:
+        next(lines, None)  # the header
+        for line in lines:
+            if not line.endswith("\n"):
+                break
+            rows.append(_parse_row(line, BATCH_COLUMNS))
+    return [row for row in rows if row[0] <= last_epoch]
+
+
+def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> TextIO:
+    """A log that holds the header and `rows`, opened to append further ones line by line."""
+    lines = ["\t".join(columns), *(_format_row(row) for row in rows)]
+    with atomic_write(path) as file:
+        file.write("".join(f"{line}\n" for line in lines).encode())
+    return open(path, "a", buffering=1, encoding="utf-8", newline="\n")  # 1: flush every line
+
+
+def _format_row(values: Sequence[float]) -> str:
+    return "\t".join(str(v) if isinstance(v, int) else f"{float(v):.6g}" for v in values)
+
+
+def _open_writer(run_dir: Path, enabled: bool, purge_step: int) -> Any:
+    """A TensorBoard writer that hides what older event files tell of `purge_step` and later."""
+    if not enabled:
+        return NullWriter()
+    from tensorboardX import SummaryWriter  # here: it takes more than a second to import
+
+    # The suffix keeps a run resumed within the same second from overwriting the older file.
+    suffix = f".{purge_step:08d}"
+    return SummaryWriter(str(run_dir), purge_step=purge_step, filename_suffix=suffix)
+
+
+def _without_nonfinite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nonfinite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_nonfinite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
