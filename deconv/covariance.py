@@ -22,18 +22,18 @@ def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:
-    """Cov = mean_{s,m} x_sm x_sm^T + eps I of centred rows, pooled over blocks that share a matrix.
+    """Cov = mean_m x_m x_m^T + eps I of centred rows.
 
     The rows are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
 
     Args:
-        centred: (G, S, M, F), mean zero over M.
+        centred: (G, M, F), M rows of mean zero; blocks that share a matrix are simply more rows.
         eps: added to the diagonal, in units of variance.
 
     Returns:
         (G, F, F), symmetric, positive definite for eps > 0.
     """
-    return _SecondMoment.apply(centred.flatten(1, 2), eps)  # G S*M F
+    return _SecondMoment.apply(centred, eps)
 
 
 class _SecondMoment(torch.autograd.Function):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .blocks import Blocks, divide_channels
 from .covariance import centre, covariance
 from .fold import fold, vectors_along, whiten_along
-from .inverse_sqrt import inverse_sqrt
+from .inverse_sqrt import inverse_sqrt, inverse_sqrt_from_rows
 from .patches import sample_patches
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
@@ -99,8 +99,11 @@ class _Whitening(nn.Module):
         for axis in self.axes:
             for done, matrix in whiten.items():  # the second axis sees what the first has whitened
                 rows = whiten_along(done, rows, matrix, blocks.size)
-            cov = covariance(vectors_along(axis, rows, blocks.size), self.eps)
-            whiten[axis] = inverse_sqrt(cov, self.n_iter)
+            vectors = vectors_along(axis, rows, blocks.size).flatten(1, 2)  # G S*M' d
+            if 2 * vectors.shape[1] < vectors.shape[2]:  # where the smaller side is cheaper
+                whiten[axis] = inverse_sqrt_from_rows(vectors, self.eps, self.n_iter)
+            else:
+                whiten[axis] = inverse_sqrt(covariance(vectors, self.eps), self.n_iter)
         return mean, whiten
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deconv.inverse_sqrt import inverse_sqrt
+from deconv.inverse_sqrt import inverse_sqrt, inverse_sqrt_from_rows
 
 
 def random_spd(batch, side, low=1e-1, seed=0):
@@ -70,3 +70,22 @@ def test_gradient_matches_finite_differences():
 def test_refuses_zero_steps():
     with pytest.raises(ValueError, match="n_iter.*0"):
         inverse_sqrt(torch.eye(2)[None], 0)
+
+
+@pytest.mark.parametrize(("count", "features"), [(1, 3), (5, 12), (20, 8)])
+@pytest.mark.parametrize("eps", [1e-2, 1e-5])
+def test_from_rows_equals_the_iteration_on_the_covariance(count, features, eps):
+    rows = torch.randn(2, count, features, dtype=torch.float64, requires_grad=True)
+    cov = rows.mT @ rows / count + eps * torch.eye(features, dtype=torch.float64)
+    expected, actual = inverse_sqrt(cov, 5), inverse_sqrt_from_rows(rows, eps, 5)
+    torch.testing.assert_close(actual, expected)
+    weight = torch.randn_like(expected)
+    gradients = [torch.autograd.grad((D * weight).sum(), rows)[0] for D in (actual, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_from_rows_is_as_exact_in_float32_as_the_iteration():
+    rows = torch.randn(1, 64, 512) * torch.logspace(0, -3, 512)
+    exact = inverse_sqrt_from_rows(rows.double(), 1e-5, 5)
+    error = (inverse_sqrt_from_rows(rows, 1e-5, 5) - exact).abs().max()
+    assert error < 1e-5 * exact.abs().max()

@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deconv import Delinear, FastDeconv
+from deconv.inverse_sqrt import inverse_sqrt
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -327,3 +328,10 @@ def test_single_picture_needs_no_batch_dimension():
     layer = FastDeconv(4, 8, 3)
     x = pictures(1)
     torch.testing.assert_close(layer(x[0]), layer(x)[0])
+
+
+def test_fewer_rows_than_features_whiten_as_the_formula_says():
+    layer, x = Delinear(40, 3), torch.randn(10, 40)
+    off_centre = x - x.mean(0)
+    D = inverse_sqrt((off_centre.T @ off_centre / 10 + layer.eps * torch.eye(40))[None])[0]
+    torch.testing.assert_close(layer(x), off_centre @ D @ layer.weight.T + layer.bias)

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# CIFAR-10, one linear layer on raw pixels, 1 epoch: logistic regression, then linear regression.
+#
+# Expected test accuracy: not published as figures; the paper draws the training loss of --method 1 to
+# 4, where whitening the input lets gradient descent converge in about one step.
+#
+# Arguments are passed on: bash scripts/recipes/cifar10_linear.sh --data DIR --epochs 1
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+
+python main.py --lr .1 --optimizer SGD --arch simple_v1 --epochs 1 --dataset cifar10 --batch-size 512 --msg True --method 1 --loss CE "$@"
+python main.py --lr .1 --optimizer SGD --arch simple_v1 --epochs 1 --dataset cifar10 --batch-size 512 --msg True --method 1 --loss L2 "$@"

@@ -1,0 +1,148 @@
+"""The command line: spelling, aliases, defaults and ranges of the flags."""
+
+import argparse
+
+import pytest
+
+import main
+from deconv.layers import LAYOUTS, MODES
+from util.optim import LOSSES, OPTIMIZERS, SCHEDULES
+from util.parser import Parser, real, str2bool, whole
+
+PUBLISHED_DEFAULTS = """
+    --arch vgg11 --dataset cifar10 --epochs 100 --batch-size 512 --loss CE --optimizer SGD --lr .1
+    --lr-scheduler cosine --momentum .9 --wd 5e-4 --milestone .4 --multistep-gamma .1 --seed 0
+    --deconv False --mode 5 --num-groups 16 --eps 1e-2 --deconv-iter 5 --stride 3 --data ./data
+    --dropout-rate 0 --save-plot True --tensorboardX True --msg False
+"""
+
+
+def typed(line):
+    return main.build_parser().parse_typed(line.split())
+
+
+def refusal(capsys, line):
+    """The one line with which a command line is refused."""
+    with pytest.raises(SystemExit) as stop:
+        typed(line)
+    assert stop.value.code == 2
+    (only,) = capsys.readouterr().err.splitlines()
+    assert only.startswith("main.py: error: ")
+    return only
+
+
+def test_defaults_are_the_published_ones():
+    defaults = main.build_parser().defaults()
+    published = typed(PUBLISHED_DEFAULTS)
+    assert {name: defaults[name] for name in published} == published
+
+
+def test_only_typed_flags_are_returned_even_if_typed_as_the_default():
+    assert typed("--lr .1 --seed 0") == {"lr": 0.1, "seed": 0}
+    assert typed("") == {}
+
+
+@pytest.mark.parametrize(
+    ("short", "name", "value"),
+    [
+        ("-j 2", "num_workers", 2),
+        ("-b 64", "batch_size", 64),
+        ("-a resnet", "arch", "resnet"),
+        ("--weight-decay 1e-3", "weight_decay", 1e-3),
+        ("--block 8", "num_groups", 8),
+        ("--block-fc 256", "num_groups_final", 256),
+        ("--tensorboard no", "tensorboardX", False),
+        ("--milestone 60 80", "milestone", [60, 80]),
+        ("--use-gpu 0", "use_gpu", False),
+    ],
+)
+def test_aliases(short, name, value):
+    assert typed(short) == {name: value}
+
+
+@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "YES"])
+def test_true(text):
+    assert str2bool(text) is True
+
+
+@pytest.mark.parametrize("text", ["False", "FALSE", "0", "no", "No"])
+def test_false(text):
+    assert str2bool(text) is False
+
+
+@pytest.mark.parametrize("text", ["maybe", "", "2", "on"])
+def test_neither_true_nor_false(text):
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}'"):
+        str2bool(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", "11"])
+def test_whole_numbers_have_bounds(text):
+    assert whole(1, 10)("10") == 10
+    with pytest.raises(argparse.ArgumentTypeError, match=f"from 1 to 10, got '{text}'"):
+        whole(1, 10)(text)
+
+
+@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "much", "1"])
+def test_real_numbers_have_bounds(text):
+    assert real(above=0, below=1)("1e-3") == 1e-3
+    with pytest.raises(argparse.ArgumentTypeError, match="above 0 and below 1"):
+        real(above=0, below=1)(text)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("--lr 0", "--lr nan", "--momentum 1", "--wd -1", "--eps 0", "--dropout-rate 1"),
+        *("--batch-size 0", "--epochs 0", "--max-steps 0", "--num-workers -1", "--threads 0"),
+        *("--mode 6", "--method 5", "--num-groups 0", "--num-groups-final -1", "--deconv-iter 0"),
+        *("--stride 0", "--seed -1", "--print-freq 0", "--checkpoint-epoch -1", "--stem-iter 0"),
+        *("--image-size 31", "--milestone 0", "--multistep-gamma 0", "--deconv perhaps"),
+        *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
+        *("--lr-scheduler step", "--layout random"),
+    ],
+)
+def test_values_out_of_range_are_refused_by_name(capsys, line):
+    message = refusal(capsys, line)
+    flag, value = line.split()
+    assert flag in message and value in message
+
+
+def test_unknown_and_shortened_flags_are_refused(capsys):
+    assert "--learning-rate" in refusal(capsys, "--learning-rate 1")
+    assert "--num-group" in refusal(capsys, "--num-group 8")
+
+
+def test_arch_help_and_a_wrong_name_list_the_architectures(capsys):
+    with pytest.raises(SystemExit) as stop:
+        typed("--arch help")
+    assert stop.value.code == 0
+    listed = capsys.readouterr().out
+    wrong = refusal(capsys, "--arch lenet9")
+    for name in main.ARCHITECTURES:
+        assert name in listed and name in wrong
+
+
+def test_help_has_groups_and_tells_every_default(capsys):
+    with pytest.raises(SystemExit) as stop:
+        typed("--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for title in ("network", "deconvolution", "data", "training", "output"):
+        assert f"\n{title}:\n" in text
+    assert max(map(len, text.splitlines())) <= 100
+    for choice in (*LOSSES, *OPTIMIZERS, *SCHEDULES, *LAYOUTS):
+        assert choice in text
+
+
+def test_choices_are_those_of_the_layers():
+    for layout in LAYOUTS:
+        assert typed(f"--layout {layout}") == {"layout": layout}
+    for mode in MODES:
+        assert typed(f"--mode {mode}") == {"mode": mode}
+
+
+def test_a_percent_sign_in_a_help_text_is_no_format(capsys):
+    parser = Parser("x.py", "")
+    parser.add_group("g")("--share", "of 100 %", whole(0), 5)
+    assert "of 100 % (5)" in " ".join(parser.format_help().split())

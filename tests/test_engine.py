@@ -1,0 +1,96 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from util.engine import TrainingDiverged, evaluate, train_one_epoch
+from util.optim import build_criterion, build_optimizer, build_scheduler
+
+CPU = torch.device("cpu")
+CRITERION = build_criterion("CE", 3)
+
+
+def make_parts(images=None):
+    """A linear network on 10 pictures of 2 pixels in batches of 4, 4 and 2."""
+    torch.manual_seed(0)
+    images = torch.randn(10, 2) if images is None else images
+    loader = DataLoader(TensorDataset(images, torch.arange(10) % 3), batch_size=4)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1, weight_decay=0.01)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=6, epoch_steps=3)
+    return model, loader, CRITERION, optimizer, scheduler
+
+
+def test_evaluate_counts_every_picture_once_and_changes_nothing():
+    model, loader, *_ = make_parts()
+    before = copy.deepcopy(model.state_dict())
+    figures = evaluate(model, loader, CRITERION, device=CPU)
+    logits, targets = model[0](loader.dataset.tensors[0]), loader.dataset.tensors[1]
+    assert figures["loss"] == pytest.approx(CRITERION(logits, targets).item())
+    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
+    assert (figures["top5"], figures["images"]) == (100, 10)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_train_steps_as_written_out_by_hand():
+    model, loader, *_, scheduler = parts = make_parts()
+    model[1].p = 0.0
+    other = copy.deepcopy(model[0])
+    velocity = [torch.zeros_like(p) for p in other.parameters()]
+    losses = []
+    for step, (images, targets) in enumerate(loader):
+        loss = CRITERION(other(images), targets)
+        losses.append(loss.item())
+        lr = 0.1 * (1 + torch.cos(torch.tensor(torch.pi * step / 6))) / 2
+        grads = torch.autograd.grad(loss, list(other.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(other.parameters(), velocity, grads, strict=True):
+                v.mul_(0.9).add_(g + 0.01 * p)
+                p.sub_(lr * v)
+    figures = train_one_epoch(*parts, device=CPU)
+    for ours, theirs in zip(model[0].parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
+    assert figures["loss"] == pytest.approx(mean)
+    assert (figures["steps"], figures["images"]) == (3, 10)
+    assert figures["lr"] == pytest.approx(float(lr))
+    assert scheduler.last_epoch == 3
+
+
+def test_max_steps_ends_the_epoch_early():
+    figures = train_one_epoch(*make_parts(), device=CPU, max_steps=2)
+    assert (figures["steps"], figures["images"]) == (2, 8)
+
+
+def test_on_batch_hears_of_every_nth_batch():
+    heard = []
+    report = lambda batch, figures: heard.append((batch, sorted(figures)))
+    train_one_epoch(*make_parts(), device=CPU, on_batch=report, report_every=2)
+    assert heard == [(2, ["loss", "lr", "seconds", "top1", "top5"])]
+
+
+def test_diverging_stops_before_the_weights_are_touched():
+    images = torch.randn(10, 2)
+    images[5] = float("nan")  # in the second batch
+    model, *rest = make_parts(images)
+    seen = []
+    with pytest.raises(TrainingDiverged, match="epoch 7, batch 2: the loss is nan"):
+        train_one_epoch(
+            model,
+            *rest,
+            device=CPU,
+            on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
+            report_every=1,
+            title="epoch 7",
+        )
+    assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_train_and_eval_mode_are_set():
+    model, loader, *rest = make_parts()
+    evaluate(model, loader, CRITERION, device=CPU)
+    assert not model.training
+    train_one_epoch(model, loader, *rest, device=CPU)
+    assert model.training

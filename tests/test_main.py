@@ -1,0 +1,296 @@
+"""Whole runs of main.py on real handwritten digits."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from util.checkpoint import load_checkpoint
+
+ROOT = Path(__file__).resolve().parent.parent
+QUIET = "--save-plot False --tensorboard False"
+FILES = {
+    *("args.json", "summary.json", "train.log", "test.log", "train_batch.log"),
+    *("TrainingPlots.png", "checkpoint.pth.tar", "model_best.pth.tar"),
+}
+
+
+def train(line, run_dir=None):
+    """Run main.py on digits; returns the summary."""
+    argv = f"--dataset digits --arch simple_v2 --batch-size 128 {line}".split()
+    main.main(argv if run_dir is None else [*argv, "--run-dir", str(run_dir)])
+    return json.loads((run_dir / "summary.json").read_text()) if run_dir else None
+
+
+def refusal(capsys, argv, code=2):
+    """The one line with which main.py refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        main.main([str(word) for word in argv])
+    assert stop.value.code == code
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("main.py: error: ")
+    return line
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run of two epochs, for tests that only look at it."""
+    run_dir = tmp_path_factory.mktemp("runs") / "finished"
+    train("--deconv True --epochs 2 --print-freq 5 --checkpoint-epoch 1", run_dir)
+    return run_dir
+
+
+def test_both_kinds_learn_the_digits(tmp_path):
+    assert train(f"--epochs 3 --batch-size 64 {QUIET}", tmp_path / "bn")["test_top1"] > 95
+    assert train(f"--epochs 3 --deconv True {QUIET}", tmp_path / "deconv")["test_top1"] > 95
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+def test_every_mode_learns(tmp_path, mode):
+    line = f"--deconv True --mode {mode} --epochs 1 {QUIET}"
+    summary = train(line, tmp_path / "run")
+    assert summary["kind"] == f"deconv-mode{mode}"
+    assert summary["train_top1"] > 50
+
+
+@pytest.mark.parametrize("method", [1, 2, 3, 4])
+@pytest.mark.parametrize("loss", ["CE", "L2"])
+def test_linear_models_learn_by_every_method(tmp_path, method, loss):
+    line = f"--arch simple_v1 --method {method} --loss {loss} --max-steps 4 --lr .01 {QUIET}"
+    summary = train(line, tmp_path / "run")
+    assert summary["kind"] == f"method{method}"
+    assert math.isfinite(summary["train_loss"])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--arch vgg11 --deconv True --batch-size 4 --dropout-rate .2",
+        "--arch vgg11 --batch-size 4 --optimizer Adam --lr 1e-3",
+        "--arch mlp --method 4 --optimizer AMSGrad",
+        "--arch resnet18 --batch-size 4 --lr-scheduler multistep --milestone .5",
+        "--batchnorm False --num-groups-final 64",
+        "--deconv True --layout interleaved --share-blocks True --image-size 40",
+    ],
+)
+def test_two_steps_of_other_combinations(tmp_path, line):
+    summary = train(f"{line} --max-steps 2 --lr .001 {QUIET}", tmp_path / "run")
+    assert summary["steps"] == 2
+
+
+def test_a_run_leaves_its_files(finished):
+    names = {path.name for path in finished.iterdir()}
+    assert names >= FILES | {"checkpoint_1.pth.tar", "checkpoint_2.pth.tar"}
+    assert any(name.startswith("events.out.tfevents") for name in names)
+    assert not any(name.endswith(".tmp") for name in names)
+
+
+def test_logs_are_tables(finished):
+    for name, first, rows in (
+        ("train.log", ["epoch"], 2),
+        ("test.log", ["epoch"], 2),
+        ("train_batch.log", ["epoch", "batch"], 4),  # 12 batches an epoch, every fifth
+    ):
+        header, *lines = (finished / name).read_text().splitlines()
+        assert header.split("\t") == [*first, "loss", "top1", "top5", "lr", "seconds"]
+        assert len(lines) == rows
+        assert all(len(line.split("\t")) == len(header.split("\t")) for line in lines)
+
+
+def test_summary_and_record_tell_the_run(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    record = json.loads((finished / "args.json").read_text())
+    assert {
+        *("best_test_top1", "test_top1", "test_top5", "test_loss", "epochs", "steps"),
+        *("train_seconds", "test_seconds", "parameters", "images_per_second", "peak_memory_mb"),
+        *("kind", "arch", "dataset", "seed", "train_loss", "train_top1"),
+    } <= set(summary)
+    assert (summary["epochs"], summary["steps"], summary["kind"]) == (2, 24, "deconv-mode5")
+    assert record["flags"]["num_groups_final"] == 512
+    assert record["flags"]["batch_size"] == 128
+
+
+def test_checkpoint_is_tensors_and_plain_values(finished):
+    saved = torch.load(finished / "checkpoint.pth.tar", weights_only=True)
+    assert (saved["epoch"], saved["step"]) == (2, 24)
+    assert saved["config"]["arch"] == "simple_v2"
+
+
+def test_default_folder_is_named_by_data_network_and_layers(tmp_path, capsys):
+    for line, name in (
+        ("", "digits-simple_v2-bn"),
+        ("--deconv True --mode 3", "digits-simple_v2-deconv-mode3"),
+        ("--batchnorm False", "digits-simple_v2-plain"),
+        ("--arch mlp --method 2", "digits-mlp-method2"),
+    ):
+        train(f"--max-steps 1 --lr .001 {QUIET} --out {tmp_path} {line}")
+        (run_dir,) = (tmp_path / name).iterdir()
+        assert str(run_dir) in capsys.readouterr().out
+
+
+def test_console_has_a_line_per_epoch_and_with_msg_one_per_batch(tmp_path, capsys):
+    train(f"--epochs 1 --msg True {QUIET}", tmp_path / "run")
+    out, err = capsys.readouterr()
+    assert len([line for line in out.splitlines() if line.startswith("epoch 1 batch ")]) == 12
+    assert len([line for line in out.splitlines() if line.startswith("epoch 1/1 ")]) == 1
+    assert err == ""  # no bar where there is no terminal
+
+
+def test_same_seed_same_result_and_another_seed_another(tmp_path):
+    line = f"--deconv True --max-steps 2 {QUIET}"
+    runs = [train(f"{line} --seed {s}", tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))]
+    assert runs[0]["train_loss"] == runs[1]["train_loss"] != runs[2]["train_loss"]
+
+
+def rows(path):
+    """A log without its last column, the seconds."""
+    return [line.split("\t")[:-1] for line in path.read_text().splitlines()]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--deconv True --dropout-rate .3",
+        "--arch mlp --method 1 --optimizer Adam --lr .01 --lr-scheduler multistep --milestone 1",
+    ],
+)
+def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train(f"{line} --epochs 3 {QUIET} --checkpoint-epoch 2 --print-freq 4", whole)
+    parts.mkdir()
+    for name in ("args.json", "train.log", "test.log", "train_batch.log"):
+        (parts / name).write_bytes((whole / name).read_bytes())
+    (whole / "checkpoint_2.pth.tar").rename(parts / "checkpoint.pth.tar")
+    main.main(["--resume", str(parts / "checkpoint.pth.tar")])
+    a, b = (load_checkpoint(folder / "checkpoint.pth.tar", "cpu") for folder in (whole, parts))
+    for part in ("model", "optimizer", "rng", "epoch", "step", "best_top1"):
+        assert repr(flatten(a[part])) == repr(flatten(b[part])), part
+    for name in ("train.log", "test.log", "train_batch.log"):
+        assert rows(whole / name) == rows(parts / name)
+
+
+def flatten(value):
+    """Nested values with every tensor written out in full."""
+    if isinstance(value, torch.Tensor):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {key: flatten(item) for key, item in value.items()}
+    return [flatten(item) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def test_resume_goes_on_to_more_epochs_on_the_new_totals_schedule(finished, tmp_path):
+    checkpoint = finished / "checkpoint_1.pth.tar"
+    argv = ["--resume", checkpoint, "--epochs", "3", "--run-dir", tmp_path / "more", *QUIET.split()]
+    main.main([str(word) for word in argv])
+    rates = [float(row[-1]) for row in rows(tmp_path / "more" / "train.log")[1:]]
+    cosine = [0.05 * (1 + math.cos(math.pi * step / 36)) for step in (23, 35)]
+    assert rates[1:] == pytest.approx(cosine, rel=1e-4)
+    assert json.loads((tmp_path / "more" / "summary.json").read_text())["epochs"] == 3
+
+
+def test_resuming_a_finished_run_changes_nothing(finished, capsys):
+    before = {path.name: path.stat().st_mtime_ns for path in finished.iterdir()}
+    main.main(["--resume", str(finished / "checkpoint.pth.tar")])
+    assert "finished" in capsys.readouterr().out
+    assert {path.name: path.stat().st_mtime_ns for path in finished.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ("--arch vgg11", "--arch is 'simple_v2' in the checkpoint, 'vgg11' in this run"),
+        ("--mode 3", "--mode is 5 in the checkpoint, 3 in this run"),
+        ("--lr .05", "--lr is 0.1 in the checkpoint, 0.05 in this run"),
+        ("--block 8", "--num-groups is 16 in the checkpoint, 8 in this run"),
+        ("--seed 3", "--seed is 0 in the checkpoint, 3 in this run"),
+    ],
+)
+def test_resume_refuses_another_run_naming_the_difference(finished, capsys, flags, told):
+    assert told in refusal(
+        capsys, ["--resume", finished / "checkpoint.pth.tar", "--epochs", 9, *flags.split()]
+    )
+
+
+def test_resume_refuses_what_is_no_checkpoint(finished, tmp_path, capsys):
+    run_dir = ["--run-dir", tmp_path / "run"]
+    missing = tmp_path / "nothing.pth.tar"
+    assert str(missing) in refusal(capsys, ["--resume", missing, *run_dir])
+    foreign = tmp_path / "foreign.pth.tar"
+    torch.save({"state_dict": {}}, foreign)
+    assert str(foreign) in refusal(capsys, ["--resume", foreign, *run_dir])
+    damaged = tmp_path / "damaged.pth.tar"
+    damaged.write_bytes((finished / "checkpoint.pth.tar").read_bytes()[:-100])
+    assert str(damaged) in refusal(capsys, ["--resume", damaged, *run_dir])
+    assert not (tmp_path / "run").exists()
+
+
+def test_resume_refuses_the_middle_of_an_epoch(tmp_path, capsys):
+    train(f"--max-steps 2 {QUIET}", tmp_path / "run")
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
+    assert "in the middle of an epoch of 12 steps" in told
+
+
+def test_a_folder_that_holds_a_run_is_refused(finished, capsys):
+    told = refusal(capsys, ["--dataset", "digits", "--run-dir", finished])
+    assert str(finished) in told and "--resume" in told
+
+
+def test_bad_input_creates_nothing(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    told = refusal(capsys, ["--dataset", "folder", "--data", empty])
+    assert str(empty) in told
+    refusal(capsys, ["--dataset", "digits", "--lr", "-1"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "--use-gpu True" in refusal(capsys, ["--dataset", "digits", "--use-gpu", "True"])
+    assert list(tmp_path.rglob("*")) == [empty]
+
+
+def test_folders_whose_classes_differ_are_refused(tmp_path, capsys):
+    for name in ("train/cat", "train/dog", "test/cat", "test/cow"):
+        (tmp_path / name).mkdir(parents=True)
+        Image.new("RGB", (32, 32)).save(tmp_path / name / "1.png")
+    told = refusal(
+        capsys, ["--dataset", "folder", "--data", tmp_path, "--run-dir", tmp_path / "run"]
+    )
+    assert "dog" in told or "cow" in told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_pictures_is_trained_on(tmp_path):
+    torch.manual_seed(0)
+    for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
+        (tmp_path / name).mkdir(parents=True)
+        for number in range(4):
+            pixels = (torch.rand(40, 30, 3) * 255).to(torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    before = sorted(path for path in tmp_path.rglob("*"))
+    line = f"--dataset folder --data {tmp_path} --batch-size 4 --epochs 1 {QUIET}"
+    summary = train(line, tmp_path / "runs" / "run")
+    assert summary["steps"] == 2
+    assert [p for p in sorted(tmp_path.rglob("*")) if "runs" not in p.parts] == before
+
+
+def test_divergence_is_an_error_that_names_the_step(tmp_path, capsys):
+    line = f"--dataset digits --arch simple_v2 --batchnorm False --lr 1e30 {QUIET}"
+    told = refusal(capsys, [*line.split(), "--run-dir", tmp_path / "run"], code=1)
+    assert "epoch 1/100, batch" in told and "--lr" in told
+
+
+def test_command_line_exits_with_two_and_one_line(tmp_path):
+    script = [sys.executable, str(ROOT / "main.py"), "--dataset", "digits", "--mode", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    end = subprocess.run(script, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert end.returncode == 2
+    assert end.stderr == "main.py: error: --mode 3 needs --deconv True\n"
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,70 @@
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from util.checkpoint import CheckpointError
+from util.optim import build_optimizer
+from util.progress import Progress, restore, snapshot
+
+
+def figures(top1, loss=1.0, **more):
+    return {"loss": loss, "top1": top1, "top5": 90.0, "seconds": 2.0, "images": 20} | more
+
+
+def finish(done, top1, loss=1.0):
+    done.finish_epoch(figures(50.0, steps=5, lr=0.1), figures(top1, loss))
+
+
+def test_counts_and_sums():
+    done = Progress()
+    finish(done, 60.0)
+    finish(done, 70.0)
+    summary = done.summary()
+    assert (summary["epochs"], summary["steps"]) == (2, 10)
+    assert (summary["train_seconds"], summary["images_per_second"]) == (4.0, 10.0)
+    assert (summary["best_test_top1"], summary["best_epoch"]) == (70.0, 2)
+    assert (summary["test_top1"], summary["test_loss"], summary["train_lr"]) == (70.0, 1.0, 0.1)
+
+
+def test_the_first_of_equals_is_best():
+    done = Progress()
+    best = []
+    for top1 in (0.0, 60.0, 60.0, 50.0, 61.0):
+        finish(done, top1)
+        best.append(done.is_best)
+    assert best == [True, True, False, False, True]
+
+
+def test_nan_is_never_best():
+    done = Progress()
+    finish(done, 99.0, loss=math.nan)
+    assert not done.is_best
+    finish(done, 10.0)
+    finish(done, math.nan)
+    assert (done.best_epoch, done.best_top1) == (2, 10.0)
+
+
+def make_parts():
+    model = nn.Linear(2, 2)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    return model, optimizer
+
+
+def test_restore_takes_up_what_snapshot_kept():
+    done = Progress()
+    model, optimizer = make_parts()
+    model(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    finish(done, 60.0)
+    saved = {**snapshot(done, model, optimizer), "spec": {"classes": ("a", "b")}}
+    other, others_optimizer = make_parts()
+    again = restore(saved, other, others_optimizer, spec={"classes": ("a", "b")}, epoch_steps=5)
+    assert again == done
+    assert torch.equal(other.weight, model.weight)
+    assert repr(others_optimizer.state_dict()) == repr(optimizer.state_dict())
+    with pytest.raises(CheckpointError, match=r"classes is \('a', 'b'\)"):
+        restore(saved, other, others_optimizer, spec={"classes": ("a", "c")}, epoch_steps=5)
+    with pytest.raises(CheckpointError, match="step 5, in the middle of an epoch of 4 steps"):
+        restore(saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4)

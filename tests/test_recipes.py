@@ -1,0 +1,86 @@
+"""main.py accepts every `python main.py` command that the README and the scripts show."""
+
+import os
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+import main
+from models import ARCHITECTURES
+from util.settings import read_settings
+
+ROOT = Path(__file__).resolve().parent.parent
+PUBLISHED = """
+--arch vgg11 --epochs 20 --dataset cifar10 --batch-size 128 --deconv False --num-groups-final 0 --wd .001
+--arch vgg11 --epochs 20 --dataset cifar10 --batch-size 128 --deconv True --num-groups-final 512 --wd .001
+--arch simple_v1 --epochs 1 --dataset cifar10 --batch-size 512 --method 1 --loss CE
+--arch simple_v1 --epochs 1 --dataset cifar10 --batch-size 512 --method 1 --loss L2
+--arch resnet --epochs 100 --dataset cifar10 --batch-size 512 --deconv False --num-groups-final 0
+--arch resnet --epochs 100 --dataset cifar10 --num-groups-final 512 --batch-size 512 --deconv True
+--arch resnet50 --epochs 100 --dataset cifar100 --batch-size 128 --deconv True --num-groups-final 512
+--arch resnet50 --epochs 100 --dataset cifar100 --batch-size 128 --deconv False --num-groups-final 0
+--arch vgg11 --epochs 100 --dataset cifar100 --batch-size 128 --deconv True --num-groups-final 512
+--arch vgg11 --epochs 100 --dataset cifar100 --batch-size 128 --deconv False --num-groups-final 0
+--arch vgg13 --epochs 100 --dataset cifar100 --batch-size 128 --deconv True --num-groups-final 512
+--arch vgg13 --epochs 100 --dataset cifar100 --batch-size 128 --deconv False --num-groups-final 0
+--arch vgg19 --epochs 100 --dataset cifar100 --batch-size 128 --deconv True --num-groups-final 512
+--arch vgg19 --epochs 100 --dataset cifar100 --batch-size 128 --deconv False --num-groups-final 0
+--arch vgg11 --epochs 100 --dataset cifar100 --batch-size 128 --deconv True --mode 3 --num-groups-final 512
+"""  # noqa: E501
+
+
+def commands(path):
+    """Arguments of each `python main.py ...` in a file, lines joined and arrays filled in."""
+    text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    arrays = dict(re.findall(r"^(\w+)=\((.*)\)$", text, flags=re.MULTILINE))
+    for line in re.findall(r"\bpython3? main\.py\b([^\n`|>]*)", text):
+        for name, words in arrays.items():
+            line = line.replace(f'"${{{name}[@]}}"', words)
+        line = line.replace('"$@"', "").replace("$out", "out")
+        yield shlex.split(line, comments=True)
+
+
+def documents():
+    readme = [path for path in [ROOT / "README.md"] if path.exists()]
+    return readme + sorted((ROOT / "scripts").rglob("*.sh"))
+
+
+def read(argv):
+    """All flags as main.py would take them; checkpoints are not there to be read."""
+    if "--resume" in argv:
+        return main.build_parser().parse_typed(argv)
+    options = {name: architecture.options for name, architecture in ARCHITECTURES.items()}
+    return vars(read_settings(main.build_parser(), options, argv)[0])
+
+
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_command_is_accepted(path):
+    for argv in commands(path):
+        if "help" not in argv[-1]:
+            read(argv)
+
+
+def test_recipes_hold_the_published_commands():
+    recipes = (ROOT / "scripts" / "recipes").glob("*.sh")
+    shown = [read(argv) for path in recipes for argv in commands(path)]
+    common = "--lr .1 --optimizer SGD --msg True "
+    for line in PUBLISHED.strip().splitlines():
+        assert read(shlex.split(common + line)) in shown, line
+
+
+def test_every_recipe_says_what_to_expect():
+    for path in sorted((ROOT / "scripts" / "recipes").glob("*.sh")):
+        assert re.search("[Ee]xpect", path.read_text(encoding="utf-8")), path
+        assert list(commands(path)), path
+
+
+def test_scripts_are_what_the_shell_accepts():
+    for path in sorted((ROOT / "scripts").rglob("*.sh")):
+        assert os.system(f"bash -n {shlex.quote(str(path))}") == 0
+
+
+def test_continuous_integration_runs_the_tests_as_users_do():
+    lines = (ROOT / ".ci" / "run").read_text(encoding="utf-8").splitlines()
+    assert [line for line in lines if not line.startswith("#")] == ["bash scripts/test.sh"]

@@ -1,0 +1,104 @@
+"""What is minimised, by which rule, at which rate. Every schedule counts optimizer steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import SGD, Adam, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+LOSSES = ("CE", "L2")
+OPTIMIZERS = ("SGD", "Adam", "AMSGrad")
+SCHEDULES = ("cosine", "multistep")
+
+Criterion = Callable[[Tensor, Tensor], Tensor]
+
+
+def build_criterion(loss: str, num_classes: int) -> Criterion:
+    """criterion(logits (N, classes), targets (N,) int64) -> scalar, averaged over the batch.
+
+    CE is the cross-entropy; L2 the mean squared distance to the one-hot target.
+
+    Raises:
+        ValueError: an unknown loss.
+    """
+    if loss == "CE":
+        return nn.CrossEntropyLoss()
+    if loss == "L2":
+        return partial(_squared_error, num_classes)
+    raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
+
+
+def _squared_error(num_classes: int, logits: Tensor, targets: Tensor) -> Tensor:
+    return F.mse_loss(logits, F.one_hot(targets, num_classes).to(logits.dtype))
+
+
+def build_optimizer(
+    name: str,
+    params: Iterable[nn.Parameter],
+    *,
+    lr: float,
+    momentum: float = 0.9,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """SGD with momentum, Adam or AMSGrad (which have their own), all with L2 weight decay.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "SGD":
+        return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if name in OPTIMIZERS:
+        return Adam(params, lr=lr, weight_decay=weight_decay, amsgrad=name == "AMSGrad")
+    raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
+
+
+def build_scheduler(
+    name: str,
+    optimizer: Optimizer,
+    *,
+    total_steps: int,
+    epoch_steps: int,
+    milestones: Sequence[float] = (0.4,),
+    gamma: float = 0.1,
+    start_step: int = 0,
+) -> LambdaLR:
+    """The learning rate as a function of the optimizer steps done; call `step()` after each.
+
+    cosine falls from lr to 0 over `total_steps`; multistep multiplies by `gamma` at each milestone
+    (see `milestone_steps`). The rate is a closed form of the step, so a resumed run needs only
+    `start_step`, the steps already done, and an optimizer that has been through a schedule before.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if name == "cosine":
+        factor = partial(_cosine, total_steps)
+    elif name == "multistep":
+        factor = partial(_multistep, milestone_steps(milestones, total_steps, epoch_steps), gamma)
+    else:
+        raise ValueError(f"lr_scheduler must be one of {SCHEDULES}, got {name!r}")
+    return LambdaLR(optimizer, factor, last_epoch=start_step - 1)
+
+
+def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: int) -> list[int]:
+    """Steps at which the rate drops.
+
+    A milestone from 1 upward is an epoch. One below 1 is a fraction of the run, and a single one
+    repeats, as the published 0.4 does: at 40 % and at 80 %.
+    """
+    if len(milestones) == 1 and milestones[0] < 1:
+        milestones = [k * milestones[0] for k in range(1, math.ceil(1 / milestones[0]))]
+    return [round(m * (total_steps if m < 1 else epoch_steps)) for m in milestones]
+
+
+def _cosine(total_steps: int, step: int) -> float:
+    return (1 + math.cos(math.pi * min(step, total_steps) / total_steps)) / 2
+
+
+def _multistep(drops: Sequence[int], gamma: float, step: int) -> float:
+    return gamma ** sum(step >= drop for drop in drops)

@@ -1,0 +1,98 @@
+"""A command line that refuses in one line, and the types of its values."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+_NOT_TYPED = object()
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses in one line, `prog: error: ...`, with exit code 2."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100)
+        super().__init__(prog, description=description, formatter_class=wide, allow_abbrev=False)
+        self.spelling: dict[str, str] = {}  # batch_size -> --batch-size
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def defaults(self) -> dict[str, Any]:
+        """Every flag's value where nothing is typed."""
+        return vars(self.parse_args([]))
+
+    def parse_typed(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
+        """Only the flags that stand on the command line, by their names in the namespace."""
+        blank = argparse.Namespace(**dict.fromkeys(self.defaults(), _NOT_TYPED))
+        flags = vars(self.parse_args(argv, blank))
+        return {name: value for name, value in flags.items() if value is not _NOT_TYPED}
+
+    def add_group(self, title: str) -> Callable[..., None]:
+        """The function add(flags, text, kind, default, shown=, ...) for the flags of one group.
+
+        The help is `text` and, in parentheses, the default, or `shown` where that says it better.
+        """
+        group = self.add_argument_group(title)
+
+        def add(
+            flags: str,
+            text: str,
+            kind: Callable[[str], Any] | None = None,
+            default: Any = None,
+            shown: Any = None,
+            **more: Any,
+        ) -> None:
+            shown = default if shown is None else shown
+            text = (text if shown is None else f"{text} ({shown})").replace("%", "%%")
+            more |= {"type": kind} if kind else {}
+            more |= {"metavar": "BOOL"} if kind is str2bool else {}
+            action = group.add_argument(*flags.split(), help=text, default=default, **more)
+            self.spelling[action.dest] = next(n for n in flags.split() if n.startswith("--"))
+
+        return add
+
+
+def str2bool(text: str) -> bool:
+    """True/False, yes/no or 1/0, in any case."""
+    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+    if text.lower() not in words:
+        raise argparse.ArgumentTypeError(f"expected True or False (or yes/no, 1/0), got {text!r}")
+    return words[text.lower()]
+
+
+def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+    """A whole number from `least` to `most`."""
+    bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+
+    def parse(text: str) -> int:
+        try:
+            if least <= int(text) <= most:
+                return int(text)
+        except ValueError:
+            pass
+        raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
+
+    return parse
+
+
+def real(
+    *, least: float | None = None, above: float | None = None, below: float = math.inf
+) -> Callable[[str], float]:
+    """A finite number; `least` itself is allowed, `above` and `below` are not."""
+    bounds = f"of at least {least:g}" if above is None else f"above {above:g}"
+    bounds += "" if math.isinf(below) else f" and below {below:g}"
+
+    def parse(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if (value >= least if above is None else value > above) and value < below:
+            return value
+        raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
+
+    return parse

@@ -1,0 +1,132 @@
+"""A run and its surroundings: device, random numbers, folder, and the record of what made it."""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import PackageNotFoundError, version
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .checkpoint import atomic_write
+
+PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
+
+
+class RunError(RuntimeError):
+    """A run that cannot be started as asked."""
+
+
+def choose_device(use_gpu: bool | None, threads: int | None) -> torch.device:
+    """The GPU where there is one; True insists on it, False leaves it alone.
+
+    `threads` is how many PyTorch uses on the CPU, None as it chooses.
+
+    Raises:
+        RunError: True, and PyTorch sees no GPU.
+    """
+    available = torch.cuda.is_available()
+    if use_gpu and not available:
+        raise RunError("--use-gpu True: PyTorch sees no CUDA device here")
+    if threads is not None:
+        torch.set_num_threads(threads)
+    return torch.device("cuda" if available and use_gpu is not False else "cpu")
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator in use, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - third parties draw from the global generator
+    torch.manual_seed(seed)
+
+
+def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
+    """The folder that the flags ask for; None where a new one is to be made.
+
+    Raises:
+        RunError: it holds another run, or is not a folder.
+    """
+    home = Path(resume).resolve().parent if resume else None
+    if run_dir is None:
+        return home
+    path = Path(run_dir).expanduser()
+    if path.exists() and not path.is_dir():
+        raise RunError(f"--run-dir {run_dir}: not a folder")
+    if (path / "args.json").exists() and path.resolve() != home:
+        raise RunError(f"--run-dir {run_dir}: holds a run already; continue it with --resume")
+    return path
+
+
+def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
+    """Make `run_dir`, or a new folder out/name/<time> where that is None."""
+    if run_dir is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        candidates = (f"{stamp}-{number}" if number else stamp for number in count())
+        parent = Path(out).expanduser() / name
+        run_dir = next(parent / leaf for leaf in candidates if not (parent / leaf).exists())
+    run_dir.mkdir(parents=True, exist_ok=True)
+    return run_dir
+
+
+def write_record(run_dir: Path, flags: Mapping[str, Any], device: torch.device) -> None:
+    """Write args.json: all one needs to know to do the run again."""
+    record = {
+        "flags": dict(flags),
+        "versions": {"python": platform.python_version(), **_installed_versions()},
+        "commit": _git_commit(),
+        "device": describe_device(device),
+        "platform": platform.platform(),
+    }
+    with atomic_write(run_dir / "args.json") as file:
+        file.write(json.dumps(record, indent=2).encode() + b"\n")
+
+
+def describe_device(device: torch.device) -> str:
+    """`cpu, 2 threads`, or `cuda, <name of the GPU>`."""
+    if device.type == "cuda":
+        return f"cuda, {torch.cuda.get_device_name(device)}"
+    return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+@contextmanager
+def tell_where_to_continue(run_dir: Path) -> Iterator[None]:
+    """Turn Ctrl-C into one line that names the last checkpoint, and exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        path = run_dir / "checkpoint.pth.tar"
+        hint = f"continue with --resume {path}" if path.exists() else "no epoch was finished"
+        print(f"\ninterrupted: {hint}", file=sys.stderr)
+        sys.exit(130)
+
+
+def _installed_versions() -> dict[str, str]:
+    versions = {"torch": torch.__version__}  # with the build, +cpu or +cu132
+    for package in PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
+
+
+def _git_commit() -> str | None:
+    """The commit of this checkout; None where the project is not the root of one."""
+    root = Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    top, commit = answer.splitlines()
+    return commit if Path(top).resolve() == root else None

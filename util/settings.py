@@ -1,0 +1,157 @@
+"""From what was typed to the settings of a run.
+
+No flag is parsed and ignored: one that would do nothing or contradicts another is refused by name.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from .checkpoint import CheckpointError, check_compatible, load_checkpoint
+from .parser import Parser
+
+# The settings of the paper's tables. Flags typed beside `--preset` win.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {
+        "batch_size": 128,
+        "weight_decay": 1e-3,
+        "num_groups": 64,
+        "eps": 1e-5,
+        "deconv_iter": 5,
+        "stem_iter": 15,
+    }
+}
+# What a continued run takes from its command line only, and what else may differ from before.
+OF_THIS_MACHINE = {"resume", "run_dir", "use_gpu", "threads", "num_workers"}
+MAY_CHANGE = OF_THIS_MACHINE | {
+    *("epochs", "max_steps", "preset", "data", "out"),
+    *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
+}
+
+Rules = Iterator[tuple[str, bool, str]]  # flag, is it all right, else what is wrong with it
+Architectures = Mapping[str, Collection[str]]  # name -> options it takes: method, dropout_rate, ...
+
+
+def read_settings(
+    parser: Parser,
+    architectures: Architectures,
+    argv: Sequence[str] | None = None,
+) -> tuple[Namespace, dict[str, Any] | None]:
+    """All flags, checked, and with --resume the checkpoint; touches neither data nor folders.
+
+    What is typed comes before the preset, that before the checkpoint's own flags, those before the
+    defaults.
+
+    Args:
+        architectures: the options that each architecture takes.
+
+    Raises:
+        SystemExit: code 2, with one line about the flag that is at fault.
+        CheckpointError: the checkpoint cannot be read, or was trained with other flags.
+    """
+    typed = parser.parse_typed(argv)
+    saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
+    config = saved["config"] if saved else {}
+    defaults = parser.defaults()
+    inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
+    preset = PRESETS[typed["preset"]] if "preset" in typed else {}
+    flags = Namespace(**{**defaults, **inherited, **preset, **typed})
+    if flags.arch not in architectures:
+        raise CheckpointError(f"{flags.resume}: {flags.arch!r} is no architecture of {parser.prog}")
+    resolve_flags(flags, typed, architectures)
+    if fault := find_fault(flags, typed, architectures):
+        name, text = fault
+        parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
+    if saved:
+        check_compatible(_what_counts(parser, config), _what_counts(parser, vars(flags)))
+    return flags, saved
+
+
+def _what_counts(parser: Parser, flags: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that must be the same when a run is continued."""
+    names = {name: spelt for name, spelt in parser.spelling.items() if name not in MAY_CHANGE}
+    return {spelt: flags.get(name) for name, spelt in names.items()}
+
+
+def resolve_flags(flags: Namespace, typed: Collection[str], architectures: Architectures) -> None:
+    """Set the flags whose defaults follow from others, in place. `typed` names the typed ones."""
+    by_method = "method" in architectures[flags.arch]
+    if by_method:
+        flags.method = flags.method or (3 if flags.deconv else 1)
+        flags.deconv = flags.deconv if "deconv" in typed else flags.method != 1
+    elif flags.num_groups_final is None:
+        flags.num_groups_final = 512 if flags.deconv else 0
+    if flags.batchnorm is None:
+        flags.batchnorm = not flags.deconv and flags.arch != "simple_v1"
+    if flags.bias is None:
+        flags.bias = by_method or not flags.batchnorm
+    if flags.out is None:
+        flags.out = str(Path(flags.run_dir).parent) if flags.run_dir else "./runs"
+
+
+def find_fault(
+    flags: Namespace, typed: Collection[str], architectures: Architectures
+) -> tuple[str, str] | None:
+    """The first typed flag that would do nothing or contradicts another, and what is wrong."""
+    by_method = "method" in architectures[flags.arch]
+    whitening = _method_rules(flags) if by_method else _deconv_rules(flags)
+    for rules in (_network_rules(flags, architectures), whitening, _training_rules(flags)):
+        for name, good, fault in rules:
+            if name in typed and not good:
+                return name, fault
+    return None
+
+
+def _network_rules(flags: Namespace, architectures: Architectures) -> Rules:
+    options = architectures[flags.arch]
+    for name in ("method", "dropout_rate"):
+        takers = ", ".join(arch for arch, takes in architectures.items() if name in takes)
+        idle = name not in options and getattr(flags, name)
+        yield name, not idle, f"does not apply to {flags.arch}, only to {takers}"
+    yield "batchnorm", not (flags.batchnorm and flags.deconv), "contradicts deconvolution"
+    bias = not flags.bias or not flags.batchnorm or "method" in options
+    yield "bias", bias, "contradicts BatchNorm, whose shift is the bias"
+
+
+def _deconv_rules(flags: Namespace) -> Rules:
+    for name in ("mode", "num_groups", "stride", "stem_iter"):
+        yield name, flags.deconv, "needs --deconv True"
+    for name in ("eps", "deconv_iter", "layout", "share_blocks"):
+        some = flags.deconv or flags.num_groups_final
+        yield name, some, "needs --deconv True, or --num-groups-final above 0"
+    every = flags.mode == 4 and flags.stride != 1
+    yield "stride", not every, "contradicts --mode 4, which looks at every patch"
+
+
+def _method_rules(flags: Namespace) -> Rules:
+    """simple_v1 and mlp: the method decides which layers there are."""
+    whitens, named = flags.method != 1, f"--method {flags.method}"
+    for name in ("method", "deconv"):
+        yield name, flags.deconv == whitens, f"contradicts {named}, --deconv {flags.deconv}"
+    for name in ("mode", "num_groups"):
+        yield name, False, f"does not apply to {flags.arch}, whose blocks --method decides"
+    for name in ("eps", "deconv_iter"):
+        yield name, whitens or flags.num_groups_final, f"needs deconvolution, not {named}"
+    yield "stem_iter", whitens, f"needs deconvolution, not {named}"
+    yield "stride", flags.method == 2, f"needs --method 2, not {named}"
+    for name in ("layout", "share_blocks"):
+        yield name, flags.method == 4, f"needs --method 4, not {named}"
+    if flags.arch == "simple_v1":
+        yield "num_groups_final", False, "does not apply to simple_v1, which is one layer"
+        yield "batchnorm", not flags.batchnorm, "does not apply to simple_v1, which is one layer"
+
+
+def _training_rules(flags: Namespace) -> Rules:
+    yield "momentum", flags.optimizer == "SGD", f"needs SGD, {flags.optimizer} has its own"
+    for name in ("milestone", "multistep_gamma"):
+        yield name, flags.lr_scheduler == "multistep", "needs --lr-scheduler multistep"
+    late = max(flags.milestone) >= max(flags.epochs, 1)
+    yield "milestone", not late, f"is not before the end, --epochs {flags.epochs}"
+
+
+def describe_value(value: Any) -> str:
+    """A flag's value as it is typed."""
+    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)
