@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -37,6 +38,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.error(str(error))
     except TrainingDiverged as error:
         parser.exit(1, f"{parser.prog}: error: training diverged at {error}; try a lower --lr\n")
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
 
 
 def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
@@ -65,6 +68,7 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     )
     epoch_steps = len(train_loader)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
+    epochs = math.ceil(total_steps / epoch_steps)
     done = Progress()
     if saved:
         done = restore(saved, model, optimizer, spec=asdict(spec), epoch_steps=epoch_steps)
@@ -84,6 +88,8 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     name = f"{flags.dataset}-{flags.arch}-{facts['kind']}"
     run_dir = run.open_run_dir(run_dir, flags.out, name)
     run.write_record(run_dir, vars(flags), device)
+    if saved:
+        run.carry_best(Path(flags.resume).parent, run_dir)
     print(
         f"{name}, {facts['parameters']:,} parameters, {facts['device']}, in {run_dir}", flush=True
     )
@@ -109,11 +115,11 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
                 max_steps=total_steps - done.step,
                 on_batch=partial(report_batch, logger, done, flags.print_freq, flags.msg),
                 report_every=1 if flags.msg else flags.print_freq,
-                title=f"epoch {epoch}/{flags.epochs}",
+                title=f"epoch {epoch}/{epochs}",
             )
             tested = evaluate(model, test_loader, criterion, device=device)
             done.finish_epoch(trained, tested)
-            report_epoch(logger, epoch, flags.epochs, trained, tested, model)
+            report_epoch(logger, epoch, epochs, trained, tested, model)
             state = {
                 **snapshot(done, model, optimizer),
                 "config": vars(flags),

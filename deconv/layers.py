@@ -22,8 +22,6 @@ MODES: dict[int, tuple[str, ...]] = {
     4: ("joint",),
     5: ("joint",),
 }
-
-
 LAYOUTS = ("contiguous", "interleaved")
 
 
@@ -41,6 +39,8 @@ def _blocks(
 
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
+
+    A layer adds `_sample(x)`: the rows (groups, M, features) to whiten, and their blocks.
 
     Buffers: `running_mean` (G, S, 1, F), for every axis of the mode one `running_<axis>` (G, d, d),
     and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
@@ -74,10 +74,6 @@ class _Whitening(nn.Module):
             self.register_buffer(f"running_{name}", start.to(self.weight))
         count = torch.tensor(0, dtype=torch.long, device=self.weight.device)
         self.register_buffer("num_batches_tracked", count)
-
-    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
-        """The rows (groups, M, features) that the layer whitens, and how they fall into blocks."""
-        raise NotImplementedError
 
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias that act on x as the layer's own act on whitened x."""
@@ -230,7 +226,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if x.dim() == len(self.kernel_size) + 1:  # one picture without a batch, as nn.Conv2d takes
-            return self(x.unsqueeze(0)).squeeze(0)
+            return self.forward(x.unsqueeze(0)).squeeze(0)
         if x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must have {self.in_channels} channels, got shape {(*x.shape,)}"

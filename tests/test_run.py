@@ -59,6 +59,25 @@ def test_a_folder_that_holds_a_run_is_taken_for_its_own_continuation_only(tmp_pa
         run.find_run_dir(str(tmp_path / "args.json"), None)
 
 
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(run.RunError, match="file/run cannot be made"):
+        run.open_run_dir(tmp_path / "file" / "run", "", "")
+
+
+def test_the_best_network_comes_along_once(tmp_path):
+    old, new = tmp_path / "old", tmp_path / "new"
+    for folder in (old, new):
+        folder.mkdir()
+    run.carry_best(old, new)
+    assert not list(new.iterdir())
+    (old / "model_best.pth.tar").write_text("first")
+    run.carry_best(old, new)
+    (old / "model_best.pth.tar").write_text("second")
+    run.carry_best(old, new)
+    assert (new / "model_best.pth.tar").read_text() == "first"
+
+
 def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
     run.write_record(tmp_path, {"lr": 0.1}, torch.device("cpu"))
     record = json.loads((tmp_path / "args.json").read_text())

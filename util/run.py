@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from .checkpoint import atomic_write
+from .checkpoint import BEST_NAME, atomic_write
 
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
@@ -68,14 +69,28 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
 
 
 def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
-    """Make `run_dir`, or a new folder out/name/<time> where that is None."""
+    """Make `run_dir`, or a new folder out/name/<time> where that is None.
+
+    Raises:
+        RunError: the system does not let it be made.
+    """
     if run_dir is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         candidates = (f"{stamp}-{number}" if number else stamp for number in count())
         parent = Path(out).expanduser() / name
         run_dir = next(parent / leaf for leaf in candidates if not (parent / leaf).exists())
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{run_dir} cannot be made: {error.strerror}") from error
     return run_dir
+
+
+def carry_best(old: Path, new: Path) -> None:
+    """Copy the best network so far to the folder that a run goes on in, unless it has one."""
+    if (old / BEST_NAME).exists() and not (new / BEST_NAME).exists():
+        with atomic_write(new / BEST_NAME) as copy, open(old / BEST_NAME, "rb") as best:
+            shutil.copyfileobj(best, copy)
 
 
 def write_record(run_dir: Path, flags: Mapping[str, Any], device: torch.device) -> None:
