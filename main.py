@@ -12,7 +12,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
 
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
 from util import args, run
@@ -46,26 +50,11 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     """flags -> data -> layers -> model -> epochs; `saved` is the checkpoint to continue."""
     device = run.choose_device(flags.use_gpu, flags.threads)
     run_dir = run.find_run_dir(flags.run_dir, flags.resume)
-    spec, train_loader, test_loader = build_loaders(
-        flags.dataset,
-        flags.data,
-        batch_size=flags.batch_size,
-        num_workers=flags.num_workers,
-        seed=flags.seed,
-        image_size=flags.image_size,
-        cache_dir=Path(flags.out).expanduser(),
-        device_type=device.type,
-    )
+    spec, train_loader, test_loader = load_pictures(flags, device)
     run.seed_everything(flags.seed)
     model = build_network(flags, spec).to(device)
     criterion = build_criterion(flags.loss, spec.num_classes)
-    optimizer = build_optimizer(
-        flags.optimizer,
-        model.parameters(),
-        lr=flags.lr,
-        momentum=flags.momentum,
-        weight_decay=flags.weight_decay,
-    )
+    optimizer = choose_optimizer(flags, model)
     epoch_steps = len(train_loader)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
     epochs = math.ceil(total_steps / epoch_steps)
@@ -75,30 +64,15 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     if done.step >= total_steps:
         print(f"{flags.resume} is finished: {done.step} steps of {total_steps} asked for")
         return
-    scheduler = build_scheduler(
-        flags.lr_scheduler,
-        optimizer,
-        total_steps=total_steps,
-        epoch_steps=epoch_steps,
-        milestones=flags.milestone,
-        gamma=flags.multistep_gamma,
-        start_step=done.step,
-    )
+    scheduler = choose_schedule(flags, optimizer, total_steps, epoch_steps, done.step)
     facts = describe_run(flags, model) | {"device": run.describe_device(device)}
     name = f"{flags.dataset}-{flags.arch}-{facts['kind']}"
     run_dir = run.open_run_dir(run_dir, flags.out, name)
     run.write_record(run_dir, vars(flags), device)
     if saved:
         run.carry_best(Path(flags.resume).parent, run_dir)
-    print(
-        f"{name}, {facts['parameters']:,} parameters, {facts['device']}, in {run_dir}", flush=True
-    )
-    logger = RunLogger(
-        run_dir,
-        tensorboard=flags.tensorboardX,
-        plot=flags.save_plot,
-        history=saved["history"] if saved else None,
-    )
+    print(f"{name}, {facts['parameters']:,} parameters, {facts['device']}, in {run_dir}")
+    logger = open_logger(flags, run_dir, saved)
     with closing(logger), run.tell_where_to_continue(run_dir):
         if saved:
             set_rng_state(saved["rng"])
@@ -144,6 +118,21 @@ def build_parser() -> Parser:
     return parser
 
 
+def load_pictures(
+    flags: Namespace, device: torch.device
+) -> tuple[DataSpec, DataLoader, DataLoader]:
+    return build_loaders(
+        flags.dataset,
+        flags.data,
+        batch_size=flags.batch_size,
+        num_workers=flags.num_workers,
+        seed=flags.seed,
+        image_size=flags.image_size,
+        cache_dir=Path(flags.out).expanduser(),
+        device_type=device.type,
+    )
+
+
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
     """Layers as the flags want them, and the network made of them."""
     options = {"layout": flags.layout, "shared": flags.share_blocks}
@@ -168,6 +157,39 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
         image_size=spec.image_size,
         method=flags.method,
         dropout_rate=flags.dropout_rate,
+    )
+
+
+def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
+    return build_optimizer(
+        flags.optimizer,
+        model.parameters(),
+        lr=flags.lr,
+        momentum=flags.momentum,
+        weight_decay=flags.weight_decay,
+    )
+
+
+def choose_schedule(
+    flags: Namespace, optimizer: Optimizer, total_steps: int, epoch_steps: int, start_step: int
+) -> LRScheduler:
+    return build_scheduler(
+        flags.lr_scheduler,
+        optimizer,
+        total_steps=total_steps,
+        epoch_steps=epoch_steps,
+        milestones=flags.milestone,
+        gamma=flags.multistep_gamma,
+        start_step=start_step,
+    )
+
+
+def open_logger(flags: Namespace, run_dir: Path, saved: dict[str, Any] | None) -> RunLogger:
+    return RunLogger(
+        run_dir,
+        tensorboard=flags.tensorboardX,
+        plot=flags.save_plot,
+        history=saved["history"] if saved else None,
     )
 
 

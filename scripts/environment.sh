@@ -6,16 +6,16 @@
 
 make_environment() {
     local requirements=$1 python=${PYTHON:-python3} stamp sum
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "Python 3.10 or newer is needed: set PYTHON to one ($python is" \
-            "$("$python" --version 2>&1 || true))" >&2
-        return 1
-    }
     if [ ! -x .venv/bin/python ]; then
+        "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+            echo "Python 3.10 or newer is needed: set PYTHON to one ($python is" \
+                "$("$python" --version 2>&1 || true))" >&2
+            return 1
+        }
         echo "making a virtual environment in .venv with $python"
         "$python" -m venv .venv
     elif [ -n "${PYTHON:-}" ] && [ "$("$python" --version)" != "$(.venv/bin/python --version)" ]; then
-        echo ".venv is $(.venv/bin/python --version), PYTHON=$PYTHON is $("$python" --version):" \
+        echo ".venv is of $(.venv/bin/python --version), $python is $("$python" --version):" \
             "remove .venv to have it made anew" >&2
         return 1
     fi

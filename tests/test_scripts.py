@@ -15,14 +15,18 @@ echo "$@" >>"$CALLS"
 case "$1 $2" in
 "--version ") echo "Python $VERSION" ;;
 "-c "*) [ "$VERSION" != 3.9.1 ] ;;
-"-m venv") mkdir -p .venv/bin && cp "$0" .venv/bin/python && echo "PATH=$PWD/.venv/bin:$PATH" >.venv/bin/activate ;;
+"-m venv")
+    mkdir -p .venv/bin
+    cp "$0" .venv/bin/python
+    echo "PATH=$PWD/.venv/bin:$PATH" >.venv/bin/activate
+    ;;
 esac
 """
 
 
 @pytest.fixture
 def make(tmp_path):
-    """make(file, VERSION=, ...) runs make_environment in a copy; returns its end and pip's calls."""
+    """make(file, VERSION=...) runs make_environment in a copy; returns its end and pip's calls."""
     (tmp_path / "scripts").mkdir()
     shutil.copy(ROOT / "scripts" / "environment.sh", tmp_path / "scripts")
     for name in ("requirements.txt", "requirements-dev.txt"):
@@ -67,8 +71,12 @@ def test_an_old_python_is_refused_clearly(make, tmp_path):
     assert not (tmp_path / ".venv").exists()
 
 
-def test_another_python_than_that_of_the_environment_is_refused(make):
+def test_another_python_than_that_of_the_environment_is_refused(make, tmp_path):
     make("requirements.txt")
     assert make("requirements.txt", PYTHON="python3")[0].returncode == 0
-    end, _ = make("requirements.txt", PYTHON="./python3-other")
-    assert end.returncode != 0
+    other = tmp_path / "other"
+    other.write_text("#!/bin/sh\necho Python 3.13.5\n")
+    other.chmod(0o755)
+    end, _ = make("requirements.txt", PYTHON=str(other))
+    assert end.returncode == 1
+    assert "3.13.5" in end.stderr and "remove .venv" in end.stderr
