@@ -99,7 +99,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--data",
         "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
-        "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits needs none",
+        "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits takes none",
         None,
         "./data",
         metavar="DIR",

@@ -145,6 +145,7 @@ def _method_rules(flags: Namespace) -> Rules:
 
 
 def _training_rules(flags: Namespace) -> Rules:
+    yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
     yield "momentum", flags.optimizer == "SGD", f"needs SGD, {flags.optimizer} has its own"
     for name in ("milestone", "multistep_gamma"):
         yield name, flags.lr_scheduler == "multistep", "needs --lr-scheduler multistep"
