@@ -23,11 +23,11 @@ def accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> l
         topk: the values of k; one above the number of classes counts as that number.
 
     Returns:
-        One scalar per k, in percent, on the device of `logits` (nothing waits for the device).
+        One float64 scalar per k, in percent, on the device of `logits` (nothing waits for the device).
     """
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest
-    return [100 * hits[:, :k].any(dim=1).float().mean() for k in topk]
+    return [100 * hits[:, :k].any(dim=1).double().mean() for k in topk]
 
 
 class Average:
