@@ -61,7 +61,7 @@ def whiten_along(
         (G, S, M, F).
     """
     if axis == "joint":
-        return (rows.flatten(1, 2) @ matrix).view(rows.shape)
+        return (rows.flatten(1, 2) @ matrix).reshape(rows.shape)
     grid = rows.unflatten(-1, (channels, -1))  # G S M B T
     matrix = matrix[:, None, None]
     return (matrix @ grid if axis == "channel" else grid @ matrix).flatten(-2)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+MAX_STEPS = 15  # of Newton-Schulz, in float32
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -24,11 +25,15 @@ def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
     training diverges).
     All iterates are polynomials of A, so they are symmetric and commute, and D is symmetric.
 
+    In float32 rounding grows with every step once the root has converged. Up to MAX_STEPS the
+    result is good to 1e-2 for the worst covariances met in training (eps 1e-5, wide layers), at 20
+    it is not, and at 30 it is NaN; five steps are good to 1e-6.
+
     The first step has Z = I and the last needs no Y: 3 n - 3 products rather than 3 n.
 
     Args:
         cov: (G, F, F), symmetric positive definite, float32 or float64.
-        n_iter: steps, at least 1.
+        n_iter: steps, at least 1; in float32 at most MAX_STEPS.
 
     Returns:
         (G, F, F).

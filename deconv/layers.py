@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from .blocks import Blocks, divide_channels
 from .covariance import centre, covariance
 from .fold import fold, vectors_along, whiten_along
-from .inverse_sqrt import inverse_sqrt, inverse_sqrt_from_rows
+from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import sample_patches
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
@@ -59,8 +59,8 @@ class _Whitening(nn.Module):
     ) -> None:
         if not eps > 0:
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
-        if n_iter < 1:
-            raise ValueError(f"n_iter must be at least 1 step, got {n_iter}")
+        if not 1 <= n_iter <= MAX_STEPS:
+            raise ValueError(f"n_iter must be 1 to {MAX_STEPS} steps, got {n_iter}")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.axes, self.blocks = axes, blocks
@@ -82,7 +82,7 @@ class _Whitening(nn.Module):
                 mean, whiten = self._estimate_whitening(*self._sample(x))
                 self._update_running(mean, whiten)
             else:
-                mean, whiten = self._running_whitening()
+                mean, whiten = self._evaluation_whitening()
             return self._fold(mean, whiten)
 
     def _estimate_whitening(
@@ -104,6 +104,13 @@ class _Whitening(nn.Module):
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
+
+    def _evaluation_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """The running statistics; copies where a backward may still need them after an update."""
+        mean, whiten = self._running_whitening()
+        if not torch.is_grad_enabled():
+            return mean, whiten
+        return mean.clone(), {axis: matrix.clone() for axis, matrix in whiten.items()}
 
     @torch.no_grad()
     def _update_running(self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]) -> None:
@@ -157,7 +164,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         block: B, channels whitened together. A group's C channels form blocks of the largest
             divisor of C up to `block`.
         eps: regularisation of the covariance, in units of variance.
-        n_iter: Newton-Schulz steps.
+        n_iter: Newton-Schulz steps, 1 to 15.
         momentum: weight of the new batch in the running statistics.
         sampling_stride: every so-many-th patch in each direction is looked at, times the
             convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
