@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         train(*read_settings(parser, options, argv))
     except (run.RunError, DataError, CheckpointError) as error:
         parser.error(str(error))
+    except OSError as error:
+        if error.strerror is None:  # not of the file system
+            raise
+        parser.error(": ".join(str(part) for part in (error.filename, error.strerror) if part))
     except TrainingDiverged as error:
         parser.exit(1, f"{parser.prog}: error: training diverged at {error}; try a lower --lr\n")
     except KeyboardInterrupt:
@@ -53,6 +57,7 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     spec, train_loader, test_loader = load_pictures(flags, device)
     run.seed_everything(flags.seed)
     model = build_network(flags, spec).to(device)
+    run.check_last_batch(model, len(train_loader.dataset), flags.batch_size)
     criterion = build_criterion(flags.loss, spec.num_classes)
     optimizer = choose_optimizer(flags, model)
     epoch_steps = len(train_loader)
@@ -60,7 +65,14 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     epochs = math.ceil(total_steps / epoch_steps)
     done = Progress()
     if saved:
-        done = restore(saved, model, optimizer, spec=asdict(spec), epoch_steps=epoch_steps)
+        done = restore(
+            saved,
+            model,
+            optimizer,
+            spec=asdict(spec),
+            epoch_steps=epoch_steps,
+            total_steps=total_steps,
+        )
     if done.step >= total_steps:
         print(f"{flags.resume} is finished: {done.step} steps of {total_steps} asked for")
         return
@@ -69,8 +81,7 @@ def train(flags: Namespace, saved: dict[str, Any] | None = None) -> None:
     name = f"{flags.dataset}-{flags.arch}-{facts['kind']}"
     run_dir = run.open_run_dir(run_dir, flags.out, name)
     run.write_record(run_dir, vars(flags), device)
-    if saved:
-        run.carry_best(Path(flags.resume).parent, run_dir)
+    run.carry_over(flags.resume, saved and saved["progress"], run_dir)
     print(f"{name}, {facts['parameters']:,} parameters, {facts['device']}, in {run_dir}")
     logger = open_logger(flags, run_dir, saved)
     with closing(logger), run.tell_where_to_continue(run_dir):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -90,8 +91,22 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"{folder / 'test.log'}: not as many rows as train.log")
     kind = str(summary.get("kind", "run"))
     label = name if kind in name else f"{name} ({kind})"
-    curves = RunCurves(label, kind, train, test, batches)
+    curves = RunCurves(label, kind, train, test, batches, count_epoch_steps(summary))
     return Run(name, _read_json(folder / "args.json").get("flags", {}), summary, curves)
+
+
+def count_epoch_steps(summary: dict[str, Any]) -> int:
+    """Optimizer steps of an epoch; fewer if --max-steps cut the last one short, 0 if unknown."""
+    return math.ceil((summary.get("steps") or 0) / (summary.get("epochs") or 1))
+
+
+def count_epochs(run: Run) -> int | str | None:
+    """The epochs finished, with "of" how many where the run has not come to its end."""
+    done, steps = run.summary.get("epochs"), run.summary.get("steps")
+    wanted, max_steps = run.flags.get("epochs"), run.flags.get("max_steps")
+    if done and steps and max_steps and wanted:
+        wanted = min(wanted, math.ceil(done * max_steps / steps))
+    return f"{done} of {wanted}" if done and wanted and done < wanted else done
 
 
 def name_runs(folders: Sequence[Path]) -> list[str]:
@@ -105,7 +120,7 @@ COLUMNS: dict[str, Callable[[Run], Any]] = {
     "run": lambda run: run.name,
     "kind": lambda run: run.curves.kind,
     "seed": lambda run: run.flags.get("seed"),
-    "epochs": lambda run: run.summary.get("epochs"),
+    "epochs": count_epochs,
     "steps": lambda run: run.summary.get("steps"),
     "best top-1 (%)": lambda run: _number(run.summary.get("best_test_top1"), ".2f"),
     "final top-1 (%)": lambda run: _number(run.summary.get("test_top1"), ".2f"),

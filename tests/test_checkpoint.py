@@ -40,6 +40,8 @@ def make_state(**changes):
         "epoch": 2,
         "step": 10,
         "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "preset": None},
+        "spec": {"name": "digits"},
+        "progress": {"epoch": 2, "step": 10},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -156,7 +158,7 @@ def test_another_format_and_missing_parts_are_named(tmp_path):
     with pytest.raises(CheckpointError, match="format_version is 99"):
         load_checkpoint(path, "cpu")
     torch.save({"format_version": checkpoint.FORMAT_VERSION, "epoch": 1}, path)
-    with pytest.raises(CheckpointError, match="lacks step, config, model"):
+    with pytest.raises(CheckpointError, match="lacks step, config, spec, progress, model"):
         load_checkpoint(path, "cpu")
 
 

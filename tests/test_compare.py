@@ -12,7 +12,7 @@ from util.logger import RunLogger
 ROOT = Path(compare.__file__).parent.parent
 
 
-def make_run(folder, kind="bn", epochs=2, **summary):
+def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
     logger = RunLogger(folder, tensorboard=False, plot=False)
     for epoch in range(1, epochs + 1):
         logger.batch(epoch, 4 * epoch, 1.0, 40.0, 90.0, 0.1, 2.0)
@@ -22,7 +22,7 @@ def make_run(folder, kind="bn", epochs=2, **summary):
     known.update(test_top1=49.5, test_loss=1.25, train_seconds=4.0, images_per_second=1234.4)
     logger.summary({**known, "parameters": 9231114, "peak_memory_mb": 700.2, **summary})
     logger.close()
-    (folder / "args.json").write_text(json.dumps({"flags": {"seed": 7, "arch": "vgg11"}}))
+    (folder / "args.json").write_text(json.dumps({"flags": {"seed": 7, **dict(flags)}}))
     return str(folder)
 
 
@@ -72,6 +72,21 @@ def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys)
     compare.main([run, "--out", str(tmp_path / "cmp")])
     row = (tmp_path / "cmp.md").read_text().splitlines()[2]
     assert row == "| a | bn | - | 2 | 8 | 50.12 | 49.50 | - | 4.0 | 1,234 | 9,231,114 | - |"
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "cell"),
+    [
+        ({"epochs": 9, "max_steps": None}, 8, "2 of 9"),
+        ({"epochs": 2, "max_steps": None}, 8, "2"),
+        ({"epochs": 9, "max_steps": 7}, 7, "2"),
+        ({"epochs": 9, "max_steps": 13}, 8, "2 of 4"),
+    ],
+)
+def test_a_run_that_has_not_come_to_its_end_says_so(tmp_path, flags, steps, cell):
+    run = compare.read_run(Path(make_run(tmp_path / "a", flags=flags, steps=steps)), "a")
+    assert str(compare.count_epochs(run)) == cell
+    assert run.curves.epoch_steps == 4
 
 
 @pytest.mark.parametrize("name", compare.FILES)

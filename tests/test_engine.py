@@ -1,10 +1,13 @@
 import copy
+import io
 
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
 
+from util import engine
 from util.engine import TrainingDiverged, evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
 
@@ -86,6 +89,24 @@ def test_diverging_stops_before_the_weights_are_touched():
             title="epoch 7",
         )
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def set_postfix_str(self, text):
+            shown.append(text)
+
+    on_terminal = lambda batches, *_: Bar(batches, file=io.StringIO())
+    monkeypatch.setattr(engine, "_bar", on_terminal)
+    model, loader, *rest = make_parts()
+    for seconds, times in ((1e6, 1), (0.0, 3)):
+        monkeypatch.setattr(engine, "SHOW_SECONDS", seconds)
+        train_one_epoch(model, loader, *rest, device=CPU, report_every=100)
+        evaluate(model, loader, CRITERION, device=CPU)
+        assert len(shown) == 2 * times
+        shown.clear()
 
 
 def test_train_and_eval_mode_are_set():

@@ -194,6 +194,37 @@ def test_a_class_without_pictures_is_named(root):
         build(root)
 
 
+def test_hidden_names_and_links_to_folders_are_left_out(root):
+    cat = root / "train" / "cat"
+    (cat / "kittens").mkdir()
+    picture(50).save(cat / "kittens" / "0.PNG")
+    for hidden in (cat / ".ipynb_checkpoints", root / "train" / ".ipynb_checkpoints"):
+        shutil.copytree(root / "test" / "cat", hidden)
+    (cat / "._0.png").write_bytes(b"no picture")
+    (cat / "circle").symlink_to(cat)
+    (cat / "others").symlink_to(root / "train")
+    spec, train, _ = build(root)
+    assert spec.classes == ("cat", "dog")
+    assert train.dataset.split.targets.tolist() == [0] * 10 + [1] * 9
+
+
+def test_a_broken_link_is_named(root, monkeypatch):
+    (root / "train" / "dog" / "gone.png").symlink_to(root / "nowhere.png")
+    with pytest.raises(DataError, match=r"dog/gone\.png"):
+        build(root)
+    monkeypatch.setattr(pictures, "MEMORY_BUDGET", 0)
+    with pytest.raises(DataError, match=r"^cannot read the picture .*dog/gone\.png: No such file"):
+        build(root)
+
+
+def test_statistics_that_cannot_be_kept_are_used_all_the_same(root, capsys):
+    (root / "file").write_text("")
+    spec, *_ = build(root, cache_dir=root / "file" / "run")
+    assert spec == build(root)[0]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: the channel statistics could not be kept: ")
+
+
 def test_classes_that_differ_are_listed(tmp_path):
     make_folder(tmp_path, train=("cat", "dog", "eel"), test=("cat", "fox"), count=1)
     with pytest.raises(DataError, match=r"train: dog, eel; only in .*test: fox$"):

@@ -13,6 +13,7 @@ from PIL import Image
 
 import main
 from util.checkpoint import load_checkpoint
+from util.sampling import EpochSampler
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--save-plot False --tensorboard False"
@@ -194,6 +195,8 @@ def test_resume_goes_on_to_more_epochs_on_the_new_totals_schedule(finished, tmp_
     cosine = [0.05 * (1 + math.cos(math.pi * step / 36)) for step in (23, 35)]
     assert rates[1:] == pytest.approx(cosine, rel=1e-4)
     assert json.loads((tmp_path / "more" / "summary.json").read_text())["epochs"] == 3
+    old, new = (rows(folder / "train_batch.log") for folder in (finished, tmp_path / "more"))
+    assert new[:3] == old[:3] and len(new) == 7  # the header and two rows of each epoch
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
@@ -237,6 +240,55 @@ def test_resume_refuses_the_middle_of_an_epoch(tmp_path, capsys):
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
     assert "in the middle of an epoch of 12 steps" in told
+    main.main(["--resume", str(checkpoint)])
+    assert "is finished: 2 steps of 2" in capsys.readouterr().out
+
+
+def test_more_epochs_are_not_cut_short_by_the_steps_asked_for_before(tmp_path):
+    train(f"--arch simple_v1 --lr .01 --max-steps 12 {QUIET}", tmp_path / "run")
+    main.main(["--resume", str(tmp_path / "run" / "checkpoint.pth.tar"), "--epochs", "2"])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 24
+
+
+def test_a_checkpoint_is_found_from_home_and_may_lack_younger_flags(tmp_path, monkeypatch, capsys):
+    train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")
+    del saved["config"]["stem_iter"]
+    torch.save(saved, tmp_path / "older.pth.tar")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    main.main(["--resume", "~/older.pth.tar"])
+    assert "is finished" in capsys.readouterr().out
+
+
+def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
+    orders = []
+    draw = EpochSampler.__iter__
+
+    def record(sampler):
+        keys = list(draw(sampler))
+        if sampler.shuffle:
+            orders.append(keys)
+        return iter(keys)
+
+    monkeypatch.setattr(EpochSampler, "__iter__", record)
+    train(f"--arch simple_v1 --epochs 2 --lr .01 {QUIET}", tmp_path / "run")
+    assert [{epoch for epoch, _ in keys} for keys in orders] == [{1}, {2}]
+
+
+def test_a_single_picture_at_the_end_of_an_epoch_is_refused_for_batchnorm1d(tmp_path, capsys):
+    argv = ["--dataset", "digits", "--arch", "mlp", "--run-dir", tmp_path / "run"]
+    assert "--batch-size 1: the last batch" in refusal(capsys, [*argv, "--batch-size", 1])
+    assert not (tmp_path / "run").exists()
+
+
+def test_faults_of_the_file_system_are_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.touch()
+    argv = ["--dataset", "digits", "--arch", "simple_v1", "--max-steps", 1, *QUIET.split()]
+    assert str(file) in refusal(capsys, [*argv, "--out", file])
+    assert str(file) in refusal(capsys, [*argv, "--run-dir", file / "run"])
+    (tmp_path / "run" / "train.log").mkdir(parents=True)  # stands in the log's place
+    assert "train.log" in refusal(capsys, [*argv, "--run-dir", tmp_path / "run"])
 
 
 def test_a_folder_that_holds_a_run_is_refused(finished, capsys):

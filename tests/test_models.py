@@ -139,6 +139,13 @@ def test_larger_and_odd_pictures_are_welcome(arch, size):
         assert model(torch.randn(1, 3, size, size)).shape == (1, 10)
 
 
+def test_the_stem_of_a_resnet_is_rectified():
+    model, images, seen = build("resnet18", deconv=False).eval(), torch.randn(1, 3, 32, 32), []
+    model.stages.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
+    model(images)
+    torch.testing.assert_close(seen[0], F.relu(model.norm(model.stem(images))))
+
+
 def test_deconvolution_takes_larger_pictures():
     assert build("vgg11", deconv=True)(torch.randn(1, 3, 64, 64)).shape == (1, 10)
 

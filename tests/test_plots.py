@@ -30,7 +30,7 @@ def make_history(epochs):
     return {"epoch": list(range(1, epochs + 1)), **columns}
 
 
-def make_curves(label, kind, epochs=3, rows=5):
+def make_curves(label, kind, epochs=3, rows=5, epoch_steps=50):
     test = {
         "epoch": list(range(1, epochs + 1)),
         "loss": [2.0] * epochs,
@@ -44,7 +44,7 @@ def make_curves(label, kind, epochs=3, rows=5):
         "top1": [9.0] * epochs * rows,
         "seconds": [4.0 * (row + 1) / rows for _ in test["epoch"] for row in range(rows)],
     }
-    return RunCurves(label, kind, test, test, batches)
+    return RunCurves(label, kind, test, test, batches, epoch_steps)
 
 
 def check_picture(path):
@@ -101,6 +101,11 @@ def test_a_comparison_shows_both_quantities_against_epochs_and_seconds(tmp_path,
     assert test.get_xdata().tolist() == [4.0, 8.0, 12.0]
     assert train.get_xdata()[-1] == 12.0
     assert figure.axes[0].lines[1].get_xdata()[:2].tolist() == [0.2, 0.4]
+
+
+def test_training_points_lie_where_their_batch_is_in_the_epoch(tmp_path, figures):
+    plot_comparison([make_curves("a", "bn", rows=1, epoch_steps=16)], tmp_path / "plot.png")
+    assert figures[0].axes[0].lines[1].get_xdata().tolist() == [0.625, 1.625, 2.625]
 
 
 def test_batchnorm_and_deconvolution_differ_in_colour_and_dash_and_seeds_in_marker(

@@ -60,11 +60,26 @@ def test_restore_takes_up_what_snapshot_kept():
     finish(done, 60.0)
     saved = {**snapshot(done, model, optimizer), "spec": {"classes": ("a", "b")}}
     other, others_optimizer = make_parts()
-    again = restore(saved, other, others_optimizer, spec={"classes": ("a", "b")}, epoch_steps=5)
+    again = restore(
+        saved, other, others_optimizer, spec={"classes": ("a", "b")}, epoch_steps=5, total_steps=10
+    )
     assert again == done
     assert torch.equal(other.weight, model.weight)
     assert repr(others_optimizer.state_dict()) == repr(optimizer.state_dict())
     with pytest.raises(CheckpointError, match=r"classes is \('a', 'b'\)"):
-        restore(saved, other, others_optimizer, spec={"classes": ("a", "c")}, epoch_steps=5)
+        restore(
+            saved,
+            other,
+            others_optimizer,
+            spec={"classes": ("a", "c")},
+            epoch_steps=5,
+            total_steps=10,
+        )
     with pytest.raises(CheckpointError, match="step 5, in the middle of an epoch of 4 steps"):
-        restore(saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4)
+        restore(saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4, total_steps=10)
+    finished = restore(
+        saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4, total_steps=5
+    )
+    assert finished == done
+    with pytest.raises(CheckpointError, match="does not fit: .*size mismatch"):
+        restore(saved, nn.Linear(3, 2), optimizer, spec=saved["spec"], epoch_steps=5, total_steps=9)

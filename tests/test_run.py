@@ -1,11 +1,14 @@
 import json
 import random
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from util import run
+from util.checkpoint import REQUIRED_KEYS, load_checkpoint, save_checkpoint
 
 
 def test_the_cpu_is_taken_where_the_gpu_is_declined(monkeypatch):
@@ -45,8 +48,10 @@ def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
 
 
 def test_a_folder_that_holds_a_run_is_taken_for_its_own_continuation_only(tmp_path):
-    (tmp_path / "args.json").touch()
     checkpoint = str(tmp_path / "checkpoint.pth.tar")
+    (tmp_path / "args.json").touch()
+    assert run.find_run_dir(str(tmp_path), None) == tmp_path  # it ended before its first epoch
+    (tmp_path / "checkpoint.pth.tar").touch()
     assert run.find_run_dir(None, None) is None
     assert run.find_run_dir(None, checkpoint) == tmp_path
     assert run.find_run_dir(str(tmp_path), checkpoint) == tmp_path
@@ -65,17 +70,56 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
         run.open_run_dir(tmp_path / "file" / "run", "", "")
 
 
-def test_the_best_network_comes_along_once(tmp_path):
-    old, new = tmp_path / "old", tmp_path / "new"
-    for folder in (old, new):
-        folder.mkdir()
-    run.carry_best(old, new)
-    assert not list(new.iterdir())
-    (old / "model_best.pth.tar").write_text("first")
-    run.carry_best(old, new)
-    (old / "model_best.pth.tar").write_text("second")
-    run.carry_best(old, new)
-    assert (new / "model_best.pth.tar").read_text() == "first"
+def save(folder, epoch, best_epoch):
+    """A checkpoint of `epoch`, when `best_epoch` was the best; returns what it knows."""
+    folder.mkdir(exist_ok=True)
+    progress = {"epoch": epoch, "best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
+    state = dict.fromkeys(REQUIRED_KEYS) | {"epoch": epoch, "best_top1": progress["best_top1"]}
+    save_checkpoint(state, folder, is_best=epoch == best_epoch)
+    return progress
+
+
+def best_epoch(folder):
+    path = folder / "model_best.pth.tar"
+    return load_checkpoint(path, "cpu")["epoch"] if path.exists() else None
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_place):
+    old = tmp_path / "old"
+    new = old if in_place else tmp_path / "new"
+    new.mkdir()
+    resume = tmp_path / "link"
+    resume.symlink_to(old / "checkpoint.pth.tar")
+    save(old, 1, best_epoch=1)
+    second = save(old, 2, best_epoch=1)
+    run.carry_over(str(resume), second, new)
+    assert best_epoch(new) == 1
+    third = save(old, 3, best_epoch=3)
+    run.carry_over(str(resume), second, new)  # the best beside it is of a later epoch
+    assert best_epoch(new) is None
+    run.carry_over(str(resume), third, new)  # it is the best itself
+    assert best_epoch(new) == 3
+    run.carry_over(None, None, new)
+    assert best_epoch(new) is None
+
+
+def test_the_rows_of_earlier_batches_come_along(tmp_path):
+    known = save(tmp_path / "old", 1, best_epoch=1)
+    (tmp_path / "old" / "train_batch.log").write_text("rows")
+    (tmp_path / "new").mkdir()
+    run.carry_over(str(tmp_path / "old" / "checkpoint.pth.tar"), known, tmp_path / "new")
+    assert (tmp_path / "new" / "train_batch.log").read_text() == "rows"
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "fine"), [(9, 4, False), (9, 1, False), (9, 3, True), (1, 4, False)]
+)
+def test_a_single_picture_never_meets_batchnorm1d(images, batch_size, fine):
+    run.check_last_batch(nn.BatchNorm2d(3), images, batch_size)
+    told = nullcontext() if fine else pytest.raises(run.RunError, match="--batch-size .* is of 1,")
+    with told:
+        run.check_last_batch(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size)
 
 
 def test_the_record_tells_flags_versions_commit_and_device(tmp_path):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable, Collection
 from typing import Any
 
+from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
 from .parser import Parser, real, str2bool, whole
 
@@ -67,12 +69,13 @@ def add_deconv_flags(parser: Parser) -> None:
         shown="512, or 0 without --deconv True",
         metavar="B",
     )
-    add("--deconv-iter", "Newton-Schulz steps to the inverse root", whole(1), 5, metavar="N")
-    add("--stem-iter", "in the first layer", whole(1), shown="as --deconv-iter", metavar="N")
+    steps = whole(1, 15)  # more would lose accuracy in float32
+    add("--deconv-iter", "Newton-Schulz steps to the inverse root, up to 15", steps, 5, metavar="N")
+    add("--stem-iter", "in the first layer", steps, shown="as --deconv-iter", metavar="N")
     add(
         "--eps",
         "regularisation of the covariance, in units of variance",
-        real(above=0),
+        real(least=1e-12),
         1e-2,
         metavar="E",
     )
@@ -107,14 +110,14 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--image-size",
         "side that pictures are brought to, in pixels",
-        whole(32),
-        shown=32,
+        whole(SMALLEST, 4096),
+        shown=SMALLEST,
         metavar="N",
     )
     add(
         "-j --num-workers",
         "processes that load pictures, 0: none but this",
-        whole(0),
+        whole(0, 1024),
         0,
         metavar="N",
     )
@@ -135,7 +138,7 @@ def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
         whole(1),
         metavar="N",
     )
-    add("-b --batch-size", "pictures per step", whole(1), 512, metavar="N")
+    add("-b --batch-size", "pictures per step", whole(1, 10**6), 512, metavar="N")
     add("--loss", "cross-entropy or squared error", None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
     add("--lr", "learning rate at the start", real(above=0), 0.1, metavar="LR")
@@ -154,7 +157,7 @@ def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
         "--milestone",
         "of multistep: epochs (60 80) or fractions of the run (.5 .75); a single fraction repeats, "
         "0.4 again at 0.8",
-        real(above=0),
+        real(least=1e-3),
         [0.4],
         shown=0.4,
         nargs="+",
@@ -163,7 +166,13 @@ def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
     add("--multistep-gamma", "factor at a milestone", real(above=0), 0.1, metavar="G")
     add("--seed", "same seed, same result", whole(0, 2**63 - 1), 0, metavar="N")
     add("--use-gpu", "train on the GPU", str2bool, shown="if there is one")
-    add("--threads", "CPU threads of PyTorch", whole(1), shown="as PyTorch chooses", metavar="N")
+    add(
+        "--threads",
+        "CPU threads of PyTorch",
+        whole(1, 1024),
+        shown="as PyTorch chooses",
+        metavar="N",
+    )
 
 
 def add_output_flags(parser: Parser) -> None:
@@ -178,8 +187,10 @@ def add_output_flags(parser: Parser) -> None:
     add(
         "--resume",
         "continue from a checkpoint to --epochs in all, in its folder unless --run-dir is given. "
-        "Flags left out are the checkpoint's. With more epochs than before the schedule is that of "
-        "the new total, so the rate rises to its curve",
+        "Flags left out are the checkpoint's, but --max-steps goes when --epochs is typed. With "
+        "more epochs than before the schedule is that of the new total, so the rate rises to its "
+        "curve",
+        os.path.expanduser,
         metavar="FILE",
     )
     add(

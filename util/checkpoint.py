@@ -25,6 +25,8 @@ REQUIRED_KEYS = (
     "epoch",
     "step",
     "config",
+    "spec",
+    "progress",
     "model",
     "optimizer",
     "scheduler",
@@ -32,6 +34,7 @@ REQUIRED_KEYS = (
     "history",
     "best_top1",
 )
+LATEST_NAME = "checkpoint.pth.tar"
 BEST_NAME = "model_best.pth.tar"
 
 
@@ -43,7 +46,7 @@ def save_checkpoint(
     state: dict[str, Any],
     run_dir: str | Path,
     *,
-    filename: str = "checkpoint.pth.tar",
+    filename: str = LATEST_NAME,
     is_best: bool = False,
 ) -> Path:
     """Write `state` and its format version to `run_dir/filename`; copy it to the best if `is_best`.

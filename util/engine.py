@@ -17,11 +17,13 @@ from tqdm import tqdm
 from .metrics import Average, accuracy
 from .optim import Criterion
 
+SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
+
 Figures = dict[str, float]
 
 
 class TrainingDiverged(RuntimeError):
-    """The training loss is not a number any more."""
+    """The training loss is not finite any more."""
 
 
 def train_one_epoch(
@@ -50,7 +52,8 @@ def train_one_epoch(
         images, steps, and lr, the rate of the last step.
 
     Raises:
-        TrainingDiverged: a loss is not finite. The network has not been updated with it.
+        TrainingDiverged: a loss is not finite. No parameter has been updated with it; running
+            statistics may have taken the batch in.
     """
     model.train()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
@@ -67,8 +70,8 @@ def train_one_epoch(
             optimizer.step()
             scheduler.step()
             batch = meters.update(loss.detach(), logits.detach(), targets)
+            _show(bar, meters)
             if step % report_every == 0:
-                _show(bar, meters)
                 figures = {name: float(value) for name, value in batch.items()}
                 on_batch(step, {**figures, "lr": lr, "seconds": meters.seconds})
     return {**meters.figures(), "steps": steps, "lr": lr}
@@ -90,6 +93,7 @@ def evaluate(
         for images, targets in _move(bar, device):
             logits = model(images)
             meters.update(criterion(logits, targets), logits, targets)
+            _show(bar, meters)
     return meters.figures()
 
 
@@ -100,6 +104,7 @@ class _Meters:
         self.averages = {name: Average() for name in ("loss", "top1", "top5")}
         self.images = 0
         self.start = time.perf_counter()
+        self.next_show = 0.0  # in seconds since the start
 
     def update(self, loss: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Count a batch, and return its own figures."""
@@ -130,8 +135,10 @@ def _bar(batches: Iterable, steps: int, title: str) -> tqdm:
 
 
 def _show(bar: tqdm, meters: _Meters) -> None:
-    if not bar.disable:
+    """Put the figures on the bar: at the first batch, then once in SHOW_SECONDS."""
+    if not bar.disable and meters.seconds >= meters.next_show:
         now = meters.figures()
+        meters.next_show = now["seconds"] + SHOW_SECONDS
         speed = now["images"] / now["seconds"]
         bar.set_postfix_str(
             f"loss {now['loss']:.3f}, top1 {now['top1']:.1f}%, {speed:.0f} pictures/s"

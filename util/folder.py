@@ -5,18 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.datasets import ImageFolder
+from torchvision.datasets.folder import IMG_EXTENSIONS
 
+from .checkpoint import atomic_write
 from .pictures import DataError, DataSpec, Source, Split, channel_statistics, hold_in_memory
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The picture files of a split, in order, and for each the position of its class."""
+
+    root: Path
+    classes: list[str]
+    paths: list[str]
+    targets: list[int]
 
 
 def load_folder(
@@ -41,8 +55,8 @@ def load_folder(
     return DataSpec("folder", 3, image_size, tuple(train.classes), mean, std), *splits
 
 
-def scan_split(root: Path, *names: str) -> ImageFolder:
-    """List the pictures of the first folder root/<name> that exists.
+def scan_split(root: Path, *names: str) -> Listing:
+    """List the pictures of the first folder root/<name> that exists; hidden names are left out.
 
     Raises:
         DataError: no such folder, no class in it, or a class without a picture.
@@ -51,19 +65,32 @@ def scan_split(root: Path, *names: str) -> ImageFolder:
     if folder is None:
         wanted = " or ".join(str(root / name) for name in names)
         raise DataError(f"no folder {wanted}: pictures are expected in <class> folders inside it")
-    try:
-        found = ImageFolder(folder, allow_empty=True)
-    except FileNotFoundError:
-        raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*") from None
-    filled = set(found.targets)
-    empty = [name for i, name in enumerate(found.classes) if i not in filled]
+    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    if not classes:
+        raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*")
+    files = [list_pictures(folder / name) for name in classes]
+    empty = [str(folder / name) for name, paths in zip(classes, files, strict=True) if not paths]
     if empty:
-        listed = ", ".join(str(folder / name) for name in empty)
-        raise DataError(f"no pictures ({', '.join(found.extensions)}) in {listed}")
-    return found
+        raise DataError(f"no pictures ({', '.join(IMG_EXTENSIONS)}) in {', '.join(empty)}")
+    targets = [target for target, paths in enumerate(files) for _ in paths]
+    return Listing(folder, classes, list(chain(*files)), targets)
 
 
-def require_same_classes(train: ImageFolder, test: ImageFolder) -> None:
+def list_pictures(folder: Path) -> list[str]:
+    """Picture files in `folder` and below, ordered by folder, then name; hidden ones are left out.
+
+    Below `folder`, links to folders are not followed: they may lead in a circle, or to another
+    class.
+    """
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name[0] != "."]  # where `walk` goes on
+        pictures = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
+        found += [os.path.join(parent, name) for name in pictures if name[0] != "."]
+    return sorted(found, key=os.path.split)
+
+
+def require_same_classes(train: Listing, test: Listing) -> None:
     """Targets are positions in the list of classes, so both splits need the same list."""
     differing = [
         f"only in {one.root}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
@@ -74,9 +101,9 @@ def require_same_classes(train: ImageFolder, test: ImageFolder) -> None:
         raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
 
 
-def read_split(found: ImageFolder, image_size: int, threads: int = 1) -> Split:
+def read_split(found: Listing, image_size: int, threads: int = 1) -> Split:
     """The pictures found, decoded now if they fit the memory budget, else on access."""
-    files = PictureFiles([path for path, _ in found.samples], image_size)
+    files = PictureFiles(found.paths, image_size)
     return Split(hold_in_memory(files, threads), torch.tensor(found.targets))
 
 
@@ -127,12 +154,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def cached_statistics(
-    train: ImageFolder, image_size: int, cache_dir: Path, source: Source, threads: int = 1
+    train: Listing, image_size: int, cache_dir: Path, source: Source, threads: int = 1
 ) -> Statistics:
     """Channel mean and deviation of the training pictures, computed unless cache_dir has them.
 
     The file's name carries a digest of folder, image size and list of files (sizes and times too),
-    so other pictures never meet these numbers. An unreadable cache is computed anew.
+    so other pictures never meet these numbers. An unreadable cache is computed anew; one that
+    cannot be written costs a line on stderr, no more.
     """
     cache = cache_dir / f"channel-statistics-{digest_files(train, image_size)}.json"
     try:
@@ -141,23 +169,27 @@ def cached_statistics(
     except (OSError, ValueError, KeyError, TypeError):
         mean, std = channel_statistics(source, threads)
     about = {"folder": str(train.root), "image_size": image_size, "pictures": len(source)}
-    write_json(cache, {**about, "mean": mean, "std": std})
+    try:
+        cache_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_write(cache) as file:
+            file.write(json.dumps({**about, "mean": mean, "std": std}, indent=1).encode() + b"\n")
+    except OSError as error:
+        print(f"warning: the channel statistics could not be kept: {error}", file=sys.stderr)
     return mean, std
 
 
-def digest_files(found: ImageFolder, image_size: int) -> str:
-    """Sixteen hexadecimal digits that change with the folder, the image size or any file."""
+def digest_files(found: Listing, image_size: int) -> str:
+    """Sixteen hexadecimal digits that change with the folder, the image size or any file.
+
+    Raises:
+        DataError: naming a file that is listed but not there, as a broken link.
+    """
     digest = hashlib.sha256(f"{Path(found.root).resolve()}\n{image_size}\n".encode())
-    for path, _ in found.samples:
-        status = os.stat(path)
+    for path in found.paths:
+        try:
+            status = os.stat(path)
+        except OSError as error:
+            raise DataError(f"cannot read the picture {path}: {error.strerror}") from None
         name = path.removeprefix(str(found.root))
         digest.update(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
     return digest.hexdigest()[:16]
-
-
-def write_json(path: Path, content: dict) -> None:
-    """Write at once or not at all: runs may share the folder."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.tmp")
-    partial.write_text(json.dumps(content, indent=1) + "\n")
-    os.replace(partial, path)

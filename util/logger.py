@@ -17,6 +17,7 @@ from util.plots import draw_filters, plot_training
 VALUES = ("loss", "top1", "top5", "lr", "seconds")
 EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
+BATCH_LOG_NAME = "train_batch.log"
 PLOT_NAME = "TrainingPlots.png"
 
 
@@ -137,7 +138,7 @@ class RunLogger:
         return _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, rows)
 
     def _open_batch_log(self) -> TextIO:
-        path = self.run_dir / "train_batch.log"
+        path = self.run_dir / BATCH_LOG_NAME
         last = self.history["epoch"][-1] if self.history["epoch"] else 0
         return _open_log(path, BATCH_COLUMNS, _kept_rows(path, last) if last else [])
 

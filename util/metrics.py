@@ -23,7 +23,7 @@ def accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> l
         topk: the values of k; one above the number of classes counts as that number.
 
     Returns:
-        One float64 scalar per k, in percent, on the device of `logits` (nothing waits for the device).
+        One float64 scalar per k, in percent, on the device of `logits`, which is not waited for.
     """
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest

@@ -64,9 +64,9 @@ def str2bool(text: str) -> bool:
     return words[text.lower()]
 
 
-def whole(least: int, most: float = math.inf) -> Callable[[str], int]:
+def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
     """A whole number from `least` to `most`."""
-    bounds = f"from {least} to {most}" if most < math.inf else f"of at least {least}"
+    bounds = f"from {least} to {most}"
 
     def parse(text: str) -> int:
         try:

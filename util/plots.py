@@ -41,6 +41,7 @@ class RunCurves:
         label: for the legend.
         kind: runs of one kind share a colour; those that begin with "bn" are blue and dashed.
         train, test, batches: columns of `train.log`, `test.log`, `train_batch.log`.
+        epoch_steps: optimizer steps of a whole epoch; batches of a higher number overrule it.
     """
 
     label: str
@@ -48,6 +49,7 @@ class RunCurves:
     train: Columns
     test: Columns
     batches: Columns
+    epoch_steps: int
 
 
 def plot_training(history: Columns, path: str | Path, *, title: str = "") -> None:
@@ -134,7 +136,7 @@ def _training_positions(run: RunCurves, seconds: np.ndarray) -> tuple[np.ndarray
     """
     finished = np.asarray(run.batches["epoch"], dtype=int) - 1
     batch = np.asarray(run.batches["batch"], dtype=float)
-    epochs = finished + batch / max(batch, default=1)
+    epochs = finished + batch / max(run.epoch_steps, *batch, 1)
     return epochs, seconds[finished.clip(0, len(seconds) - 1)] + run.batches["seconds"]
 
 

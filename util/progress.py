@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -80,20 +81,26 @@ def restore(
     *,
     spec: dict[str, Any],
     epoch_steps: int,
+    total_steps: int,
 ) -> Progress:
     """Put a checkpoint's weights and optimizer state in place; returns how far it had come.
 
     Raises:
-        CheckpointError: it was trained on other data than `spec` describes, or stands in the
-            middle of an epoch, which cannot be taken up.
+        CheckpointError: it was trained on other data than `spec` describes, is of another network,
+            or stands in the middle of an epoch with some of `total_steps` to go: only whole epochs
+            can be taken up.
     """
     check_compatible(saved["spec"], spec)
     done = Progress(**saved["progress"])
-    if done.step != done.epoch * epoch_steps:
+    if done.step < total_steps and done.step != done.epoch * epoch_steps:
         raise CheckpointError(
             f"cannot resume: the checkpoint stands at step {done.step}, in the middle of an epoch "
             f"of {epoch_steps} steps; only whole epochs can be continued"
         )
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError) as error:
+        reason = textwrap.shorten(str(error), 200)
+        raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from error
     return done

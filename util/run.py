@@ -18,8 +18,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
-from .checkpoint import BEST_NAME, atomic_write
+from .checkpoint import BEST_NAME, LATEST_NAME, CheckpointError, atomic_write, load_checkpoint
+from .logger import BATCH_LOG_NAME
 
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
@@ -54,6 +56,8 @@ def seed_everything(seed: int) -> None:
 def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     """The folder that the flags ask for; None where a new one is to be made.
 
+    One that a run left before its first checkpoint may be used again.
+
     Raises:
         RunError: it holds another run, or is not a folder.
     """
@@ -63,7 +67,7 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     path = Path(run_dir).expanduser()
     if path.exists() and not path.is_dir():
         raise RunError(f"--run-dir {run_dir}: not a folder")
-    if (path / "args.json").exists() and path.resolve() != home:
+    if (path / LATEST_NAME).exists() and path.resolve() != home:
         raise RunError(f"--run-dir {run_dir}: holds a run already; continue it with --resume")
     return path
 
@@ -86,11 +90,35 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
     return run_dir
 
 
-def carry_best(old: Path, new: Path) -> None:
-    """Copy the best network so far to the folder that a run goes on in, unless it has one."""
-    if (old / BEST_NAME).exists() and not (new / BEST_NAME).exists():
-        with atomic_write(new / BEST_NAME) as copy, open(old / BEST_NAME, "rb") as best:
-            shutil.copyfileobj(best, copy)
+def check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
+    """See that BatchNorm1d, which has no variance of one picture alone, never meets one.
+
+    Raises:
+        RunError: the last batch of `images` pictures is a single one.
+    """
+    last = images % batch_size or batch_size
+    if last == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        raise RunError(
+            f"--batch-size {batch_size}: the last batch of {images} pictures is of 1, too few for "
+            "BatchNorm1d; choose another size or --batchnorm False"
+        )
+
+
+def carry_over(resume: str | None, progress: Mapping[str, Any] | None, run_dir: Path) -> None:
+    """Bring the best network and train_batch.log to the folder that a run begins or goes on in.
+
+    The best is the one that the `progress` of the checkpoint `resume` knows: the checkpoint itself,
+    or the one beside it if it is of that epoch. One of another past, or before a beginning, goes.
+    """
+    if resume is None or progress is None:
+        (run_dir / BEST_NAME).unlink(missing_ok=True)
+        return
+    path = Path(resume).resolve()
+    beside = path.with_name(BEST_NAME)
+    itself = progress["epoch"] == progress["best_epoch"]
+    best = path if itself else beside if _is_best(beside, progress) else None
+    _replace(run_dir / BEST_NAME, best)
+    _replace(run_dir / BATCH_LOG_NAME, path.with_name(BATCH_LOG_NAME))
 
 
 def write_record(run_dir: Path, flags: Mapping[str, Any], device: torch.device) -> None:
@@ -119,10 +147,29 @@ def tell_where_to_continue(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        path = run_dir / "checkpoint.pth.tar"
+        path = run_dir / LATEST_NAME
         hint = f"continue with --resume {path}" if path.exists() else "no epoch was finished"
         print(f"\ninterrupted: {hint}", file=sys.stderr)
         sys.exit(130)
+
+
+def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
+    """Whether `path` is the checkpoint that `progress` remembers as the best."""
+    try:
+        state = load_checkpoint(path, "meta")
+    except CheckpointError:
+        return False
+    known = progress["best_epoch"], progress["best_top1"]
+    return (state["epoch"], state["best_top1"]) == known
+
+
+def _replace(path: Path, source: Path | None) -> None:
+    """Make `path` a copy of `source`, and remove it where there is none."""
+    if source is None or not source.exists():
+        path.unlink(missing_ok=True)
+    elif path.resolve() != source:
+        with atomic_write(path) as copy, open(source, "rb") as file:
+            shutil.copyfileobj(file, copy)
 
 
 def _installed_versions() -> dict[str, str]:

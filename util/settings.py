@@ -57,6 +57,8 @@ def read_settings(
     config = saved["config"] if saved else {}
     defaults = parser.defaults()
     inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
+    if "epochs" in typed:  # else a --max-steps of before would still end the run
+        inherited.pop("max_steps", None)
     preset = PRESETS[typed["preset"]] if "preset" in typed else {}
     flags = Namespace(**{**defaults, **inherited, **preset, **typed})
     if flags.arch not in architectures:
@@ -66,7 +68,9 @@ def read_settings(
         name, text = fault
         parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
     if saved:
-        check_compatible(_what_counts(parser, config), _what_counts(parser, vars(flags)))
+        # A flag that is younger than the checkpoint has nothing to be compared with.
+        current = {name: value for name, value in vars(flags).items() if name in config}
+        check_compatible(_what_counts(parser, config), _what_counts(parser, current))
     return flags, saved
 
 
@@ -97,8 +101,9 @@ def find_fault(
 ) -> tuple[str, str] | None:
     """The first typed flag that would do nothing or contradicts another, and what is wrong."""
     by_method = "method" in architectures[flags.arch]
-    whitening = _method_rules(flags) if by_method else _deconv_rules(flags)
-    for rules in (_network_rules(flags, architectures), whitening, _training_rules(flags)):
+    whitening = _method_rules(flags) if by_method else _deconv_rules(flags, typed)
+    groups = _network_rules(flags, architectures), whitening, _training_rules(flags)
+    for rules in (*groups, _output_rules(flags)):
         for name, good, fault in rules:
             if name in typed and not good:
                 return name, fault
@@ -116,7 +121,7 @@ def _network_rules(flags: Namespace, architectures: Architectures) -> Rules:
     yield "bias", bias, "contradicts BatchNorm, whose shift is the bias"
 
 
-def _deconv_rules(flags: Namespace) -> Rules:
+def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
     for name in ("mode", "num_groups", "stride", "stem_iter"):
         yield name, flags.deconv, "needs --deconv True"
     for name in ("eps", "deconv_iter", "layout", "share_blocks"):
@@ -124,6 +129,11 @@ def _deconv_rules(flags: Namespace) -> Rules:
         yield name, some, "needs --deconv True, or --num-groups-final above 0"
     every = flags.mode == 4 and flags.stride != 1
     yield "stride", not every, "contradicts --mode 4, which looks at every patch"
+    blocks = not flags.deconv or flags.mode != 2 or flags.share_blocks is False
+    final = "num_groups_final" in typed and flags.num_groups_final
+    alike = "does nothing in --mode 2, where channels share one matrix; needs --share-blocks False"
+    yield "num_groups", blocks, alike
+    yield "layout", blocks or final, f"{alike}, or --num-groups-final above 0"
 
 
 def _method_rules(flags: Namespace) -> Rules:
@@ -138,7 +148,9 @@ def _method_rules(flags: Namespace) -> Rules:
     yield "stem_iter", whitens, f"needs deconvolution, not {named}"
     yield "stride", flags.method == 2, f"needs --method 2, not {named}"
     for name in ("layout", "share_blocks"):
-        yield name, flags.method == 4, f"needs --method 4, not {named}"
+        some = flags.method == 4 or flags.num_groups_final
+        final = "" if flags.arch == "simple_v1" else ", or --num-groups-final above 0"
+        yield name, some, f"needs --method 4, not {named}{final}"
     if flags.arch == "simple_v1":
         yield "num_groups_final", False, "does not apply to simple_v1, which is one layer"
         yield "batchnorm", not flags.batchnorm, "does not apply to simple_v1, which is one layer"
@@ -151,6 +163,11 @@ def _training_rules(flags: Namespace) -> Rules:
         yield name, flags.lr_scheduler == "multistep", "needs --lr-scheduler multistep"
     late = max(flags.milestone) >= max(flags.epochs, 1)
     yield "milestone", not late, f"is not before the end, --epochs {flags.epochs}"
+
+
+def _output_rules(flags: Namespace) -> Rules:
+    cached, placed = flags.dataset == "folder", flags.run_dir or flags.resume
+    yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
 
 
 def describe_value(value: Any) -> str:
