@@ -5,7 +5,7 @@
 #
 # DIR holds train/CLASS/* and test/CLASS/*, the 60,000 pictures of CIFAR-10 as files. The runs go to OUT
 # (runs/one-epoch), two at a time with one CPU thread each; a run that has finished is not run again.
-# Expect (test top-1, mean of seeds 0 to 2): see the table in README.md.
+# Expect (test top-1): mode 5 74.3, mode 4 73.9, BatchNorm 16 at lr .1; see the table in README.md.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 data=${1:?usage: one_epoch_vgg11.sh DIR [OUT]} out=${2:-runs/one-epoch}
@@ -14,7 +14,6 @@ one() { # one NAME FLAG...: a single run, unless OUT/NAME has its summary
     local run=$out/$1
     shift
     [ ! -e "$run/summary.json" ] || return 0
-    rm -rf "$run" # what a run leaves that was stopped in its only epoch
     python main.py --dataset folder --data "$data" --arch vgg11 \
         --batch-size 128 --epochs 1 --wd 5e-4 --threads 1 --out "$out" --run-dir "$run" "$@"
 }
@@ -30,6 +29,7 @@ bn-seed0 --deconv False --lr .1 --seed 0
 bn-seed1 --deconv False --lr .1 --seed 1
 bn-seed2 --deconv False --lr .1 --seed 2
 mode3-seed0 --deconv True --mode 3 --lr .1 --seed 0
+mode5-own-seed0 --deconv True --mode 5 --share-blocks False --lr .1 --seed 0
 bn-lr.01-seed0 --deconv False --lr .01 --seed 0
 bn-lr.01-seed1 --deconv False --lr .01 --seed 1
 bn-lr.01-seed2 --deconv False --lr .01 --seed 2
