@@ -15,7 +15,7 @@ PUBLISHED_DEFAULTS = """
 
 
 def typed(line):
-    return main.build_parser().parse_typed(line.split())
+    return main.build_script().parser.parse_typed(line.split())
 
 
 def refusal(capsys, line):
@@ -29,7 +29,7 @@ def refusal(capsys, line):
 
 
 def test_defaults_are_the_published_ones():
-    defaults = main.build_parser().defaults()
+    defaults = main.build_script().parser.defaults()
     published = typed(PUBLISHED_DEFAULTS)
     assert {name: defaults[name] for name in published} == published
 
@@ -61,7 +61,7 @@ def test_aliases(short, name, value):
         *("--stride 0", "--seed -1", "--print-freq 0", "--checkpoint-epoch -1", "--stem-iter 0"),
         *("--image-size 31", "--milestone 0", "--multistep-gamma 0", "--deconv perhaps"),
         *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
-        *("--lr-scheduler step", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
+        *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
         *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
         *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9"),
     ],
@@ -73,7 +73,7 @@ def test_values_out_of_range_are_refused_by_name(capsys, line):
 
 
 def test_unknown_and_shortened_flags_are_refused(capsys):
-    assert "--learning-rate" in refusal(capsys, "--learning-rate 1")
+    assert "--momentums" in refusal(capsys, "--momentums .5")
     assert "--num-group" in refusal(capsys, "--num-group 8")
 
 

@@ -45,6 +45,7 @@ def make_state(**changes):
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
+        "scaler": {},
         "rng": rng_state(),
         "history": {"epoch": [1, 2], "train_loss": [1.5, float("nan")]},
         "best_top1": 12.5,

@@ -8,10 +8,11 @@ from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
 from util import engine
+from util.compute import Compute
 from util.engine import TrainingDiverged, evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
 
-CPU = torch.device("cpu")
+CPU = Compute(torch.device("cpu"))
 CRITERION = build_criterion("CE", 3)
 
 
@@ -29,7 +30,7 @@ def make_parts(images=None):
 def test_evaluate_counts_every_picture_once_and_changes_nothing():
     model, loader, *_ = make_parts()
     before = copy.deepcopy(model.state_dict())
-    figures = evaluate(model, loader, CRITERION, device=CPU)
+    figures = evaluate(model, loader, CRITERION, compute=CPU)
     logits, targets = model[0](loader.dataset.tensors[0]), loader.dataset.tensors[1]
     assert figures["loss"] == pytest.approx(CRITERION(logits, targets).item())
     assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
@@ -52,7 +53,7 @@ def test_train_steps_as_written_out_by_hand():
             for p, v, g in zip(other.parameters(), velocity, grads, strict=True):
                 v.mul_(0.9).add_(g + 0.01 * p)
                 p.sub_(lr * v)
-    figures = train_one_epoch(*parts, device=CPU)
+    figures = train_one_epoch(*parts, compute=CPU)
     for ours, theirs in zip(model[0].parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
@@ -63,14 +64,14 @@ def test_train_steps_as_written_out_by_hand():
 
 
 def test_max_steps_ends_the_epoch_early():
-    figures = train_one_epoch(*make_parts(), device=CPU, max_steps=2)
+    figures = train_one_epoch(*make_parts(), compute=CPU, max_steps=2)
     assert (figures["steps"], figures["images"]) == (2, 8)
 
 
 def test_on_batch_hears_of_every_nth_batch():
     heard = []
     report = lambda batch, figures: heard.append((batch, sorted(figures)))
-    train_one_epoch(*make_parts(), device=CPU, on_batch=report, report_every=2)
+    train_one_epoch(*make_parts(), compute=CPU, on_batch=report, report_every=2)
     assert heard == [(2, ["loss", "lr", "seconds", "top1", "top5"])]
 
 
@@ -83,7 +84,7 @@ def test_diverging_stops_before_the_weights_are_touched():
         train_one_epoch(
             model,
             *rest,
-            device=CPU,
+            compute=CPU,
             on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
             report_every=1,
             title="epoch 7",
@@ -98,20 +99,20 @@ def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatc
         def set_postfix_str(self, text):
             shown.append(text)
 
-    on_terminal = lambda batches, *_: Bar(batches, file=io.StringIO())
-    monkeypatch.setattr(engine, "_bar", on_terminal)
+    on_terminal = lambda batches, *_, **__: Bar(batches, file=io.StringIO())
+    monkeypatch.setattr(engine, "progress_bar", on_terminal)
     model, loader, *rest = make_parts()
     for seconds, times in ((1e6, 1), (0.0, 3)):
         monkeypatch.setattr(engine, "SHOW_SECONDS", seconds)
-        train_one_epoch(model, loader, *rest, device=CPU, report_every=100)
-        evaluate(model, loader, CRITERION, device=CPU)
+        train_one_epoch(model, loader, *rest, compute=CPU, report_every=100)
+        evaluate(model, loader, CRITERION, compute=CPU)
         assert len(shown) == 2 * times
         shown.clear()
 
 
 def test_train_and_eval_mode_are_set():
     model, loader, *rest = make_parts()
-    evaluate(model, loader, CRITERION, device=CPU)
+    evaluate(model, loader, CRITERION, compute=CPU)
     assert not model.training
-    train_one_epoch(model, loader, *rest, device=CPU)
+    train_one_epoch(model, loader, *rest, compute=CPU)
     assert model.training

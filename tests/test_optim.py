@@ -10,8 +10,6 @@ from util.optim import build_criterion, build_optimizer, build_scheduler, milest
 def make_rates(name, *, total=10, start=0, **more):
     """The rates of the steps from `start` on, from an optimizer that starts at 1."""
     optimizer = build_optimizer("SGD", [nn.Parameter(torch.ones(1))], lr=1.0)
-    if start:
-        optimizer.param_groups[0]["initial_lr"] = 1.0  # as a checkpoint's optimizer has it
     schedule = build_scheduler(
         name, optimizer, total_steps=total, epoch_steps=2, start_step=start, **more
     )
@@ -43,7 +41,21 @@ def test_milestones_below_one_are_fractions_and_a_single_one_repeats(milestones,
     assert milestone_steps(milestones, total_steps=100, epoch_steps=10) == steps
 
 
-@pytest.mark.parametrize("name", ["cosine", "multistep"])
+def test_step_drops_every_so_many_epochs():
+    rates, _end = make_rates("step", step_size=2, gamma=0.5)
+    assert rates == [1] * 4 + [0.5] * 4 + [0.25] * 2
+
+
+def test_warming_up_climbs_to_the_rate_before_the_schedule_begins():
+    rates, end = make_rates("cosine", warmup_epochs=2)
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
+    assert rates[5:] == [pytest.approx((1 + math.cos(math.pi * s / 6)) / 2) for s in range(1, 6)]
+    assert end == 0
+    rates, _ = make_rates("multistep", warmup_epochs=0.5, milestones=[2], gamma=0.5)
+    assert rates == [0.5] + [1] * 3 + [0.5] * 6
+
+
+@pytest.mark.parametrize("name", ["cosine", "multistep", "step"])
 def test_schedule_continues_bit_equal_from_any_step(name):
     whole, end = make_rates(name)
     for start in range(1, 10):

@@ -5,8 +5,11 @@ import torch
 from torch import nn
 
 from util.checkpoint import CheckpointError
+from util.compute import Compute
 from util.optim import build_optimizer
 from util.progress import Progress, restore, snapshot
+
+COMPUTE = Compute(torch.device("cpu"))
 
 
 def figures(top1, loss=1.0, **more):
@@ -58,10 +61,16 @@ def test_restore_takes_up_what_snapshot_kept():
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     finish(done, 60.0)
-    saved = {**snapshot(done, model, optimizer), "spec": {"classes": ("a", "b")}}
+    saved = {**snapshot(done, model, optimizer, COMPUTE), "spec": {"classes": ("a", "b")}}
     other, others_optimizer = make_parts()
     again = restore(
-        saved, other, others_optimizer, spec={"classes": ("a", "b")}, epoch_steps=5, total_steps=10
+        saved,
+        other,
+        others_optimizer,
+        COMPUTE,
+        spec={"classes": ("a", "b")},
+        epoch_steps=5,
+        total_steps=10,
     )
     assert again == done
     assert torch.equal(other.weight, model.weight)
@@ -71,15 +80,32 @@ def test_restore_takes_up_what_snapshot_kept():
             saved,
             other,
             others_optimizer,
+            COMPUTE,
             spec={"classes": ("a", "c")},
             epoch_steps=5,
             total_steps=10,
         )
     with pytest.raises(CheckpointError, match="step 5, in the middle of an epoch of 4 steps"):
-        restore(saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4, total_steps=10)
+        restore(
+            saved,
+            other,
+            others_optimizer,
+            COMPUTE,
+            spec=saved["spec"],
+            epoch_steps=4,
+            total_steps=10,
+        )
     finished = restore(
-        saved, other, others_optimizer, spec=saved["spec"], epoch_steps=4, total_steps=5
+        saved, other, others_optimizer, COMPUTE, spec=saved["spec"], epoch_steps=4, total_steps=5
     )
     assert finished == done
     with pytest.raises(CheckpointError, match="does not fit: .*size mismatch"):
-        restore(saved, nn.Linear(3, 2), optimizer, spec=saved["spec"], epoch_steps=5, total_steps=9)
+        restore(
+            saved,
+            nn.Linear(3, 2),
+            optimizer,
+            COMPUTE,
+            spec=saved["spec"],
+            epoch_steps=5,
+            total_steps=9,
+        )

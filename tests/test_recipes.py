@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 import main
-from models import ARCHITECTURES
 from util.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,9 +49,8 @@ def documents():
 def read(argv):
     """All flags as main.py would take them; checkpoints are not there to be read."""
     if "--resume" in argv:
-        return main.build_parser().parse_typed(argv)
-    options = {name: architecture.options for name, architecture in ARCHITECTURES.items()}
-    return vars(read_settings(main.build_parser(), options, argv)[0])
+        return main.build_script().parser.parse_typed(argv)
+    return vars(read_settings(main.build_script(), argv)[0])
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -11,23 +11,33 @@ from util import run
 from util.checkpoint import REQUIRED_KEYS, load_checkpoint, save_checkpoint
 
 
-def test_the_cpu_is_taken_where_the_gpu_is_declined(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    assert run.choose_device(None, None).type == "cuda"
-    assert run.choose_device(False, None).type == "cpu"
+def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert str(run.choose_device(None, None, None)) == "cuda:0"
+    assert str(run.choose_device(True, None, None, local_rank=1)) == "cuda:1"
+    assert str(run.choose_device(None, 1, None)) == "cuda:1"
+    assert str(run.choose_device(False, None, None, local_rank=1)) == "cpu"
+    with pytest.raises(run.RunError, match="process 2 .* 2 are visible"):
+        run.choose_device(None, None, None, local_rank=2)
+    assert [run.count_processes(None, None), run.count_processes(None, 1)] == [2, 1]
+    assert run.count_processes(False, None) == 1
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert run.choose_device(None, None).type == "cpu"
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert run.choose_device(None, None, None).type == "cpu"
+    assert run.count_processes(None, None) == 1
     with pytest.raises(run.RunError, match="--use-gpu True"):
-        run.choose_device(True, None)
+        run.choose_device(True, None, None)
+    with pytest.raises(run.RunError, match="--gpu 3: PyTorch sees 0"):
+        run.choose_device(None, 3, None)
 
 
 def test_threads_are_set():
     before = torch.get_num_threads()
     try:
-        run.choose_device(False, before + 1)
+        run.choose_device(False, None, before + 1)
         assert torch.get_num_threads() == before + 1
     finally:
         torch.set_num_threads(before)
@@ -117,9 +127,16 @@ def test_the_rows_of_earlier_batches_come_along(tmp_path):
 )
 def test_a_single_picture_never_meets_batchnorm1d(images, batch_size, fine):
     run.check_last_batch(nn.BatchNorm2d(3), images, batch_size)
-    told = nullcontext() if fine else pytest.raises(run.RunError, match="--batch-size .* is of 1,")
+    told = nullcontext() if fine else pytest.raises(run.RunError, match="--batch-size .* is of 1:")
     with told:
         run.check_last_batch(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size)
+
+
+@pytest.mark.parametrize(("last", "fine"), [(1, False), (2, False), (3, False), (4, True)])
+def test_a_share_of_one_picture_counts_as_a_batch_of_one(last, fine):
+    told = nullcontext() if fine else pytest.raises(run.RunError, match="shared by 2 processes")
+    with told:
+        run.check_last_batch(nn.BatchNorm1d(3), 8 + last, 8, processes=2)
 
 
 def test_the_record_tells_flags_versions_commit_and_device(tmp_path):

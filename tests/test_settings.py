@@ -7,8 +7,7 @@ from util.settings import PRESETS, read_settings
 
 
 def read(line):
-    options = {name: architecture.options for name, architecture in main.ARCHITECTURES.items()}
-    flags, saved = read_settings(main.build_parser(), options, line.split())
+    flags, saved = read_settings(main.build_script(), line.split())
     assert saved is None
     return flags
 

@@ -7,9 +7,12 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
+from .compute import PRECISIONS
 from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
-from .parser import Parser, real, str2bool, whole
+from .parser import Parser, meeting_url, real, str2bool, whole
+
+YES = {"action": "store_true", "default": False, "shown": ""}  # a flag without a value
 
 
 class _ArchAction(argparse.Action):
@@ -32,11 +35,22 @@ class _ArchAction(argparse.Action):
 
 
 def add_network_flags(
-    parser: Parser, architectures: Collection[str], describe: Callable[[], str]
-) -> None:
+    parser: Parser,
+    architectures: Collection[str],
+    describe: Callable[[], str],
+    default: str,
+) -> Callable[..., None]:
+    """The flags about networks that all scripts have; returns what adds further ones."""
     arch = {"action": _ArchAction, "names": architectures, "describe": describe, "metavar": "NAME"}
     add = parser.add_group("network")
-    add("-a --arch", "architecture; `--arch help` lists them", None, "vgg11", **arch)
+    add("-a --arch", "architecture; `--arch help` lists them", None, default, **arch)
+    add("--batchnorm", "BatchNorm", str2bool, shown="True, or False with --deconv True")
+    add("--bias", "bias in convolutions", str2bool, shown="True, or False with BatchNorm")
+    add("--dropout-rate", "dropout before the last layer", real(least=0, below=1), 0.0, metavar="P")
+    return add
+
+
+def add_method_flag(add: Callable[..., None]) -> None:
     add(
         "--method",
         "layers of simple_v1 and mlp: 1 plain, 2 channel deconvolution, 3 joint deconvolution, 4 "
@@ -45,12 +59,9 @@ def add_network_flags(
         shown="1, or 3 with --deconv True",
         metavar="1..4",
     )
-    add("--batchnorm", "BatchNorm", str2bool, shown="True, or False with --deconv True")
-    add("--bias", "bias in convolutions", str2bool, shown="True, or False with BatchNorm")
-    add("--dropout-rate", "dropout before the last layer", real(least=0, below=1), 0.0, metavar="P")
 
 
-def add_deconv_flags(parser: Parser) -> None:
+def add_deconv_flags(parser: Parser, final_block: int) -> None:
     add = parser.add_group("deconvolution")
     add("--deconv", "deconvolution in place of BatchNorm", str2bool, False)
     add(
@@ -66,7 +77,7 @@ def add_deconv_flags(parser: Parser) -> None:
         "--num-groups-final --block-fc",
         "features whitened together before the last linear layer, 0: it is not whitened",
         whole(0),
-        shown="512, or 0 without --deconv True",
+        shown=f"{final_block}, or 0 without --deconv True",
         metavar="B",
     )
     steps = whole(1, 15)  # more would lose accuracy in float32
@@ -97,6 +108,7 @@ def add_deconv_flags(parser: Parser) -> None:
 
 
 def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
+    """The pictures of main.py."""
     add = parser.add_group("data")
     add("--dataset", "the pictures", None, "cifar10", choices=datasets)
     add(
@@ -114,41 +126,62 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         shown=SMALLEST,
         metavar="N",
     )
-    add(
-        "-j --num-workers",
-        "processes that load pictures, 0: none but this",
-        whole(0, 1024),
-        0,
-        metavar="N",
-    )
+    add_worker_flag(add, 0)
 
 
-def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
+def add_imagenet_flags(parser: Parser) -> None:
+    """The pictures of main_imagenet.py, and what is done with them."""
+    add = parser.add_group("data")
+    text = "the folder that holds train/CLASS/* and val/CLASS/*"
+    add("data", text, nargs="?", metavar="DIR")
+    add("--dummy", "noise in place of pictures, for timing without data", **YES)
+    size = whole(SMALLEST, 4096)
+    add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
+    text = "a picture that cannot be read ends the run, or is left out and listed at the end"
+    add("--on-bad-image", text, None, "error", choices=("error", "skip"))
+    add_worker_flag(add, os.cpu_count() or 1)
+    add("-e --evaluate", "only test: the network of --resume, or --pretrained", **YES)
+    add("--test-run", "only some batches of each epoch, and of each test", str2bool, False)
+    add("--test-iter", "of --test-run: so many", whole(1), 500, metavar="N")
+
+
+def add_worker_flag(add: Callable[..., None], default: int) -> None:
+    text = "processes that load pictures on this machine, 0: none but those that train"
+    add("-j --num-workers --workers", text, whole(0, 1024), default, metavar="N")
+
+
+def add_training_flags(
+    parser: Parser, presets: Collection[str], *, epochs: int, batch_size: int, weight_decay: float
+) -> None:
+    """How a network is trained; the keywords are defaults."""
     add = parser.add_group("training")
-    add(
-        "--preset",
-        "paper, for the paper's tables: --batch-size 128 --wd 1e-3 --num-groups 64 --eps 1e-5 "
-        "--deconv-iter 5 --stem-iter 15; flags typed beside it win",
-        choices=presets,
-    )
-    add("--epochs", "epochs in all", whole(1), 100, metavar="N")
+    if presets:
+        add(
+            "--preset",
+            "paper, for the paper's tables: --batch-size 128 --wd 1e-3 --num-groups 64 --eps 1e-5 "
+            "--deconv-iter 5 --stem-iter 15; flags typed beside it win",
+            choices=presets,
+        )
+    add("--epochs", "epochs in all", whole(1), epochs, metavar="N")
+    add("--start-epoch", "count and schedule as if N epochs were done", whole(0), 0, metavar="N")
     add(
         "--max-steps",
         "stop after N optimizer steps in all; the schedule spans them",
         whole(1),
         metavar="N",
     )
-    add("-b --batch-size", "pictures per step", whole(1, 10**6), 512, metavar="N")
+    text = "pictures per step, over all devices together"
+    add("-b --batch-size", text, whole(1, 10**6), batch_size, metavar="N")
     add("--loss", "cross-entropy or squared error", None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
-    add("--lr", "learning rate at the start", real(above=0), 0.1, metavar="LR")
+    add("--lr --learning-rate", "learning rate at the start", real(above=0), 0.1, metavar="LR")
     add("--momentum", "of SGD", real(least=0, below=1), 0.9, metavar="M")
-    add(
-        "--wd --weight-decay", "weight decay", real(least=0), 5e-4, metavar="W", dest="weight_decay"
-    )
+    decay = {"metavar": "W", "dest": "weight_decay"}
+    add("--wd --weight-decay", "weight decay", real(least=0), weight_decay, **decay)
     add(
         "--lr-scheduler",
-        "cosine falls to 0 step by step over the run, multistep drops at the milestones",
+        "cosine falls to 0 step by step over the run, multistep drops at the milestones, step "
+        "every so many epochs",
         None,
         "cosine",
         choices=SCHEDULES,
@@ -163,9 +196,23 @@ def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
         nargs="+",
         metavar="M",
     )
-    add("--multistep-gamma", "factor at a milestone", real(above=0), 0.1, metavar="G")
-    add("--seed", "same seed, same result", whole(0, 2**63 - 1), 0, metavar="N")
-    add("--use-gpu", "train on the GPU", str2bool, shown="if there is one")
+    add("--multistep-gamma", "factor at a drop", real(above=0), 0.1, metavar="G")
+    add("--scheduler-step-size", "of step: epochs between drops", whole(1), 30, metavar="N")
+    add(
+        "--warmup-epochs",
+        "epochs, or a part of one, in which the learning rate climbs to --lr",
+        real(least=0),
+        0.0,
+        metavar="N",
+    )
+    add("--seed", "same seed, same result", whole(0, 2**62), 0, metavar="N")
+
+
+def add_device_flags(parser: Parser) -> None:
+    """What computes, and how."""
+    add = parser.add_group("devices")
+    add("--use-gpu", "train on GPUs: all that are visible", str2bool, shown="if there are any")
+    add("--gpu", "only on the GPU of this number", whole(0, 1023), metavar="N")
     add(
         "--threads",
         "CPU threads of PyTorch",
@@ -173,6 +220,26 @@ def add_training_flags(parser: Parser, presets: Collection[str]) -> None:
         shown="as PyTorch chooses",
         metavar="N",
     )
+    text = "mixed precision; whitening stays in float32"
+    add("--amp", text, None, "off", choices=tuple(PRECISIONS))
+    alone = {"nargs": "?", "const": True}  # the flag without a value means True
+    text = "pictures in memory pixel by pixel, faster on some devices"
+    add("--channels-last", text, str2bool, False, **alone)
+    add("--compile", "translate the network with torch.compile", str2bool, False, **alone)
+    add(
+        "--sync-stats",
+        "whiten by the statistics of the whole batch; False: each device by those of its share",
+        str2bool,
+        True,
+    )
+    add("--multiprocessing-distributed", "one process for each GPU, as is the default", **YES)
+    machines = "machines that train together, see also torchrun"
+    add("--world-size", machines, whole(1, 10**5), shown=1, metavar="N")
+    add("--rank", "number of this machine, from 0", whole(0, 10**5), metavar="N")
+    text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
+    add("--dist-url", text, meeting_url, metavar="URL")
+    text = "how processes talk"
+    add("--dist-backend", text, shown="nccl on GPUs, else gloo", choices=("nccl", "gloo"))
 
 
 def add_output_flags(parser: Parser) -> None:
@@ -186,7 +253,8 @@ def add_output_flags(parser: Parser) -> None:
     add("--run-dir", "the run goes exactly here instead", metavar="DIR")
     add(
         "--resume",
-        "continue from a checkpoint to --epochs in all, in its folder unless --run-dir is given. "
+        "continue from a checkpoint to --epochs in all, in its folder unless --run-dir is given; "
+        "auto: from that of --run-dir, if there is one yet. "
         "Flags left out are the checkpoint's, but --max-steps goes when --epochs is typed. With "
         "more epochs than before the schedule is that of the new total, so the rate rises to its "
         "curve",
@@ -200,7 +268,8 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
-    add("--print-freq", "batches between two rows of train_batch.log", whole(1), 10, metavar="N")
+    text = "batches between two rows of train_batch.log"
+    add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)
     add("--tensorboardX --tensorboard", "write TensorBoard events", str2bool, True)

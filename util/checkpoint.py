@@ -20,7 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 REQUIRED_KEYS = (
     "epoch",
     "step",
@@ -30,6 +30,7 @@ REQUIRED_KEYS = (
     "model",
     "optimizer",
     "scheduler",
+    "scaler",
     "rng",
     "history",
     "best_top1",

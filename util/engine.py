@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import shutil
+import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from itertools import islice
 
 import torch
@@ -14,7 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
-from .metrics import Average, accuracy
+from .compute import Compute
+from .console import progress_bar
+from .distributed import World
+from .metrics import count_hits
 from .optim import Criterion
 
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
@@ -33,7 +36,8 @@ def train_one_epoch(
     optimizer: Optimizer,
     scheduler: LRScheduler,
     *,
-    device: torch.device,
+    compute: Compute,
+    world: World = World(),  # noqa: B008 - frozen
     max_steps: int | None = None,
     on_batch: Callable[[int, Figures], None] = lambda batch, figures: None,
     report_every: int = 10,
@@ -42,6 +46,11 @@ def train_one_epoch(
     """Train on every batch once, or on the first `max_steps`.
 
     Args:
+        loader: gives this process its share of each batch. Shares may be empty, but all processes
+            have as many.
+        world: the processes that step together. Their gradients are averaged by the model
+            (DistributedDataParallel), so each loss is weighted to make that the gradient of the
+            mean over the whole batch. All figures are those of whole batches.
         on_batch: called as on_batch(batch, figures) after every `report_every`-th batch, with its
             number from 1, its loss, top1 and top5, the lr of its step, and the seconds since the
             epoch began.
@@ -52,28 +61,29 @@ def train_one_epoch(
         images, steps, and lr, the rate of the last step.
 
     Raises:
-        TrainingDiverged: a loss is not finite. No parameter has been updated with it; running
-            statistics may have taken the batch in.
+        TrainingDiverged: a loss is not finite, in all processes at once. No parameter has been
+            updated with it; running statistics may have taken the batch in.
     """
     model.train()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with _bar(islice(loader, steps), steps, title) as bar:
-        for step, (images, targets) in enumerate(_move(bar, device), start=1):
-            logits = model(images)
-            loss = criterion(logits, targets)
-            if not torch.isfinite(loss):
-                raise TrainingDiverged(f"{title}, batch {step}: the loss is {loss.item()}")
-            optimizer.zero_grad()
-            loss.backward()
+    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+        for step, batch in enumerate(bar, start=1):
+            images, targets = compute.place_batch(*batch)
+            loss, row = _forward(model, criterion, compute, images, targets)
+            row = world.sum(row).cpu()
+            meters.add(row)
+            figures = _average([row])
+            if figures["images"] and not math.isfinite(figures["loss"]):
+                raise TrainingDiverged(f"{title}, batch {step}: the loss is {figures['loss']}")
+            share = len(targets) / max(figures["images"], 1)  # of the whole batch
+            compute.update(loss * (share * world.size), optimizer)
             lr = optimizer.param_groups[0]["lr"]
-            optimizer.step()
             scheduler.step()
-            batch = meters.update(loss.detach(), logits.detach(), targets)
             _show(bar, meters)
             if step % report_every == 0:
-                figures = {name: float(value) for name, value in batch.items()}
-                on_batch(step, {**figures, "lr": lr, "seconds": meters.seconds})
+                now = {name: figures[name] for name in ("loss", "top1", "top5")}
+                on_batch(step, {**now, "lr": lr, "seconds": meters.seconds})
     return {**meters.figures(), "steps": steps, "lr": lr}
 
 
@@ -83,55 +93,75 @@ def evaluate(
     loader: DataLoader,
     criterion: Criterion,
     *,
-    device: torch.device,
+    compute: Compute,
+    world: World = World(),  # noqa: B008 - frozen
+    max_steps: int | None = None,
     title: str = "test",
 ) -> Figures:
-    """loss, top1, top5 (percent) over all pictures of `loader`; seconds and images."""
+    """loss, top1, top5 (percent) over the pictures of all processes; seconds and images.
+
+    Each process takes some of the batches. The figures are sums of what each batch gives, added
+    without rounding, so they do not depend on which process computed which.
+    """
     model.eval()
+    steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with _bar(loader, len(loader), title) as bar:
-        for images, targets in _move(bar, device):
-            logits = model(images)
-            meters.update(criterion(logits, targets), logits, targets)
+    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+        for batch in bar:
+            meters.add(_forward(model, criterion, compute, *compute.place_batch(*batch))[1])
             _show(bar, meters)
-    return meters.figures()
+    return meters.figures(world)
+
+
+def _forward(
+    model: nn.Module, criterion: Criterion, compute: Compute, images: Tensor, targets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The mean loss, and a row of sums (4,) float64: images, loss, top1 hits, top5 hits."""
+    with compute.autocast():
+        logits = model(images)
+        # The mean over no picture would be NaN, in the gradients of every process too.
+        loss = criterion(logits, targets) if len(targets) else logits.sum()
+    hits = count_hits(logits.detach(), targets)
+    total = loss.detach().double() * len(targets)
+    return loss, torch.stack([torch.full_like(total, len(targets)), total, *hits])
+
+
+def _average(rows: list[Tensor]) -> Figures:
+    """loss, top1, top5 (percent) and images of rows of sums; NaN where there is no picture."""
+    columns = zip(*torch.stack(rows).tolist(), strict=True) if rows else [[]] * 4
+    images, loss, top1, top5 = (_exact_sum(column) for column in columns)
+    count = images or math.nan
+    percent = {"top1": 100 * top1 / count, "top5": 100 * top5 / count}
+    return {"loss": loss / count, **percent, "images": int(images)}
+
+
+def _exact_sum(values: list[float]) -> float:
+    try:
+        return math.fsum(values)
+    except (OverflowError, ValueError):  # infinities of both signs
+        return math.nan
 
 
 class _Meters:
-    """Averages over pictures, and a clock that starts with them."""
+    """Rows of sums, one for each batch, and a clock that starts with them."""
 
     def __init__(self) -> None:
-        self.averages = {name: Average() for name in ("loss", "top1", "top5")}
-        self.images = 0
+        self.rows: list[Tensor] = []
         self.start = time.perf_counter()
         self.next_show = 0.0  # in seconds since the start
 
-    def update(self, loss: Tensor, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        """Count a batch, and return its own figures."""
-        top1, top5 = accuracy(logits, targets)
-        batch = {"loss": loss, "top1": top1, "top5": top5}
-        for name, value in batch.items():
-            self.averages[name].update(value, len(targets))
-        self.images += len(targets)
-        return batch
+    def add(self, row: Tensor) -> None:
+        self.rows.append(row)
 
     @property
     def seconds(self) -> float:
         return time.perf_counter() - self.start
 
-    def figures(self) -> Figures:
-        averages = {name: average.value for name, average in self.averages.items()}
-        return {**averages, "seconds": self.seconds, "images": self.images}
-
-
-def _bar(batches: Iterable, steps: int, title: str) -> tqdm:
-    """A progress bar with the time left; nothing where stderr is no terminal."""
-    columns, lines = shutil.get_terminal_size(
-        (100, 24)
-    )  # tqdm draws nothing if the size is unknown
-    return tqdm(
-        batches, title, steps, leave=False, ncols=columns, nrows=lines, unit="batch", disable=None
-    )
+    def figures(self, world: World = World()) -> Figures:  # noqa: B008 - frozen
+        """The averages so far, over the rows of all processes of `world`."""
+        mine = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, 4)
+        rows = [row for part in world.gather(mine) for row in part]
+        return {**_average(rows), "seconds": self.seconds}
 
 
 def _show(bar: tqdm, meters: _Meters) -> None:
@@ -143,8 +173,3 @@ def _show(bar: tqdm, meters: _Meters) -> None:
         bar.set_postfix_str(
             f"loss {now['loss']:.3f}, top1 {now['top1']:.1f}%, {speed:.0f} pictures/s"
         )
-
-
-def _move(batches: Iterable, device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    for images, targets in batches:
-        yield images.to(device, non_blocking=True), targets.to(device, non_blocking=True)

@@ -35,6 +35,8 @@ class RunLogger:
         plot: draw the curves after each epoch.
         history: `history` of the checkpoint to continue; later rows and events are cut, so that
             the files become those of a run never interrupted. None starts all files afresh.
+        start_step: optimizer steps that count as done before the first row, where there is no
+            history.
     """
 
     def __init__(
@@ -44,10 +46,11 @@ class RunLogger:
         tensorboard: bool,
         plot: bool,
         history: dict[str, list] | None = None,
+        start_step: int = 0,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._plot = plot
+        self._plot, self._start_step = plot, start_step
         keys = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
         self.history = {key: list(history[key]) if history else [] for key in keys}
         self._logs = {part: self._open_epoch_log(part) for part in ("train", "test")}
@@ -127,7 +130,7 @@ class RunLogger:
     @property
     def _finished_steps(self) -> int:
         """Optimizer steps of the epochs logged so far."""
-        return self.history["step"][-1] if self.history["step"] else 0
+        return self.history["step"][-1] if self.history["step"] else self._start_step
 
     def _epoch_row(self, part: str, index: int) -> list[float]:
         columns = ("epoch", *(f"{part}_{key}" for key in VALUES))

@@ -1,4 +1,4 @@
-"""Numbers about training: accuracy, averages over an epoch, memory."""
+"""Numbers about training: accuracy, memory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ except ImportError:  # Windows has no such module; the peak is then unknown
     resource = None
 
 
-def accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
-    """Percentage of pictures whose class is among the k largest logits, for each k.
+def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
+    """How many pictures have their class among the k largest logits, for each k.
 
     Args:
         logits: (N, classes).
@@ -23,33 +23,11 @@ def accuracy(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> l
         topk: the values of k; one above the number of classes counts as that number.
 
     Returns:
-        One float64 scalar per k, in percent, on the device of `logits`, which is not waited for.
+        One float64 scalar per k, on the device of `logits`, which is not waited for.
     """
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest
-    return [100 * hits[:, :k].any(dim=1).double().mean() for k in topk]
-
-
-class Average:
-    """Mean of values weighted by the pictures behind each.
-
-    Tensors are summed where they are, in float64; only `value` waits for the device.
-    """
-
-    def __init__(self) -> None:
-        self._total: float | Tensor = 0.0
-        self._count = 0
-
-    def update(self, value: Tensor | float, n: int = 1) -> None:
-        """Add `value`, the mean over `n` pictures."""
-        value = value.detach().double() if isinstance(value, Tensor) else value
-        self._total = self._total + value * n
-        self._count += n
-
-    @property
-    def value(self) -> float:
-        """The mean so far; NaN before the first update."""
-        return float(self._total) / self._count if self._count else float("nan")
+    return [hits[:, :k].sum(dtype=torch.float64) for k in topk]
 
 
 def peak_memory_mb(device: torch.device | str) -> float:

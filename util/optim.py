@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 LOSSES = ("CE", "L2")
 OPTIMIZERS = ("SGD", "Adam", "AMSGrad")
-SCHEDULES = ("cosine", "multistep")
+SCHEDULES = ("cosine", "multistep", "step")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -65,24 +65,35 @@ def build_scheduler(
     epoch_steps: int,
     milestones: Sequence[float] = (0.4,),
     gamma: float = 0.1,
+    step_size: int = 30,
+    warmup_epochs: float = 0.0,
     start_step: int = 0,
 ) -> LambdaLR:
     """The learning rate as a function of the optimizer steps done; call `step()` after each.
 
     cosine falls from lr to 0 over `total_steps`; multistep multiplies by `gamma` at each milestone
-    (see `milestone_steps`). The rate is a closed form of the step, so a resumed run needs only
-    `start_step`, the steps already done, and an optimizer that has been through a schedule before.
+    (see `milestone_steps`), step at every `step_size` epochs. During the first `warmup_epochs` the
+    rate climbs in a straight line to lr; cosine begins its fall after them, drops stay where they
+    are. The rate is a closed form of the step, so a resumed run needs only `start_step`, the steps
+    already done.
 
     Raises:
         ValueError: an unknown name.
     """
+    warmup = round(warmup_epochs * epoch_steps)
     if name == "cosine":
-        factor = partial(_cosine, total_steps)
+        factor = partial(_cosine, warmup, total_steps)
     elif name == "multistep":
         factor = partial(_multistep, milestone_steps(milestones, total_steps, epoch_steps), gamma)
+    elif name == "step":
+        drops = range(step_size * epoch_steps, total_steps, step_size * epoch_steps)
+        factor = partial(_multistep, drops, gamma)
     else:
         raise ValueError(f"lr_scheduler must be one of {SCHEDULES}, got {name!r}")
-    return LambdaLR(optimizer, factor, last_epoch=start_step - 1)
+    for group in optimizer.param_groups:  # a fresh optimizer may begin late
+        group.setdefault("initial_lr", group["lr"])
+    climb = partial(_warm_up, warmup, factor)
+    return LambdaLR(optimizer, climb, last_epoch=start_step - 1)
 
 
 def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: int) -> list[int]:
@@ -96,8 +107,13 @@ def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: 
     return [round(m * (total_steps if m < 1 else epoch_steps)) for m in milestones]
 
 
-def _cosine(total_steps: int, step: int) -> float:
-    return (1 + math.cos(math.pi * min(step, total_steps) / total_steps)) / 2
+def _warm_up(warmup: int, factor: Callable[[int], float], step: int) -> float:
+    return (step + 1) / (warmup + 1) if step < warmup else factor(step)
+
+
+def _cosine(start: int, end: int, step: int) -> float:
+    done = min(max(step - start, 0) / max(end - start, 1), 1)
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _multistep(drops: Sequence[int], gamma: float, step: int) -> float:

@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
+
+from .distributed import let_the_guilty_speak
 
 _NOT_TYPED = object()
 
@@ -20,6 +24,13 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """Leave; of several processes with the same trouble only the first is heard."""
+        if status and (rank := os.environ.get("RANK", "0")) != "0":
+            let_the_guilty_speak()
+            message = f"[process {rank}] {message}"
+        super().exit(status, message)
 
     def defaults(self) -> dict[str, Any]:
         """Every flag's value where nothing is typed."""
@@ -47,11 +58,13 @@ class Parser(argparse.ArgumentParser):
             **more: Any,
         ) -> None:
             shown = default if shown is None else shown
-            text = (text if shown is None else f"{text} ({shown})").replace("%", "%%")
+            text = f"{text} ({shown})" if shown not in (None, "") else text
+            text = text.replace("%", "%%")
             more |= {"type": kind} if kind else {}
             more |= {"metavar": "BOOL"} if kind is str2bool else {}
             action = group.add_argument(*flags.split(), help=text, default=default, **more)
-            self.spelling[action.dest] = next(n for n in flags.split() if n.startswith("--"))
+            names = [name for name in flags.split() if name.startswith("--")]
+            self.spelling[action.dest] = names[0] if names else more["metavar"]
 
         return add
 
@@ -96,3 +109,14 @@ def real(
         raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
 
     return parse
+
+
+def meeting_url(text: str) -> str:
+    """tcp://HOST:PORT or env://."""
+    url = urlsplit(text)
+    try:
+        if text == "env://" or (url.scheme == "tcp" and url.hostname and url.port):
+            return text
+    except ValueError:  # a port that is no number
+        pass
+    raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT or env://, got {text!r}")

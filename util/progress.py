@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from .checkpoint import CheckpointError, check_compatible
+from .compute import Compute
 from .engine import Figures
 
 
@@ -61,7 +64,9 @@ class Progress:
         }
 
 
-def snapshot(done: Progress, model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+def snapshot(
+    done: Progress, model: nn.Module, optimizer: Optimizer, compute: Compute
+) -> dict[str, Any]:
     """The part of a checkpoint that `restore` takes up again."""
     return {
         "epoch": done.epoch,
@@ -71,6 +76,7 @@ def snapshot(done: Progress, model: nn.Module, optimizer: Optimizer) -> dict[str
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": None,  # has no state: the rate is a closed form of `step`
+        "scaler": compute.state_dict(),
     }
 
 
@@ -78,6 +84,7 @@ def restore(
     saved: dict[str, Any],
     model: nn.Module,
     optimizer: Optimizer,
+    compute: Compute,
     *,
     spec: dict[str, Any],
     epoch_steps: int,
@@ -90,17 +97,36 @@ def restore(
             or stands in the middle of an epoch with some of `total_steps` to go: only whole epochs
             can be taken up.
     """
-    check_compatible(saved["spec"], spec)
     done = Progress(**saved["progress"])
     if done.step < total_steps and done.step != done.epoch * epoch_steps:
         raise CheckpointError(
             f"cannot resume: the checkpoint stands at step {done.step}, in the middle of an epoch "
             f"of {epoch_steps} steps; only whole epochs can be continued"
         )
-    try:
-        model.load_state_dict(saved["model"])
+    restore_model(saved, model, spec=spec)
+    with _fitting():
         optimizer.load_state_dict(saved["optimizer"])
+        compute.load_state_dict(saved["scaler"])
+    return done
+
+
+def restore_model(saved: dict[str, Any], model: nn.Module, *, spec: dict[str, Any]) -> None:
+    """Put a checkpoint's weights in place.
+
+    Raises:
+        CheckpointError: it was trained on other data than `spec` describes, or is of another
+            network.
+    """
+    check_compatible(saved["spec"], spec)
+    with _fitting():
+        model.load_state_dict(saved["model"])
+
+
+@contextmanager
+def _fitting() -> Iterator[None]:
+    """Turn what PyTorch says about state that does not fit into one line."""
+    try:
+        yield
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
         raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from error
-    return done

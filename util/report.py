@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from .console import say
 from .engine import Figures
 from .logger import RunLogger
 from .progress import Progress
@@ -15,7 +15,7 @@ def report_batch(
 ) -> None:
     """With `msg` a line on the console; a row in the log every `print_freq` batches."""
     if msg:
-        tqdm.write(
+        say(
             f"epoch {done.epoch + 1} batch {batch}  loss {now['loss']:.4f}"
             f"  top1 {now['top1']:.2f}%  lr {now['lr']:.3g}"
         )
@@ -29,7 +29,7 @@ def report_epoch(
     """A line on the console; rows, curves and the first layer's filters in the logs."""
     logger.epoch(epoch, train, test)
     logger.filters(epoch, *first_filters(model))
-    tqdm.write(
+    say(
         f"epoch {epoch:{len(str(epochs))}}/{epochs}"
         f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"
         f"  test loss {test['loss']:.4f} top1 {test['top1']:5.2f}%"

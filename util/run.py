@@ -30,20 +30,42 @@ class RunError(RuntimeError):
     """A run that cannot be started as asked."""
 
 
-def choose_device(use_gpu: bool | None, threads: int | None) -> torch.device:
-    """The GPU where there is one; True insists on it, False leaves it alone.
+def count_processes(use_gpu: bool | None, gpu: int | None) -> int:
+    """Processes for this machine: one for each visible GPU, one where none is to be used."""
+    return 1 if use_gpu is False or gpu is not None else max(1, torch.cuda.device_count())
 
-    `threads` is how many PyTorch uses on the CPU, None as it chooses.
+
+def choose_device(
+    use_gpu: bool | None, gpu: int | None, threads: int | None, local_rank: int = 0
+) -> torch.device:
+    """The GPU of this process where there is one.
+
+    Args:
+        use_gpu: True insists on a GPU, False leaves them alone.
+        gpu: the number of the one to use; None: that of the process.
+        threads: how many PyTorch uses on the CPU, None as it chooses.
+        local_rank: number of this process on its machine.
 
     Raises:
-        RunError: True, and PyTorch sees no GPU.
+        RunError: True, and PyTorch sees no GPU; or there are fewer than processes.
     """
-    available = torch.cuda.is_available()
-    if use_gpu and not available:
+    visible = torch.cuda.device_count() if use_gpu is not False else 0
+    if use_gpu and not visible:
         raise RunError("--use-gpu True: PyTorch sees no CUDA device here")
+    if gpu is not None and gpu >= visible:
+        raise RunError(f"--gpu {gpu}: PyTorch sees {visible} CUDA devices here")
     if threads is not None:
         torch.set_num_threads(threads)
-    return torch.device("cuda" if available and use_gpu is not False else "cpu")
+    if not visible:
+        return torch.device("cpu")
+    index = local_rank if gpu is None else gpu
+    if index >= visible:
+        raise RunError(
+            f"process {index} of this machine has no GPU: {visible} are visible; start as many "
+            "processes, or use the CPU with --use-gpu False"
+        )
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
 
 
 def seed_everything(seed: int) -> None:
@@ -90,17 +112,19 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
     return run_dir
 
 
-def check_last_batch(model: nn.Module, images: int, batch_size: int) -> None:
+def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: int = 1) -> None:
     """See that BatchNorm1d, which has no variance of one picture alone, never meets one.
 
     Raises:
-        RunError: the last batch of `images` pictures is a single one.
+        RunError: some process's share of the last batch of `images` pictures is a single one.
     """
     last = images % batch_size or batch_size
-    if last == 1 and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+    single = last // processes == 1 or -(-last // processes) == 1
+    if single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        among = f", shared by {processes} processes" if processes > 1 else ""
         raise RunError(
-            f"--batch-size {batch_size}: the last batch of {images} pictures is of 1, too few for "
-            "BatchNorm1d; choose another size or --batchnorm False"
+            f"--batch-size {batch_size}: the last batch of {images} pictures is of {last}{among}: "
+            "one alone is too few for BatchNorm1d; choose another size or --batchnorm False"
         )
 
 
@@ -121,13 +145,16 @@ def carry_over(resume: str | None, progress: Mapping[str, Any] | None, run_dir: 
     _replace(run_dir / BATCH_LOG_NAME, path.with_name(BATCH_LOG_NAME))
 
 
-def write_record(run_dir: Path, flags: Mapping[str, Any], device: torch.device) -> None:
+def write_record(
+    run_dir: Path, flags: Mapping[str, Any], device: torch.device, processes: int = 1
+) -> None:
     """Write args.json: all one needs to know to do the run again."""
     record = {
         "flags": dict(flags),
         "versions": {"python": platform.python_version(), **_installed_versions()},
         "commit": _git_commit(),
         "device": describe_device(device),
+        "processes": processes,
         "platform": platform.platform(),
     }
     with atomic_write(run_dir / "args.json") as file:
@@ -142,11 +169,13 @@ def describe_device(device: torch.device) -> str:
 
 
 @contextmanager
-def tell_where_to_continue(run_dir: Path) -> Iterator[None]:
-    """Turn Ctrl-C into one line that names the last checkpoint, and exit code 130."""
+def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
+    """Turn Ctrl-C into one line that names the last checkpoint (None: none), and exit code 130."""
     try:
         yield
     except KeyboardInterrupt:
+        if run_dir is None:
+            sys.exit(130)
         path = run_dir / LATEST_NAME
         hint = f"continue with --resume {path}" if path.exists() else "no epoch was finished"
         print(f"\ninterrupted: {hint}", file=sys.stderr)

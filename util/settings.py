@@ -6,11 +6,12 @@ No flag is parsed and ignored: one that would do nothing or contradicts another 
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import CheckpointError, check_compatible, load_checkpoint
+from .checkpoint import LATEST_NAME, CheckpointError, check_compatible, load_checkpoint
 from .parser import Parser
 
 # The settings of the paper's tables. Flags typed beside `--preset` win.
@@ -25,9 +26,13 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 # What a continued run takes from its command line only, and what else may differ from before.
-OF_THIS_MACHINE = {"resume", "run_dir", "use_gpu", "threads", "num_workers"}
+OF_THIS_MACHINE = {
+    *("resume", "run_dir", "use_gpu", "gpu", "threads", "num_workers", "start_epoch"),
+    *("compile", "channels_last", "evaluate"),
+    *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
+}
 MAY_CHANGE = OF_THIS_MACHINE | {
-    *("epochs", "max_steps", "preset", "data", "out"),
+    *("epochs", "max_steps", "preset", "data", "out", "pretrained", "on_bad_image"),
     *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
@@ -35,24 +40,39 @@ Rules = Iterator[tuple[str, bool, str]]  # flag, is it all right, else what is w
 Architectures = Mapping[str, Collection[str]]  # name -> options it takes: method, dropout_rate, ...
 
 
+@dataclass(frozen=True)
+class Script:
+    """What `read_settings` must know about a script.
+
+    Attributes:
+        parser: with all its flags.
+        architectures: the options that each architecture takes.
+        final_block: --num-groups-final with deconvolution.
+        rules: its own, on (flags).
+    """
+
+    parser: Parser
+    architectures: Architectures
+    final_block: int = 512
+    rules: Callable[[Namespace], Rules] = lambda flags: iter(())
+
+
 def read_settings(
-    parser: Parser,
-    architectures: Architectures,
-    argv: Sequence[str] | None = None,
+    script: Script, argv: Sequence[str] | None = None
 ) -> tuple[Namespace, dict[str, Any] | None]:
     """All flags, checked, and with --resume the checkpoint; touches neither data nor folders.
 
     What is typed comes before the preset, that before the checkpoint's own flags, those before the
     defaults.
 
-    Args:
-        architectures: the options that each architecture takes.
-
     Raises:
         SystemExit: code 2, with one line about the flag that is at fault.
         CheckpointError: the checkpoint cannot be read, or was trained with other flags.
     """
+    parser = script.parser
     typed = parser.parse_typed(argv)
+    if typed.get("resume") == "auto":
+        find_latest(parser, typed)
     saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
     config = saved["config"] if saved else {}
     defaults = parser.defaults()
@@ -61,10 +81,10 @@ def read_settings(
         inherited.pop("max_steps", None)
     preset = PRESETS[typed["preset"]] if "preset" in typed else {}
     flags = Namespace(**{**defaults, **inherited, **preset, **typed})
-    if flags.arch not in architectures:
+    if flags.arch not in script.architectures:
         raise CheckpointError(f"{flags.resume}: {flags.arch!r} is no architecture of {parser.prog}")
-    resolve_flags(flags, typed, architectures)
-    if fault := find_fault(flags, typed, architectures):
+    resolve_flags(flags, typed, script)
+    if fault := find_fault(flags, typed, script):
         name, text = fault
         parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
     if saved:
@@ -74,20 +94,30 @@ def read_settings(
     return flags, saved
 
 
+def find_latest(parser: Parser, typed: dict[str, Any]) -> None:
+    """Put the checkpoint of the run folder in the place of `--resume auto`; none: a fresh start."""
+    if "run_dir" not in typed:
+        parser.error("--resume auto needs --run-dir, the folder whose checkpoint it looks for")
+    latest = Path(typed["run_dir"]).expanduser() / LATEST_NAME
+    typed["resume"] = str(latest)
+    if not latest.exists():
+        del typed["resume"]
+
+
 def _what_counts(parser: Parser, flags: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that must be the same when a run is continued."""
     names = {name: spelt for name, spelt in parser.spelling.items() if name not in MAY_CHANGE}
     return {spelt: flags.get(name) for name, spelt in names.items()}
 
 
-def resolve_flags(flags: Namespace, typed: Collection[str], architectures: Architectures) -> None:
+def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
     """Set the flags whose defaults follow from others, in place. `typed` names the typed ones."""
-    by_method = "method" in architectures[flags.arch]
+    by_method = "method" in script.architectures[flags.arch]
     if by_method:
         flags.method = flags.method or (3 if flags.deconv else 1)
         flags.deconv = flags.deconv if "deconv" in typed else flags.method != 1
     elif flags.num_groups_final is None:
-        flags.num_groups_final = 512 if flags.deconv else 0
+        flags.num_groups_final = script.final_block if flags.deconv else 0
     if flags.batchnorm is None:
         flags.batchnorm = not flags.deconv and flags.arch != "simple_v1"
     if flags.bias is None:
@@ -96,25 +126,42 @@ def resolve_flags(flags: Namespace, typed: Collection[str], architectures: Archi
         flags.out = str(Path(flags.run_dir).parent) if flags.run_dir else "./runs"
 
 
-def find_fault(
-    flags: Namespace, typed: Collection[str], architectures: Architectures
-) -> tuple[str, str] | None:
+def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tuple[str, str] | None:
     """The first typed flag that would do nothing or contradicts another, and what is wrong."""
-    by_method = "method" in architectures[flags.arch]
+    by_method = "method" in script.architectures[flags.arch]
     whitening = _method_rules(flags) if by_method else _deconv_rules(flags, typed)
-    groups = _network_rules(flags, architectures), whitening, _training_rules(flags)
-    for rules in (*groups, _output_rules(flags)):
+    groups = _network_rules(flags, script.architectures), whitening, _training_rules(flags)
+    for rules in (*groups, _device_rules(flags), _output_rules(flags), script.rules(flags)):
         for name, good, fault in rules:
             if name in typed and not good:
                 return name, fault
     return None
 
 
+def choose_layers(flags: Namespace) -> dict[str, Any]:
+    """The flags about layers, by the names that the makers of layers give them."""
+    options = {"layout": flags.layout, "shared": flags.share_blocks}
+    return {
+        "deconv": flags.deconv,
+        "mode": flags.mode,
+        "block": flags.num_groups,
+        "block_final": flags.num_groups_final,
+        "eps": flags.eps,
+        "n_iter": flags.deconv_iter,
+        "stem_iter": flags.stem_iter,
+        "bias": flags.bias,
+        "sampling_stride": flags.stride,
+        "batchnorm": flags.batchnorm,
+        "sync_stats": flags.sync_stats,
+        **{name: value for name, value in options.items() if value is not None},
+    }
+
+
 def _network_rules(flags: Namespace, architectures: Architectures) -> Rules:
     options = architectures[flags.arch]
     for name in ("method", "dropout_rate"):
         takers = ", ".join(arch for arch, takes in architectures.items() if name in takes)
-        idle = name not in options and getattr(flags, name)
+        idle = name not in options and getattr(flags, name, None)
         yield name, not idle, f"does not apply to {flags.arch}, only to {takers}"
     yield "batchnorm", not (flags.batchnorm and flags.deconv), "contradicts deconvolution"
     bias = not flags.bias or not flags.batchnorm or "method" in options
@@ -124,7 +171,7 @@ def _network_rules(flags: Namespace, architectures: Architectures) -> Rules:
 def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
     for name in ("mode", "num_groups", "stride", "stem_iter"):
         yield name, flags.deconv, "needs --deconv True"
-    for name in ("eps", "deconv_iter", "layout", "share_blocks"):
+    for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats"):
         some = flags.deconv or flags.num_groups_final
         yield name, some, "needs --deconv True, or --num-groups-final above 0"
     every = flags.mode == 4 and flags.stride != 1
@@ -143,7 +190,7 @@ def _method_rules(flags: Namespace) -> Rules:
         yield name, flags.deconv == whitens, f"contradicts {named}, --deconv {flags.deconv}"
     for name in ("mode", "num_groups"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks --method decides"
-    for name in ("eps", "deconv_iter"):
+    for name in ("eps", "deconv_iter", "sync_stats"):
         yield name, whitens or flags.num_groups_final, f"needs deconvolution, not {named}"
     yield "stem_iter", whitens, f"needs deconvolution, not {named}"
     yield "stride", flags.method == 2, f"needs --method 2, not {named}"
@@ -157,16 +204,33 @@ def _method_rules(flags: Namespace) -> Rules:
 
 
 def _training_rules(flags: Namespace) -> Rules:
-    yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
     yield "momentum", flags.optimizer == "SGD", f"needs SGD, {flags.optimizer} has its own"
-    for name in ("milestone", "multistep_gamma"):
-        yield name, flags.lr_scheduler == "multistep", "needs --lr-scheduler multistep"
-    late = max(flags.milestone) >= max(flags.epochs, 1)
-    yield "milestone", not late, f"is not before the end, --epochs {flags.epochs}"
+    drops = flags.lr_scheduler in ("multistep", "step")
+    yield "milestone", flags.lr_scheduler == "multistep", "needs --lr-scheduler multistep"
+    yield "multistep_gamma", drops, "needs --lr-scheduler multistep or step"
+    yield "scheduler_step_size", flags.lr_scheduler == "step", "needs --lr-scheduler step"
+    for name in ("milestone", "scheduler_step_size", "warmup_epochs", "start_epoch"):
+        value = getattr(flags, name)
+        late = max(value if isinstance(value, list) else [value]) >= flags.epochs
+        yield name, not late, f"is not before the end, --epochs {flags.epochs}"
+    yield "start_epoch", not flags.resume, "contradicts --resume, which knows its epoch"
+
+
+def _device_rules(flags: Namespace) -> Rules:
+    machines = flags.world_size or 1
+    yield "gpu", flags.use_gpu is not False, "contradicts --use-gpu False"
+    alone = flags.gpu is not None
+    yield "multiprocessing_distributed", not alone, f"contradicts --gpu {flags.gpu}, one process"
+    yield "rank", (flags.rank or 0) < machines, f"is not below --world-size {machines}"
+    yield "dist_url", machines > 1, "needs --world-size above 1: on one machine none is used"
+    together = machines == 1 or (flags.rank is not None and flags.dist_url is not None)
+    yield "world_size", together, "needs --rank and --dist-url, to meet the other machines"
+    nccl = flags.dist_backend == "nccl" and flags.use_gpu is False
+    yield "dist_backend", not nccl, "needs GPUs, contradicts --use-gpu False"
 
 
 def _output_rules(flags: Namespace) -> Rules:
-    cached, placed = flags.dataset == "folder", flags.run_dir or flags.resume
+    cached, placed = getattr(flags, "dataset", None) == "folder", flags.run_dir or flags.resume
     yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
 
 

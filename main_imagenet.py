@@ -1,0 +1,125 @@
+"""Train on ImageNet, or any such folder of pictures: `python main_imagenet.py --help`."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import asdict
+from functools import partial
+
+from torch import nn
+from torch.utils.data import DataLoader
+
+from models import (
+    build_imagenet_model,
+    describe_imagenet_architectures,
+    imagenet_architectures,
+    make_layers,
+)
+from util import args, run
+from util.compute import Compute
+from util.console import say
+from util.data import DataSpec
+from util.engine import evaluate
+from util.imagenet import build_dummy_loaders, build_imagenet_loaders
+from util.launch import start
+from util.optim import build_criterion
+from util.parser import Parser
+from util.progress import restore_model
+from util.settings import Rules, Script, choose_layers
+from util.training import Session, describe_kind, fit
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Do what the command line says. Exit codes: 2 bad input, 1 diverged, 130 interrupted."""
+    start(__file__, build_script(), train, argv)
+
+
+def train(session: Session) -> None:
+    """flags -> data -> layers -> model -> epochs; with -e -> one test."""
+    flags = session.flags
+    run_dir = None if flags.evaluate else session.find_run_dir()
+    spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
+    run.seed_everything(flags.seed)
+    model = build_network(flags, spec)
+    if flags.evaluate:
+        test(session, spec, model, test_loader)
+        return
+    kind = describe_kind(flags)
+    limit = flags.test_iter if flags.test_run else sys.maxsize
+    name = f"imagenet-{flags.arch}-{kind}"
+    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, limit=limit)
+
+
+def test(session: Session, spec: DataSpec, model: nn.Module, loader: DataLoader) -> None:
+    """Say how good a finished network is."""
+    flags, world = session.flags, session.world
+    compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
+    compute.place(model)
+    if session.saved:
+        restore_model(session.saved, model, spec=asdict(spec))
+    criterion = build_criterion(flags.loss, spec.num_classes)
+    figures = evaluate(model, loader, criterion, compute=compute, world=world)
+    say(
+        f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
+        f" top5 {figures['top5']:.2f}%  {figures['images']} pictures  {figures['seconds']:.1f} s"
+    )
+
+
+def build_script() -> Script:
+    """The command line of this script, and what is allowed on it."""
+    parser = Parser("main_imagenet.py", "Train on ImageNet, with BatchNorm or with deconvolution.")
+    add = args.add_network_flags(
+        parser, imagenet_architectures(), describe_imagenet_architectures, "resnet18"
+    )
+    add("--pretrained", "start from torchvision's weights", **args.YES)
+    args.add_deconv_flags(parser, final_block=32)
+    args.add_imagenet_flags(parser)
+    args.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
+    args.add_device_flags(parser)
+    args.add_output_flags(parser)
+    return Script(parser, imagenet_architectures(), final_block=32, rules=own_rules)
+
+
+def own_rules(flags: Namespace) -> Rules:
+    """What is wrong with the flags that only this script has."""
+    yield "data", not flags.dummy, "contradicts --dummy, which needs no pictures"
+    yield "test_iter", flags.test_run, "needs --test-run True"
+    known = flags.resume or flags.pretrained
+    yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
+    yield "pretrained", not flags.deconv, "contradicts --deconv True: torchvision has none"
+
+
+def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
+    flags, world = session.flags, session.world
+    settings = {
+        "batch_size": flags.batch_size,
+        "num_workers": world.share_workers(flags.num_workers),
+        "seed": flags.seed,
+        "image_size": flags.image_size,
+        "device_type": session.device.type,
+        "rank": world.rank,
+        "processes": world.size,
+    }
+    if flags.dummy:
+        return build_dummy_loaders(**settings)
+    if flags.data is None:
+        raise run.RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
+    return build_imagenet_loaders(flags.data, on_bad_image=flags.on_bad_image, **settings)
+
+
+def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
+    """Layers as the flags want them, and the network made of them."""
+    return build_imagenet_model(
+        flags.arch,
+        make_layers(**choose_layers(flags)),
+        num_classes=spec.num_classes,
+        image_size=spec.image_size,
+        pretrained=flags.pretrained,
+        dropout_rate=flags.dropout_rate,
+    )
+
+
+if __name__ == "__main__":
+    main()

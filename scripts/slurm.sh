@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# ImageNet on several machines under SLURM: one torchrun on each, one process for each GPU.
+#
+#     sbatch --nodes=2 scripts/slurm.sh /data/imagenet -a resnet18d --deconv True -j 32
+#
+# The arguments are those of main_imagenet.py. The folder of the run is runs/slurm-<job>: a process
+# that fails, or a job that is requeued, continues from its last checkpoint.
+#SBATCH --job-name=deconv
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --requeue
+set -euo pipefail
+
+first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+srun torchrun \
+    --nnodes "$SLURM_JOB_NUM_NODES" \
+    --nproc-per-node gpu \
+    --rdzv-backend c10d \
+    --rdzv-id "$SLURM_JOB_ID" \
+    --rdzv-endpoint "$first:29500" \
+    --max-restarts 3 \
+    main_imagenet.py --run-dir "runs/slurm-$SLURM_JOB_ID" --resume auto "$@"

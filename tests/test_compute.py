@@ -1,0 +1,57 @@
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from util.compute import PRECISIONS, Compute
+from util.optim import build_optimizer
+
+CPU = torch.device("cpu")
+
+
+def step(compute, model, images):
+    """One step; the dtype that the network computed in."""
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    with compute.autocast():
+        out = model(images)
+        loss = out.float().square().mean()
+    compute.update(loss, optimizer)
+    return out.dtype
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_networks_compute_in_the_precision_asked_for_and_keep_float32_weights(amp):
+    torch.manual_seed(0)
+    model, images = nn.Linear(8, 4), torch.randn(16, 8)
+    plain = copy.deepcopy(model)
+    assert step(Compute(CPU, amp=amp), model, images) == PRECISIONS[amp]
+    step(Compute(CPU), plain, images)
+    assert model.weight.dtype == torch.float32
+    torch.testing.assert_close(model.weight, plain.weight, atol=2e-3, rtol=0)
+
+
+def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
+    model = nn.Linear(2, 1, bias=False)
+    before, compute = model.weight.detach().clone(), Compute(CPU, amp="fp16")
+    step(compute, model, torch.full((1, 2), 3e4))
+    assert torch.equal(model.weight, before)
+    scale = compute.state_dict()["scale"]
+    other = Compute(CPU, amp="fp16")
+    assert scale == other.state_dict()["scale"] / 2
+    other.load_state_dict(compute.state_dict())
+    assert other.state_dict() == compute.state_dict()
+
+
+def test_other_precisions_have_no_state():
+    assert Compute(CPU).state_dict() == Compute(CPU, amp="bf16").state_dict() == {}
+    Compute(CPU, amp="fp16").load_state_dict({})  # from a checkpoint of another precision
+
+
+def test_channels_last_puts_networks_and_pictures_pixel_by_pixel():
+    compute = Compute(CPU, channels_last=True)
+    model = compute.place(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
+    images, _ = compute.place_batch(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    for tensor in (images, model[0].weight, model[0](images)):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()

@@ -1,0 +1,152 @@
+"""The scripts in several processes: gloo on the CPU, started as users start them."""
+
+import json
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from test_distributed import free_port
+
+from util import distributed
+from util.logger import read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+LINE = "--dataset digits --arch simple_v2 --use-gpu False --threads 1 --tensorboard False"
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def launch(*command, **more):
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, **pipes, **more)
+
+
+def finish(process):
+    """Exit code, standard output and standard error."""
+    out, err = process.communicate(timeout=120)
+    return process.returncode, out, err
+
+
+def same_figures(first, second):
+    """Whether two runs have the same curves, as far as float32 sums in another order allow."""
+    for name, rows in (("train.log", 1e-3), ("test.log", 1e-3)):
+        ours, theirs = read_log(first / name), read_log(second / name)
+        for column in ("loss", "top1", "top5", "lr"):
+            assert ours[column] == pytest.approx(theirs[column], rel=rows, abs=0.4), column
+
+
+def test_two_processes_train_as_one(tmp_path):
+    line = f"{LINE} --deconv True --batch-size 100 --max-steps 16 --print-freq 5".split()
+    alone = launch(sys.executable, "main.py", *line, "--run-dir", tmp_path / "one")
+    assert finish(alone)[0] == 0
+    code, out, err = finish(launch(*TORCHRUN, "main.py", *line, "--run-dir", tmp_path / "two"))
+    assert code == 0, err
+    assert out.count("epoch 1/2") == 1 and "2 processes" in out
+    same_figures(tmp_path / "one", tmp_path / "two")
+    names = {path.name for path in (tmp_path / "one").iterdir()}
+    assert names == {path.name for path in (tmp_path / "two").iterdir()}
+    summary = json.loads((tmp_path / "two" / "summary.json").read_text())
+    assert summary["processes"] == 2
+    state = torch.load(tmp_path / "two" / "checkpoint.pth.tar", weights_only=True)
+    assert len(state["rng"]) == 2
+
+
+def test_two_machines_meet_as_the_published_flags_say(tmp_path):
+    line = f"{LINE} --deconv True --max-steps 2 --run-dir {tmp_path / 'run'}".split()
+    where = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--multiprocessing-distributed"]
+    machines = [
+        launch(sys.executable, "main.py", *line, *where, "--world-size", 2, "--rank", rank)
+        for rank in (1, 0)
+    ]
+    ends = [finish(machine) for machine in machines]
+    assert [code for code, *_ in ends] == [0, 0], ends
+    assert "2 processes" in ends[1][1] and not ends[0][1]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
+
+
+FAULTY = """
+import os, sys
+sys.path.insert(0, {root!r})
+import main
+from util import training
+
+first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
+whole, epochs = training.train_one_epoch, []
+
+def fail_in_the_second_epoch(*args, **more):
+    epochs.append(1)
+    if len(epochs) == 2 and first_try and os.environ["RANK"] == "1":
+        {fault}
+    return whole(*args, **more)
+
+training.train_one_epoch = fail_in_the_second_epoch
+main.main()
+"""
+
+
+def write_faulty(tmp_path, fault):
+    path = tmp_path / "faulty.py"
+    path.write_text(FAULTY.format(root=str(ROOT), fault=fault))
+    return path
+
+
+def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
+    fault = "from util.data import DataError; raise DataError('picture 7 is torn')"
+    line = f"{LINE} --epochs 3 --run-dir {tmp_path / 'run'}".split()
+    started = time.monotonic()
+    code, _, err = finish(launch(*TORCHRUN, write_faulty(tmp_path, fault), *line))
+    assert code != 0 and time.monotonic() - started < 60
+    ours = [text for text in err.splitlines() if text and "main.py: error" in text]
+    assert ours == ["[process 1] main.py: error: picture 7 is torn"]
+    assert "Traceback" not in err.partition("main.py: error")[0]
+
+
+def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
+    line = f"{LINE} --epochs 2 --run-dir {tmp_path / 'run'} --resume auto".split()
+    faulty = write_faulty(tmp_path, "os._exit(9)")
+    code, out, err = finish(launch(*TORCHRUN, "--max-restarts", 1, faulty, *line))
+    assert code == 0, err
+    assert [out.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [1, 1]
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+
+
+def test_one_error_is_enough_for_the_trouble_of_all(tmp_path):
+    line = f"--dataset folder --data {tmp_path / 'nowhere'} --use-gpu False".split()
+    code, out, err = finish(launch(*TORCHRUN, "main.py", *line))
+    assert code != 0 and not out
+    assert err.count("main.py: error: no folder") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "processes", "expected"),
+    [
+        ({}, 2, "--nproc-per-node=2 --nnodes=1 --standalone"),
+        (
+            {"world_size": 3, "rank": 1, "dist_url": "tcp://host:29500"},
+            4,
+            "--nproc-per-node=4 --nnodes=3 --node-rank=1 --master-addr=host --master-port=29500",
+        ),
+    ],
+)
+def test_every_visible_device_gets_a_process(monkeypatch, flags, processes, expected):
+    from torch.distributed import run as torchrun
+
+    told = []
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torchrun, "parse_args", lambda words: told.extend(words))
+    monkeypatch.setattr(torchrun, "run", lambda parsed: None)
+    flags = Namespace(**{"world_size": None, "rank": None, "dist_url": None, **flags})
+    given = {"processes": processes, "flags": flags}
+    assert distributed.spread("main.py", ["--lr", ".1"], **given)
+    assert " ".join(told) == f"{expected} main.py --lr .1"
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not distributed.spread("main.py", [], **given)  # torchrun has been asked already
+
+
+def test_one_device_needs_no_launcher(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    assert not distributed.spread("main.py", [], processes=1, flags=Namespace(world_size=None))

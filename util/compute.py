@@ -1,0 +1,56 @@
+"""How a step is computed: on which device, in which precision, in which memory format."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+class Compute:
+    """Moves networks and batches into place, and steps in the chosen precision.
+
+    Args:
+        device: of everything.
+        amp: a name of PRECISIONS: what autocast computes in; "fp16" comes with a gradient scaler,
+            as its small gradients would vanish.
+        channels_last: pictures and 4-d weights lie in memory pixel by pixel.
+    """
+
+    def __init__(
+        self, device: torch.device, *, amp: str = "off", channels_last: bool = False
+    ) -> None:
+        self.device, self.dtype = device, PRECISIONS[amp]
+        self.memory_format = torch.channels_last if channels_last else torch.preserve_format
+        self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+
+    def place(self, model: nn.Module) -> nn.Module:
+        return model.to(self.device, memory_format=self.memory_format)
+
+    def place_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
+        return images, targets.to(self.device, non_blocking=True)
+
+    def autocast(self) -> torch.autocast:
+        """The context that a network and its loss run in."""
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+
+    def update(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """Gradients of `loss` and one step; with fp16, none where they have overflowed."""
+        optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.scaler.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` gave; a run of another precision has nothing to take."""
+        if state and self.scaler.is_enabled():
+            self.scaler.load_state_dict(state)

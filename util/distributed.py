@@ -1,0 +1,189 @@
+"""Several processes, one run: one process for each device, on one machine or many.
+
+torchrun starts the processes and tells them who they are through environment variables; `spread`
+asks it to where the user has not. A run of one process is a `World` of size 1, for which every
+operation here does nothing, so no caller asks whether there are others.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import torch
+from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+GRACE_SECONDS = 3.0  # in which the launcher ends all processes after one has failed
+
+T = TypeVar("T")
+
+
+class Elsewhere(RuntimeError):
+    """Another process has failed, and told why."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+        local_size: how many of them are on this machine.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_size: int = 1
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes files and speaks."""
+        return self.rank == 0
+
+    def share_workers(self, count: int) -> int:
+        """Of `count` helpers on this machine, those of one process; rounded up."""
+        return -(-count // self.local_size)
+
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum of `values` over all processes, in every process; of any shape and device."""
+        if self.size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def gather(self, value: T) -> list[T]:
+        """The plain values or CPU tensors of all processes, by rank, in every process."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, action: Callable[[], T]) -> T:
+        """What action(), done by the first process alone, returns: plain values only.
+
+        Raises:
+            Elsewhere: in the other processes, where the action failed.
+        """
+        if self.size == 1:
+            return action()
+        answer: list[Any] = [None, None]  # succeeded, result
+        try:
+            if self.is_first:
+                answer = [True, action()]
+        finally:  # also while an error is on its way out
+            dist.broadcast_object_list(answer, src=0)
+        if not answer[0]:
+            raise Elsewhere
+        return answer[1]
+
+    def first_then_all(self, action: Callable[[], T]) -> T:
+        """action() in the first process, then, with what it has left behind, in all others."""
+        results: list[T] = []
+        self.first(lambda: results.append(action()))
+        return results[0] if results else action()
+
+    def replicate(self, model: nn.Module) -> nn.Module:
+        """The model with gradients that are averaged over the processes in every backward.
+
+        Running statistics stay each process's own, see `average_buffers`.
+        """
+        if self.size == 1:
+            return model
+        return DistributedDataParallel(model, broadcast_buffers=False)
+
+    def average_buffers(self, model: nn.Module) -> None:
+        """Make the running statistics the mean over the processes, each of which saw a share.
+
+        Counters are left alone. Statistics that were shared all along stay as they are.
+        """
+        for buffer in model.buffers() if self.size > 1 else ():
+            if buffer.is_floating_point():
+                buffer.copy_(self.sum(buffer) / self.size)
+
+
+def is_launched() -> bool:
+    """Whether torchrun, or another launcher that speaks its language, has started this process."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def let_the_guilty_speak() -> None:
+    """Wait before speaking of an error: by then the launcher has ended this process if it can.
+
+    What is wrong in one process is soon wrong in all, and one error is enough to read.
+    """
+    if is_launched():
+        time.sleep(GRACE_SECONDS)
+
+
+def spread(script: str, argv: Sequence[str], *, processes: int, flags: Namespace) -> bool:
+    """Run `script argv` once for each device through torchrun; False if this process is enough.
+
+    Args:
+        processes: for this machine.
+        flags: `world_size` machines (None: one), this one of number `rank`, meeting at `dist_url`.
+
+    Raises:
+        SystemExit: with the exit code of the process that failed, once all have ended.
+    """
+    machines = flags.world_size or 1
+    if is_launched() or processes * machines == 1:
+        return False
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    threads = max(1, (os.cpu_count() or 1) // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    # The process that failed has said why; torchrun would bury it under a table.
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    meeting = _meeting_point(flags) if machines > 1 else ["--standalone"]
+    words = [f"--nproc-per-node={processes}", f"--nnodes={machines}", *meeting, script, *argv]
+    try:
+        torchrun.run(torchrun.parse_args(words))
+    except ChildFailedError as error:
+        codes = [failure.exitcode for failure in error.failures.values()]
+        sys.exit(next((code for code in codes if code > 0), 1))
+    return True
+
+
+def _meeting_point(flags: Namespace) -> list[str]:
+    url = urlsplit(flags.dist_url)
+    host, port = url.hostname, url.port
+    if url.scheme == "env":
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT")
+    return [f"--node-rank={flags.rank or 0}", f"--master-addr={host}", f"--master-port={port}"]
+
+
+@contextmanager
+def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
+    """The world that this process is part of, left again at the end.
+
+    Args:
+        device: of this process.
+        backend: None: nccl for GPUs, else gloo.
+    """
+    if not is_launched():
+        yield World()
+        return
+    backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    yield World(dist.get_rank(), dist.get_world_size(), local_size)
+    # Not after an error: the others may be in the middle of a message, and NCCL would wait.
+    dist.destroy_process_group()
+
+
+def local_rank() -> int:
+    """Number of this process on its machine; 0 for a process on its own."""
+    return int(os.environ.get("LOCAL_RANK", 0))

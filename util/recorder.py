@@ -1,0 +1,95 @@
+"""What a run keeps: its folder with record, logs and checkpoints, and the lines on the console."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import run
+from .checkpoint import save_checkpoint
+from .console import say
+from .engine import Figures
+from .logger import RunLogger
+from .metrics import peak_memory_mb
+from .progress import Progress
+from .report import report_batch, report_epoch
+
+
+class Recorder:
+    """Keeps everything about a run that is under way; the first process has one.
+
+    Args:
+        flags: all settings, for the record.
+        saved: the checkpoint that is continued, None for a fresh start.
+        run_dir: the folder; None: a new one, `name`/<time> in the folder of --out.
+        name: of the run.
+        facts: what summary.json says beside the figures.
+        model: whose first filters are drawn.
+        done: how far the run has come; the caller counts on.
+        device, processes: what the run computes on, all in all.
+        epochs: of the whole run.
+    """
+
+    def __init__(
+        self,
+        flags: Namespace,
+        saved: dict[str, Any] | None,
+        run_dir: Path | None,
+        name: str,
+        facts: dict[str, Any],
+        *,
+        model: nn.Module,
+        done: Progress,
+        device: torch.device,
+        processes: int,
+        epochs: int,
+    ) -> None:
+        self.flags, self.model, self.done = flags, model, done
+        self.device, self.epochs = device, epochs
+        self.facts = facts | {"device": run.describe_device(device), "processes": processes}
+        self.run_dir = run.open_run_dir(run_dir, flags.out, name)
+        run.write_record(self.run_dir, vars(flags), device, processes)
+        run.carry_over(flags.resume, saved and saved["progress"], self.run_dir)
+        say(
+            f"{name}, {facts['parameters']:,} parameters, {self.facts['device']}"
+            f"{f' in {processes} processes' if processes > 1 else ''}, in {self.run_dir}"
+        )
+        self.logger = RunLogger(
+            self.run_dir,
+            tensorboard=flags.tensorboardX,
+            plot=flags.save_plot,
+            history=saved["history"] if saved else None,
+            start_step=done.step,
+        )
+
+    def batch(self, batch: int, now: Figures) -> None:
+        """Called with the figures of every batch that is to be reported."""
+        report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
+
+    def epoch(self, trained: Figures, tested: Figures, state: dict[str, Any]) -> None:
+        """Called at the end of every epoch: logs, the checkpoint `state`, the summary."""
+        epoch, every = self.done.epoch, self.flags.checkpoint_epoch
+        report_epoch(self.logger, epoch, self.epochs, trained, tested, self.model)
+        state = {**state, "history": self.logger.history}
+        save_checkpoint(state, self.run_dir, is_best=self.done.is_best)
+        if every and epoch % every == 0:
+            save_checkpoint(state, self.run_dir, filename=f"checkpoint_{epoch}.pth.tar")
+        memory = {"peak_memory_mb": peak_memory_mb(self.device)}
+        self.logger.summary({**self.facts, **self.done.summary(), **memory})
+
+    def close(self) -> None:
+        self.logger.close()
+
+
+class NullRecorder:
+    """Keeps nothing: what all processes but the first have."""
+
+    run_dir = None
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *args, **kwargs: None
