@@ -1,12 +1,18 @@
-"""DenseNet for small pictures (Huang et al., 2017): a 3 x 3 stem of stride 1 and no max-pool."""
+"""DenseNet (Huang et al., 2017), for small and large pictures: they differ in the stem alone."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .factory import Layers
+from .stem import conv_stem
+
+# Layers of each dense block.
+DEPTHS = {121: (6, 12, 24, 16)}
 
 
 class DenseLayer(nn.Module):
@@ -45,28 +51,30 @@ class DenseNet(nn.Module):
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        depths: layers of each dense block.
+        depth: a key of `DEPTHS`.
         growth: channels that each layer adds.
+        stem: stem(layers, in_channels, width) -> the first layers, see `stem.py`.
     """
 
     def __init__(
         self,
         layers: Layers,
         *,
-        depths: tuple[int, ...],
+        depth: int,
         growth: int = 32,
+        stem: Callable[..., nn.Module] = conv_stem,
         in_channels: int = 3,
         num_classes: int = 10,
     ) -> None:
         super().__init__()
         channels = 2 * growth
-        self.stem = layers.stem(in_channels, channels, 3, padding=1)
+        self.stem = stem(layers, in_channels, channels)
         modules: list[nn.Module] = []
-        for index, depth in enumerate(depths):
+        for index, size in enumerate(DEPTHS[depth]):
             if index > 0:
                 modules.append(make_transition(layers, channels))
                 channels //= 2
-            for _ in range(depth):
+            for _ in range(size):
                 modules.append(DenseLayer(layers, channels, growth))
                 channels += growth
         self.features = nn.Sequential(*modules, layers.norm(channels), nn.ReLU())

@@ -45,6 +45,7 @@ class Layers:
         linear: linear(in, out) -> the last fully connected layer.
         methods: the variants of simple_v1 and mlp, by number.
         default_method: the one of them that is of the bundle's own kind.
+        ordinary: convolutions, BatchNorm and plain linear layers, as networks from elsewhere have.
     """
 
     conv: Maker
@@ -53,6 +54,7 @@ class Layers:
     linear: Maker
     methods: Mapping[int, Method]
     default_method: int
+    ordinary: bool
 
     def choose_method(self, number: int | None) -> Method:
         """The method of that number, `default_method` for None.
@@ -118,10 +120,11 @@ def make_layers(
     if deconv:
         conv = partial(FastDeconv, bias=bias, mode=mode, block=block, **options)
         stem = partial(FastDeconv, bias=bias, mode=mode, block=block, **first)
-        return Layers(conv, stem, nn.Identity, linear, methods, default_method=3)
+        return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, ordinary=False)
     conv = partial(nn.Conv2d, bias=bias and not batchnorm)
     norm = nn.BatchNorm2d if batchnorm else nn.Identity
-    return Layers(conv, conv, norm, linear, methods, default_method=1)
+    ordinary = batchnorm and not final
+    return Layers(conv, conv, norm, linear, methods, default_method=1, ordinary=ordinary)
 
 
 def _delinear(block: int, options: Mapping[str, object], **more: object) -> Maker:

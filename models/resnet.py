@@ -1,11 +1,14 @@
-"""ResNet for small pictures (He et al., 2016): a 3 x 3 stem of stride 1 and no max-pool."""
+"""ResNet (He et al., 2016), for small and large pictures: they differ in the stem alone."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .factory import Layers
+from .stem import small_stem
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -59,6 +62,13 @@ class Bottleneck(nn.Module):
 
 
 Block = type[BasicBlock] | type[Bottleneck]
+# The block, and how many of it in each stage; all stages but the first halve the picture.
+DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+    101: (Bottleneck, (3, 4, 23, 3)),
+}
 
 
 def _make_shortcut(layers: Layers, channels: int, out: int, stride: int) -> nn.Module:
@@ -84,30 +94,30 @@ class ResNet(nn.Module):
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        block: BasicBlock or Bottleneck.
-        depths: blocks of each stage; all stages but the first halve the picture.
+        depth: a key of `DEPTHS`.
+        stem: stem(layers, in_channels, width) -> the first layers, see `stem.py`.
     """
 
     def __init__(
         self,
         layers: Layers,
         *,
-        block: Block,
-        depths: tuple[int, int, int, int],
+        depth: int,
+        stem: Callable[..., nn.Module] = small_stem,
         in_channels: int = 3,
         num_classes: int = 10,
     ) -> None:
         super().__init__()
-        self.stem = layers.stem(in_channels, WIDTHS[0], 3, padding=1)
-        self.norm = layers.norm(WIDTHS[0])
+        block, depths = DEPTHS[depth]
+        self.stem = stem(layers, in_channels, WIDTHS[0])
         channels, stages = WIDTHS[0], []
-        for width, depth in zip(WIDTHS, depths, strict=True):
+        for width, blocks in zip(WIDTHS, depths, strict=True):
             stride = 1 if width == WIDTHS[0] else 2
-            stages.append(_make_stage(layers, block, channels, width, depth, stride))
+            stages.append(_make_stage(layers, block, channels, width, blocks, stride))
             channels = width * block.expansion
         self.stages = nn.Sequential(*stages)
         self.linear = layers.linear(channels, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.stages(F.relu(self.norm(self.stem(x))))
+        x = self.stages(self.stem(x))
         return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))

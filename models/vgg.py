@@ -1,4 +1,4 @@
-"""VGG for small pictures (Simonyan and Zisserman, 2015): one linear layer instead of three."""
+"""VGG (Simonyan and Zisserman, 2015): one linear layer for small pictures, three for large ones."""
 
 from __future__ import annotations
 
@@ -19,9 +19,18 @@ DEPTHS = {
 
 
 class VGG(nn.Module):
-    """Five stages of 3 x 3 convolutions, global average, linear.
+    """Five stages of 3 x 3 convolutions, averages, hidden linear layers, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    The hidden layers are plain in either kind of network: BatchNorm has no place in them that
+    deconvolution could take, and the whitened linear layer is the last one alone.
+
+    Args:
+        depth: a key of `DEPTHS`.
+        side: of the grid of averages that the linear layers look at; 1 for the global average.
+        hidden: features of the linear layers before the last.
+        dropout_rate: of the features before the last layer, and between hidden ones.
     """
 
     def __init__(
@@ -31,16 +40,20 @@ class VGG(nn.Module):
         depth: int,
         in_channels: int = 3,
         num_classes: int = 10,
+        side: int = 1,
+        hidden: tuple[int, ...] = (),
         dropout_rate: float = 0.0,
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(*_stack_stages(layers, in_channels, DEPTHS[depth]))
-        self.pool = nn.AdaptiveAvgPool2d(1)  # does nothing at 32 x 32
+        self.pool = nn.AdaptiveAvgPool2d(side)  # does nothing at 32 * side
+        features = WIDTHS[-1] * side**2
+        self.hidden = nn.Sequential(*_stack_hidden(features, hidden, dropout_rate))
         self.dropout = nn.Dropout(dropout_rate)
-        self.linear = layers.linear(WIDTHS[-1], num_classes)
+        self.linear = layers.linear(hidden[-1] if hidden else features, num_classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.features(x)).flatten(1)  # N 512
+        x = self.hidden(self.pool(self.features(x)).flatten(1))
         return self.linear(self.dropout(x))
 
 
@@ -54,3 +67,11 @@ def _stack_stages(layers: Layers, channels: int, depths: Sequence[int]) -> list[
             conv, channels = layers.conv, width
         modules.append(nn.MaxPool2d(2))
     return modules
+
+
+def _stack_hidden(features: int, widths: Sequence[int], dropout_rate: float) -> list[nn.Module]:
+    modules: list[nn.Module] = []
+    for width in widths:
+        modules += [nn.Linear(features, width), nn.ReLU(inplace=True), nn.Dropout(dropout_rate)]
+        features = width
+    return modules[:-1]  # the last dropout is the network's own

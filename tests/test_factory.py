@@ -69,6 +69,13 @@ def test_convolutions_have_a_bias_only_where_batchnorm_does_not(bias, batchnorm)
     assert type(layers.norm(4)) is (nn.BatchNorm2d if batchnorm else nn.Identity)
 
 
+def test_ordinary_layers_are_those_of_other_peoples_networks():
+    assert make_layers(deconv=False).ordinary
+    assert make_layers(deconv=False, block_final=0).ordinary
+    for options in ({"deconv": True}, {"batchnorm": False}, {"block_final": 32}):
+        assert not make_layers(**{"deconv": False, **options}).ordinary
+
+
 def test_deconvolution_needs_no_norm():
     assert type(make_layers(deconv=True).norm(4)) is nn.Identity
 

@@ -38,8 +38,8 @@ def test_deconv_imports_torch_alone(path):
 
 @pytest.mark.parametrize("path", files("models"), ids=lambda path: path.stem)
 def test_models_import_torch_and_deconv_in_the_factory_only(path):
-    factory = {"deconv"} if path.name == "factory.py" else set()
-    assert imported(path) <= {"torch", "models"} | factory
+    more = {"factory.py": {"deconv"}, "imagenet.py": {"torchvision"}}
+    assert imported(path) <= {"torch", "models"} | more.get(path.name, set())
 
 
 @pytest.mark.parametrize("path", files("util"), ids=lambda path: path.stem)

@@ -143,7 +143,8 @@ def test_the_stem_of_a_resnet_is_rectified():
     model, images, seen = build("resnet18", deconv=False).eval(), torch.randn(1, 3, 32, 32), []
     model.stages.register_forward_pre_hook(lambda _, inputs: seen.extend(inputs))
     model(images)
-    torch.testing.assert_close(seen[0], F.relu(model.norm(model.stem(images))))
+    conv, norm, _ = model.stem
+    torch.testing.assert_close(seen[0], F.relu(norm(conv(images))))
 
 
 def test_deconvolution_takes_larger_pictures():
