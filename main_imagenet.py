@@ -12,9 +12,9 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from models import (
+    IMAGENET_ARCHITECTURES,
     build_imagenet_model,
     describe_imagenet_architectures,
-    imagenet_architectures,
     make_layers,
 )
 from util import args, run
@@ -70,16 +70,16 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: DataLoader)
 def build_script() -> Script:
     """The command line of this script, and what is allowed on it."""
     parser = Parser("main_imagenet.py", "Train on ImageNet, with BatchNorm or with deconvolution.")
-    add = args.add_network_flags(
-        parser, imagenet_architectures(), describe_imagenet_architectures, "resnet18"
-    )
+    names = IMAGENET_ARCHITECTURES
+    add = args.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
     add("--pretrained", "start from torchvision's weights", **args.YES)
     args.add_deconv_flags(parser, final_block=32)
     args.add_imagenet_flags(parser)
     args.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
     args.add_device_flags(parser)
     args.add_output_flags(parser)
-    return Script(parser, imagenet_architectures(), final_block=32, rules=own_rules)
+    options = {name: architecture.options for name, architecture in names.items()}
+    return Script(parser, options, final_block=32, rules=own_rules)
 
 
 def own_rules(flags: Namespace) -> Rules:
@@ -88,7 +88,17 @@ def own_rules(flags: Namespace) -> Rules:
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained
     yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
-    yield "pretrained", not flags.deconv, "contradicts --deconv True: torchvision has none"
+    theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
+    yield "pretrained", theirs, f"does not apply to {flags.arch}: torchvision has no weights for it"
+    ours = f"{flags.arch.removesuffix('_bn')}d"
+    able = ours if ours in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
+    fault = f"does not apply to {flags.arch}, which is torchvision's own; choose {able}"
+    for name, asked in (
+        ("deconv", flags.deconv),
+        ("batchnorm", not flags.batchnorm),
+        ("num_groups_final", flags.num_groups_final),
+    ):
+        yield name, not (theirs and asked), fault
 
 
 def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
@@ -111,14 +121,19 @@ def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
     """Layers as the flags want them, and the network made of them."""
-    return build_imagenet_model(
-        flags.arch,
-        make_layers(**choose_layers(flags)),
-        num_classes=spec.num_classes,
-        image_size=spec.image_size,
-        pretrained=flags.pretrained,
-        dropout_rate=flags.dropout_rate,
-    )
+    try:
+        return build_imagenet_model(
+            flags.arch,
+            make_layers(**choose_layers(flags)),
+            num_classes=spec.num_classes,
+            image_size=spec.image_size,
+            pretrained=flags.pretrained,
+            dropout_rate=flags.dropout_rate,
+        )
+    except ValueError as error:  # pictures of a size or classes of a number it cannot have
+        raise run.RunError(f"--arch {flags.arch}: {error}") from error
+    except OSError as error:
+        raise run.RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error
 
 
 if __name__ == "__main__":

@@ -39,14 +39,22 @@ def add_network_flags(
     architectures: Collection[str],
     describe: Callable[[], str],
     default: str,
+    dropout_rate: float | None = 0.0,
 ) -> Callable[..., None]:
-    """The flags about networks that all scripts have; returns what adds further ones."""
+    """The flags about networks that all scripts have; returns what adds further ones.
+
+    Args:
+        default: architecture.
+        dropout_rate: default; None: as the architecture was published.
+    """
     arch = {"action": _ArchAction, "names": architectures, "describe": describe, "metavar": "NAME"}
     add = parser.add_group("network")
     add("-a --arch", "architecture; `--arch help` lists them", None, default, **arch)
     add("--batchnorm", "BatchNorm", str2bool, shown="True, or False with --deconv True")
     add("--bias", "bias in convolutions", str2bool, shown="True, or False with BatchNorm")
-    add("--dropout-rate", "dropout before the last layer", real(least=0, below=1), 0.0, metavar="P")
+    dropout = {"shown": "as published" if dropout_rate is None else None, "metavar": "P"}
+    text = "dropout before the last layer"
+    add("--dropout-rate", text, real(least=0, below=1), dropout_rate, **dropout)
     return add
 
 
