@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
 from util import args, run
 from util.data import DATASETS, DataSpec, build_loaders
 from util.launch import start
+from util.loaders import PictureLoader
 from util.parser import Parser
 from util.settings import PRESETS, Rules, Script, choose_layers
 from util.training import Session, describe_kind, fit
@@ -53,9 +53,10 @@ def build_script() -> Script:
 def data_rules(flags: Namespace) -> Rules:
     """What is wrong with the flags about the pictures of this script."""
     yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
+    yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
 
 
-def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
+def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader, PictureLoader]:
     flags, world = session.flags, session.world
     return build_loaders(
         flags.dataset,
@@ -66,6 +67,7 @@ def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
         image_size=flags.image_size,
         cache_dir=Path(flags.out).expanduser(),
         device_type=session.device.type,
+        on_bad_image=flags.on_bad_image,
         rank=world.rank,
         processes=world.size,
     )

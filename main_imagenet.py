@@ -9,7 +9,6 @@ from dataclasses import asdict
 from functools import partial
 
 from torch import nn
-from torch.utils.data import DataLoader
 
 from models import (
     IMAGENET_ARCHITECTURES,
@@ -24,11 +23,12 @@ from util.data import DataSpec
 from util.engine import evaluate
 from util.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.launch import start
+from util.loaders import PictureLoader
 from util.optim import build_criterion
 from util.parser import Parser
 from util.progress import restore_model
 from util.settings import Rules, Script, choose_layers
-from util.training import Session, describe_kind, fit
+from util.training import Session, describe_kind, fit, list_skipped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -52,7 +52,7 @@ def train(session: Session) -> None:
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, limit=limit)
 
 
-def test(session: Session, spec: DataSpec, model: nn.Module, loader: DataLoader) -> None:
+def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoader) -> None:
     """Say how good a finished network is."""
     flags, world = session.flags, session.world
     compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
@@ -61,6 +61,8 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: DataLoader)
         restore_model(session.saved, model, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
     figures = evaluate(model, loader, criterion, compute=compute, world=world)
+    for name in list_skipped(world, loader):
+        say(f"left out: {name} cannot be decoded")
     say(
         f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
         f" top5 {figures['top5']:.2f}%  {figures['images']} pictures  {figures['seconds']:.1f} s"
@@ -84,6 +86,7 @@ def build_script() -> Script:
 
 def own_rules(flags: Namespace) -> Rules:
     """What is wrong with the flags that only this script has."""
+    yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no pictures"
     yield "data", not flags.dummy, "contradicts --dummy, which needs no pictures"
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained
@@ -101,7 +104,7 @@ def own_rules(flags: Namespace) -> Rules:
         yield name, not (theirs and asked), fault
 
 
-def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
+def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader | None, PictureLoader]:
     flags, world = session.flags, session.world
     settings = {
         "batch_size": flags.batch_size,
@@ -116,7 +119,8 @@ def load_pictures(session: Session) -> tuple[DataSpec, DataLoader, DataLoader]:
         return build_dummy_loaders(**settings)
     if flags.data is None:
         raise run.RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
-    return build_imagenet_loaders(flags.data, on_bad_image=flags.on_bad_image, **settings)
+    settings |= {"on_bad_image": flags.on_bad_image, "test_only": flags.evaluate}
+    return build_imagenet_loaders(flags.data, **settings)
 
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:

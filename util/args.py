@@ -134,7 +134,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         shown=SMALLEST,
         metavar="N",
     )
-    add_worker_flag(add, 0)
+    add_reading_flags(add, 0)
 
 
 def add_imagenet_flags(parser: Parser) -> None:
@@ -145,17 +145,18 @@ def add_imagenet_flags(parser: Parser) -> None:
     add("--dummy", "noise in place of pictures, for timing without data", **YES)
     size = whole(SMALLEST, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
-    text = "a picture that cannot be read ends the run, or is left out and listed at the end"
-    add("--on-bad-image", text, None, "error", choices=("error", "skip"))
-    add_worker_flag(add, os.cpu_count() or 1)
+    add_reading_flags(add, os.cpu_count() or 1)
     add("-e --evaluate", "only test: the network of --resume, or --pretrained", **YES)
     add("--test-run", "only some batches of each epoch, and of each test", str2bool, False)
     add("--test-iter", "of --test-run: so many", whole(1), 500, metavar="N")
 
 
-def add_worker_flag(add: Callable[..., None], default: int) -> None:
+def add_reading_flags(add: Callable[..., None], workers: int) -> None:
+    """How files of pictures are read; `workers` is a default."""
+    text = "a picture file that cannot be decoded ends the run, or is left out and listed"
+    add("--on-bad-image", text, None, "error", choices=("error", "skip"))
     text = "processes that load pictures on this machine, 0: none but those that train"
-    add("-j --num-workers --workers", text, whole(0, 1024), default, metavar="N")
+    add("-j --num-workers --workers", text, whole(0, 1024), workers, metavar="N")
 
 
 def add_training_flags(

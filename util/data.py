@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,7 +17,8 @@ __all__ = ["DATASETS", "SMALLEST", "DataError", "DataSpec", "build_loaders"]
 
 DATASETS = (*STANDARD_SETS, "digits", "folder")
 
-# As published. A digit is never mirrored: its mirror image is another symbol, or none.
+# As published but for the colour of the border, see Augmentation. A digit is never mirrored: its
+# mirror image is another symbol, or none.
 CROP_AND_FLIP = Augmentation(pad=4, flip=True)
 AUGMENTATIONS = {
     "cifar10": CROP_AND_FLIP,
@@ -86,5 +88,6 @@ def build_loaders(
         rank=rank,
         processes=processes,
     )
-    augmentation = AUGMENTATIONS.get(dataset)
+    border = tuple(round(255 * mean) for mean in spec.mean)
+    augmentation = replace(AUGMENTATIONS.get(dataset, Augmentation()), fill=border)
     return spec, loader(train, train=True, augmentation=augmentation), loader(test, train=False)

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
-from tqdm import tqdm
+
+from .console import progress_bar
 
 MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
 CHUNK = 256  # pictures read at once when a whole split is read
@@ -130,15 +131,13 @@ def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray,
     indices = np.arange(len(source))
     parts = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     with ThreadPool(threads) as pool:
-        yield from tqdm(
+        yield from progress_bar(
             pool.imap(read, parts),
-            desc="reading pictures",
+            "reading pictures",
             total=len(parts),
             unit=" pictures",
             unit_scale=CHUNK,
             delay=1,
-            leave=False,
-            disable=None,
         )
 
 

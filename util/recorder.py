@@ -11,13 +11,15 @@ import torch
 from torch import nn
 
 from . import run
-from .checkpoint import save_checkpoint
+from .checkpoint import atomic_write, save_checkpoint
 from .console import say
 from .engine import Figures
 from .logger import RunLogger
 from .metrics import peak_memory_mb
 from .progress import Progress
 from .report import report_batch, report_epoch
+
+SKIPPED_NAME = "skipped.txt"
 
 
 class Recorder:
@@ -81,6 +83,15 @@ class Recorder:
             save_checkpoint(state, self.run_dir, filename=f"checkpoint_{epoch}.pth.tar")
         memory = {"peak_memory_mb": peak_memory_mb(self.device)}
         self.logger.summary({**self.facts, **self.done.summary(), **memory})
+
+    def skipped(self, names: list[str]) -> None:
+        """Called with all the bad files left out so far: lists them in skipped.txt."""
+        if not names:
+            return
+        path = self.run_dir / SKIPPED_NAME
+        with atomic_write(path) as file:
+            file.write("".join(f"{name}\n" for name in names).encode(errors="surrogateescape"))
+        say(f"{len(names)} bad pictures left out, listed in {path}")
 
     def close(self) -> None:
         self.logger.close()

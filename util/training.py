@@ -19,7 +19,6 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
-from torch.utils.data import DataLoader
 
 from . import run
 from .checkpoint import rng_state, set_rng_state
@@ -28,6 +27,7 @@ from .console import say
 from .data import DataSpec
 from .distributed import World
 from .engine import evaluate, train_one_epoch
+from .loaders import PictureLoader
 from .optim import build_criterion, build_optimizer, build_scheduler
 from .progress import Progress, restore, snapshot
 from .recorder import NullRecorder, Recorder
@@ -61,8 +61,8 @@ def fit(
     kind: str,
     spec: DataSpec,
     model: nn.Module,
-    train_loader: DataLoader,
-    test_loader: DataLoader,
+    train_loader: PictureLoader,
+    test_loader: PictureLoader,
     *,
     limit: int = sys.maxsize,
 ) -> None:
@@ -141,6 +141,13 @@ def fit(
                 "rng": world.gather(rng_state()),
             }
             recorder.epoch(trained, tested, state)
+            recorder.skipped(list_skipped(world, train_loader, test_loader))
+
+
+def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
+    """The bad files that any process has left out so far, in order."""
+    mine = set().union(*(loader.skipped for loader in loaders))
+    return sorted(set().union(*world.gather(mine)))
 
 
 def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
