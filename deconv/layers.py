@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from .blocks import Blocks, divide_channels
-from .covariance import centre, covariance
+from .covariance import average_across, centre, covariance, several_processes
 from .fold import fold, vectors_along, whiten_along
 from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import sample_patches
@@ -37,6 +39,18 @@ def _blocks(
     return Blocks(groups, channels, size, taps, unit, shared)
 
 
+def _second_moment(axis: str, channels: int, rows: torch.Tensor) -> torch.Tensor:
+    """mean x x^T over the vectors x along an axis of rows (G, S, M, F)."""
+    return covariance(vectors_along(axis, rows, channels).flatten(1, 2), eps=0.0)
+
+
+def _full_precision(device: torch.device) -> AbstractContextManager:
+    """Autocast off: half precision overflows in squares. Nothing where there is no autocast."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
+
+
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
@@ -56,6 +70,7 @@ class _Whitening(nn.Module):
         eps: float,
         n_iter: int,
         momentum: float,
+        sync_stats: bool,
     ) -> None:
         if not eps > 0:
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
@@ -65,6 +80,7 @@ class _Whitening(nn.Module):
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
+        self.sync_stats = sync_stats
         sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
         mean = torch.zeros(blocks.matrices, blocks.sharing, 1, blocks.size * mean_taps)
         buffers = {"mean": mean} | {
@@ -77,20 +93,22 @@ class _Whitening(nn.Module):
 
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Weight and bias that act on x as the layer's own act on whitened x."""
-        with torch.autocast(x.device.type, enabled=False):  # half precision overflows here
+        with _full_precision(x.device):
             if self.training:
-                mean, whiten = self._estimate_whitening(*self._sample(x))
-                self._update_running(mean, whiten)
+                count, mean, whiten = self._estimate_whitening(*self._sample(x))
+                self._update_running(count, mean, whiten)
             else:
                 mean, whiten = self._evaluation_whitening()
             return self._fold(mean, whiten)
 
     def _estimate_whitening(
         self, rows: torch.Tensor, blocks: Blocks
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Mean (G, S, 1, F) and whitening matrices by axis of (groups, M, features) rows."""
+    ) -> tuple[int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """M, mean (G, S, 1, F) and whitening matrices by axis of (groups, M, features) rows."""
         rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
         mean, rows = centre(blocks.split(rows))
+        if self.sync_stats and several_processes():
+            return self._estimate_across(mean, rows, blocks.size)
         whiten: dict[str, torch.Tensor] = {}
         for axis in self.axes:
             for done, matrix in whiten.items():  # the second axis sees what the first has whitened
@@ -100,7 +118,30 @@ class _Whitening(nn.Module):
                 whiten[axis] = inverse_sqrt_from_rows(vectors, self.eps, self.n_iter)
             else:
                 whiten[axis] = inverse_sqrt(covariance(vectors, self.eps), self.n_iter)
-        return mean, whiten
+        return rows.shape[2], mean, whiten
+
+    def _estimate_across(
+        self, mean: torch.Tensor, rows: torch.Tensor, channels: int
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """The same of the rows of all processes, from each one's mean and centred rows.
+
+        Second moments add up about any point that all processes agree on. The running mean is one,
+        and so near the mean that little cancels when the shift between the two is taken out. (Not
+        so before the first batch, when it is 0: means of a thousand standard deviations would.)
+        """
+        offset = mean - self.running_mean
+        whiten: dict[str, torch.Tensor] = {}
+        for axis in self.axes:
+            for done, matrix in whiten.items():
+                rows, offset = (whiten_along(done, x, matrix, channels) for x in (rows, offset))
+            moment = partial(_second_moment, axis, channels)
+            second = moment(rows) + moment(offset)
+            count, shift, second = average_across(rows.shape[2], offset, second)
+            if not whiten:  # from here on offsets are from the mean of all
+                mean, offset = self.running_mean + shift, offset - shift
+            eps = self.eps * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
+            whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter)
+        return count, mean, whiten
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
@@ -113,15 +154,17 @@ class _Whitening(nn.Module):
         return mean.clone(), {axis: matrix.clone() for axis, matrix in whiten.items()}
 
     @torch.no_grad()
-    def _update_running(self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]) -> None:
-        """Move the running statistics towards the batch's; a non-finite batch leaves no trace."""
+    def _update_running(
+        self, count: int | torch.Tensor, mean: torch.Tensor, whiten: dict[str, torch.Tensor]
+    ) -> None:
+        """Move the running statistics to the batch's; empty and non-finite ones leave no trace."""
         batch = [mean, *whiten.values()]
-        finite = torch.isfinite(sum(value.sum() for value in batch))
+        usable = torch.isfinite(sum(value.sum() for value in batch)) & (count > 0)
         step = torch.where(self.num_batches_tracked == 0, 1.0, self.momentum)
         running_mean, running = self._running_whitening()
         for old, new in zip([running_mean, *running.values()], batch, strict=True):
-            old.lerp_(torch.where(finite, new.to(old.dtype), old), step.to(old.dtype))
-        self.num_batches_tracked += finite
+            old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
+        self.num_batches_tracked += usable
 
     def _fold(
         self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]
@@ -144,7 +187,7 @@ class _Whitening(nn.Module):
         return (
             f"block={block}, layout={self.layout}, shared={self.shared}, "
             f"eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"
-        )
+        ) + ("" if self.sync_stats else ", sync_stats=False")
 
 
 class FastDeconv(_Whitening, nn.Conv2d):
@@ -170,9 +213,15 @@ class FastDeconv(_Whitening, nn.Conv2d):
             convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
             whatever this says.
         layout, shared: see `Blocks`.
+        sync_stats: under torch.distributed, the statistics in training are those of the patches of
+            all processes, so that N processes equal one with the whole batch, whatever each one's
+            share of it, be it none. All must then run the layer equally often, and start from the
+            same buffers (DDP sees to it). A layer sends one message forward and one backward, mode
+            1 two for its two axes, of 1 + C T + G d^2 numbers each: C all channels, T the taps (1
+            in mode 3), G whitening matrices of side d. Evaluation sends nothing.
 
     Shape:
-        (N, C, H, W) -> as `torch.nn.Conv2d`.
+        (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
 
     Raises:
         ValueError: an argument is out of range.
@@ -199,6 +248,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         sampling_stride: int = 3,
         layout: str = "interleaved",
         shared: bool = True,
+        sync_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -229,6 +279,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
             eps=eps,
             n_iter=n_iter,
             momentum=momentum,
+            sync_stats=sync_stats,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -265,7 +316,7 @@ class Delinear(_Whitening, nn.Linear):
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
         block: features whitened together: the largest divisor of `in_features` up to this.
-        eps, n_iter, momentum, layout, shared: as in `FastDeconv`.
+        eps, n_iter, momentum, layout, shared, sync_stats: as in `FastDeconv`.
 
     Shape:
         (..., in_features) -> (..., out_features); all leading dimensions count as rows.
@@ -286,6 +337,7 @@ class Delinear(_Whitening, nn.Linear):
         momentum: float = 0.1,
         layout: str = "interleaved",
         shared: bool = True,
+        sync_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -298,6 +350,7 @@ class Delinear(_Whitening, nn.Linear):
             eps=eps,
             n_iter=n_iter,
             momentum=momentum,
+            sync_stats=sync_stats,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -39,3 +39,10 @@ def test_float32_survives_an_offset_much_larger_than_the_spread():
 def test_gradient_matches_finite_differences():
     rows = torch.randn(2, 2, 5, 3, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(lambda r: covariance(centre(r)[1].flatten(1, 2), 0.1), rows)
+
+
+def test_no_rows_have_mean_zero_and_covariance_eps():
+    mean, centred = centre(torch.empty(2, 3, 0, 4))
+    assert mean.shape == (2, 3, 1, 4) and not mean.any()
+    cov = covariance(centred.flatten(1, 2), eps=0.5)
+    torch.testing.assert_close(cov, 0.5 * torch.eye(4).expand(2, 4, 4))

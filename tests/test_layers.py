@@ -290,14 +290,46 @@ def test_channels_last_gives_the_same_output():
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_forward_on_a_fake_cuda_device_mixes_no_devices():
+@pytest.mark.parametrize("mode", MODES)
+def test_forward_on_a_fake_cuda_device_mixes_no_devices(mode):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode(allow_non_fake_inputs=False):
-        layer = FastDeconv(4, 8, 3, padding=1, mode=1, device="cuda")
-        head = Delinear(8, 2, device="cuda")
+        layer = FastDeconv(4, 8, 3, padding=1, mode=mode, device="cuda")
+        head = Delinear(8, 2, device="cuda")  # fewer rows than features
         y = head(layer(torch.randn(2, 4, 8, 8, device="cuda")).mean((2, 3)))
-    assert y.device.type == "cuda" and y.shape == (2, 2)
+        assert y.device.type == "cuda" and y.shape == (2, 2)
+        assert {b.device.type for m in (layer, head) for b in m.buffers()} == {"cuda"}
+        assert layer.eval()(torch.randn(2, 4, 8, 8, device="cuda")).device.type == "cuda"
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("mode", MODES)
+def test_meta_device_propagates_shapes(mode, training):
+    layer = FastDeconv(4, 8, 3, stride=2, mode=mode, device="meta").train(training)
+    head = Delinear(8, 2, device="meta").train(training)
+    y = layer(torch.randn(2, 4, 9, 9, device="meta"))
+    assert y.is_meta and y.shape == (2, 8, 4, 4)
+    assert head(y.mean((2, 3))).shape == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape", "out"),
+    [(FastDeconv(4, 8, 3, mode=mode), (4, 9, 11), (8, 7, 9)) for mode in MODES]
+    + [(Delinear(4, 3), (4,), (3,))],
+)
+def test_empty_batch_leaves_statistics_and_gradients_alone(layer, shape, out):
+    layer = layer.double()
+    for _ in range(2):  # before the first batch and after it
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        x = torch.randn(0, *shape, requires_grad=True)
+        y = layer(x)
+        y.sum().backward()
+        assert y.shape == (0, *out) and x.grad.shape == x.shape
+        assert all(p.grad is not None and not p.grad.any() for p in layer.parameters())
+        for name, buffer in layer.named_buffers():
+            torch.testing.assert_close(buffer, before[name], rtol=0, atol=0)
+        layer(torch.randn(5, *shape))
 
 
 @pytest.mark.parametrize(
