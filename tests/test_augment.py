@@ -1,8 +1,11 @@
 import numpy as np
+import pytest
 import torch
+from scipy.stats import ks_2samp
 from torch.nn import functional as F
+from torchvision.transforms import RandomResizedCrop
 
-from util.augment import Augmentation, crop_padded
+from util.augment import Augmentation, crop_padded, random_box
 
 CROP_AND_FLIP = Augmentation(pad=4, flip=True)
 generator = torch.Generator().manual_seed(0)
@@ -44,3 +47,44 @@ def test_a_picture_is_augmented_by_seed_epoch_and_index_alone():
 
 def test_no_augmentation_changes_nothing():
     assert augment(Augmentation()) is IMAGES
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (200, 400)])
+def test_random_boxes_are_distributed_as_torchvision_draws_them(width, height):
+    torch.manual_seed(0)
+    published = RandomResizedCrop(224)
+    picture, scale, ratio = torch.empty(3, height, width), published.scale, published.ratio
+    theirs = np.array([published.get_params(picture, scale, ratio) for _ in range(2000)])
+    ours = np.array([random_box(width, height, 0, 1, index) for index in range(2000)])
+    for boxes in (theirs, ours):
+        assert (
+            (boxes >= 0) & (boxes[:, :2] + boxes[:, 2:] <= [height, width]).all(1)[:, None]
+        ).all()
+    for one, two in zip(columns(theirs), columns(ours), strict=True):
+        assert ks_2samp(one, two).pvalue > 0.001
+
+
+def columns(boxes):
+    """Top, left, height and width of boxes (N, 4), and their area and aspect."""
+    *place, high, wide = boxes.T
+    return [*place, high, wide, high * wide, wide / high]
+
+
+@pytest.mark.parametrize(("width", "height"), [(999, 10), (7, 300), (1, 1)])
+def test_a_picture_too_narrow_for_a_random_box_gives_its_middle(width, height):
+    published = RandomResizedCrop(224)
+    picture = torch.empty(3, height, width)
+    expected = published.get_params(picture, published.scale, published.ratio)
+    assert random_box(width, height, 0, 0, 0) == tuple(expected)
+
+
+def test_a_random_box_depends_on_every_part_of_its_key():
+    box = random_box(500, 375, 1, 2, 3)
+    assert box == random_box(500, 375, 1, 2, 3)
+    for key in ((0, 2, 3), (1, 3, 3), (1, 2, 4)):
+        assert box != random_box(500, 375, *key)
+
+
+def test_no_pictures_are_augmented_to_none():
+    none = augment(CROP_AND_FLIP, IMAGES[:0], INDEX[:0])
+    assert none.shape == (0, *IMAGES.shape[1:]) and none.dtype == torch.uint8

@@ -1,15 +1,15 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from util import pictures
 from util.data import DataError, build_loaders
-from util.folder import read_picture
 
 SIDE = 40
 
@@ -33,7 +33,7 @@ def build(root, **options):
 
 
 def epoch_of(loader, epoch=0):
-    loader.sampler.set_epoch(epoch)
+    loader.batch_sampler.set_epoch(epoch)
     images, targets = zip(*loader, strict=True)
     return torch.cat(images), torch.cat(targets)
 
@@ -78,9 +78,9 @@ def test_epochs_differ_in_order_and_augmentation_and_the_test_split_in_nothing(r
 
 def test_an_epoch_resumed_at_a_batch_gives_the_same_batches(root):
     _, train, _ = build(root)
-    train.sampler.set_epoch(2)
+    train.batch_sampler.set_epoch(2)
     whole = list(train)
-    train.sampler.set_epoch(2, start_batch=3)
+    train.batch_sampler.set_epoch(2, start_batch=3)
     rest = list(train)
     assert len(train) == len(rest) == 2
     for (images, targets), (also_images, also_targets) in zip(whole[3:], rest, strict=True):
@@ -96,7 +96,7 @@ def test_pictures_are_resized_to_image_size(root):
 
 def test_statistics_are_those_of_the_training_pictures_as_they_enter(root):
     spec, train, _ = build(root)
-    raw = train.dataset.split.source / 255
+    raw = train.dataset.split.source.images / 255
     torch.testing.assert_close(torch.tensor(spec.mean), raw.mean((0, 2, 3)))
     torch.testing.assert_close(torch.tensor(spec.std), raw.std((0, 2, 3), correction=0))
 
@@ -136,41 +136,6 @@ def test_a_damaged_cache_is_computed_anew(root):
 def test_val_stands_in_for_test(tmp_path):
     _, _, test = build(make_folder(tmp_path, second="val"))
     assert len(test.dataset) == 18
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
-def test_pictures_of_every_kind_become_rgb(tmp_path, mode):
-    grey = np.full((SIDE, SIDE), 255, np.uint8)
-    if mode.startswith("I"):
-        image = Image.fromarray(
-            (grey.astype(np.uint16) * 257).astype(np.int32 if mode == "I" else np.uint16)
-        )
-    else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode)
-    path = tmp_path / ("x.tif" if mode == "I" else "x.jpg" if mode == "CMYK" else "x.png")
-    image.save(path)
-    pixels = read_picture(str(path), 32)
-    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.uint8
-    assert pixels.min() >= 254
-
-
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "x.png")
-    assert read_picture(str(tmp_path / "x.png"), 32).unique().tolist() == [0x80]
-
-
-def test_floating_point_pictures_are_refused(tmp_path):
-    Image.fromarray(np.ones((SIDE, SIDE), np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(DataError, match=r"x\.tif: its pixels are floating-point"):
-        read_picture(str(tmp_path / "x.tif"), 32)
-
-
-def test_a_large_jpeg_is_close_to_the_plainly_resized_picture(tmp_path):
-    ramp = np.linspace(0, 255, 500)[None, :, None].repeat(400, 0).repeat(3, 2).astype(np.uint8)
-    Image.fromarray(ramp).save(tmp_path / "x.jpg")
-    expected = np.asarray(Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR))
-    pixels = read_picture(str(tmp_path / "x.jpg"), 32).permute(1, 2, 0).numpy()
-    assert np.abs(pixels.astype(int) - expected).max() <= 3
 
 
 def test_a_missing_split_is_named(tmp_path):
@@ -246,3 +211,44 @@ def test_a_bad_picture_met_by_a_worker_is_one_sentence(root, monkeypatch):
     _, _, test = build(root, num_workers=1)
     with pytest.raises(DataError, match=r"^cannot decode the picture [^\n]*dog/bad\.png[^\n]*$"):
         list(test)
+
+
+@pytest.mark.parametrize("budget", [0, pictures.MEMORY_BUDGET])
+def test_bad_pictures_can_be_skipped_whether_held_or_not(root, monkeypatch, budget):
+    good = epoch_of(build(root)[2])
+    monkeypatch.setattr(pictures, "MEMORY_BUDGET", budget)
+    bad = {str(root / "test" / "cat" / name) for name in ("0a.png", "9.png")}
+    for path in (*bad, root / "train" / "cat" / "bad.png"):
+        Path(path).write_bytes(b"")
+    spec, train, test = build(root, on_bad_image="skip", num_workers=2)
+    images, targets = epoch_of(test)
+    assert torch.equal(images, good[0]) and torch.equal(targets, good[1])
+    assert [len(targets) for _, targets in test] == [3, 4, 3, 4, 4]  # cat, cat, cat and dog, ...
+    assert test.skipped == bad and len(test.dataset) == 20
+    assert len(epoch_of(train)[1]) == 18 and len(train.skipped) == 1
+    assert spec == build(root, on_bad_image="skip", cache_dir=root / "other run")[0]
+
+
+def test_a_folder_of_bad_pictures_alone_is_refused(root):
+    for path in files_below(root / "train"):
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="not one of 18 pictures can be read"):
+        build(root, on_bad_image="skip")
+
+
+def test_pictures_that_exif_says_are_turned_enter_upright(root):
+    path = root / "test" / "cat" / "0.png"
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    upright = epoch_of(build(root)[2])[0]
+    with Image.open(path) as image:
+        image.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    assert torch.equal(epoch_of(build(root)[2])[0], upright)
+
+
+def test_one_process_alone_writes_the_statistics(root):
+    specs = [build(root, rank=rank, processes=2)[0] for rank in (1, 0, 1)]
+    assert specs[0] == specs[1] == specs[2]
+    before = files_below(root)
+    build(root, rank=1, processes=2, cache_dir=root / "other run")
+    assert files_below(root) == before

@@ -1,15 +1,23 @@
+from itertools import chain
+
 import numpy as np
 import pytest
 
-from util.sampling import FLIP, ORDER, TOP, EpochSampler, _splitmix64, random_words
+from util.sampling import CROP, FLIP, ORDER, TOP, EpochBatches, _splitmix64, random_words
 
 MANY = np.arange(20_000)
 
 
-def order(epoch, seed=0, size=1000, start_batch=0):
-    sampler = EpochSampler(size, batch_size=8, seed=seed)
+def batches(epoch=0, size=1000, batch_size=8, start_batch=0, **options):
+    sampler = EpochBatches(size, batch_size, **options)
     sampler.set_epoch(epoch, start_batch)
-    return list(sampler)
+    found = list(sampler)
+    assert len(found) == len(sampler)
+    return found
+
+
+def order(epoch, seed=0):
+    return list(chain(*batches(epoch, seed=seed)))
 
 
 def test_splitmix64_gives_the_published_first_outputs():
@@ -50,23 +58,62 @@ def test_every_epoch_shuffles_afresh():
     assert abs(np.corrcoef(*ranks)[0, 1]) < 5 / np.sqrt(len(MANY))
 
 
-def test_an_epoch_resumed_at_a_batch_continues_the_same_order():
-    sampler = EpochSampler(20, batch_size=8, seed=5)
-    whole = list(sampler)
-    sampler.set_epoch(0, start_batch=2)
-    assert list(sampler) == whole[16:]
-    assert len(sampler) == 4
-    sampler.set_epoch(1)
-    assert len(sampler) == len(list(sampler)) == 20
+def test_many_draws_of_a_picture_are_those_drawn_one_by_one():
+    many = random_words(-1, 2, 3, CROP + np.arange(4))
+    assert many.tolist() == [random_words(-1, [2], [3], CROP + i)[0] for i in range(4)]
+
+
+def test_batches_are_the_order_cut_and_the_last_is_kept():
+    found = batches(2, size=20, seed=5)
+    assert [len(batch) for batch in found] == [8, 8, 4]
+    words = random_words(5, [2], np.arange(20), ORDER).tolist()
+    assert [i for batch in found for _, i in batch] == sorted(range(20), key=words.__getitem__)
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_epoch_resumed_at_a_batch_continues_the_same_order(whole):
+    for rank in range(3):
+        share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole": whole}
+        entire = batches(1, **share)
+        for start in range(7):
+            done = len(range(rank, start, 3)) if whole else start
+            assert batches(1, start_batch=start, **share) == entire[done:]
 
 
 def test_without_shuffle_every_epoch_has_the_order_of_the_data():
-    sampler = EpochSampler(5, batch_size=2, shuffle=False)
-    sampler.set_epoch(7)
-    assert [index for _, index in sampler] == [0, 1, 2, 3, 4]
+    found = batches(7, size=5, batch_size=2, shuffle=False)
+    assert [[index for _, index in batch] for batch in found] == [[0, 1], [2, 3], [4]]
+
+
+@pytest.mark.parametrize("processes", range(1, 6))
+@pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (17, 8), (3, 8), (9, 2)])
+def test_the_parts_of_all_processes_are_the_batches_of_one(size, batch_size, processes):
+    options = {"epoch": 1, "size": size, "batch_size": batch_size, "seed": 3}
+    parts = [batches(rank=rank, processes=processes, **options) for rank in range(processes)]
+    together = list(zip(*parts, strict=True))  # strict: all take the same number of steps
+    assert [[*chain(*step)] for step in together] == batches(**options)
+    for step in together:
+        sizes = [len(part) for part in step]
+        assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize("processes", range(1, 6))
+@pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (3, 8), (9, 2)])
+def test_whole_batches_are_dealt_in_turn(size, batch_size, processes):
+    options = {"size": size, "batch_size": batch_size, "shuffle": False}
+    one = batches(**options)
+    for rank in range(processes):
+        dealt = batches(rank=rank, processes=processes, whole=True, **options)
+        assert dealt == one[rank::processes]
 
 
 @pytest.mark.parametrize(("epoch", "start"), [(-1, 0), (0, -1)])
 def test_negative_places_are_refused(epoch, start):
     with pytest.raises(ValueError, match="-1"):
-        EpochSampler(5, batch_size=2).set_epoch(epoch, start)
+        EpochBatches(5, 2).set_epoch(epoch, start)
+
+
+@pytest.mark.parametrize(("rank", "processes"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_rank_that_no_process_has_is_refused(rank, processes):
+    with pytest.raises(ValueError, match=f"got {rank} of {processes}"):
+        EpochBatches(5, 2, rank=rank, processes=processes)

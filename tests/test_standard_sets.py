@@ -128,7 +128,7 @@ def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
     spec, *loaders = build(name, tmp_path, image_size=96 if name == "stl10" else None)
     for loader, (images, labels) in zip(loaders, written, strict=True):
         source, targets = loader.dataset.split
-        assert np.array_equal(source.numpy(), images)
+        assert np.array_equal(source.images.numpy(), images)
         assert targets.tolist() == labels and targets.dtype == torch.int64
     assert spec.num_classes == (100 if name == "cifar100" else 10)
     assert spec.in_channels == images.shape[1] == len(spec.mean) == len(spec.std)
@@ -196,12 +196,12 @@ def test_digits_are_split_by_class_and_always_alike(tmp_path):
     ]
     assert (shares[0] - shares[1]).abs().max() < 0.003
     again = build("digits", tmp_path, seed=5)[2].dataset.split
-    assert torch.equal(again.source, test.dataset.split.source)
+    assert torch.equal(again.source.images, test.dataset.split.source.images)
     assert (spec.in_channels, spec.num_classes) == (1, 10)
 
 
 def test_digits_fill_the_grey_range_at_any_size(tmp_path):
     for image_size in (32, 48):
-        source = build("digits", tmp_path, image_size=image_size)[1].dataset.split.source
+        source = build("digits", tmp_path, image_size=image_size)[1].dataset.split.source.images
         assert source.shape == (1437, 1, image_size, image_size)
         assert source.min() == 0 and source.max() > 240

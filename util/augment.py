@@ -1,4 +1,4 @@
-"""Random crops and mirror images, for a whole batch of uint8 pictures at once."""
+"""Random crops and mirror images of pictures, each by (seed, epoch, index) alone."""
 
 from __future__ import annotations
 
@@ -9,7 +9,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional
 
-from .sampling import FLIP, LEFT, TOP, random_words
+from .sampling import CROP, FLIP, LEFT, TOP, random_words
+
+AREA = (0.08, 1.0)  # of a random box, as a share of the picture's
+ASPECT = (3 / 4, 4 / 3)  # of a random box, width over height
+ATTEMPTS = 10  # at a random box that lies within the picture
 
 
 @dataclass(frozen=True)
@@ -56,3 +60,33 @@ def crop_padded(images: Tensor, pad: int, top: Tensor, left: Tensor) -> Tensor:
     padded = functional.pad(images, [pad])
     windows = padded.unfold(2, height, 1).unfold(3, width, 1)  # N C 2P+1 2P+1 H W, all views
     return windows[torch.arange(len(images)), :, top, left]
+
+
+def random_box(
+    width: int, height: int, seed: int, epoch: int, index: int
+) -> tuple[int, int, int, int]:
+    """A box of random area, aspect and place within a picture, by (seed, epoch, index) alone.
+
+    The distribution is that of torchvision's RandomResizedCrop, after Szegedy et al. 2015
+    (https://arxiv.org/abs/1409.4842, section 6): the area is uniform in AREA, the logarithm of the
+    aspect in ASPECT, both drawn again while the box is larger than the picture, and the place is
+    uniform. If ATTEMPTS draws fail: the largest box in the middle with an aspect in ASPECT.
+
+    Args:
+        width, height: of the picture, in pixels.
+
+    Returns:
+        top, left, height, width of the box, in pixels.
+    """
+    words = random_words(seed, epoch, index, CROP + np.arange(2 * ATTEMPTS))
+    chance = ((words >> np.uint64(11)) * 2.0**-53).reshape(2, ATTEMPTS)  # in [0, 1)
+    area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * chance[0])
+    aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** chance[1]
+    sides = np.rint(np.sqrt([area * aspect, area / aspect])).astype(np.int64)  # 2 ATTEMPTS
+    fits = ((sides > 0) & (sides <= [[width], [height]])).all(0)
+    if not fits.any():
+        wide, high = min(width, round(height * ASPECT[1])), min(height, round(width / ASPECT[0]))
+        return (height - high) // 2, (width - wide) // 2, high, wide
+    wide, high = sides[:, fits.argmax()].tolist()
+    top, left = (int(random_words(seed, epoch, index, draw)[0]) for draw in (TOP, LEFT))
+    return top % (height - high + 1), left % (width - wide + 1), high, wide

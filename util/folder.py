@@ -6,18 +6,15 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from .checkpoint import atomic_write
+from .picture_files import PictureFiles, whole_picture
 from .pictures import DataError, DataSpec, Source, Split, channel_statistics, hold_in_memory
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
@@ -34,7 +31,13 @@ class Listing:
 
 
 def load_folder(
-    root: Path, image_size: int, cache_dir: Path, threads: int = 1
+    root: Path,
+    image_size: int,
+    cache_dir: Path,
+    *,
+    threads: int = 1,
+    skip: bool = False,
+    writes: bool = True,
 ) -> tuple[DataSpec, Split, Split]:
     """Find, check and (within the memory budget) decode the pictures of both splits.
 
@@ -44,15 +47,27 @@ def load_folder(
         root: the folder that holds train/ and test/ (or val/; with both, test/ is used).
         cache_dir: gets the channel statistics, as JSON, so that the next run need not compute them.
         threads: that decode at once.
+        skip: whether pictures that cannot be decoded are left out.
+        writes: whether this process is the one that writes to cache_dir.
 
     Raises:
-        DataError: a missing or empty folder, differing classes, a picture that cannot be decoded.
+        DataError: a missing or empty folder, differing classes, and unless `skip` a picture that
+            cannot be decoded.
     """
     train, test = scan_split(root, "train"), scan_split(root, "test", "val")
     require_same_classes(train, test)
-    splits = [read_split(found, image_size, threads) for found in (train, test)]
-    mean, std = cached_statistics(train, image_size, cache_dir, splits[0].source, threads)
-    return DataSpec("folder", 3, image_size, tuple(train.classes), mean, std), *splits
+
+    def read(found: Listing) -> Split:
+        files = PictureFiles(
+            found.paths, image_size, whole_picture, skip=skip, at_least=2 * image_size
+        )
+        return Split(hold_in_memory(files, threads), torch.tensor(found.targets))
+
+    splits = read(train), read(test)
+    statistics = cached_statistics(
+        train, image_size, cache_dir, splits[0].source, threads=threads, writes=writes
+    )
+    return DataSpec("folder", 3, image_size, tuple(train.classes), *statistics), *splits
 
 
 def scan_split(root: Path, *names: str) -> Listing:
@@ -101,60 +116,14 @@ def require_same_classes(train: Listing, test: Listing) -> None:
         raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
 
 
-def read_split(found: Listing, image_size: int, threads: int = 1) -> Split:
-    """The pictures found, decoded now if they fit the memory budget, else on access."""
-    files = PictureFiles(found.paths, image_size)
-    return Split(hold_in_memory(files, threads), torch.tensor(found.targets))
-
-
-class PictureFiles:
-    """Picture files as a source: decoded, made RGB and resized on access."""
-
-    def __init__(self, paths: Sequence[str], image_size: int) -> None:
-        self.paths, self.image_size = paths, image_size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        return torch.stack([read_picture(self.paths[i], self.image_size) for i in indices.tolist()])
-
-
-def read_picture(path: str, image_size: int) -> Tensor:
-    """Decode a file into (3, image_size, image_size) uint8.
-
-    Raises:
-        DataError: naming a file that cannot be decoded.
-    """
-    try:
-        with Image.open(path) as image:
-            # A large JPEG is decoded at a fraction of its size, never below twice the wanted one.
-            image.draft(None, (2 * image_size, 2 * image_size))
-            image = to_rgb(image)
-    except Exception as error:  # the decoders raise anything from OSError to struct.error
-        raise DataError(f"cannot decode the picture {path}: {error}") from None
-    if image.size != (image_size, image_size):
-        image = image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
-
-
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any kind of picture as RGB; transparency is dropped, 16-bit grey keeps its range.
-
-    Raises:
-        ValueError: floating-point pixels, which have no range to go by.
-    """
-    if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, of no known range")
-    if image.mode.startswith("I"):  # 16 bits; `convert` alone would clip them to 8
-        image = image.convert("I").point(lambda value: value / 256).convert("L")
-    elif image.mode == "P":
-        image = image.convert("RGBA")  # straight to RGB, Pillow warns of a transparent palette
-    return image.convert("RGB")
-
-
 def cached_statistics(
-    train: Listing, image_size: int, cache_dir: Path, source: Source, threads: int = 1
+    train: Listing,
+    image_size: int,
+    cache_dir: Path,
+    source: Source,
+    *,
+    threads: int = 1,
+    writes: bool = True,
 ) -> Statistics:
     """Channel mean and deviation of the training pictures, computed unless cache_dir has them.
 
@@ -168,6 +137,8 @@ def cached_statistics(
         return tuple(saved["mean"]), tuple(saved["std"])
     except (OSError, ValueError, KeyError, TypeError):
         mean, std = channel_statistics(source, threads)
+    if not writes:
+        return mean, std
     about = {"folder": str(train.root), "image_size": image_size, "pictures": len(source)}
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)

@@ -1,20 +1,18 @@
-"""Pictures on their way to the network: fetched a batch at a time, augmented, normalised."""
+"""Pictures as they are before augmentation: in memory or read when asked for, and their pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional
 from tqdm import tqdm
-
-from .augment import Augmentation
 
 MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
 CHUNK = 256  # pictures read at once when a whole split is read
@@ -25,7 +23,11 @@ class DataError(RuntimeError):
 
     def __init__(self, message: str) -> None:
         # A worker of the loader hands its error on with a traceback in front: keep the sentence.
-        super().__init__(message.rpartition("DataError: ")[2])
+        super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
+
+
+class BadPicture(DataError):
+    """A file that is there and can be read, but holds no picture that can be decoded."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class DataSpec:
     """What a network and a log need to know about a data set.
 
     Attributes:
-        name: one of `util.data.DATASETS`.
+        name: one of `util.data.DATASETS`, or "imagenet" or "dummy".
         in_channels, image_size: pictures are (in_channels, image_size, image_size).
         classes: names, by target.
         mean, std: per channel, of pixels scaled to [0, 1].
@@ -51,12 +53,26 @@ class DataSpec:
         return len(self.classes)
 
 
+class Pixels(NamedTuple):
+    """What came of the pictures asked for.
+
+    Attributes:
+        images: (n, C, H, W) uint8, those that could be read, in the order asked for.
+        bad: of the others, by index, the name of the file.
+    """
+
+    images: Tensor
+    bad: dict[int, str]
+
+
 class Source(Protocol):
-    """Raw pictures, indexed like the (size, C, H, W) uint8 tensor that they may be or stand for."""
+    """The pictures of a split, read by index."""
 
     def __len__(self) -> int: ...
 
-    def __getitem__(self, indices: Tensor) -> Tensor: ...
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        """Pictures `index` (N,); `epoch` (N,) matters where reading itself draws by chance."""
+        ...
 
 
 class Split(NamedTuple):
@@ -66,25 +82,56 @@ class Split(NamedTuple):
     targets: Tensor
 
 
+def is_good(index: np.ndarray, bad: dict[int, str]) -> np.ndarray:
+    """(N,) bool: which of the pictures `index` (N,) are not `bad`."""
+    return ~np.isin(index, list(bad))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Pictures in memory, (size, C, H, W) uint8; the rows of those that are `bad` mean nothing."""
+
+    images: Tensor
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        good = is_good(index, self.bad)
+        images = self.images[torch.from_numpy(index[good])]
+        return Pixels(images, {i: self.bad[i] for i in index[~good].tolist()})
+
+
+@dataclass(frozen=True)
 class Resized:
     """A source whose square pictures are resized on access (bilinear, antialiased)."""
 
-    def __init__(self, source: Source, image_size: int) -> None:
-        self.source, self.size = source, [image_size, image_size]
+    source: Source
+    image_size: int
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, indices: Tensor) -> Tensor:
-        return functional.resize(self.source[indices], self.size, antialias=True)
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        images, bad = self.source.read(epoch, index)
+        return Pixels(functional.resize(images, [self.image_size] * 2, antialias=True), bad)
 
 
-def read_batches(source: Source, threads: int = 1) -> Iterator[Tensor]:
-    """All pictures in order, CHUNK at a time; a terminal sees a bar if it takes over a second."""
-    parts = torch.arange(len(source)).split(CHUNK)
+def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray, Pixels]]:
+    """All indices and pictures, CHUNK at a time; a terminal sees a bar if it takes over a second.
+
+    They are read as in epoch 0.
+    """
+
+    def read(index: np.ndarray) -> tuple[np.ndarray, Pixels]:
+        return index, source.read(np.zeros_like(index), index)
+
+    indices = np.arange(len(source))
+    parts = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     with ThreadPool(threads) as pool:
         yield from tqdm(
-            pool.imap(source.__getitem__, parts),
+            pool.imap(read, parts),
             desc="reading pictures",
             total=len(parts),
             unit=" pictures",
@@ -96,14 +143,16 @@ def read_batches(source: Source, threads: int = 1) -> Iterator[Tensor]:
 
 
 def hold_in_memory(source: Source, threads: int = 1) -> Source:
-    """The source as one uint8 tensor if that fits MEMORY_BUDGET, else the source as it is."""
-    first = source[torch.tensor([0])]  # 1 C H W
-    if len(source) * first.numel() > MEMORY_BUDGET:
+    """The source with its pictures in one tensor if that fits MEMORY_BUDGET, else as it is."""
+    first = np.zeros(1, np.int64)
+    shape = source.read(first, first).images.shape[1:]  # C H W
+    if len(source) * math.prod(shape) > MEMORY_BUDGET:
         return source
-    images = first.new_empty(len(source), *first.shape[1:])
-    for part, batch in zip(images.split(CHUNK), read_batches(source, threads), strict=True):
-        part.copy_(batch)
-    return images
+    held, all_bad = torch.empty(len(source), *shape, dtype=torch.uint8), {}
+    for index, (images, bad) in read_batches(source, threads):
+        held[torch.from_numpy(index[is_good(index, bad)])] = images
+        all_bad |= bad
+    return Held(held, all_bad)
 
 
 def channel_statistics(
@@ -113,48 +162,17 @@ def channel_statistics(
 
     Sums are of integers, so exact: neither chunks nor threads change the result. A channel of one
     flat value counts as one grey level of deviation, so that dividing by it stays finite.
+
+    Raises:
+        DataError: not one picture can be read.
     """
     pixels, total, squares = 0, 0, 0
-    for batch in read_batches(source, threads):
-        values = batch.transpose(0, 1).flatten(1).long()  # C N*H*W
+    for _, (images, _) in read_batches(source, threads):
+        values = images.transpose(0, 1).flatten(1).long()  # C N*H*W
         pixels += values.shape[1]
         total, squares = total + values.sum(1), squares + values.square().sum(1)
+    if not pixels:
+        raise DataError(f"not one of {len(source)} pictures can be read")
     mean = total.double() / pixels
     std = (squares.double() / pixels - mean.square()).clamp(min=1).sqrt()
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
-
-
-class PictureSet(Dataset):
-    """A split as the loader wants it: keys (epoch, index) in, one finished batch out.
-
-    Works on whole batches (`__getitems__`), because a call for each picture would cost more than
-    the picture.
-    """
-
-    def __init__(
-        self,
-        spec: DataSpec,
-        split: Split,
-        *,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-    ) -> None:
-        self.spec, self.split, self.seed = spec, split, seed
-        self.augmentation = augmentation or Augmentation()
-
-    def __len__(self) -> int:
-        return len(self.split.targets)
-
-    def __getitems__(self, keys: Sequence[tuple[int, int]]) -> tuple[Tensor, Tensor]:
-        """Images (N, C, H, W) float32 normalised and targets (N,) int64."""
-        epoch, index = np.array(keys).T
-        chosen = torch.from_numpy(index)
-        images = self.augmentation(self.split.source[chosen], self.seed, epoch, index)
-        images = functional.to_dtype(images, torch.float32, scale=True)
-        images = functional.normalize(images, self.spec.mean, self.spec.std, inplace=True)
-        return images, self.split.targets[chosen]
-
-    def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, Tensor]:
-        """One picture (C, H, W) and its target ()."""
-        images, targets = self.__getitems__([key])
-        return images[0], targets[0]

@@ -14,7 +14,15 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms.v2 import functional
 
-from .pictures import DataError, DataSpec, Resized, Split, channel_statistics, hold_in_memory
+from .pictures import (
+    DataError,
+    DataSpec,
+    Held,
+    Resized,
+    Split,
+    channel_statistics,
+    hold_in_memory,
+)
 
 TIMEOUT = 30  # seconds that a silent server is given
 DIGITS_TEST = 360  # of 1797 pictures, a fifth of every class
@@ -159,8 +167,9 @@ def make_split(images: Tensor, targets: np.ndarray | Tensor | list[int], image_s
     """Pictures at image_size: 28 x 28 is first padded to 32 with black, others are resized."""
     if images.shape[-1] == 28:
         images = functional.pad(images, [2])
+    held = Held(images)
     same = images.shape[-1] == image_size
-    source = images if same else hold_in_memory(Resized(images, image_size))
+    source = held if same else hold_in_memory(Resized(held, image_size))
     return Split(source, torch.as_tensor(targets, dtype=torch.int64))
 
 
