@@ -13,7 +13,7 @@ from PIL import Image
 
 import main
 from util.checkpoint import load_checkpoint
-from util.sampling import EpochSampler
+from util.sampling import EpochBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--save-plot False --tensorboard False"
@@ -262,15 +262,15 @@ def test_a_checkpoint_is_found_from_home_and_may_lack_younger_flags(tmp_path, mo
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
     orders = []
-    draw = EpochSampler.__iter__
+    draw = EpochBatches.__iter__
 
     def record(sampler):
-        keys = list(draw(sampler))
+        batches = list(draw(sampler))
         if sampler.shuffle:
-            orders.append(keys)
-        return iter(keys)
+            orders.append([key for batch in batches for key in batch])
+        return iter(batches)
 
-    monkeypatch.setattr(EpochSampler, "__iter__", record)
+    monkeypatch.setattr(EpochBatches, "__iter__", record)
     train(f"--arch simple_v1 --epochs 2 --lr .01 {QUIET}", tmp_path / "run")
     assert [{epoch for epoch, _ in keys} for keys in orders] == [{1}, {2}]
 
@@ -303,7 +303,7 @@ def test_bad_input_creates_nothing(tmp_path, capsys, monkeypatch):
     told = refusal(capsys, ["--dataset", "folder", "--data", empty])
     assert str(empty) in told
     refusal(capsys, ["--dataset", "digits", "--lr", "-1"])
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert "--use-gpu True" in refusal(capsys, ["--dataset", "digits", "--use-gpu", "True"])
     assert list(tmp_path.rglob("*")) == [empty]
 

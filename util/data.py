@@ -64,18 +64,18 @@ def build_loaders(
     check_arguments(batch_size, num_workers, image_size, on_bad_image)
     if on_bad_image == "skip" and dataset != "folder":
         raise ValueError(f"on_bad_image 'skip' needs picture files, and {dataset} has none")
-    root, cache_dir = Path(root).expanduser(), Path(cache_dir)
-    if dataset == "digits":
-        spec, train, test = load_digits(image_size)
-    elif dataset == "folder":
+    root = Path(root).expanduser()
+    if dataset == "folder":
         spec, train, test = load_folder(
             root,
             image_size,
-            cache_dir,
+            Path(cache_dir),
             threads=max(1, num_workers),
             skip=on_bad_image == "skip",
             writes=rank == 0,
         )
+    elif dataset == "digits":
+        spec, train, test = load_digits(image_size)
     else:
         spec, train, test = load_standard(dataset, root, image_size)
     loader = partial(

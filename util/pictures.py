@@ -147,11 +147,11 @@ def hold_in_memory(source: Source, threads: int = 1) -> Source:
     shape = source.read(first, first).images.shape[1:]  # C H W
     if len(source) * math.prod(shape) > MEMORY_BUDGET:
         return source
-    held = Held(torch.empty(len(source), *shape, dtype=torch.uint8))
+    held, all_bad = torch.empty(len(source), *shape, dtype=torch.uint8), {}
     for index, (images, bad) in read_batches(source, threads):
-        held.images[torch.from_numpy(index[is_good(index, bad)])] = images
-        held.bad.update(bad)
-    return held
+        held[torch.from_numpy(index[is_good(index, bad)])] = images
+        all_bad |= bad
+    return Held(held, all_bad)
 
 
 def channel_statistics(
