@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -101,7 +102,9 @@ class World:
         """
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, broadcast_buffers=False)
+        names = signature(DistributedDataParallel).parameters  # the older name warns of its end
+        each_forward = {"forward_sync_buffers", "broadcast_buffers"} & names.keys()
+        return DistributedDataParallel(model, **{max(each_forward): False})
 
     def average_buffers(self, model: nn.Module) -> None:
         """Make the running statistics the mean over the processes, each of which saw a share.
