@@ -15,6 +15,7 @@ correlated. The correlation acts like a blur that gradient descent must undo. Wh
 
 Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
 In evaluation mu and D are running averages, and the layer is a plain convolution exactly.
+Under torch.distributed mu and Cov are those of the patches of all processes (`sync_stats`).
 
 | symbol | shape or unit | meaning | where |
 |---|---|---|---|

@@ -127,7 +127,7 @@ class _Whitening(nn.Module):
 
         Second moments add up about any point that all processes agree on. The running mean is one,
         and so near the mean that little cancels when the shift between the two is taken out. (Not
-        so before the first batch, when it is 0: means of a thousand standard deviations would.)
+        before the first batch, when it is 0: means of hundreds of standard deviations would.)
         """
         offset = mean - self.running_mean
         whiten: dict[str, torch.Tensor] = {}
@@ -137,8 +137,8 @@ class _Whitening(nn.Module):
             moment = partial(_second_moment, axis, channels)
             second = moment(rows) + moment(offset)
             count, shift, second = average_across(rows.shape[2], offset, second)
-            if not whiten:  # from here on offsets are from the mean of all
-                mean, offset = self.running_mean + shift, offset - shift
+            if not whiten:  # nothing is whitened yet, so the shift is one of raw features
+                mean = self.running_mean + shift
             eps = self.eps * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
             whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter)
         return count, mean, whiten
