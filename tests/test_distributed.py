@@ -9,7 +9,12 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
+from models import build_model, make_layers
+from util.compute import Compute
+from util.data import build_loaders
 from util.distributed import Elsewhere, World, join
+from util.engine import evaluate, train_one_epoch
+from util.optim import build_criterion, build_optimizer, build_scheduler
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -73,6 +78,68 @@ def use_every_operation(world, folder):
 
 def test_three_processes(tmp_path):
     run_world(3, use_every_operation, tmp_path)
+
+
+class Double(Compute):
+    """Computes in float64, where sums in another order differ by less than 1e-10."""
+
+    def place_batch(self, images, targets):
+        return images.double(), targets
+
+
+def train_digits(world, batch_size):
+    """Three steps of a small network, and a test; its state and the figures of both."""
+    rank_and_size = {"rank": world.rank, "processes": world.size}
+    spec, train, test = build_loaders(
+        "digits", "", batch_size=batch_size, cache_dir="", **rank_and_size
+    )
+    torch.manual_seed(0)
+    layers = make_layers(deconv=True, block=4, block_final=16)
+    model = build_model("simple_v2", layers, in_channels=spec.in_channels).double()
+    criterion = build_criterion("CE", spec.num_classes)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
+    compute, args = Double(CPU), (criterion, optimizer, scheduler)
+    train.batch_sampler.set_epoch(1, start_batch=len(train) - 3)
+    replica = world.replicate(model)
+    trained = train_one_epoch(replica, train, *args, compute=compute, world=world)
+    tested = evaluate(model, test, criterion, compute=compute, world=world)
+    state = [value.double() for value in model.state_dict().values()]
+    for figures in (trained, tested):
+        del figures["seconds"]
+    return torch.cat([value.flatten() for value in state]), trained, tested
+
+
+def train_and_compare(world, folder, batch_size):
+    state, trained, tested = train_digits(world, batch_size)
+    whole, whole_trained, whole_tested = torch.load(folder / f"{batch_size}.pt")
+    torch.testing.assert_close(state, whole, rtol=0, atol=1e-10)
+    assert trained == pytest.approx(whole_trained, abs=1e-10)
+    assert tested == pytest.approx(whole_tested, abs=1e-10)
+
+
+@pytest.mark.parametrize(("size", "batch_size"), [(2, 100), (3, 359)])  # the last: 1 picture, 1437
+def test_processes_that_share_batches_train_and_test_as_one(tmp_path, size, batch_size):
+    torch.save(train_digits(World(), batch_size), tmp_path / f"{batch_size}.pt")
+    run_world(size, train_and_compare, tmp_path, batch_size)
+
+
+def check_figures(world, folder):
+    compute, criterion = Compute(CPU), build_criterion("CE", 10)
+    spec, _, test = build_loaders(
+        "digits", "", batch_size=50, cache_dir="", rank=world.rank, processes=world.size
+    )
+    torch.manual_seed(0)
+    model = build_model("simple_v2", make_layers(deconv=True), in_channels=spec.in_channels)
+    figures = evaluate(model, test, criterion, compute=compute, world=world)
+    del figures["seconds"]
+    torch.save(figures, folder / f"{world.size}.pt")
+
+
+def test_figures_of_a_test_are_the_same_to_the_last_bit(tmp_path):
+    check_figures(World(), tmp_path)
+    run_world(3, check_figures, tmp_path)
+    assert torch.load(tmp_path / "1.pt") == torch.load(tmp_path / "3.pt")
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):

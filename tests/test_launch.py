@@ -31,15 +31,19 @@ def finish(process):
 
 
 def same_figures(first, second):
-    """Whether two runs have the same curves, as far as float32 sums in another order allow."""
-    for name, rows in (("train.log", 1e-3), ("test.log", 1e-3)):
+    """Whether two runs have the same curves, as far as float32 sums in another order allow.
+
+    A picture more or less among the 360 of the test is .28 points.
+    """
+    for name in ("train.log", "test.log"):
         ours, theirs = read_log(first / name), read_log(second / name)
-        for column in ("loss", "top1", "top5", "lr"):
-            assert ours[column] == pytest.approx(theirs[column], rel=rows, abs=0.4), column
+        assert ours["lr"] == theirs["lr"]
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+        assert ours["top1"] == pytest.approx(theirs["top1"], abs=1.2)
 
 
 def test_two_processes_train_as_one(tmp_path):
-    line = f"{LINE} --deconv True --batch-size 100 --max-steps 16 --print-freq 5".split()
+    line = f"{LINE} --deconv True --batch-size 100 --max-steps 16 --lr .02".split()
     alone = launch(sys.executable, "main.py", *line, "--run-dir", tmp_path / "one")
     assert finish(alone)[0] == 0
     code, out, err = finish(launch(*TORCHRUN, "main.py", *line, "--run-dir", tmp_path / "two"))

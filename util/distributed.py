@@ -180,9 +180,18 @@ def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
         yield World()
         return
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
-    dist.init_process_group(backend, device_id=device if device.type == "cuda" else None)
+    store, rank, size = next(dist.rendezvous("env://"))
+    # After a restart the launcher's store still knows the addresses of the processes that died.
+    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    dist.init_process_group(
+        backend,
+        store=dist.PrefixStore(attempt, store),
+        rank=rank,
+        world_size=size,
+        device_id=device if device.type == "cuda" else None,
+    )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    yield World(dist.get_rank(), dist.get_world_size(), local_size)
+    yield World(rank, size, local_size)
     # Not after an error: the others may be in the middle of a message, and NCCL would wait.
     dist.destroy_process_group()
 
