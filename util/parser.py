@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -39,8 +40,25 @@ class Parser(argparse.ArgumentParser):
     def parse_typed(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
         """Only the flags that stand on the command line, by their names in the namespace."""
         blank = argparse.Namespace(**dict.fromkeys(self.defaults(), _NOT_TYPED))
-        flags = vars(self.parse_args(argv, blank))
-        return {name: value for name, value in flags.items() if value is not _NOT_TYPED}
+        words = sys.argv[1:] if argv is None else argv
+        flags = vars(self.parse_args(self._free_positional(words), blank))
+        # None: a positional that was left out, to which argparse gives its default all the same.
+        return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
+
+    def _free_positional(self, words: Sequence[str]) -> list[str]:
+        """The words, but one that follows a flag's list of numbers, and is none, comes first.
+
+        argparse would take DIR in `--milestone .4 .8 DIR` for a milestone.
+        """
+        greedy = {name for a in self._actions if a.nargs == "+" for name in a.option_strings}
+        if all(action.option_strings for action in self._actions):  # there is no positional
+            return list(words)
+        first, rest, in_list = [], [], False
+        for word in words:
+            stray = in_list and not word.startswith("-") and not _is_number(word)
+            in_list = word in greedy or (in_list and _is_number(word))
+            (first if stray else rest).append(word)
+        return first + rest
 
     def add_group(self, title: str) -> Callable[..., None]:
         """The function add(flags, text, kind, default, shown=, ...) for the flags of one group.
@@ -67,6 +85,14 @@ class Parser(argparse.ArgumentParser):
             self.spelling[action.dest] = names[0] if names else more["metavar"]
 
         return add
+
+
+def _is_number(word: str) -> bool:
+    try:
+        float(word)
+    except ValueError:
+        return False
+    return True
 
 
 def str2bool(text: str) -> bool:

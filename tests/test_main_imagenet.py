@@ -1,0 +1,174 @@
+"""Whole runs of main_imagenet.py on small pictures made here."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+import main_imagenet
+from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
+from util.checkpoint import load_checkpoint
+from util.settings import read_settings
+
+SMALL = "--image-size 32 --batch-size 4 -j 0 --use-gpu False --tensorboardX False --save-plot False"
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Two classes of eight pictures each, bright and dark, and half as many to test with."""
+    root, rng = tmp_path_factory.mktemp("pictures"), np.random.default_rng(0)
+    for split, count in (("train", 8), ("val", 4)):
+        for name, low in (("dark", 0), ("bright", 128)):
+            folder = root / split / name
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = rng.integers(low, low + 128, (50, 40, 3), np.uint8)
+                Image.fromarray(pixels).save(folder / f"{number}.png")
+    return root
+
+
+def run(line, *more):
+    main_imagenet.main([*SMALL.split(), *line.split(), *map(str, more)])
+
+
+def summary(run_dir):
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+def refusal(capsys, line, *more):
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        run(line, *more)
+    assert stop.value.code == 2
+    (text,) = capsys.readouterr().err.splitlines()
+    assert text.startswith("main_imagenet.py: error: ")
+    return text
+
+
+def read(line):
+    return read_settings(main_imagenet.build_script(), line.split())[0]
+
+
+@pytest.mark.parametrize("line", ["-a resnet18", "-a resnet18d --deconv True"])
+def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
+    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
+    run(f"{line} --epochs 2 --lr .01 --run-dir {tmp_path / 'run'}", pictures)
+    figures = summary(tmp_path / "run")
+    assert (figures["epochs"], figures["steps"]) == (2, 8)
+    capsys.readouterr()
+    run(f"-e --resume {checkpoint}", pictures)
+    said = capsys.readouterr().out
+    assert f"test loss {figures['test_loss']:.4f} top1 {figures['test_top1']:.2f}%" in said
+    assert "8 pictures" in said
+    run(f"--resume {checkpoint} --epochs 3", pictures)
+    assert summary(tmp_path / "run")["epochs"] == 3
+    state = load_checkpoint(checkpoint, "cpu")["model"]
+    whitened = any(name.endswith("running_joint") for name in state)
+    assert whitened == ("deconv" in line)
+
+
+def test_testing_needs_no_folder_to_train_on(pictures, tmp_path, capsys):
+    run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", pictures)
+    (tmp_path / "val").symlink_to(pictures / "val")
+    before = set(tmp_path.rglob("*"))
+    run(f"-e --resume {tmp_path / 'run' / 'checkpoint.pth.tar'}", tmp_path)
+    assert "8 pictures" in capsys.readouterr().out
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_bad_pictures_end_the_run_or_are_listed(pictures, tmp_path, capsys):
+    data = tmp_path / "data"
+    for split in ("train", "val"):
+        for name in ("dark", "bright"):
+            (data / split / name).mkdir(parents=True)
+            (data / split / name / "0.png").symlink_to(pictures / split / name / "0.png")
+    (data / "train" / "dark" / "empty.jpg").touch()
+    line = f"--epochs 1 --lr .01 --run-dir {tmp_path / 'run'}"
+    assert "empty.jpg" in refusal(capsys, line, data)
+    run(f"{line} --on-bad-image skip", data)
+    assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == [
+        str(data / "train" / "dark" / "empty.jpg")
+    ]
+    assert "1 bad pictures left out" in capsys.readouterr().out
+
+
+def test_noise_serves_for_timing(tmp_path):
+    line = "-a resnet18d --deconv True --mode 3 --dummy --test-run True --test-iter 2 --epochs 2"
+    run(f"{line} --lr 1e-3 --run-dir {tmp_path / 'run'}")
+    figures = summary(tmp_path / "run")
+    assert (figures["epochs"], figures["steps"]) == (2, 4)
+    rows = (tmp_path / "run" / "test.log").read_text().splitlines()
+    assert len(rows) == 3
+
+
+def test_epochs_can_be_counted_from_later_on(pictures, tmp_path):
+    line = "--epochs 4 --start-epoch 3 --lr .01 --lr-scheduler step --scheduler-step-size 2"
+    run(f"{line} --run-dir {tmp_path / 'run'}", pictures)
+    figures = summary(tmp_path / "run")
+    assert (figures["epochs"], figures["train_lr"]) == (4, pytest.approx(1e-3))
+    (row,) = (tmp_path / "run" / "train.log").read_text().splitlines()[1:]
+    assert row.startswith("4\t")
+
+
+def test_defaults_are_the_published_ones():
+    flags = vars(read("DIR"))
+    expected = {"arch": "resnet18", "epochs": 90, "batch_size": 256, "lr": 0.1, "image_size": 224}
+    expected |= {"weight_decay": 1e-4, "num_groups_final": 0, "lr_scheduler": "cosine"}
+    assert {name: flags[name] for name in expected} == expected
+    assert read("DIR -a resnet18d --deconv True").num_groups_final == 32
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-a resnet18 -j 32 DIR",
+        "-a resnet18d -j 32 DIR --deconv True",
+        "-a vgg11d -j 32 DIR --deconv True --lr 0.01",
+        "-a densenet121d -j 32 DIR --deconv True",
+        "-a resnet50 --pretrained -e DIR",
+        "-a resnet18 --multiprocessing-distributed --dist-url tcp://10.0.0.1:23456 --dist-backend "
+        "nccl --world-size 2 --rank 1 -p 100 --seed 3 --lr-scheduler multistep --milestone .4 DIR",
+    ],
+)
+def test_published_commands_are_accepted(line):
+    assert read(line).data == "DIR"
+
+
+def test_a_folder_after_milestones_is_no_milestone():
+    flags = read("--lr-scheduler multistep --milestone 30 60 DIR --epochs 80")
+    assert (flags.milestone, flags.data) == ([30, 60], "DIR")
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        ("-a resnet18 --deconv True DIR", "--deconv True does not apply to resnet18.*resnet18d"),
+        ("-a resnet18d --pretrained DIR", "--pretrained True does not apply to resnet18d"),
+        ("-e DIR", "--evaluate True needs --resume FILE or --pretrained"),
+        ("--dummy DIR", "DIR DIR contradicts --dummy"),
+        ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),
+        ("--rank 1 DIR", "--rank 1 is not below --world-size 1"),
+        ("--world-size 2 DIR", "--world-size 2 needs --rank and --dist-url"),
+        ("--dist-url tcp://nowhere DIR", "--dist-url: expected tcp://HOST:PORT or env://"),
+        ("--gpu 0 --use-gpu False DIR", "--gpu 0 contradicts --use-gpu False"),
+        ("--warmup-epochs 90 DIR", "--warmup-epochs 90.0 is not before the end, --epochs 90"),
+        ("", "DIR is missing"),
+        ("/nowhere/at/all", "no folder /nowhere/at/all/val"),
+        ("-a resnet19 DIR", "'resnet19' is unknown"),
+    ],
+)
+def test_contradictions_are_refused_by_name(capsys, line, reason):
+    assert re.search(reason, refusal(capsys, line.replace("--use-gpu False ", "")))
+
+
+def test_no_batchnorm_is_left_with_deconvolution():
+    for arch in ("resnet18d", "densenet121d", "vgg11d"):
+        with torch.device("meta"):
+            model = build_imagenet_model(arch, make_layers(deconv=True))
+        norms = nn.BatchNorm1d | nn.BatchNorm2d
+        assert not any(isinstance(module, norms) for module in model.modules())
+    assert "resnet18" in IMAGENET_ARCHITECTURES
