@@ -4,6 +4,7 @@ import io
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
@@ -116,3 +117,25 @@ def test_train_and_eval_mode_are_set():
     assert not model.training
     train_one_epoch(model, loader, *rest, compute=CPU)
     assert model.training
+
+
+def test_an_empty_share_is_a_step_that_learns_nothing():
+    model, _, *rest = make_parts()
+    empty = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))]
+    rest[1].param_groups[0]["weight_decay"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    figures = train_one_epoch(model, empty, *rest, compute=CPU)
+    assert (figures["images"], figures["steps"]) == (0, 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_stays_on_a_gpu(monkeypatch):
+    """Everything but the backward, which needs a real one; its tensors are only described."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gpu = Compute(torch.device("cuda"), amp="bf16", channels_last=True)
+        with torch.device("cuda"):
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+        images, targets = gpu.place_batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+        loss, row = engine._forward(model, CRITERION, gpu, images, targets)
+        assert {loss.device.type, row.device.type, images.device.type} == {"cuda"}
+        assert row.shape == (4,) and row.dtype == torch.float64

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -60,6 +61,46 @@ def test_every_mode_learns(tmp_path, mode):
     summary = train(line, tmp_path / "run")
     assert summary["kind"] == f"deconv-mode{mode}"
     assert summary["train_top1"] > 50
+
+
+@pytest.mark.parametrize(
+    ("line", "flag"),
+    [
+        ("--amp bf16", ("amp", "bf16")),
+        ("--channels-last", ("channels_last", True)),
+        ("--warmup-epochs .5", ("warmup_epochs", 0.5)),
+    ],
+)
+def test_other_ways_to_compute_learn_as_well(tmp_path, line, flag):
+    figures = train(f"--deconv True --epochs 2 {line} {QUIET}", tmp_path / "run")
+    assert figures["test_top1"] > 90
+    record = json.loads((tmp_path / "run" / "args.json").read_text())
+    assert record["flags"][flag[0]] == flag[1]
+
+
+def test_compiling_changes_no_figure(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    line = f"--deconv True --max-steps 3 --threads 1 {QUIET}"
+    plain = train(line, tmp_path / "plain")
+    compiled = train(f"{line} --compile", tmp_path / "compiled")
+    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
+    states = [tmp_path / name / "checkpoint.pth.tar" for name in ("plain", "compiled")]
+    plain, compiled = (load_checkpoint(path, "cpu")["model"] for path in states)
+    assert plain.keys() == compiled.keys()  # a compiled network is continued as a plain one
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("line", ["--compile", "--amp fp16"])
+def test_slow_ways_to_compute_learn_as_well(tmp_path, line):
+    assert train(f"--deconv True --epochs 2 {line} {QUIET}", tmp_path / "run")["test_top1"] > 90
+
+
+@pytest.mark.slow
+def test_bf16_trains_vgg11_to_the_accuracy_of_float32(tmp_path):
+    line = f"--arch vgg11 --deconv True --epochs 3 --lr .05 {QUIET}"
+    float32 = train(line, tmp_path / "float32")["test_top1"]
+    assert float32 > 95
+    assert train(f"{line} --amp bf16", tmp_path / "bf16")["test_top1"] > float32 - 1.5
 
 
 @pytest.mark.parametrize("method", [1, 2, 3, 4])
