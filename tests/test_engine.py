@@ -132,7 +132,7 @@ def test_an_empty_share_is_a_step_that_learns_nothing():
 def test_a_step_stays_on_a_gpu(monkeypatch):
     """Everything but the backward, which needs a real one; its tensors are only described."""
     with FakeTensorMode(allow_non_fake_inputs=True):
-        gpu = Compute(torch.device("cuda"), amp="bf16", channels_last=True)
+        gpu = Compute(torch.device("cuda"), channels_last=True)
         with torch.device("cuda"):
             model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
         images, targets = gpu.place_batch(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
