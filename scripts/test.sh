@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the tests, in an environment that it makes if need be. Arguments go to pytest:
 #
-#     bash scripts/test.sh                    everything but the tests marked slow or gpu
+#     bash scripts/test.sh                    everything but the tests marked slow; gpu where there is one
 #     bash scripts/test.sh tests/test_main.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
