@@ -1,4 +1,4 @@
-"""main.py accepts every `python main.py` command that the README and the scripts show."""
+"""The scripts accept every command of theirs that the README, docs and scripts show."""
 
 import os
 import re
@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 import main
+import main_imagenet
 from util.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {"main": main, "main_imagenet": main_imagenet}
 PUBLISHED = """
 --arch vgg11 --epochs 20 --dataset cifar10 --batch-size 128 --deconv False --num-groups-final 0 --wd .001
 --arch vgg11 --epochs 20 --dataset cifar10 --batch-size 128 --deconv True --num-groups-final 512 --wd .001
@@ -31,38 +33,42 @@ PUBLISHED = """
 
 
 def commands(path):
-    """Arguments of each `python main.py ...` in a file, lines joined and arrays filled in."""
+    """Script and arguments of each `python main.py ...`, by torchrun too, in a file.
+
+    Lines are joined and arrays filled in.
+    """
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     arrays = dict(re.findall(r"^(\w+)=\((.*)\)$", text, flags=re.MULTILINE))
-    for line in re.findall(r"\bpython3? main\.py\b([^\n`|>]*)", text):
+    pattern = r"\b(?:python3?|torchrun\b[^\n`]*) (main|main_imagenet)\.py\b([^\n`|>]*)"
+    for script, line in re.findall(pattern, text):
         for name, words in arrays.items():
             line = line.replace(f'"${{{name}[@]}}"', words)
         line = line.replace('"$@"', "").replace("$out", "out")
-        yield shlex.split(line, comments=True)
+        yield SCRIPTS[script], shlex.split(line, comments=True)
 
 
 def documents():
     readme = [path for path in [ROOT / "README.md"] if path.exists()]
-    return readme + sorted((ROOT / "scripts").rglob("*.sh"))
+    return readme + sorted((ROOT / "docs").glob("*.md")) + sorted((ROOT / "scripts").rglob("*.sh"))
 
 
-def read(argv):
-    """All flags as main.py would take them; checkpoints are not there to be read."""
+def read(argv, script=main):
+    """All flags as a script would take them; checkpoints are not there to be read."""
     if "--resume" in argv:
-        return main.build_script().parser.parse_typed(argv)
-    return vars(read_settings(main.build_script(), argv)[0])
+        return script.build_script().parser.parse_typed(argv)
+    return vars(read_settings(script.build_script(), argv)[0])
 
 
 @pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_command_is_accepted(path):
-    for argv in commands(path):
+    for script, argv in commands(path):
         if "help" not in argv[-1]:
-            read(argv)
+            read(argv, script)
 
 
 def test_recipes_hold_the_published_commands():
     recipes = (ROOT / "scripts" / "recipes").glob("*.sh")
-    shown = [read(argv) for path in recipes for argv in commands(path)]
+    shown = [read(argv) for path in recipes for _, argv in commands(path)]
     common = "--lr .1 --optimizer SGD --msg True "
     for line in PUBLISHED.strip().splitlines():
         assert read(shlex.split(common + line)) in shown, line
