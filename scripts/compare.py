@@ -91,21 +91,16 @@ def read_run(folder: Path, name: str) -> Run:
         raise ValueError(f"{folder / 'test.log'}: not as many rows as train.log")
     kind = str(summary.get("kind", "run"))
     label = name if kind in name else f"{name} ({kind})"
-    curves = RunCurves(label, kind, train, test, batches, count_epoch_steps(summary))
+    curves = RunCurves(label, kind, train, test, batches, summary.get("epoch_steps") or 0)
     return Run(name, _read_json(folder / "args.json").get("flags", {}), summary, curves)
-
-
-def count_epoch_steps(summary: dict[str, Any]) -> int:
-    """Optimizer steps of an epoch; fewer if --max-steps cut the last one short, 0 if unknown."""
-    return math.ceil((summary.get("steps") or 0) / (summary.get("epochs") or 1))
 
 
 def count_epochs(run: Run) -> int | str | None:
     """The epochs finished, with "of" how many where the run has not come to its end."""
-    done, steps = run.summary.get("epochs"), run.summary.get("steps")
+    done, epoch_steps = run.summary.get("epochs"), run.summary.get("epoch_steps")
     wanted, max_steps = run.flags.get("epochs"), run.flags.get("max_steps")
-    if done and steps and max_steps and wanted:
-        wanted = min(wanted, math.ceil(done * max_steps / steps))
+    if epoch_steps and max_steps and wanted:
+        wanted = min(wanted, math.ceil(max_steps / epoch_steps))
     return f"{done} of {wanted}" if done and wanted and done < wanted else done
 
 

@@ -97,7 +97,7 @@ def fit(
             saved,
             run_dir,
             name,
-            describe_run(flags, kind, model),
+            describe_run(flags, kind, model) | {"epoch_steps": epoch_steps},
             processes=world.size,
             **parts,
         )
