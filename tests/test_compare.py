@@ -19,13 +19,8 @@ def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
         values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0, "steps": 4}
         logger.epoch(epoch, values, values)
     known = {"kind": kind, "epochs": epochs, "steps": 8, "epoch_steps": 4}
-    known.update(
-        best_test_top1=50.125,
-        test_top1=49.5,
-        test_loss=1.25,
-        train_seconds=4.0,
-        images_per_second=1234.4,
-    )
+    known.update(best_test_top1=50.125, test_top1=49.5, test_loss=1.25)
+    known.update(train_seconds=4.0, images_per_second=1234.4)
     logger.summary({**known, "parameters": 9231114, "peak_memory_mb": 700.2, **summary})
     logger.close()
     (folder / "args.json").write_text(json.dumps({"flags": {"seed": 7, **dict(flags)}}))

@@ -54,6 +54,18 @@ class Session:
         return self.world.first(partial(run.find_run_dir, self.flags.run_dir, self.flags.resume))
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is: optimizer steps of an epoch and in all, and the epochs they make."""
+
+    epoch_steps: int
+    total_steps: int
+
+    @property
+    def epochs(self) -> int:
+        return math.ceil(self.total_steps / self.epoch_steps)
+
+
 def fit(
     session: Session,
     run_dir: Path | None,
@@ -74,65 +86,46 @@ def fit(
         limit: batches of an epoch, and of a test, at most.
     """
     flags, saved, world = session.flags, session.saved, session.world
-    compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
     run.check_last_batch(model, len(train_loader.dataset), flags.batch_size, world.size)
+    compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
     compute.place(model)
     optimizer = choose_optimizer(flags, model)
     epoch_steps = min(len(train_loader), limit)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
+    plan = Plan(epoch_steps, total_steps)
     done = Progress(epoch=flags.start_epoch, step=flags.start_epoch * epoch_steps)
     if saved:
-        counts = {"epoch_steps": epoch_steps, "total_steps": total_steps}
-        done = restore(saved, model, optimizer, compute, spec=asdict(spec), **counts)
+        done = restore(saved, model, optimizer, compute, spec=asdict(spec), **asdict(plan))
     if done.step >= total_steps:
-        say(f"{flags.resume} is finished: {done.step} steps of {total_steps} asked for")
+        say(f"{flags.resume or name} is finished: {done.step} steps of {total_steps} asked for")
         return
-    scheduler = choose_schedule(flags, optimizer, total_steps, epoch_steps, done.step)
-    epochs = math.ceil(total_steps / epoch_steps)
-    parts = {"model": model, "done": done, "device": session.device, "epochs": epochs}
-    recorder = NullRecorder()
-    if world.is_first:
-        recorder = Recorder(
-            flags,
-            saved,
-            run_dir,
-            name,
-            describe_run(flags, kind, model) | {"epoch_steps": epoch_steps},
-            processes=world.size,
-            **parts,
-        )
+    scheduler = choose_schedule(flags, optimizer, plan, done.step)
+    recorder = open_recorder(session, run_dir, name, kind, model, done, plan)
     with run.tell_where_to_continue(recorder.run_dir), closing(recorder):
-        if saved:
-            take_up_rng(saved["rng"], world, flags.seed)
-        else:
-            run.seed_everything(flags.seed + world.rank)  # dropout differs between processes
+        seed_process(session)
         network = torch.compile(model) if flags.compile else model
         replica = world.replicate(network)
-        criterion = build_criterion(flags.loss, spec.num_classes)
+        common = {
+            "criterion": build_criterion(flags.loss, spec.num_classes),
+            "compute": compute,
+            "world": world,
+        }
         while done.step < total_steps:
             train_loader.batch_sampler.set_epoch(done.epoch + 1)
             trained = train_one_epoch(
                 replica,
                 train_loader,
-                criterion,
-                optimizer,
-                scheduler,
-                compute=compute,
-                world=world,
+                optimizer=optimizer,
+                scheduler=scheduler,
                 max_steps=min(epoch_steps, total_steps - done.step),
                 on_batch=recorder.batch,
                 report_every=1 if flags.msg else flags.print_freq,
-                title=f"epoch {done.epoch + 1}/{epochs}",
+                title=f"epoch {done.epoch + 1}/{plan.epochs}",
+                **common,
             )
             world.average_buffers(model)
-            tested = evaluate(
-                network,
-                test_loader,
-                criterion,
-                compute=compute,
-                world=world,
-                max_steps=len(range(world.rank, limit, world.size)),  # dealt in turn
-            )
+            mine = len(range(world.rank, limit, world.size))  # of a test: batches dealt in turn
+            tested = evaluate(network, test_loader, max_steps=mine, **common)
             done.finish_epoch(trained, tested)
             state = {
                 **snapshot(done, model, optimizer, compute),
@@ -142,6 +135,45 @@ def fit(
             }
             recorder.epoch(trained, tested, state)
             recorder.skipped(list_skipped(world, train_loader, test_loader))
+
+
+def open_recorder(
+    session: Session,
+    run_dir: Path | None,
+    name: str,
+    kind: str,
+    model: nn.Module,
+    done: Progress,
+    plan: Plan,
+) -> Recorder | NullRecorder:
+    """What keeps the run, in the first process; in the others what keeps nothing."""
+    if not session.world.is_first:
+        return NullRecorder()
+    facts = describe_run(session.flags, kind, model) | {"epoch_steps": plan.epoch_steps}
+    return Recorder(
+        session.flags,
+        session.saved,
+        run_dir,
+        name,
+        facts,
+        model=model,
+        done=done,
+        device=session.device,
+        processes=session.world.size,
+        epochs=plan.epochs,
+    )
+
+
+def seed_process(session: Session) -> None:
+    """Random numbers of its own for each process, as dropout wants them.
+
+    A continued run goes on with those of before, if it has as many processes.
+    """
+    saved, world = session.saved, session.world
+    if saved and len(saved["rng"]) == world.size:
+        set_rng_state(saved["rng"][world.rank])
+    else:
+        run.seed_everything(session.flags.seed + world.rank)
 
 
 def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
@@ -161,13 +193,12 @@ def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
 
 
 def choose_schedule(
-    flags: Namespace, optimizer: Optimizer, total_steps: int, epoch_steps: int, start_step: int
+    flags: Namespace, optimizer: Optimizer, plan: Plan, start_step: int
 ) -> LRScheduler:
     return build_scheduler(
         flags.lr_scheduler,
         optimizer,
-        total_steps=total_steps,
-        epoch_steps=epoch_steps,
+        **asdict(plan),
         milestones=flags.milestone,
         gamma=flags.multistep_gamma,
         step_size=flags.scheduler_step_size,
@@ -189,11 +220,3 @@ def describe_run(flags: Namespace, kind: str, model: nn.Module) -> dict[str, Any
         **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
     }
-
-
-def take_up_rng(saved: list[dict[str, Any]], world: World, seed: int) -> None:
-    """Put back the random state of this process; with other processes than before, a new one."""
-    if len(saved) == world.size:
-        set_rng_state(saved[world.rank])
-    else:
-        run.seed_everything(seed + world.rank)
