@@ -47,7 +47,7 @@ def train(session: Session) -> None:
         test(session, spec, model, test_loader)
         return
     kind = describe_kind(flags)
-    limit = flags.test_iter if flags.test_run else sys.maxsize
+    limit = count_batches(flags)
     name = f"imagenet-{flags.arch}-{kind}"
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, limit=limit)
 
@@ -60,13 +60,19 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoad
     if session.saved:
         restore_model(session.saved, model, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
-    figures = evaluate(model, loader, criterion, compute=compute, world=world)
+    steps = len(range(world.rank, count_batches(flags), world.size))  # batches dealt in turn
+    figures = evaluate(model, loader, criterion, compute=compute, world=world, max_steps=steps)
     for name in list_skipped(world, loader):
         say(f"left out: {name} cannot be decoded")
     say(
         f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
         f" top5 {figures['top5']:.2f}%  {figures['images']} pictures  {figures['seconds']:.1f} s"
     )
+
+
+def count_batches(flags: Namespace) -> int:
+    """Batches of an epoch and of a test, at most."""
+    return flags.test_iter if flags.test_run else sys.maxsize
 
 
 def build_script() -> Script:
@@ -92,6 +98,8 @@ def own_rules(flags: Namespace) -> Rules:
     known = flags.resume or flags.pretrained
     yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
     theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
+    both = flags.pretrained and flags.resume
+    yield "pretrained", not both, "contradicts --resume, which brings its own weights"
     yield "pretrained", theirs, f"does not apply to {flags.arch}: torchvision has no weights for it"
     ours = f"{flags.arch.removesuffix('_bn')}d"
     able = ours if ours in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"

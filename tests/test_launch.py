@@ -1,6 +1,8 @@
 """The scripts in several processes: gloo on the CPU, started as users start them."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -9,8 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import free_port
+from test_distributed import free_port, run_world
 
+import main
 from util import distributed
 from util.logger import read_log
 
@@ -109,12 +112,46 @@ def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
 
 
 def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
-    line = f"{LINE} --epochs 2 --run-dir {tmp_path / 'run'} --resume auto".split()
+    line = f"{LINE} --epochs 2 --start-epoch 0 --run-dir {tmp_path / 'run'} --resume auto".split()
     faulty = write_faulty(tmp_path, "os._exit(9)")
     code, out, err = finish(launch(*TORCHRUN, "--max-restarts", 1, faulty, *line))
     assert code == 0, err
     assert [out.count(f"epoch {epoch}/2") for epoch in (1, 2)] == [1, 1]
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
+
+
+def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
+    line = f"{LINE} --arch vgg11 --run-dir {tmp_path / 'run'}".split()
+    where = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", 2]
+    machines = [
+        launch(*(sys.executable, "main.py", *line, *where, "--rank", rank), start_new_session=True)
+        for rank in (0, 1)
+    ]
+    while not (tmp_path / "run" / "args.json").exists():
+        time.sleep(0.1)
+    for machine in machines:
+        os.killpg(machine.pid, signal.SIGINT)
+    ends = [finish(machine) for machine in machines]
+    assert all(code != 0 for code, *_ in ends)
+    assert "Traceback" not in ends[0][2] + ends[1][2], ends
+
+
+def disagree(world):
+    with pytest.raises(distributed.RunError, match="different checkpoints .none, step 5."):
+        distributed.check_agreement(world, 5 * world.rank or None)
+    distributed.check_agreement(world, 5)
+
+
+def test_processes_that_found_different_checkpoints_do_not_train():
+    run_world(2, disagree)
+
+
+def test_help_is_shown_once(monkeypatch, capsys):
+    for rank, shown in (("0", True), ("1", False)):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(SystemExit):
+            main.main(["--help"])
+        assert bool(capsys.readouterr().out) == shown
 
 
 def test_one_error_is_enough_for_the_trouble_of_all(tmp_path):

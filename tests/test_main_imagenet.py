@@ -64,6 +64,10 @@ def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
     said = capsys.readouterr().out
     assert f"test loss {figures['test_loss']:.4f} top1 {figures['test_top1']:.2f}%" in said
     assert "8 pictures" in said
+    run(f"-e --resume {checkpoint} --test-run True --test-iter 1 --batch-size 8", pictures)
+    assert "8 pictures" in capsys.readouterr().out
+    run(f"-e --resume {checkpoint} --test-run True --test-iter 1 --lr 5", pictures)
+    assert "4 pictures" in capsys.readouterr().out
     run(f"--resume {checkpoint} --epochs 3", pictures)
     assert summary(tmp_path / "run")["epochs"] == 3
     state = load_checkpoint(checkpoint, "cpu")["model"]
@@ -114,6 +118,11 @@ def test_epochs_can_be_counted_from_later_on(pictures, tmp_path):
     assert row.startswith("4\t")
 
 
+def test_a_picture_alone_is_named_where_batchnorm_meets_it(pictures, tmp_path, capsys):
+    line = f"--batch-size 3 --epochs 1 --run-dir {tmp_path / 'run'}"  # 16 pictures: one is left
+    assert "one picture alone is too few for BatchNorm" in refusal(capsys, line, pictures)
+
+
 def test_defaults_are_the_published_ones():
     flags = vars(read("DIR"))
     expected = {"arch": "resnet18", "epochs": 90, "batch_size": 256, "lr": 0.1, "image_size": 224}
@@ -132,10 +141,20 @@ def test_defaults_are_the_published_ones():
         "-a resnet50 --pretrained -e DIR",
         "-a resnet18 --multiprocessing-distributed --dist-url tcp://10.0.0.1:23456 --dist-backend "
         "nccl --world-size 2 --rank 1 -p 100 --seed 3 --lr-scheduler multistep --milestone .4 DIR",
+        "-a resnet50 --dist-url tcp://127.0.0.1:5432 --dist-backend nccl "
+        "--multiprocessing-distributed --world-size 1 --rank 0 DIR",
     ],
 )
 def test_published_commands_are_accepted(line):
     assert read(line).data == "DIR"
+
+
+@pytest.mark.parametrize("flag", ["compile", "channels_last"])
+def test_a_folder_after_a_flag_without_a_value_is_no_value(flag):
+    word = f"--{flag.replace('_', '-')}"
+    for line, value in ((f"{word} DIR", True), (f"{word} False DIR", False), (f"DIR {word}", True)):
+        flags = vars(read(line))
+        assert (flags[flag], flags["data"]) == (value, "DIR")
 
 
 def test_a_folder_after_milestones_is_no_milestone():
@@ -153,6 +172,10 @@ def test_a_folder_after_milestones_is_no_milestone():
         ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),
         ("--rank 1 DIR", "--rank 1 is not below --world-size 1"),
         ("--world-size 2 DIR", "--world-size 2 needs --rank and --dist-url"),
+        (
+            "--world-size 2 --rank 0 --dist-url env:// DIR",
+            "--dist-url env:// needs MASTER_ADDR and MASTER_PORT",
+        ),
         ("--dist-url tcp://nowhere DIR", "--dist-url: expected tcp://HOST:PORT or env://"),
         ("--gpu 0 --use-gpu False DIR", "--gpu 0 contradicts --use-gpu False"),
         ("--warmup-epochs 90 DIR", "--warmup-epochs 90.0 is not before the end, --epochs 90"),

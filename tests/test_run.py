@@ -20,6 +20,10 @@ def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypa
     assert str(run.choose_device(False, None, None, local_rank=1)) == "cpu"
     with pytest.raises(run.RunError, match="process 2 .* 2 are visible"):
         run.choose_device(None, None, None, local_rank=2)
+    with monkeypatch.context() as several:
+        several.setenv("LOCAL_WORLD_SIZE", "2")
+        with pytest.raises(run.RunError, match="--gpu 1: several processes"):
+            run.choose_device(None, 1, None)
     assert [run.count_processes(None, None), run.count_processes(None, 1)] == [2, 1]
     assert run.count_processes(False, None) == 1
 
@@ -137,6 +141,8 @@ def test_a_share_of_one_picture_counts_as_a_batch_of_one(last, fine):
     told = nullcontext() if fine else pytest.raises(run.RunError, match="shared by 2 processes")
     with told:
         run.check_last_batch(nn.BatchNorm1d(3), 8 + last, 8, processes=2)
+    with pytest.raises(run.RunError, match="--batch-size 1: fewer pictures than the 2 processes"):
+        run.check_last_batch(nn.Linear(1, 1), 8, 1, processes=2)
 
 
 def test_the_record_tells_flags_versions_commit_and_device(tmp_path):

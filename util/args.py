@@ -146,7 +146,8 @@ def add_imagenet_flags(parser: Parser) -> None:
     size = whole(SMALLEST, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
     add_reading_flags(add, os.cpu_count() or 1)
-    add("-e --evaluate", "only test: the network of --resume, or --pretrained", **YES)
+    text = "only test the network of --resume, or --pretrained; all about training is left aside"
+    add("-e --evaluate", text, **YES)
     add("--test-run", "only some batches of each epoch, and of each test", str2bool, False)
     add("--test-iter", "of --test-run: so many", whole(1), 500, metavar="N")
 

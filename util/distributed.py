@@ -15,6 +15,7 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from inspect import signature
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from .run import RunError
+
+PATIENCE_HOURS = 2  # with a first process that downloads or reads pictures while the others wait
 GRACE_SECONDS = 3.0  # in which the launcher ends all processes after one has failed
 
 T = TypeVar("T")
@@ -109,7 +113,7 @@ class World:
     def average_buffers(self, model: nn.Module) -> None:
         """Make the running statistics the mean over the processes, each of which saw a share.
 
-        Counters are left alone. Statistics that were shared all along stay as they are.
+        Counters are left alone. Statistics that were shared all along stay the same to rounding.
         """
         for buffer in model.buffers() if self.size > 1 else ():
             if buffer.is_floating_point():
@@ -119,6 +123,23 @@ class World:
 def is_launched() -> bool:
     """Whether torchrun, or another launcher that speaks its language, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def speaks() -> bool:
+    """Whether this process is, or will be, the first of its run."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def check_agreement(world: World, step: int | None) -> None:
+    """See that all processes continue from the same step, None being a fresh start.
+
+    Raises:
+        RunError: they do not, as where each machine has a disk of its own.
+    """
+    steps = world.gather(step)
+    if len(set(steps)) > 1:
+        told = ", ".join("none" if step is None else f"step {step}" for step in steps)
+        raise RunError(f"--resume: the processes found different checkpoints ({told})")
 
 
 def let_the_guilty_speak() -> None:
@@ -144,6 +165,7 @@ def spread(script: str, argv: Sequence[str], *, processes: int, flags: Namespace
     if is_launched() or processes * machines == 1:
         return False
     from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     threads = max(1, (os.cpu_count() or 1) // processes)
@@ -157,6 +179,8 @@ def spread(script: str, argv: Sequence[str], *, processes: int, flags: Namespace
     except ChildFailedError as error:
         codes = [failure.exitcode for failure in error.failures.values()]
         sys.exit(next((code for code in codes if code > 0), 1))
+    except SignalException as error:
+        sys.exit(128 + error.sigval)
     return True
 
 
@@ -175,20 +199,30 @@ def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
     Args:
         device: of this process.
         backend: None: nccl for GPUs, else gloo.
+
+    Raises:
+        RunError: nccl without a GPU.
     """
     if not is_launched():
         yield World()
         return
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
+    if backend == "nccl" and device.type != "cuda":
+        raise RunError("--dist-backend nccl: PyTorch sees no CUDA device here")
     store, rank, size = next(dist.rendezvous("env://"))
-    # After a restart the launcher's store still knows the addresses of the processes that died.
-    attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # After a restart the launcher's store still knows the addresses of the processes that died.
+        # Launchers of several machines count their restarts apart, and need a new store instead:
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as in scripts/slurm.sh.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(attempt, store)
     dist.init_process_group(
         backend,
-        store=dist.PrefixStore(attempt, store),
+        store=store,
         rank=rank,
         world_size=size,
-        device_id=device if device.type == "cuda" else None,
+        timeout=timedelta(hours=PATIENCE_HOURS),
+        device_id=device if backend == "nccl" else None,
     )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     yield World(rank, size, local_size)

@@ -19,6 +19,7 @@ from .console import progress_bar
 from .distributed import World
 from .metrics import count_hits
 from .optim import Criterion
+from .pictures import DataError
 
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
 
@@ -63,6 +64,7 @@ def train_one_epoch(
     Raises:
         TrainingDiverged: a loss is not finite, in all processes at once. No parameter has been
             updated with it; running statistics may have taken the batch in.
+        DataError: BatchNorm has met a single picture, of which there is no variance.
     """
     model.train()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
@@ -70,7 +72,15 @@ def train_one_epoch(
     with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
         for step, batch in enumerate(bar, start=1):
             images, targets = compute.place_batch(*batch)
-            loss, row = _forward(model, criterion, compute, images, targets)
+            try:
+                loss, row = _forward(model, criterion, compute, images, targets)
+            except ValueError as error:
+                if "more than 1 value per channel" not in str(error):
+                    raise
+                raise DataError(
+                    f"{title}, batch {step}: one picture alone is too few for BatchNorm; choose "
+                    "another --batch-size"
+                ) from error
             row = world.sum(row).cpu()
             meters.add(row)
             figures = _average([row])

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
+from io import StringIO
 
 from torch import distributed as dist
 
@@ -36,7 +38,8 @@ def start(
     argv = sys.argv[1:] if argv is None else argv
     parser = script.parser
     try:
-        flags, saved = read_settings(script, argv)
+        with redirect_stdout(sys.stdout if distributed.speaks() else StringIO()):  # --help, once
+            flags, saved = read_settings(script, argv)
         processes = run.count_processes(flags.use_gpu, flags.gpu)
         if distributed.spread(file, argv, processes=processes, flags=flags):
             return
@@ -45,6 +48,7 @@ def start(
         with distributed.join(device, flags.dist_backend) as world:
             if not world.is_first:
                 console.mute()
+            distributed.check_agreement(world, saved and saved["step"])
             story(Session(flags, saved, world, device))
     except (run.RunError, DataError, CheckpointError) as error:
         parser.error(str(error))

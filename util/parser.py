@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from .distributed import let_the_guilty_speak
+from .distributed import let_the_guilty_speak, speaks
 
 _NOT_TYPED = object()
 
@@ -28,9 +28,9 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Leave; of several processes with the same trouble only the first is heard."""
-        if status and (rank := os.environ.get("RANK", "0")) != "0":
+        if status and not speaks():
             let_the_guilty_speak()
-            message = f"[process {rank}] {message}"
+            message = f"[process {os.environ['RANK']}] {message}"
         super().exit(status, message)
 
     def defaults(self) -> dict[str, Any]:
@@ -46,18 +46,22 @@ class Parser(argparse.ArgumentParser):
         return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
 
     def _free_positional(self, words: Sequence[str]) -> list[str]:
-        """The words, but one that follows a flag's list of numbers, and is none, comes first.
+        """The words, but one that follows a flag whose value may be left out, and is none, first.
 
-        argparse would take DIR in `--milestone .4 .8 DIR` for a milestone.
+        argparse would take DIR for a milestone in `--milestone .4 .8 DIR`, for a truth value in
+        `--compile DIR`.
         """
-        greedy = {name for a in self._actions if a.nargs == "+" for name in a.option_strings}
         if all(action.option_strings for action in self._actions):  # there is no positional
             return list(words)
-        first, rest, in_list = [], [], False
+        takes = {
+            name: a for a in self._actions if a.nargs in ("+", "?") for name in a.option_strings
+        }
+        first, rest, taker = [], [], None
         for word in words:
-            stray = in_list and not word.startswith("-") and not _is_number(word)
-            in_list = word in greedy or (in_list and _is_number(word))
+            fits = taker is not None and _is_fit(taker.type, word)
+            stray = taker is not None and not fits and not word.startswith("-")
             (first if stray else rest).append(word)
+            taker = takes.get(word, taker if fits and taker.nargs == "+" else None)
         return first + rest
 
     def add_group(self, title: str) -> Callable[..., None]:
@@ -87,10 +91,10 @@ class Parser(argparse.ArgumentParser):
         return add
 
 
-def _is_number(word: str) -> bool:
+def _is_fit(kind: Callable[[str], Any], word: str) -> bool:
     try:
-        float(word)
-    except ValueError:
+        kind(word)
+    except argparse.ArgumentTypeError:
         return False
     return True
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import random
 import shutil
@@ -56,6 +57,8 @@ def choose_device(
         raise RunError(f"--gpu {gpu}: PyTorch sees {visible} CUDA devices here")
     if threads is not None:
         torch.set_num_threads(threads)
+    if gpu is not None and int(os.environ.get("LOCAL_WORLD_SIZE", 1)) > 1:
+        raise RunError(f"--gpu {gpu}: several processes on this machine cannot share one GPU")
     if not visible:
         return torch.device("cpu")
     index = local_rank if gpu is None else gpu
@@ -116,8 +119,11 @@ def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: 
     """See that BatchNorm1d, which has no variance of one picture alone, never meets one.
 
     Raises:
-        RunError: some process's share of the last batch of `images` pictures is a single one.
+        RunError: some process's share of the last batch of `images` pictures is a single one; or
+            there are more processes than pictures in a batch.
     """
+    if batch_size < processes:
+        raise RunError(f"--batch-size {batch_size}: fewer pictures than the {processes} processes")
     last = images % batch_size or batch_size
     single = last // processes == 1 or -(-last // processes) == 1
     if single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):

@@ -5,6 +5,7 @@ No flag is parsed and ignored: one that would do nothing or contradicts another 
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checkpoint import LATEST_NAME, CheckpointError, check_compatible, load_checkpoint
+from .distributed import is_launched
 from .parser import Parser
 
 # The settings of the paper's tables. Flags typed beside `--preset` win.
@@ -28,12 +30,18 @@ PRESETS: dict[str, dict[str, Any]] = {
 # What a continued run takes from its command line only, and what else may differ from before.
 OF_THIS_MACHINE = {
     *("resume", "run_dir", "use_gpu", "gpu", "threads", "num_workers", "start_epoch"),
-    *("compile", "channels_last", "evaluate"),
+    *("compile", "channels_last", "evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
-    *("epochs", "max_steps", "preset", "data", "out", "pretrained", "on_bad_image"),
+    *("epochs", "max_steps", "preset", "data", "out", "on_bad_image"),
     *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
+}
+
+# What must be as it was where a network is only tested.
+OF_NETWORK = {
+    *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
+    *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
 }
 
 Rules = Iterator[tuple[str, bool, str]]  # flag, is it all right, else what is wrong with it
@@ -77,6 +85,8 @@ def read_settings(
     config = saved["config"] if saved else {}
     defaults = parser.defaults()
     inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
+    if typed.get("evaluate"):
+        inherited = {name: inherited[name] for name in OF_NETWORK & inherited.keys()}
     if "epochs" in typed:  # else a --max-steps of before would still end the run
         inherited.pop("max_steps", None)
     preset = PRESETS[typed["preset"]] if "preset" in typed else {}
@@ -90,7 +100,8 @@ def read_settings(
     if saved:
         # A flag that is younger than the checkpoint has nothing to be compared with.
         current = {name: value for name, value in vars(flags).items() if name in config}
-        check_compatible(_what_counts(parser, config), _what_counts(parser, current))
+        only = OF_NETWORK if typed.get("evaluate") else parser.spelling.keys() - MAY_CHANGE
+        check_compatible(_spell(parser, config, only), _spell(parser, current, only))
     return flags, saved
 
 
@@ -99,15 +110,15 @@ def find_latest(parser: Parser, typed: dict[str, Any]) -> None:
     if "run_dir" not in typed:
         parser.error("--resume auto needs --run-dir, the folder whose checkpoint it looks for")
     latest = Path(typed["run_dir"]).expanduser() / LATEST_NAME
-    typed["resume"] = str(latest)
-    if not latest.exists():
-        del typed["resume"]
+    del typed["resume"]
+    if latest.exists():
+        typed["resume"] = str(latest)
+        typed.pop("start_epoch", None)  # of the first start
 
 
-def _what_counts(parser: Parser, flags: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that must be the same when a run is continued."""
-    names = {name: spelt for name, spelt in parser.spelling.items() if name not in MAY_CHANGE}
-    return {spelt: flags.get(name) for name, spelt in names.items()}
+def _spell(parser: Parser, flags: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
+    """Those of the flags that `names` has and the parser knows, as they are typed."""
+    return {spelt: flags.get(name) for name, spelt in parser.spelling.items() if name in names}
 
 
 def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
@@ -222,7 +233,10 @@ def _device_rules(flags: Namespace) -> Rules:
     alone = flags.gpu is not None
     yield "multiprocessing_distributed", not alone, f"contradicts --gpu {flags.gpu}, one process"
     yield "rank", (flags.rank or 0) < machines, f"is not below --world-size {machines}"
-    yield "dist_url", machines > 1, "needs --world-size above 1: on one machine none is used"
+    yield "dist_url", flags.world_size, "needs --world-size: on one machine none is used"
+    known = is_launched() or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    lost = machines > 1 and flags.dist_url == "env://" and not known
+    yield "dist_url", not lost, "needs MASTER_ADDR and MASTER_PORT in the environment"
     together = machines == 1 or (flags.rank is not None and flags.dist_url is not None)
     yield "world_size", together, "needs --rank and --dist-url, to meet the other machines"
     nccl = flags.dist_backend == "nccl" and flags.use_gpu is False
