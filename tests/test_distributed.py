@@ -12,9 +12,10 @@ from torch import multiprocessing, nn
 from models import build_model, make_layers
 from util.compute import Compute
 from util.data import build_loaders
-from util.distributed import Elsewhere, World, join
+from util.distributed import Elsewhere, World, check_agreement, join
 from util.engine import evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
+from util.run import RunError
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -61,6 +62,10 @@ def use_every_operation(world, folder):
         return (folder / "0").exists(), world.rank
 
     assert world.first_then_all(visit) == (True, world.rank)
+
+    with pytest.raises(RunError, match="different checkpoints .none, step 5, step 10."):
+        check_agreement(world, 5 * world.rank or None)
+    check_agreement(world, 5)
 
     model = nn.BatchNorm1d(2)
     model.running_mean += world.rank
@@ -110,36 +115,31 @@ def train_digits(world, batch_size):
     return torch.cat([value.flatten() for value in state]), trained, tested
 
 
-def train_and_compare(world, folder, batch_size):
-    state, trained, tested = train_digits(world, batch_size)
-    whole, whole_trained, whole_tested = torch.load(folder / f"{batch_size}.pt")
+def figures_of_a_test(world, batch_size):
+    """The figures of a test, without the seconds."""
+    size = {"rank": world.rank, "processes": world.size}
+    spec, _, test = build_loaders("digits", "", batch_size=batch_size, cache_dir="", **size)
+    torch.manual_seed(0)
+    model = build_model("simple_v2", make_layers(deconv=True), in_channels=spec.in_channels)
+    criterion = build_criterion("CE", spec.num_classes)
+    figures = evaluate(model, test, criterion, compute=Compute(CPU), world=world)
+    return {name: value for name, value in figures.items() if name != "seconds"}
+
+
+def compare_with_one_process(world, folder):
+    assert figures_of_a_test(world, 50) == torch.load(folder / "tested.pt")  # to the last bit
+    state, trained, tested = train_digits(world, 359)
+    whole, whole_trained, whole_tested = torch.load(folder / "trained.pt")
     torch.testing.assert_close(state, whole, rtol=0, atol=1e-10)
     assert trained == pytest.approx(whole_trained, abs=1e-10)
     assert tested == pytest.approx(whole_tested, abs=1e-10)
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(2, 100), (3, 359)])  # the last: 1 picture, 1437
-def test_processes_that_share_batches_train_and_test_as_one(tmp_path, size, batch_size):
-    torch.save(train_digits(World(), batch_size), tmp_path / f"{batch_size}.pt")
-    run_world(size, train_and_compare, tmp_path, batch_size)
-
-
-def check_figures(world, folder):
-    compute, criterion = Compute(CPU), build_criterion("CE", 10)
-    spec, _, test = build_loaders(
-        "digits", "", batch_size=50, cache_dir="", rank=world.rank, processes=world.size
-    )
-    torch.manual_seed(0)
-    model = build_model("simple_v2", make_layers(deconv=True), in_channels=spec.in_channels)
-    figures = evaluate(model, test, criterion, compute=compute, world=world)
-    del figures["seconds"]
-    torch.save(figures, folder / f"{world.size}.pt")
-
-
-def test_figures_of_a_test_are_the_same_to_the_last_bit(tmp_path):
-    check_figures(World(), tmp_path)
-    run_world(3, check_figures, tmp_path)
-    assert torch.load(tmp_path / "1.pt") == torch.load(tmp_path / "3.pt")
+def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
+    """1437 pictures in batches of 359: the last is of one, and two processes have none of it."""
+    torch.save(figures_of_a_test(World(), 50), tmp_path / "tested.pt")
+    torch.save(train_digits(World(), 359), tmp_path / "trained.pt")
+    run_world(3, compare_with_one_process, tmp_path)
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_distributed import free_port, run_world
+from test_distributed import free_port
 
 import main
 from util import distributed
@@ -134,16 +134,6 @@ def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
     ends = [finish(machine) for machine in machines]
     assert all(code != 0 for code, *_ in ends)
     assert "Traceback" not in ends[0][2] + ends[1][2], ends
-
-
-def disagree(world):
-    with pytest.raises(distributed.RunError, match="different checkpoints .none, step 5."):
-        distributed.check_agreement(world, 5 * world.rank or None)
-    distributed.check_agreement(world, 5)
-
-
-def test_processes_that_found_different_checkpoints_do_not_train():
-    run_world(2, disagree)
 
 
 def test_help_is_shown_once(monkeypatch, capsys):
