@@ -1,8 +1,11 @@
 """The command line: spelling, aliases, defaults and ranges of the flags."""
 
+from inspect import signature
+
 import pytest
 
 import main
+from deconv import FastDeconv
 from deconv.layers import LAYOUTS, MODES
 from util.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
@@ -77,6 +80,10 @@ def test_unknown_and_shortened_flags_are_refused(capsys):
     assert "--num-group" in refusal(capsys, "--num-group 8")
 
 
+def test_the_flag_that_was_meant_is_named(capsys):
+    assert refusal(capsys, "--decnov True").endswith("did you mean --deconv?")
+
+
 def test_arch_help_and_a_wrong_name_list_the_architectures(capsys):
     with pytest.raises(SystemExit) as stop:
         typed("--arch help")
@@ -104,3 +111,7 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--layout {layout}") == {"layout": layout}
     for mode in MODES:
         assert typed(f"--mode {mode}") == {"mode": mode}
+    default = signature(FastDeconv).parameters
+    shown = main.build_script().parser.format_help()
+    assert f"({default['layout'].default})" in shown
+    assert f"share one whitening matrix ({default['shared'].default})" in " ".join(shown.split())

@@ -15,6 +15,7 @@ from PIL import Image
 import main
 from util.checkpoint import load_checkpoint
 from util.sampling import EpochBatches
+from util.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 QUIET = "--save-plot False --tensorboard False"
@@ -291,14 +292,23 @@ def test_more_epochs_are_not_cut_short_by_the_steps_asked_for_before(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 24
 
 
+def test_a_run_goes_on_with_the_threads_it_had(tmp_path, monkeypatch):
+    """Other threads add in another order, and would not be bit-equal."""
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    train(f"--max-steps 12 --threads 3 {QUIET}", tmp_path / "run")
+    flags, _ = read_settings(main.build_script(), ["--resume", str(tmp_path / "run")])
+    assert flags.threads == 3
+
+
 def test_a_checkpoint_is_found_from_home_and_may_lack_younger_flags(tmp_path, monkeypatch, capsys):
     train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")
     del saved["config"]["stem_iter"]
     torch.save(saved, tmp_path / "older.pth.tar")
     monkeypatch.setenv("HOME", str(tmp_path))
-    main.main(["--resume", "~/older.pth.tar"])
-    assert "is finished" in capsys.readouterr().out
+    for path in ("~/older.pth.tar", "~/run"):  # a file, or the folder of a run
+        main.main(["--resume", path])
+        assert "is finished" in capsys.readouterr().out
 
 
 def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):

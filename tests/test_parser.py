@@ -31,7 +31,7 @@ def test_help_tells_the_default_or_what_stands_for_it_and_bears_a_percent_sign(p
 def test_an_error_is_one_line_and_exit_code_two(parser, capsys):
     with pytest.raises(SystemExit) as stop:
         parser.error("two\n  lines")
-    assert (stop.value.code, capsys.readouterr().err) == (2, "x.py: error: two lines\n")
+    assert (stop.value.code, capsys.readouterr().err) == (2, "x.py: error: two; lines\n")
 
 
 def test_flags_cannot_be_shortened(parser, capsys):

@@ -105,13 +105,13 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         3,
         metavar="N",
     )
-    layouts = {"choices": ("contiguous", "interleaved"), "shown": "as the layer has it"}
+    layouts = {"choices": ("contiguous", "interleaved"), "shown": "interleaved"}
     add("--layout", "blocks of neighbouring channels, or channels dealt to them in turn", **layouts)
     add(
         "--share-blocks",
         "the blocks of a layer share one whitening matrix",
         str2bool,
-        shown="as the layer has it",
+        shown=True,
     )
 
 
@@ -263,11 +263,11 @@ def add_output_flags(parser: Parser) -> None:
     add("--run-dir", "the run goes exactly here instead", metavar="DIR")
     add(
         "--resume",
-        "continue from a checkpoint to --epochs in all, in its folder unless --run-dir is given; "
-        "auto: from that of --run-dir, if there is one yet. "
-        "Flags left out are the checkpoint's, but --max-steps goes when --epochs is typed. With "
-        "more epochs than before the schedule is that of the new total, so the rate rises to its "
-        "curve",
+        "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
+        "folder unless --run-dir is given; auto: from that of --run-dir, if there is one yet. "
+        "Flags left out are the checkpoint's, but for those about GPUs and machines, and "
+        "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
+        "that of the new total, so the rate rises to its curve",
         os.path.expanduser,
         metavar="FILE",
     )

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Sequence
+from difflib import get_close_matches
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -24,7 +25,17 @@ class Parser(argparse.ArgumentParser):
         self.spelling: dict[str, str] = {}  # batch_size -> --batch-size
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: error: {' '.join(message.split())}\n")
+        lines = [" ".join(line.split()) for line in message.splitlines()]
+        text = "; ".join(line for line in lines if line) + self._suggest(message)
+        self.exit(2, f"{self.prog}: error: {text}\n")
+
+    def _suggest(self, message: str) -> str:
+        """The flag that is most like an unknown one."""
+        _, unknown, words = message.partition("unrecognized arguments: ")
+        near = (
+            get_close_matches(words.split()[0], self._option_string_actions, 1) if unknown else []
+        )
+        return "".join(f"; did you mean {name}?" for name in near)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Leave; of several processes with the same trouble only the first is heard."""

@@ -29,12 +29,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What a continued run takes from its command line only, and what else may differ from before.
 OF_THIS_MACHINE = {
-    *("resume", "run_dir", "use_gpu", "gpu", "threads", "num_workers", "start_epoch"),
+    *("resume", "run_dir", "use_gpu", "gpu", "start_epoch"),
     *("compile", "channels_last", "evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
-    *("epochs", "max_steps", "preset", "data", "out", "on_bad_image"),
+    *("epochs", "max_steps", "preset", "data", "out", "on_bad_image", "threads", "num_workers"),
     *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
@@ -81,6 +81,8 @@ def read_settings(
     typed = parser.parse_typed(argv)
     if typed.get("resume") == "auto":
         find_latest(parser, typed)
+    elif "resume" in typed and os.path.isdir(typed["resume"]):  # of a run
+        typed["resume"] = os.path.join(typed["resume"], LATEST_NAME)
     saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
     config = saved["config"] if saved else {}
     defaults = parser.defaults()
