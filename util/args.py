@@ -140,7 +140,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
 def add_imagenet_flags(parser: Parser) -> None:
     """The pictures of main_imagenet.py, and what is done with them."""
     add = parser.add_group("data")
-    text = "the folder that holds train/CLASS/* and val/CLASS/*"
+    text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
     add("data", text, nargs="?", metavar="DIR")
     add("--dummy", "noise in place of pictures, for timing without data", **YES)
     size = whole(SMALLEST, 4096)

@@ -79,7 +79,10 @@ def scan_split(root: Path, *names: str) -> Listing:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         wanted = " or ".join(str(root / name) for name in names)
-        raise DataError(f"no folder {wanted}: pictures are expected in <class> folders inside it")
+        raise DataError(
+            f"no folder {wanted}: pictures are expected in <class> folders inside it; the folder "
+            f"to name is the one that holds train/"
+        )
     classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
     if not classes:
         raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*")

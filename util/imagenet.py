@@ -42,7 +42,7 @@ def build_imagenet_loaders(
     the middle cut out. Channels are normalised by the published statistics of ImageNet.
 
     Args:
-        root: the folder that holds train/ and val/.
+        root: the folder that holds train/ and val/ (or test/; with both, val/ is used).
         batch_size, num_workers, seed, device_type, rank, processes: see PictureLoader.
         image_size: side in pixels, at least 32.
         on_bad_image: "error" stops at a picture that cannot be decoded; "skip" makes the batch
@@ -55,7 +55,7 @@ def build_imagenet_loaders(
     """
     check_arguments(batch_size, num_workers, image_size, on_bad_image)
     root = Path(root).expanduser()
-    found = scan_split(root, "val")
+    found = scan_split(root, "val", "test")
     spec = DataSpec("imagenet", 3, image_size, tuple(found.classes), MEAN, STD)
 
     def split(found: Listing, view: View) -> Split:
