@@ -1,0 +1,116 @@
+"""scripts/profile_layer.py: where the time goes, and that no part of it is counted twice."""
+
+import time
+
+import pytest
+import torch
+
+from deconv import layers
+from scripts import profile_layer
+from scripts.profile_layer import CONVOLUTION, DIRECTIONS, NAMES, REST, WHOLE
+from util.compute import Compute
+
+SMALL = ["--batch-size", "2", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
+
+
+def profile(*words):
+    flags = profile_layer.make_parser().parse_args([*SMALL, *words])
+    model, images = profile_layer.build(flags)
+    return profile_layer.measure(
+        model, images, Compute(torch.device("cpu")), rounds=flags.rounds, warmup=flags.warmup
+    )
+
+
+@pytest.mark.parametrize("words", ["--layer 8,8,9", "--arch resnet18", "--arch mlp --mode 1"])
+def test_the_parts_add_up_to_the_whole(words):
+    for parts in profile(*words.split()):
+        assert min(parts.values()) >= 0
+        for direction in DIRECTIONS:
+            inside = [
+                v for (_, step, way), v in parts.items() if way == direction and step != WHOLE
+            ]
+            assert sum(inside) == pytest.approx(parts["", WHOLE, direction])
+
+
+def test_every_step_is_seen_in_both_directions():
+    for parts in profile("--layer", "8,8,9"):
+        for step in (*NAMES, CONVOLUTION):
+            assert all(parts["", step, direction] > 0 for direction in DIRECTIONS), step
+
+
+def test_a_first_layer_has_a_backward_without_a_gradient_of_its_pictures():
+    for parts in profile("--arch", "simple_v2"):
+        first = next(layer for layer, _, _ in parts if layer)
+        assert parts[first, "fold", "backward"] > 0 and parts[first, CONVOLUTION, "backward"] > 0
+        assert parts[first, "root", "backward"] == 0
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.05)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.1)
+        return grad
+
+
+def test_time_is_counted_where_it_is_spent(monkeypatch):
+    root = layers.inverse_sqrt
+    monkeypatch.setattr(layers, "inverse_sqrt", lambda cov, *more: _Slow.apply(root(cov, *more)))
+    rounds = profile("--layer", "8,8,16", "--batch-size", "8")  # rows enough for that root
+    assert profile_layer.find(rounds, step="root", direction="forward") >= 50
+    assert profile_layer.find(rounds, step="root", direction="backward") >= 100
+    assert profile_layer.find(rounds, step="root") > 0.7 * profile_layer.find(rounds, step=WHOLE)
+
+
+def test_profiling_leaves_the_functions_and_the_result_alone():
+    before = {name: getattr(layers, name) for name in profile_layer.STEPS if hasattr(layers, name)}
+    layer, images = layers.FastDeconv(4, 4, 3), torch.randn(2, 4, 8, 8, requires_grad=True)
+    layer(images).sum().backward()
+    expected, grad = layer.weight.grad.clone(), images.grad.clone()
+    layer.zero_grad()
+    images.grad = None
+    with profile_layer.Stopwatch(torch.device("cpu")).attached(layer):
+        layer(images).sum().backward()
+    assert torch.equal(layer.weight.grad, expected) and torch.equal(images.grad, grad)
+    assert all(getattr(layers, name) is function for name, function in before.items())
+
+
+def test_tables(capsys):
+    profile_layer.main([*SMALL, "--layer", "8,8,9,1,2"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == [*NAMES, CONVOLUTION, WHOLE]
+    assert lines[-1].endswith("| 100 % |") and {line.count("|") for line in lines} == {5}
+    profile_layer.main([*SMALL, "--arch", "simple_v2"])
+    assert f"\n| {REST} | " in capsys.readouterr().out
+    profile_layer.main([*SMALL, "--arch", "simple_v2", "--by-layer", "--dtype", "bf16"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {10}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--layer 64,128", ("--layer", "'64,128'")),
+        ("--layer 8,8,9 --by-layer", ("--layer", "--by-layer")),
+        ("--layer 8,8,9 --option colour=red", ("--option", "'colour=red'")),
+        ("--layer 8,8,9 --option n_iter=many", ("--option n_iter=many",)),
+        ("--layer 8,8,9 --arch vgg11", ("--layer", "--arch")),
+        ("--arch vgg12", ("vgg11", "'vgg12'")),
+        ("--rounds -3", ("--rounds", "'-3'")),
+    ],
+)
+def test_refuses_in_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        profile_layer.main([*SMALL, *flags.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and all(word in line for word in words), line
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_the_time(capsys):
+    profile_layer.main([*SMALL, "--device", "cuda", "--arch", "simple_v2"])
+    assert f"| {WHOLE} | " in capsys.readouterr().out
