@@ -79,7 +79,8 @@ class Blocks:
         return x if self.shared else x.flatten(0, 1).unsqueeze(1)
 
     def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """(G, S, M, F) -> (groups, M, C*T), the inverse of `split`."""
+        """(G, S, M, F) or (G, S, M, B, T) -> (groups, M, C*T), the inverse of `split`."""
         if not self.shared:
             x = x.squeeze(1).unflatten(0, (self.groups, self.count))
-        return x.unflatten(-1, (-1, self.unit)).permute(0, 2, 3, 1, 4).flatten(2)
+        x = x.reshape(*x.shape[:3], self.features // self.unit, self.unit)
+        return x.permute(0, 2, 3, 1, 4).flatten(2)

@@ -18,8 +18,25 @@ def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     Returns:
         mean (G, S, 1, F), 0 for no rows at all, and centred rows (G, S, M, F).
     """
-    mean = rows.sum(dim=2, keepdim=True) / max(rows.shape[2], 1)
-    return mean, rows - mean
+    return _Centre.apply(rows)
+
+
+class _Centre(torch.autograd.Function):
+    """Its gradient takes that of the centred rows for centred, and does not centre it again.
+
+    That holds wherever they are used through second moments alone, as here: these do not change to
+    first order when the mean is off.
+    """
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.count = max(rows.shape[2], 1)
+        mean = rows.sum(dim=2, keepdim=True) / ctx.count
+        return mean, rows - mean
+
+    @staticmethod
+    def backward(ctx, grad_mean: torch.Tensor, grad_rows: torch.Tensor) -> torch.Tensor:
+        return grad_rows + grad_mean / ctx.count
 
 
 def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:

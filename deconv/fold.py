@@ -34,21 +34,44 @@ def fold(
     """
     out = weight.shape[0]
     rows = weight.reshape(blocks.groups, out // blocks.groups, -1)
-    rows = blocks.split(rows)  # G S out F
     for axis, matrix in whiten.items():
-        rows = whiten_along(axis, rows, matrix, blocks.size)
-    if mean.shape[-1] != rows.shape[-1]:
+        # Output channels before blocks: so the weight is copied in longer runs, or not at all.
+        grid = grid_along(axis, blocks.split(rows).transpose(1, 2), blocks.size)
+        rows = blocks.merge(_multiply(axis, grid, matrix).transpose(1, 2))
+    if mean.shape[-1] != blocks.features:
         mean = mean.repeat_interleave(blocks.taps, dim=-1)
-    shift = (rows @ mean.mT).reshape(blocks.groups, blocks.count, -1)  # W D mu, by block
-    shift = shift.sum(dim=1).flatten()  # out
+    rows, shift = _Shift.apply(rows, blocks.merge(mean).mT)
+    shift = shift.flatten()
     bias = -shift if bias is None else bias - shift
-    return blocks.merge(rows).reshape(weight.shape), bias
+    return rows.reshape(weight.shape), bias
+
+
+class _Shift(torch.autograd.Function):
+    """What the mean adds to the outputs, W D mu (groups, out, 1), and W D itself.
+
+    It is handed on so that its gradient comes through here, and the mean's part of it is added
+    where it lies instead of filling a second weight.
+    """
+
+    @staticmethod
+    def forward(ctx, weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(weight, mean)
+        return weight, weight @ mean
+
+    @staticmethod
+    def backward(
+        ctx, grad: torch.Tensor, grad_shift: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        weight, mean = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
+            grad = grad.clone()
+        return grad.baddbmm_(grad_shift, mean.mT), weight.mT @ grad_shift
 
 
 def whiten_along(
     axis: str, rows: torch.Tensor, matrix: torch.Tensor, channels: int
 ) -> torch.Tensor:
-    """Multiply rows of F = B * T features by a symmetric matrix along one axis.
+    """D x for rows x of F = B * T features, D acting along one axis.
 
     Args:
         axis: "joint" (matrix F x F), "channel" (B x B, the same at every tap) or
@@ -60,16 +83,18 @@ def whiten_along(
     Returns:
         (G, S, M, F).
     """
-    if axis == "joint":
-        return (rows.flatten(1, 2) @ matrix).reshape(rows.shape)
-    grid = rows.unflatten(-1, (channels, -1))  # G S M B T
-    matrix = matrix[:, None, None]
-    return (matrix @ grid if axis == "channel" else grid @ matrix).flatten(-2)
+    return _multiply(axis, grid_along(axis, rows, channels), matrix.mT).flatten(3)
 
 
-def vectors_along(axis: str, rows: torch.Tensor, channels: int) -> torch.Tensor:
-    """The vectors that `whiten_along` multiplies, as rows (G, S, M', d): d is B, T or F."""
+def grid_along(axis: str, rows: torch.Tensor, channels: int) -> torch.Tensor:
+    """Rows (G, S, M, F) as a view with the axis last: (G, S, M, F), (.. T, B) or (.. B, T)."""
     if axis == "joint":
         return rows
-    grid = rows.unflatten(-1, (channels, -1))  # G S M B T
-    return (grid.mT if axis == "channel" else grid).flatten(2, 3)  # G S M*T B; G S M*B T
+    grid = rows.unflatten(-1, (channels, -1))
+    return grid.mT if axis == "channel" else grid
+
+
+def _multiply(axis: str, grid: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+    """The product along the last dimension of a grid, as (G, S, M, F) or (G, S, M, B, T)."""
+    white = (grid.flatten(1, -2) @ matrix).reshape(grid.shape)
+    return white.mT if axis == "channel" else white

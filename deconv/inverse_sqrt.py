@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import torch
 
+from .cholesky import inverse_cholesky
+from .spectrum import RootOfMatrix, RootOfRows
+
 MAX_STEPS = 15  # of Newton-Schulz, in float32
+ROOTS = ("newton", "cholesky")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
+def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5, root: str = "newton") -> torch.Tensor:
     """Approximate A^(-1/2) with `n_iter` steps of the coupled Newton-Schulz iteration.
 
         Y0 = A / |A|_F,  Z0 = I;   T = (3 I - Z Y) / 2,  Y <- Y T,  Z <- T Z;   D = Z / sqrt(|A|_F)
@@ -34,6 +38,8 @@ def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
     Args:
         cov: (G, F, F), symmetric positive definite, float32 or float64.
         n_iter: steps, at least 1; in float32 at most MAX_STEPS.
+        root: "newton" for the above, symmetric; "cholesky" for `inverse_cholesky`, lower
+            triangular, with the floor of so many steps.
 
     Returns:
         (G, F, F).
@@ -45,6 +51,15 @@ def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
     """
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
+    if root == "cholesky":
+        return inverse_cholesky(cov, n_iter)
+    if _decomposes(cov):
+        return RootOfMatrix.apply(cov, n_iter)
+    return newton_schulz(cov, n_iter)
+
+
+def newton_schulz(cov: torch.Tensor, n_iter: int) -> torch.Tensor:
+    """The iteration itself, as `inverse_sqrt` describes it."""
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     Y = cov / norm
@@ -74,13 +89,20 @@ def inverse_sqrt_from_rows(rows: torch.Tensor, eps: float, n_iter: int = 5) -> t
     Returns:
         (G, F, F).
     """
-    count, features = rows.shape[1:]
-    X = rows / count**0.5
+    rows = rows / rows.shape[1] ** 0.5
+    if _decomposes(rows):
+        return RootOfRows.apply(rows, eps, n_iter)
+    return newton_schulz_from_rows(rows, eps, n_iter)
+
+
+def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.Tensor:
+    """The iteration itself, for A = eps I + X^T X, as `inverse_sqrt_from_rows` describes it."""
+    count, features = X.shape[1:]
     K = X @ X.mT
     trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     square = K.square().sum((-2, -1), keepdim=True)
     norm = (features * eps**2 + 2 * eps * trace + square).sqrt()  # |A|_F
-    identity = torch.eye(count, dtype=rows.dtype, device=rows.device)
+    identity = torch.eye(count, dtype=X.dtype, device=X.device)
 
     def multiply(p: Pair, q: Pair) -> Pair:
         return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + p[1] @ K @ q[1]
@@ -95,5 +117,10 @@ def inverse_sqrt_from_rows(rows: torch.Tensor, eps: float, n_iter: int = 5) -> t
         T = damp(multiply(Z, Y))
         Z = multiply(T, Z)
     scale = norm.rsqrt()
-    diagonal = torch.eye(features, dtype=rows.dtype, device=rows.device)
+    diagonal = torch.eye(features, dtype=X.dtype, device=X.device)
     return (Z[0] * scale) * diagonal + X.mT @ (Z[1] * scale) @ X
+
+
+def _decomposes(matrix: torch.Tensor) -> bool:
+    """Whether eigenvalues are found in less time than the iteration takes: not on a GPU."""
+    return matrix.device.type == "cpu"

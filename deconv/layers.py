@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
 from .blocks import Blocks, divide_channels
 from .covariance import average_across, centre, covariance, several_processes
-from .fold import fold, vectors_along, whiten_along
-from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
-from .patches import sample_patches
+from .fold import fold, grid_along, whiten_along
+from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
+from .patches import Window, sample_patches
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
 MODES: dict[int, tuple[str, ...]] = {
@@ -41,7 +42,7 @@ def _blocks(
 
 def _second_moment(axis: str, channels: int, rows: torch.Tensor) -> torch.Tensor:
     """mean x x^T over the vectors x along an axis of rows (G, S, M, F)."""
-    return covariance(vectors_along(axis, rows, channels).flatten(1, 2), eps=0.0)
+    return covariance(grid_along(axis, rows, channels).flatten(1, -2), eps=0.0)
 
 
 def _full_precision(device: torch.device) -> AbstractContextManager:
@@ -91,15 +92,16 @@ class _Whitening(nn.Module):
         count = torch.tensor(0, dtype=torch.long, device=self.weight.device)
         self.register_buffer("num_batches_tracked", count)
 
-    def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Weight and bias that act on x as the layer's own act on whitened x."""
+    def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
             if self.training:
-                count, mean, whiten = self._estimate_whitening(*self._sample(x))
+                x, rows, blocks = self._sample(x)
+                count, mean, whiten = self._estimate_whitening(rows, blocks)
                 self._update_running(count, mean, whiten)
             else:
                 mean, whiten = self._evaluation_whitening()
-            return self._fold(mean, whiten)
+            return x, *self._fold(mean, whiten)
 
     def _estimate_whitening(
         self, rows: torch.Tensor, blocks: Blocks
@@ -113,11 +115,11 @@ class _Whitening(nn.Module):
         for axis in self.axes:
             for done, matrix in whiten.items():  # the second axis sees what the first has whitened
                 rows = whiten_along(done, rows, matrix, blocks.size)
-            vectors = vectors_along(axis, rows, blocks.size).flatten(1, 2)  # G S*M' d
-            if 2 * vectors.shape[1] < vectors.shape[2]:  # where the smaller side is cheaper
+            vectors = grid_along(axis, rows, blocks.size).flatten(1, -2)  # G S*M' d
+            if self.root == "newton" and 2 * vectors.shape[1] < vectors.shape[2]:
                 whiten[axis] = inverse_sqrt_from_rows(vectors, self.eps, self.n_iter)
             else:
-                whiten[axis] = inverse_sqrt(covariance(vectors, self.eps), self.n_iter)
+                whiten[axis] = inverse_sqrt(covariance(vectors, self.eps), self.n_iter, self.root)
         return rows.shape[2], mean, whiten
 
     def _estimate_across(
@@ -140,7 +142,7 @@ class _Whitening(nn.Module):
             if not whiten:  # nothing is whitened yet, so the shift is one of raw features
                 mean = self.running_mean + shift
             eps = self.eps * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-            whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter)
+            whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter, self.root)
         return count, mean, whiten
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
@@ -246,6 +248,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
+        rows_per_feature: float = 16,
+        root: str = "newton",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
@@ -256,6 +260,12 @@ class FastDeconv(_Whitening, nn.Conv2d):
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
         if sampling_stride < 1:
             raise ValueError(f"sampling_stride must be at least 1 patch, got {sampling_stride}")
+        if not rows_per_feature >= 0:
+            raise ValueError(
+                f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
+            )
+        if root not in ROOTS:
+            raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
         super().__init__(
             in_channels,
             out_channels,
@@ -269,7 +279,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
             dtype=dtype,
         )
         self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
-        self.layout, self.shared = layout, shared
+        self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
+        self.root = root
         channels = in_channels // groups
         taps = self.weight[0, 0].numel()
         self._init_whitening(
@@ -289,19 +300,35 @@ class FastDeconv(_Whitening, nn.Conv2d):
             raise ValueError(
                 f"input must have {self.in_channels} channels, got shape {(*x.shape,)}"
             )
-        weight, bias = self._whitened(x)
-        return self._conv_forward(x, weight, bias)
+        return self._conv_forward(*self._whitened(x))
 
-    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
-        """The rows (groups, M, features) that the mode looks at, and their blocks."""
+    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
+        """x, the rows (groups, M, features) of it that the mode looks at, and their blocks."""
         if self.mode == 3:  # single pixels, without the padding that would pull them to zero
             one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
             blocks = replace(self.blocks, taps=1, unit=self.blocks.unit // self.blocks.taps)
-            return sample_patches(x, one, step, one, self.groups), blocks
+            return *sample_patches(
+                x, Window(one, step, one, (0, 0) * len(one)), self.groups
+            ), blocks
         step = 1 if self.mode == 4 else self.sampling_stride
-        x = F.pad(x, self._reversed_padding_repeated_twice)
         stride = tuple(step * s for s in self.stride)
-        return sample_patches(x, self.kernel_size, stride, self.dilation, self.groups), self.blocks
+        padding = tuple(self._reversed_padding_repeated_twice)
+        window = Window(self.kernel_size, stride, self.dilation, padding)
+        pictures = slice(None) if self.mode == 4 else self._enough(x, window)
+        return *sample_patches(x, window, self.groups, pictures), self.blocks
+
+    def _enough(self, x: torch.Tensor, window: Window) -> slice:
+        """Evenly spaced pictures with `rows_per_feature` rows for each feature of a matrix.
+
+        Several processes with equal shares, in their order, look at the same ones as one would.
+        """
+        together = self.sync_stats and several_processes()
+        rank = distributed.get_rank() if together else 0
+        count = len(x) * (distributed.get_world_size() if together else 1)
+        rows = math.prod(window.positions(x.shape[2:])) * self.blocks.sharing
+        needed = self.rows_per_feature * self.blocks.features / max(rows, 1)
+        step = max(int(count / needed), 1) if needed else 1
+        return slice(-rank * len(x) % step, None, step)
 
     def extra_repr(self) -> str:
         return (
@@ -343,6 +370,7 @@ class Delinear(_Whitening, nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block, self.layout, self.shared = block, layout, shared
+        self.root = "newton"
         self._init_whitening(
             ("joint",),
             _blocks(1, in_features, block, 1, layout, shared, joint=True),
@@ -354,11 +382,10 @@ class Delinear(_Whitening, nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias = self._whitened(x)
-        return F.linear(x, weight, bias)
+        return F.linear(*self._whitened(x))
 
-    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, Blocks]:
-        return x.reshape(1, -1, self.in_features), self.blocks
+    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
+        return x, x.reshape(1, -1, self.in_features), self.blocks
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"

@@ -1,42 +1,124 @@
-"""Feature map -> the patches a convolution sees, as rows of a matrix."""
+"""Feature map -> the patches a convolution sees, as rows of a matrix; and their gradient back."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
 
 import torch
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Window:
+    """Which patches are looked at, per spatial dimension.
+
+    Args:
+        kernel_size: in pixels.
+        stride: distance of two patches, in input pixels.
+        dilation: distance of two taps, in input pixels.
+        padding: pixels of zeros, as `torch.nn.functional.pad` takes them: before and after, for the
+            last dimension first.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    padding: tuple[int, ...]
+
+    @property
+    def span(self) -> tuple[int, ...]:
+        """Pixels that a patch reaches over."""
+        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+
+    def positions(self, size: Sequence[int]) -> tuple[int, ...]:
+        """Patches along each dimension of a map of `size` without its padding."""
+        both = [sum(self.padding[i : i + 2]) for i in range(0, len(self.padding), 2)][::-1]
+        return tuple(
+            (n + pad - span) // step + 1
+            for n, pad, span, step in zip(size, both, self.span, self.stride, strict=True)
+        )
+
+    def slide(self, x: torch.Tensor) -> torch.Tensor:
+        """All patches of a padded map: a view (N, C, *positions, *kernel_size)."""
+        for dim, (span, step, d) in enumerate(
+            zip(self.span, self.stride, self.dilation, strict=True), start=2
+        ):
+            x = x.unfold(dim, span, step)[..., ::d]
+        return x
 
 
 def sample_patches(
-    x: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    groups: int = 1,
-) -> torch.Tensor:
-    """Collect the patches of an already padded feature map at every `stride`-th position.
+    x: torch.Tensor, window: Window, groups: int = 1, pictures: slice = slice(None)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Collect the patches of some pictures of x, and hand x on.
 
-    The rows are strided windows of x, gathered in one copy. A stride above the kernel size visits
-    only some pixels, which is what makes sampled statistics cheap.
+    A stride above the kernel size visits only some pixels, which is what makes sampled statistics
+    cheap.
 
     Args:
-        x: (N, C, *size), any number of spatial dimensions, padding included.
-        kernel_size: per spatial dimension, in pixels.
-        stride: distance of two patches, in input pixels, per dimension.
-        dilation: distance of two taps, in input pixels, per dimension.
+        x: (N, C, *size), any number of spatial dimensions.
         groups: convolution groups; rows of different groups are kept apart.
+        pictures: which of the N are looked at.
 
     Returns:
-        (groups, M, C/groups * T) with M = N * positions and T = prod(kernel_size); features are
-        channel-major, as in `weight.flatten(1)`.
+        x again, and rows (groups, M, C/groups * T), with M the positions in all these pictures and
+        T = prod(kernel_size); features are channel-major, as in `weight.flatten(1)`. Give this x,
+        and not the argument, to the convolution: the gradient of the rows is then added to that of
+        the convolution where it lies, instead of filling a feature map of its own with it.
 
     Raises:
         RuntimeError: x is smaller than the kernel (from torch).
     """
-    dims = len(kernel_size)
-    for dim, (k, s, d) in enumerate(zip(kernel_size, stride, dilation, strict=True), start=2):
-        x = x.unfold(dim, (k - 1) * d + 1, s)[..., ::d]  # N C L... K...
-    x = x.unflatten(1, (groups, -1))
+    return _SamplePatches.apply(x, window, groups, pictures)
+
+
+class _SamplePatches(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx, x: torch.Tensor, window: Window, groups: int, pictures: slice
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.window, ctx.pictures = window, pictures
+        return x, gather(x[pictures], window, groups)
+
+    @staticmethod
+    def backward(
+        ctx, grad: torch.Tensor, grad_rows: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None, None]:
+        if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
+            grad = grad.clone()
+        seen = grad[ctx.pictures]
+        seen += scatter(grad_rows, seen.shape, ctx.window)
+        return grad, None, None, None
+
+
+def gather(x: torch.Tensor, window: Window, groups: int = 1) -> torch.Tensor:
+    """Rows (groups, M, C/groups * T) of all patches of x (N, C, *size), in one copy."""
+    dims = len(window.kernel_size)
+    x = F.pad(x, window.padding) if any(window.padding) else x
+    x = window.slide(x).unflatten(1, (groups, -1))
     # groups C K... N L...: features outermost, for long inner loops and blocks that are views
     x = x.permute(1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims))
     return x.reshape(groups, x.shape[1 : 2 + dims].numel(), -1).mT
+
+
+def scatter(rows: torch.Tensor, shape: Sequence[int], window: Window) -> torch.Tensor:
+    """The adjoint of `gather`: every element of rows added to its pixel of a map of `shape`."""
+    dims = len(window.kernel_size)
+    count, channels, *size = shape
+    patches = rows.mT.reshape(
+        channels, *window.kernel_size, count, *window.positions(size)
+    )  # C K... N L...
+    patches = patches.permute(1 + dims, 0, *range(2 + dims, 2 + 2 * dims), *range(1, 1 + dims))
+    before, after = window.padding[-2::-2], window.padding[::-2]
+    sides = [b + n + a for b, n, a in zip(before, size, after, strict=True)]
+    padded = rows.new_zeros(count, channels, *sides)
+    views = window.slide(padded)  # N C L... K...
+    if all(step >= span for step, span in zip(window.stride, window.span, strict=True)):
+        views.copy_(patches)
+    else:  # patches overlap, but those of one tap do not
+        for tap in product(*map(range, window.kernel_size)):
+            views[(..., *tap)] += patches[(..., *tap)]
+    inside = [slice(b, b + n) for b, n in zip(before, size, strict=True)]
+    return padded[(..., *inside)]

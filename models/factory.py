@@ -81,6 +81,8 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
+    root: str = "newton",
+    rows_per_feature: float = 16,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.
@@ -97,6 +99,7 @@ def make_layers(
         batchnorm: False leaves the normalisation out where deconv is False; deconvolution
             never has any.
         stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
+        root, rows_per_feature: of the FastDeconv layers, but for those of the methods.
         layer_options: further keywords of FastDeconv; those that Delinear knows go there too.
 
     Raises:
@@ -118,8 +121,15 @@ def make_layers(
         last=None if block_final is None else linear,
     )
     if deconv:
-        conv = partial(FastDeconv, bias=bias, mode=mode, block=block, **options)
-        stem = partial(FastDeconv, bias=bias, mode=mode, block=block, **first)
+        make = partial(
+            FastDeconv,
+            bias=bias,
+            mode=mode,
+            block=block,
+            root=root,
+            rows_per_feature=rows_per_feature,
+        )
+        conv, stem = partial(make, **options), partial(make, **first)
         return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, ordinary=False)
     conv = partial(nn.Conv2d, bias=bias and not batchnorm)
     norm = nn.BatchNorm2d if batchnorm else nn.Identity

@@ -58,7 +58,14 @@ def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
     """A network that is described, not held in memory."""
     small = name in ARCHITECTURES
     final = 512 if small else 32
-    layers = make_layers(deconv=True, mode=mode, block=block, block_final=final, shared=shared)
+    layers = make_layers(
+        deconv=True,
+        mode=mode,
+        block=block,
+        block_final=final,
+        shared=shared,
+        rows_per_feature=0,
+    )
     with torch.device("meta"):
         return (build_model if small else build_imagenet_model)(name, layers)
 
@@ -78,7 +85,7 @@ def row_size(model: nn.Module, side: int) -> float:
     sizes, pictures = [], 9  # so many that no layer is short of rows
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        sizes.append(module._sample(inputs[0])[0].numel())
+        sizes.append(module._sample(inputs[0])[1].numel())
 
     for module in model.modules():
         if hasattr(module, "axes"):

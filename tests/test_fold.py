@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deconv.blocks import Blocks
-from deconv.fold import fold, vectors_along, whiten_along
+from deconv.fold import fold, grid_along, whiten_along
 
 BLOCKS = {
     "contiguous": Blocks(groups=2, channels=4, size=2, taps=3, unit=6, shared=False),
@@ -56,5 +56,5 @@ def test_no_bias_counts_as_zero_and_one_mean_a_channel_serves_all_taps():
 @pytest.mark.parametrize(("axis", "side"), [("joint", 6), ("channel", 2), ("pixel", 3)])
 def test_whitening_multiplies_the_vectors_along_the_axis(axis, side):
     rows, matrix = torch.randn(2, 1, 5, 6), symmetric(2, side).float()
-    white = vectors_along(axis, whiten_along(axis, rows, matrix, 2), 2)
-    torch.testing.assert_close(white, vectors_along(axis, rows, 2) @ matrix[:, None])
+    white = grid_along(axis, whiten_along(axis, rows, matrix, 2), 2).flatten(1, -2)
+    torch.testing.assert_close(white, grid_along(axis, rows, 2).flatten(1, -2) @ matrix)

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from deconv import Delinear, FastDeconv
 from deconv.inverse_sqrt import inverse_sqrt
+from deconv.layers import ROOTS
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -37,9 +38,15 @@ def pictures(n=6, c=4, h=9, w=11):
     return 3 * mixed + torch.arange(c).reshape(1, c, 1, 1)
 
 
-def power(matrix, exponent):
-    values, basis = torch.linalg.eigh(matrix)
-    return basis @ torch.diag(values**exponent) @ basis.T
+def exact_root(layer, cov):
+    """D of a covariance: the symmetric root, or the Cholesky factor's with the documented floor."""
+    cov = cov + layer.eps * torch.eye(len(cov))
+    if layer.root == "cholesky":
+        floor = cov.norm() / 1.5 ** (2 * layer.n_iter)
+        factor = torch.linalg.cholesky(cov + floor * torch.eye(len(cov)))
+        return torch.linalg.inv(factor).contiguous()
+    values, basis = torch.linalg.eigh(cov)
+    return basis @ torch.diag(values**-0.5) @ basis.T
 
 
 def brute_force(layer, x):
@@ -52,7 +59,12 @@ def brute_force(layer, x):
 
     kernel = layer.kernel_size, layer.dilation
     seen = patches(padded, *kernel, layer.stride)
-    sample = patches(padded, *kernel, [step * s for s in layer.stride]).flatten(0, 1)
+    sample = patches(padded, *kernel, [step * s for s in layer.stride])
+    if layer.rows_per_feature and layer.mode in (1, 2, 5):
+        sharing = layer.in_channels // layer.groups // layer.block if layer.shared else 1
+        needed = layer.rows_per_feature * layer.block * layer.weight[0, 0].numel() / sharing
+        sample = sample[:: max(int(len(x) / (needed / sample.shape[1])), 1)]
+    sample = sample.flatten(0, 1)
     if layer.mode == 3:  # single pixels of the raw picture, repeated for every tap
         sample = patches(x, 1, 1, step).flatten(0, 1)
         sample = sample.repeat_interleave(kernel[0][0] * kernel[0][1], dim=1)
@@ -61,7 +73,7 @@ def brute_force(layer, x):
         parts = [sample[:, block] - sample[:, block].mean(0) for block in blocks]  # M B T
         for block, D in zip(blocks, exact_whitening(layer, parts), strict=True):
             off_centre = seen[..., block] - sample[:, block].mean(0)
-            white[..., block.flatten()] = off_centre.flatten(-2) @ D
+            white[..., block.flatten()] = off_centre.flatten(-2) @ D.T
     out = [
         part @ weight.T
         for part, weight in zip(
@@ -95,7 +107,7 @@ def exact_whitening(layer, parts):
         covs = [torch.einsum(equation, p, p) for p in parts]
         covs = [cov * len(cov) / parts[0].numel() for cov in covs]
         covs = [sum(covs) / len(covs)] * len(covs) if layer.shared else covs
-        return [power(cov + layer.eps * torch.eye(len(cov)), -0.5) for cov in covs]
+        return [exact_root(layer, cov) for cov in covs]
 
     channels, taps = parts[0].shape[1:]
     if layer.mode in (4, 5):
@@ -112,8 +124,10 @@ def exact_whitening(layer, parts):
 @pytest.mark.parametrize(("layout", "shared"), VARIANTS)
 @pytest.mark.parametrize("geometry", GEOMETRIES)
 @pytest.mark.parametrize("mode", MODES)
-def test_fold_then_convolve_equals_whiten_then_convolve(mode, geometry, layout, shared):
+@pytest.mark.parametrize("root", ROOTS)
+def test_fold_then_convolve_equals_whiten_then_convolve(root, mode, geometry, layout, shared):
     options = dict(mode=mode, block=2, n_iter=15, eps=0.3, sampling_stride=2) | geometry
+    options |= dict(root=root, rows_per_feature={"newton": 0, "cholesky": 3}[root])
     layer = FastDeconv(4, 8, **options, layout=layout, shared=shared)
     x = pictures()
     torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)
@@ -148,8 +162,11 @@ def test_five_steps_whiten_down_to_their_floor():
 
 @pytest.mark.parametrize(("layout", "shared"), VARIANTS)
 @pytest.mark.parametrize("mode", MODES)
-def test_gradients_match_finite_differences(mode, layout, shared):
-    layer = FastDeconv(4, 2, 2, mode=mode, block=2, sampling_stride=2, layout=layout, shared=shared)
+@pytest.mark.parametrize("root", ROOTS)
+def test_gradients_match_finite_differences(root, mode, layout, shared):
+    layer = FastDeconv(
+        *(4, 2, 2), mode=mode, block=2, sampling_stride=2, root=root, layout=layout, shared=shared
+    )
 
     def f(x, weight, bias):
         parameters = {"weight": weight, "bias": bias}
@@ -163,7 +180,15 @@ def test_gradients_match_finite_differences(mode, layout, shared):
 def test_mode_5_with_stride_1_is_mode_4(layout, shared):
     x = pictures()
     four, five = (
-        FastDeconv(4, 5, 3, mode=m, block=2, sampling_stride=1, layout=layout, shared=shared)
+        FastDeconv(
+            *(4, 5, 3),
+            mode=m,
+            block=2,
+            sampling_stride=1,
+            rows_per_feature=0,
+            layout=layout,
+            shared=shared,
+        )
         for m in (4, 5)
     )
     five.load_state_dict(four.state_dict())
@@ -256,7 +281,8 @@ def test_groups_whiten_like_separate_layers():
 
 
 def test_delinear_is_the_same_path_as_a_1x1_convolution():
-    linear, conv = Delinear(12, 5, block=4), FastDeconv(12, 5, 1, block=4, sampling_stride=1)
+    linear = Delinear(12, 5, block=4)
+    conv = FastDeconv(12, 5, 1, block=4, sampling_stride=1, rows_per_feature=0)
     conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
     x = torch.randn(30, 12)
     torch.testing.assert_close(linear(x), conv(x[..., None, None]).flatten(1))
@@ -344,6 +370,8 @@ def test_empty_batch_leaves_statistics_and_gradients_alone(layer, shape, out):
         (dict(momentum=0.0), "momentum.*0"),
         (dict(sampling_stride=0), "sampling_stride.*0"),
         (dict(layout="diagonal"), "layout.*diagonal"),
+        (dict(root="square"), "root.*square"),
+        (dict(rows_per_feature=-1), "rows_per_feature.*-1"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -383,3 +411,21 @@ def test_an_update_between_evaluation_and_its_backward_does_no_harm():
     layer.train()(x)
     y.backward()
     assert layer.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(("shares", "per_feature"), [(1, 4), (2, 4), (3, 4), (2, 0), (2, 1e9)])
+def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
+    monkeypatch, shares, per_feature
+):
+    layer = FastDeconv(4, 8, 3, block=2, rows_per_feature=per_feature)
+    x = torch.arange(24.0).reshape(24, 1, 1, 1).expand(24, 4, 9, 9)
+    alone = layer._sample(x)[1]
+    monkeypatch.setattr("deconv.layers.several_processes", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: shares)
+    parts = []
+    for rank, share in enumerate(x.chunk(shares)):
+        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        parts.append(layer._sample(share)[1])
+    torch.testing.assert_close(torch.cat(parts, dim=1), alone)
+    # 2 blocks of 18 features, 9 patches a picture: 4 pictures have 72 rows, every 6th of 24
+    assert alone.shape[1] == 9 * (4 if per_feature == 4 else 24)

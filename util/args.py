@@ -58,6 +58,11 @@ def add_network_flags(
     return add
 
 
+# Defaults of the layers, told in the help.
+ROWS_PER_FEATURE = 16
+ROOT = "newton"
+
+
 def add_method_flag(add: Callable[..., None]) -> None:
     add(
         "--method",
@@ -105,6 +110,16 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         3,
         metavar="N",
     )
+    add(
+        "--rows-per-feature",
+        "modes 1, 2 and 5: take the patches of the first pictures of a batch that give a matrix N "
+        "rows for each of its features; 0: of all pictures",
+        real(least=0),
+        shown=f"{ROWS_PER_FEATURE}",
+        metavar="N",
+    )
+    roots = {"choices": ("newton", "cholesky"), "shown": ROOT}
+    add("--root", "inverse root of the covariance: symmetric, or the Cholesky factor's", **roots)
     layouts = {"choices": ("contiguous", "interleaved"), "shown": "interleaved"}
     add("--layout", "blocks of neighbouring channels, or channels dealt to them in turn", **layouts)
     add(
