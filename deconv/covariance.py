@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import distributed
 
+from .triangle import gram
+
 
 def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """The mean of every feature, and the rows without it.
@@ -59,9 +61,9 @@ class _SecondMoment(torch.autograd.Function):
 
     @staticmethod
     def forward(rows: torch.Tensor, eps: float) -> torch.Tensor:
-        identity = torch.eye(rows.shape[-1], dtype=rows.dtype, device=rows.device)
-        scale = 1 / max(rows.shape[1], 1)
-        return torch.baddbmm(identity, rows.mT, rows, beta=eps, alpha=scale)
+        cov = gram(rows).div_(max(rows.shape[1], 1))
+        cov.diagonal(dim1=-2, dim2=-1).add_(eps)
+        return cov
 
     @staticmethod
     def setup_context(ctx, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:

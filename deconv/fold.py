@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .blocks import Blocks
+from .triangle import times_lower
 
 
 def fold(
@@ -15,6 +16,8 @@ def fold(
     mean: torch.Tensor,
     whiten: Mapping[str, torch.Tensor],
     blocks: Blocks,
+    *,
+    lower: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight and bias that act on raw patches as the given ones act on whitened patches.
 
@@ -28,6 +31,7 @@ def fold(
         mean: (G, S, 1, F), or (G, S, 1, B) when all taps have the mean of their channel.
         whiten: whitening matrices by axis, see `whiten_along`.
         blocks: the view of `weight.flatten(1)` as blocks.
+        lower: the matrices are lower triangular.
 
     Returns:
         (weight, bias) of the shapes of `weight` and (out,).
@@ -37,7 +41,7 @@ def fold(
     for axis, matrix in whiten.items():
         # Output channels before blocks: so the weight is copied in longer runs, or not at all.
         grid = grid_along(axis, blocks.split(rows).transpose(1, 2), blocks.size)
-        rows = blocks.merge(_multiply(axis, grid, matrix).transpose(1, 2))
+        rows = blocks.merge(_multiply(axis, grid, matrix, lower=lower).transpose(1, 2))
     if mean.shape[-1] != blocks.features:
         mean = mean.repeat_interleave(blocks.taps, dim=-1)
     rows, shift = _Shift.apply(rows, blocks.merge(mean).mT)
@@ -94,7 +98,10 @@ def grid_along(axis: str, rows: torch.Tensor, channels: int) -> torch.Tensor:
     return grid.mT if axis == "channel" else grid
 
 
-def _multiply(axis: str, grid: torch.Tensor, matrix: torch.Tensor) -> torch.Tensor:
+def _multiply(
+    axis: str, grid: torch.Tensor, matrix: torch.Tensor, *, lower: bool = False
+) -> torch.Tensor:
     """The product along the last dimension of a grid, as (G, S, M, F) or (G, S, M, B, T)."""
-    white = (grid.flatten(1, -2) @ matrix).reshape(grid.shape)
+    multiply = times_lower if lower else torch.matmul
+    white = multiply(grid.flatten(1, -2), matrix).reshape(grid.shape)
     return white.mT if axis == "channel" else white

@@ -175,7 +175,8 @@ class _Whitening(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         whiten = {axis: matrix.to(dtype) for axis, matrix in whiten.items()}
-        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
+        lower = self.root == "cholesky"
+        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks, lower=lower)
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def whitened_weight(self) -> torch.Tensor:
@@ -248,7 +249,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        rows_per_feature: float = 16,
+        rows_per_feature: float = 0,
         root: str = "newton",
         layout: str = "interleaved",
         shared: bool = True,

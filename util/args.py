@@ -59,7 +59,7 @@ def add_network_flags(
 
 
 # Defaults of the layers, told in the help.
-ROWS_PER_FEATURE = 16
+ROWS_PER_FEATURE = 0
 ROOT = "newton"
 
 
