@@ -44,8 +44,8 @@ class _TimesLower(torch.autograd.Function):
         ctx.save_for_backward(rows, lower)
         result = torch.empty_like(rows)
         for first, last in _strips(lower.shape[-1]):
-            for x, l, y in zip(rows, lower, result, strict=True):
-                torch.mm(x[:, first:], l[first:, first:last], out=y[:, first:last])
+            for x, matrix, y in zip(rows, lower, result, strict=True):
+                torch.mm(x[:, first:], matrix[first:, first:last], out=y[:, first:last])
         return result
 
     @staticmethod
@@ -54,7 +54,9 @@ class _TimesLower(torch.autograd.Function):
         rows, lower = ctx.saved_tensors
         grad_rows, grad_lower = torch.empty_like(rows), torch.zeros_like(lower)
         for first, last in _strips(lower.shape[-1]):
-            for x, l, g, dx, dl in zip(rows, lower, grad, grad_rows, grad_lower, strict=True):
-                torch.mm(g[:, :last], l[first:last, :last].T, out=dx[:, first:last])
-                torch.mm(x[:, first:last].T, g[:, :last], out=dl[first:last, :last])
+            for x, matrix, g, grad_x, grad_matrix in zip(
+                rows, lower, grad, grad_rows, grad_lower, strict=True
+            ):
+                torch.mm(g[:, :last], matrix[first:last, :last].T, out=grad_x[:, first:last])
+                torch.mm(x[:, first:last].T, g[:, :last], out=grad_matrix[first:last, :last])
         return grad_rows, grad_lower.tril_()
