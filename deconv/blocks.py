@@ -8,6 +8,7 @@ Patches and weights go through the same view, so the fold needs no bookkeeping o
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -69,18 +70,45 @@ class Blocks:
 
     @property
     def sharing(self) -> int:
-        """Blocks that share one whitening matrix, S."""
+        """Blocks that share one whitening matrix."""
         return self.count if self.shared else 1
 
-    def split(self, x: torch.Tensor) -> torch.Tensor:
-        """(groups, M, C*T) -> (G, S, M, F); a view wherever strides allow one."""
-        x = x.unflatten(-1, (-1, self.count, self.unit))  # groups M F/unit n unit
-        x = x.permute(0, 3, 1, 2, 4).flatten(-2)  # groups n M F
-        return x if self.shared else x.flatten(0, 1).unsqueeze(1)
+    def along(self, axis: str, x: torch.Tensor) -> torch.Tensor:
+        """The vectors that an axis whitens: (R, groups * C*T, P) -> (R', G * d, L).
 
-    def merge(self, x: torch.Tensor) -> torch.Tensor:
-        """(G, S, M, F) or (G, S, M, B, T) -> (groups, M, C*T), the inverse of `split`."""
-        if not self.shared:
-            x = x.squeeze(1).unflatten(0, (self.groups, self.count))
-        x = x.reshape(*x.shape[:3], self.features // self.unit, self.unit)
-        return x.permute(0, 2, 3, 1, 4).flatten(2)
+        What is not whitened together goes to R' or L, wherever it lies in memory: a view, unless
+        groups or blocks with matrices of their own force a copy.
+
+        Args:
+            axis: "joint" (d = F), "channel" (d = B, at every tap) or "pixel" (d = T, in every
+                channel).
+            x: R maps of P positions; weights are maps of one.
+        """
+        names, before, middle, after = self._names(axis)
+        x = x.reshape(self._lengths(names, x.shape))
+        x = x.permute([names.index(name) for name in before + middle + after])
+        first, last = len(before), len(before + middle)
+        return x.flatten(last).flatten(first, last - 1).flatten(0, first - 1)
+
+    def back(self, axis: str, y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """What `along` has made of a tensor of `shape` as it was: its inverse."""
+        names, *parts = self._names(axis)
+        order = "".join(parts)
+        y = y.reshape(self._lengths(order, shape))
+        return y.permute([order.index(name) for name in names]).reshape(shape)
+
+    def _lengths(self, names: str, shape: Sequence[int]) -> list[int]:
+        """Of the dimensions by their letters: maps, groups, blocks, channels, taps, positions."""
+        lengths = {"r": shape[0], "g": self.groups, "p": shape[2]}
+        lengths |= {"n": self.count, "b": self.size, "t": self.taps}
+        return [lengths[name] for name in names]
+
+    def _names(self, axis: str) -> tuple[str, str, str, str]:
+        """The dimensions as they lie in memory; those of R', of G * d and of L."""
+        features = {self.features: "nbt", self.taps: "bnt", 1: "btn"}[self.unit]
+        vector = {"joint": "bt", "channel": "b", "pixel": "t"}[axis]
+        rest = features if self.shared else features.replace("n", "")
+        before, after = rest.split(vector[0], 1)
+        after = "".join(name for name in after if name not in vector)
+        middle = f"g{vector}" if self.shared else f"gn{vector}"
+        return f"rg{features}p", f"r{before}", middle, f"{after}p"

@@ -1,79 +1,78 @@
-"""Rows -> their mean and regularised covariance, of one process or of all together."""
+"""Patches -> their mean and regularised covariance, of one process or of all together."""
 
 from __future__ import annotations
 
 import torch
 from torch import distributed
 
-from .triangle import gram
+from .products import outer_products, transform
 
 
-def centre(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of every feature, and the rows without it.
+def centre(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of every feature, and the patches without it.
 
     NOTE (differs from the published code): blocks that share a matrix keep a mean each. Pooling the
     means too leaves features off centre and their offsets inside the covariance.
 
     Args:
-        rows: (G, S, M, F), M rows of F features for S blocks, G times.
+        maps: (N, C*T, P), the features of P patches in each of N pictures.
 
     Returns:
-        mean (G, S, 1, F), 0 for no rows at all, and centred rows (G, S, M, F).
+        mean (1, C*T, 1), 0 for no patches at all, and centred maps (N, C*T, P), which must be used
+        through second moments alone: see `_Centre`.
     """
-    return _Centre.apply(rows)
+    return _Centre.apply(maps)
 
 
 class _Centre(torch.autograd.Function):
-    """Its gradient takes that of the centred rows for centred, and does not centre it again.
+    """Takes the gradient of the centred maps for centred too, and does not centre it again.
 
-    That holds wherever they are used through second moments alone, as here: these do not change to
-    first order when the mean is off.
+    Which it is wherever they are used through second moments alone: these do not change to first
+    order when the mean is off.
     """
 
     @staticmethod
-    def forward(ctx, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.count = max(rows.shape[2], 1)
-        mean = rows.sum(dim=2, keepdim=True) / ctx.count
-        return mean, rows - mean
+    def forward(ctx, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.count = max(maps.shape[0] * maps.shape[2], 1)
+        mean = maps.sum(dim=(0, 2), keepdim=True) / ctx.count
+        return mean, maps - mean
 
     @staticmethod
-    def backward(ctx, grad_mean: torch.Tensor, grad_rows: torch.Tensor) -> torch.Tensor:
-        return grad_rows + grad_mean / ctx.count
+    def backward(ctx, grad_mean: torch.Tensor, grad_maps: torch.Tensor) -> torch.Tensor:
+        return grad_maps + grad_mean / ctx.count
 
 
-def covariance(centred: torch.Tensor, eps: float) -> torch.Tensor:
-    """Cov = mean_m x_m x_m^T + eps I of centred rows.
+def covariance(maps: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+    """Cov = mean v v^T + eps I of the vectors v of each group.
 
-    The rows are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
+    They are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
 
     Args:
-        centred: (G, M, F), M rows of mean zero; blocks that share a matrix are simply more rows.
+        maps: (R, groups * d, L): R * L vectors of mean zero in each group; blocks that share a
+            matrix are simply more vectors.
         eps: added to the diagonal, in units of variance.
 
     Returns:
-        (G, F, F), symmetric, positive definite for eps > 0.
+        (groups, d, d), symmetric, positive definite for eps > 0.
     """
-    return _SecondMoment.apply(centred, eps)
+    return _SecondMoment.apply(maps, groups, eps)
 
 
 class _SecondMoment(torch.autograd.Function):
-    """X^T X / M + eps I. Its gradient, X (G + G^T) / M, is one product; autograd takes two."""
+    """For the gradient A of the matrix, its own is (A + A^T) v: one product; autograd takes two."""
 
     @staticmethod
-    def forward(rows: torch.Tensor, eps: float) -> torch.Tensor:
-        cov = gram(rows).div_(max(rows.shape[1], 1))
+    def forward(ctx, maps: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(maps)
+        ctx.count = max(maps.shape[0] * maps.shape[2], 1)
+        cov = outer_products(maps, groups) / ctx.count
         cov.diagonal(dim1=-2, dim2=-1).add_(eps)
         return cov
 
     @staticmethod
-    def setup_context(ctx, inputs: tuple[torch.Tensor, float], output: torch.Tensor) -> None:
-        ctx.save_for_backward(inputs[0])
-
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (rows,) = ctx.saved_tensors
-        # Transposed twice, so that the gradient lies in memory as the rows do.
-        return ((grad + grad.mT) / max(rows.shape[1], 1) @ rows.mT).mT, None
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        (maps,) = ctx.saved_tensors
+        return transform((grad + grad.mT) / ctx.count, maps), None, None
 
 
 def several_processes() -> bool:

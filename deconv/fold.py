@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 
 from .blocks import Blocks
-from .triangle import times_lower
+from .products import transform
 
 
 def fold(
@@ -16,8 +16,6 @@ def fold(
     mean: torch.Tensor,
     whiten: Mapping[str, torch.Tensor],
     blocks: Blocks,
-    *,
-    lower: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The weight and bias that act on raw patches as the given ones act on whitened patches.
 
@@ -28,23 +26,23 @@ def fold(
     Args:
         weight: (out, C, *kernel), C channels of one group.
         bias: (out,) or None, which counts as zero.
-        mean: (G, S, 1, F), or (G, S, 1, B) when all taps have the mean of their channel.
-        whiten: whitening matrices by axis, see `whiten_along`.
+        mean: (groups * C*T,), or (groups * C,) when all taps have the mean of their channel.
+        whiten: whitening matrices by axis, see `Blocks.along`.
         blocks: the view of `weight.flatten(1)` as blocks.
-        lower: the matrices are lower triangular.
 
     Returns:
         (weight, bias) of the shapes of `weight` and (out,).
     """
-    out = weight.shape[0]
-    rows = weight.reshape(blocks.groups, out // blocks.groups, -1)
+    groups = blocks.groups
+    maps = weight.reshape(groups, len(weight) // groups, -1).transpose(0, 1)  # out groups C*T
+    maps = maps.reshape(len(maps), -1, 1)
     for axis, matrix in whiten.items():
-        # Output channels before blocks: so the weight is copied in longer runs, or not at all.
-        grid = grid_along(axis, blocks.split(rows).transpose(1, 2), blocks.size)
-        rows = blocks.merge(_multiply(axis, grid, matrix, lower=lower).transpose(1, 2))
-    if mean.shape[-1] != blocks.features:
-        mean = mean.repeat_interleave(blocks.taps, dim=-1)
-    rows, shift = _Shift.apply(rows, blocks.merge(mean).mT)
+        maps = whiten_along(axis, maps, matrix.mT, blocks)
+    rows = maps.reshape(len(maps), groups, -1).transpose(0, 1)  # groups out C*T
+    mean = mean.reshape(groups, -1, 1)
+    if mean.shape[1] != rows.shape[2]:
+        mean = mean.repeat_interleave(blocks.taps, dim=1)
+    rows, shift = _Shift.apply(rows, mean)
     shift = shift.flatten()
     bias = -shift if bias is None else bias - shift
     return rows.reshape(weight.shape), bias
@@ -73,35 +71,7 @@ class _Shift(torch.autograd.Function):
 
 
 def whiten_along(
-    axis: str, rows: torch.Tensor, matrix: torch.Tensor, channels: int
+    axis: str, maps: torch.Tensor, matrix: torch.Tensor, blocks: Blocks
 ) -> torch.Tensor:
-    """D x for rows x of F = B * T features, D acting along one axis.
-
-    Args:
-        axis: "joint" (matrix F x F), "channel" (B x B, the same at every tap) or
-            "pixel" (T x T, the same for every channel).
-        rows: (G, S, M, F).
-        matrix: (G, d, d).
-        channels: B.
-
-    Returns:
-        (G, S, M, F).
-    """
-    return _multiply(axis, grid_along(axis, rows, channels), matrix.mT).flatten(3)
-
-
-def grid_along(axis: str, rows: torch.Tensor, channels: int) -> torch.Tensor:
-    """Rows (G, S, M, F) as a view with the axis last: (G, S, M, F), (.. T, B) or (.. B, T)."""
-    if axis == "joint":
-        return rows
-    grid = rows.unflatten(-1, (channels, -1))
-    return grid.mT if axis == "channel" else grid
-
-
-def _multiply(
-    axis: str, grid: torch.Tensor, matrix: torch.Tensor, *, lower: bool = False
-) -> torch.Tensor:
-    """The product along the last dimension of a grid, as (G, S, M, F) or (G, S, M, B, T)."""
-    multiply = times_lower if lower else torch.matmul
-    white = multiply(grid.flatten(1, -2), matrix).reshape(grid.shape)
-    return white.mT if axis == "channel" else white
+    """Multiply the vectors along an axis of maps (R, groups * C*T, P) by matrices (G, d, d)."""
+    return blocks.back(axis, transform(matrix, blocks.along(axis, maps)), maps.shape)

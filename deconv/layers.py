@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from functools import partial
 
 import torch
 from torch import distributed, nn
@@ -13,7 +12,7 @@ from torch.nn import functional as F
 
 from .blocks import Blocks, divide_channels
 from .covariance import average_across, centre, covariance, several_processes
-from .fold import fold, grid_along, whiten_along
+from .fold import fold, whiten_along
 from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import Window, sample_patches
 
@@ -40,11 +39,6 @@ def _blocks(
     return Blocks(groups, channels, size, taps, unit, shared)
 
 
-def _second_moment(axis: str, channels: int, rows: torch.Tensor) -> torch.Tensor:
-    """mean x x^T over the vectors x along an axis of rows (G, S, M, F)."""
-    return covariance(grid_along(axis, rows, channels).flatten(1, -2), eps=0.0)
-
-
 def _full_precision(device: torch.device) -> AbstractContextManager:
     """Autocast off: half precision overflows in squares. Nothing where there is no autocast."""
     if torch.amp.is_autocast_available(device.type):
@@ -55,9 +49,9 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
-    A layer adds `_sample(x)`: the rows (groups, M, features) to whiten, and their blocks.
+    A layer adds `_sample(x)`: the maps (N, C*T, P) of patches to whiten, and their blocks.
 
-    Buffers: `running_mean` (G, S, 1, F), for every axis of the mode one `running_<axis>` (G, d, d),
+    Buffers: `running_mean` (C*T,), for every axis of the mode one `running_<axis>` (G, d, d),
     and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
     acts as the plain convolution. The first batch replaces that start instead of joining it.
     """
@@ -83,7 +77,7 @@ class _Whitening(nn.Module):
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         self.sync_stats = sync_stats
         sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
-        mean = torch.zeros(blocks.matrices, blocks.sharing, 1, blocks.size * mean_taps)
+        mean = torch.zeros(blocks.groups * blocks.channels * mean_taps)
         buffers = {"mean": mean} | {
             axis: torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
         }
@@ -96,54 +90,63 @@ class _Whitening(nn.Module):
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
             if self.training:
-                x, rows, blocks = self._sample(x)
-                count, mean, whiten = self._estimate_whitening(rows, blocks)
+                x, maps, blocks = self._sample(x)
+                count, mean, whiten = self._estimate_whitening(maps, blocks)
                 self._update_running(count, mean, whiten)
             else:
                 mean, whiten = self._evaluation_whitening()
             return x, *self._fold(mean, whiten)
 
     def _estimate_whitening(
-        self, rows: torch.Tensor, blocks: Blocks
+        self, maps: torch.Tensor, blocks: Blocks
     ) -> tuple[int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """M, mean (G, S, 1, F) and whitening matrices by axis of (groups, M, features) rows."""
-        rows = rows.to(torch.promote_types(rows.dtype, torch.float32))
-        mean, rows = centre(blocks.split(rows))
+        """Patches, mean (C*T,) and whitening matrices by axis of maps (N, C*T, P)."""
+        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
+        mean, maps = centre(maps)
+        count = maps.shape[0] * maps.shape[2]
         if self.sync_stats and several_processes():
-            return self._estimate_across(mean, rows, blocks.size)
+            return self._estimate_across(count, mean, maps, blocks)
         whiten: dict[str, torch.Tensor] = {}
         for axis in self.axes:
             for done, matrix in whiten.items():  # the second axis sees what the first has whitened
-                rows = whiten_along(done, rows, matrix, blocks.size)
-            vectors = grid_along(axis, rows, blocks.size).flatten(1, -2)  # G S*M' d
-            if self.root == "newton" and 2 * vectors.shape[1] < vectors.shape[2]:
-                whiten[axis] = inverse_sqrt_from_rows(vectors, self.eps, self.n_iter)
-            else:
-                whiten[axis] = inverse_sqrt(covariance(vectors, self.eps), self.n_iter, self.root)
-        return rows.shape[2], mean, whiten
+                maps = whiten_along(done, maps, matrix, blocks)
+            whiten[axis] = self._invert(blocks.along(axis, maps))
+        return count, mean.flatten(), whiten
+
+    def _invert(self, vectors: torch.Tensor) -> torch.Tensor:
+        """Inverse roots (G, d, d) of the covariances of centred vectors (R, G * d, L)."""
+        groups = self.blocks.matrices
+        side = vectors.shape[1] // groups
+        if self.root == "newton" and 2 * vectors.shape[0] * vectors.shape[2] < side:
+            rows = vectors.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)
+            return inverse_sqrt_from_rows(rows, self.eps, self.n_iter)
+        return inverse_sqrt(covariance(vectors, groups, self.eps), self.n_iter, self.root)
 
     def _estimate_across(
-        self, mean: torch.Tensor, rows: torch.Tensor, channels: int
+        self, count: int, mean: torch.Tensor, maps: torch.Tensor, blocks: Blocks
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The same of the rows of all processes, from each one's mean and centred rows.
+        """The same of the patches of all processes, from each one's mean and centred maps.
 
         Second moments add up about any point that all processes agree on. The running mean is one,
         and so near the mean that little cancels when the shift between the two is taken out. (Not
         before the first batch, when it is 0: means of hundreds of standard deviations would.)
         """
-        offset = mean - self.running_mean
+        start = self.running_mean[None, :, None]
+        offset, total = mean - start, torch.tensor(0)
         whiten: dict[str, torch.Tensor] = {}
         for axis in self.axes:
             for done, matrix in whiten.items():
-                rows, offset = (whiten_along(done, x, matrix, channels) for x in (rows, offset))
-            moment = partial(_second_moment, axis, channels)
-            second = moment(rows) + moment(offset)
-            count, shift, second = average_across(rows.shape[2], offset, second)
+                maps, offset = (whiten_along(done, x, matrix, blocks) for x in (maps, offset))
+
+            def moment(x: torch.Tensor, axis: str = axis) -> torch.Tensor:
+                return covariance(blocks.along(axis, x), blocks.matrices, eps=0.0)
+
+            total, shift, second = average_across(count, offset, moment(maps) + moment(offset))
             if not whiten:  # nothing is whitened yet, so the shift is one of raw features
-                mean = self.running_mean + shift
+                mean = start + shift
             eps = self.eps * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
             whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter, self.root)
-        return count, mean, whiten
+        return total, mean.flatten(), whiten
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
@@ -175,8 +178,7 @@ class _Whitening(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         whiten = {axis: matrix.to(dtype) for axis, matrix in whiten.items()}
-        lower = self.root == "cholesky"
-        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks, lower=lower)
+        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def whitened_weight(self) -> torch.Tensor:
@@ -304,19 +306,17 @@ class FastDeconv(_Whitening, nn.Conv2d):
         return self._conv_forward(*self._whitened(x))
 
     def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
-        """x, the rows (groups, M, features) of it that the mode looks at, and their blocks."""
+        """x, maps (N, C*T, P) of the patches of it that the mode looks at, and their blocks."""
         if self.mode == 3:  # single pixels, without the padding that would pull them to zero
             one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
             blocks = replace(self.blocks, taps=1, unit=self.blocks.unit // self.blocks.taps)
-            return *sample_patches(
-                x, Window(one, step, one, (0, 0) * len(one)), self.groups
-            ), blocks
+            return *sample_patches(x, Window(one, step, one, (0, 0) * len(one))), blocks
         step = 1 if self.mode == 4 else self.sampling_stride
         stride = tuple(step * s for s in self.stride)
         padding = tuple(self._reversed_padding_repeated_twice)
         window = Window(self.kernel_size, stride, self.dilation, padding)
         pictures = slice(None) if self.mode == 4 else self._enough(x, window)
-        return *sample_patches(x, window, self.groups, pictures), self.blocks
+        return *sample_patches(x, window, pictures), self.blocks
 
     def _enough(self, x: torch.Tensor, window: Window) -> slice:
         """Evenly spaced pictures with `rows_per_feature` rows for each feature of a matrix.
@@ -386,7 +386,7 @@ class Delinear(_Whitening, nn.Linear):
         return F.linear(*self._whitened(x))
 
     def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
-        return x, x.reshape(1, -1, self.in_features), self.blocks
+        return x, x.reshape(-1, self.in_features, 1), self.blocks
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"

@@ -1,4 +1,4 @@
-"""Feature map -> the patches a convolution sees, as rows of a matrix; and their gradient back."""
+"""Feature map -> the patches a convolution sees; and their gradient back."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Window:
 
 
 def sample_patches(
-    x: torch.Tensor, window: Window, groups: int = 1, pictures: slice = slice(None)
+    x: torch.Tensor, window: Window, pictures: slice = slice(None)
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Collect the patches of some pictures of x, and hand x on.
 
@@ -59,61 +59,57 @@ def sample_patches(
 
     Args:
         x: (N, C, *size), any number of spatial dimensions.
-        groups: convolution groups; rows of different groups are kept apart.
         pictures: which of the N are looked at.
 
     Returns:
-        x again, and rows (groups, M, C/groups * T), with M the positions in all these pictures and
-        T = prod(kernel_size); features are channel-major, as in `weight.flatten(1)`. Give this x,
-        and not the argument, to the convolution: the gradient of the rows is then added to that of
-        the convolution where it lies, instead of filling a feature map of its own with it.
+        x again, and maps (N', C * T, P) of the features of P patches in each picture that is looked
+        at, T = prod(kernel_size), channel-major as in `weight.flatten(1)`. Give this x, and not the
+        argument, to the convolution: the gradient of the maps is then added to that of the
+        convolution where it lies, instead of filling a feature map of its own with it.
 
     Raises:
         RuntimeError: x is smaller than the kernel (from torch).
     """
-    return _SamplePatches.apply(x, window, groups, pictures)
+    return _SamplePatches.apply(x, window, pictures)
 
 
 class _SamplePatches(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx, x: torch.Tensor, window: Window, groups: int, pictures: slice
+        ctx, x: torch.Tensor, window: Window, pictures: slice
     ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.window, ctx.pictures = window, pictures
-        return x, gather(x[pictures], window, groups)
+        return x, gather(x[pictures], window)
 
     @staticmethod
     def backward(
-        ctx, grad: torch.Tensor, grad_rows: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None, None]:
+        ctx, grad: torch.Tensor, grad_maps: torch.Tensor
+    ) -> tuple[torch.Tensor, None, None]:
         if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
             grad = grad.clone()
         seen = grad[ctx.pictures]
-        seen += scatter(grad_rows, seen.shape, ctx.window)
-        return grad, None, None, None
+        seen += scatter(grad_maps, seen.shape, ctx.window)
+        return grad, None, None
 
 
-def gather(x: torch.Tensor, window: Window, groups: int = 1) -> torch.Tensor:
-    """Rows (groups, M, C/groups * T) of all patches of x (N, C, *size), in one copy."""
+def gather(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """Maps (N, C * T, P) of all patches of x (N, C, *size), in one copy."""
     dims = len(window.kernel_size)
     x = F.pad(x, window.padding) if any(window.padding) else x
-    x = window.slide(x).unflatten(1, (groups, -1))
-    # groups C K... N L...: features outermost, for long inner loops and blocks that are views
-    x = x.permute(1, 2, *range(3 + dims, 3 + 2 * dims), 0, *range(3, 3 + dims))
-    return x.reshape(groups, x.shape[1 : 2 + dims].numel(), -1).mT
+    x = window.slide(x)  # N C L... K...
+    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
+    return x.flatten(2 + dims).flatten(1, 1 + dims)
 
 
-def scatter(rows: torch.Tensor, shape: Sequence[int], window: Window) -> torch.Tensor:
-    """The adjoint of `gather`: every element of rows added to its pixel of a map of `shape`."""
+def scatter(maps: torch.Tensor, shape: Sequence[int], window: Window) -> torch.Tensor:
+    """The adjoint of `gather`: every element of maps added to its pixel of pictures of `shape`."""
     dims = len(window.kernel_size)
     count, channels, *size = shape
-    patches = rows.mT.reshape(
-        channels, *window.kernel_size, count, *window.positions(size)
-    )  # C K... N L...
-    patches = patches.permute(1 + dims, 0, *range(2 + dims, 2 + 2 * dims), *range(1, 1 + dims))
+    patches = maps.reshape(count, channels, *window.kernel_size, *window.positions(size))
+    patches = patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
     before, after = window.padding[-2::-2], window.padding[::-2]
     sides = [b + n + a for b, n, a in zip(before, size, after, strict=True)]
-    padded = rows.new_zeros(count, channels, *sides)
+    padded = maps.new_zeros(count, channels, *sides)
     views = window.slide(padded)  # N C L... K...
     if all(step >= span for step, span in zip(window.stride, window.span, strict=True)):
         views.copy_(patches)

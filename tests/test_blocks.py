@@ -18,22 +18,37 @@ def test_block_below_one_is_refused():
         divide_channels(8, 0)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("axis", ["joint", "channel", "pixel"])
 @pytest.mark.parametrize("unit", [6, 3, 1])  # contiguous, channels dealt, features dealt
-def test_merge_inverts_split(shared, unit):
-    blocks = Blocks(groups=2, channels=8, size=2, taps=3, unit=unit, shared=shared)
-    x = torch.randn(2, 5, 24)
-    parts = blocks.split(x)
-    assert parts.shape == (blocks.matrices, blocks.sharing, 5, blocks.features)
-    torch.testing.assert_close(blocks.merge(parts), x, rtol=0, atol=0)
+def test_back_inverts_along(unit, axis, shared, groups):
+    blocks = Blocks(groups=groups, channels=8, size=2, taps=3, unit=unit, shared=shared)
+    x = torch.randn(5, groups * 24, 4)
+    vectors = blocks.along(axis, x)
+    side = {"joint": 6, "channel": 2, "pixel": 3}[axis]
+    assert vectors.shape[1] == blocks.matrices * side and vectors.numel() == x.numel()
+    torch.testing.assert_close(blocks.back(axis, vectors, x.shape), x, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(("unit", "axis"), [(1, "joint"), (6, "joint"), (3, "channel")])
+def test_blocks_that_share_are_views(unit, axis):
+    blocks = Blocks(1, 8, 2, 3, unit, shared=True)
+    x = torch.randn(5, 24, 4)
+    assert blocks.along(axis, x).data_ptr() == x.data_ptr()
 
 
 def test_blocks_hold_the_features_they_promise():
-    columns = torch.arange(12).reshape(1, 1, 12)  # 4 channels of 3 taps
+    columns = torch.arange(12).reshape(1, 12, 1)  # 4 channels of 3 taps
 
-    def first_block(unit):
-        return Blocks(1, 4, 2, 3, unit, shared=False).split(columns)[0].flatten().tolist()
+    def first(unit, axis="joint", shared=False):
+        blocks = Blocks(1, 4, 2, 3, unit, shared)
+        vectors = blocks.along(axis, columns)
+        return vectors[0, : vectors.shape[1] // blocks.matrices, 0].tolist()
 
-    assert first_block(6) == [0, 1, 2, 3, 4, 5]  # channels 0 and 1
-    assert first_block(3) == [0, 1, 2, 6, 7, 8]  # channels 0 and 2
-    assert first_block(1) == [0, 2, 4, 6, 8, 10]  # every second feature, as published
+    assert first(6) == [0, 1, 2, 3, 4, 5]  # channels 0 and 1
+    assert first(3) == [0, 1, 2, 6, 7, 8]  # channels 0 and 2
+    assert first(1) == [0, 2, 4, 6, 8, 10]  # every second feature, as published
+    assert first(1, shared=True) == [0, 2, 4, 6, 8, 10]
+    assert first(6, "channel") == [0, 3] and first(3, "channel") == [0, 6]
+    assert first(6, "pixel") == first(3, "pixel") == [0, 1, 2]
