@@ -9,7 +9,8 @@ from math import prod
 
 import torch
 
-SMALL = 128  # pixels of a map up to which a product gathers faster than copies do
+SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
+LONG = 512  # pixels of a line from which on single pixels are copied
 LOOKS = 4  # windows that share the pictures of a batch: each costs a round of small operations
 
 Slices = tuple[slice, ...]
@@ -66,6 +67,13 @@ class Window:
         for tap, met in enumerate(product(*dims)):
             yield tap, tuple(where for where, _ in met), tuple(pixels for _, pixels in met)
 
+    def cut(self, dims: int) -> tuple[Window, Window]:
+        """The window of the first `dims` dimensions and that of the others."""
+        last = len(self.padding) - 2 * dims
+        outer = (each[:dims] for each in (self.kernel_size, self.stride, self.dilation))
+        inner = (each[dims:] for each in (self.kernel_size, self.stride, self.dilation))
+        return Window(*outer, self.padding[last:]), Window(*inner, self.padding[:last])
+
     def _meet(self, d: int, pixels: int, positions: int) -> list[tuple[slice, slice]]:
         """Of each tap along dimension d: the positions within the map, and the pixels there."""
         step, before = self.stride[d], self.padding[-2 - 2 * d]
@@ -117,43 +125,53 @@ def share_out(
 
 
 def select_pixels(x: torch.Tensor, window: Window) -> torch.Tensor | None:
-    """The matrix (H*W, T*P) of zeros and ones that gathers the patches of a small map by a product.
+    """The matrix (pixels, T*P) of zeros and ones that gathers patches by a product.
 
     Its transpose scatters them. Matrices multiply so much faster than single pixels are fetched
-    that the zeros are paid for; for large maps they are not, and there is none.
+    that the zeros are paid for. It is that of the whole map if that is small, otherwise of its
+    lines; for very long lines there is none.
 
     Args:
         x: (N, C, *size).
     """
-    size = x.shape[2:]
-    if prod(size) > SMALL:
+    outer = _count_outer(x.shape[2:])
+    size, (_, inner) = x.shape[2 + outer :], window.cut(outer)
+    if prod(size) > LONG:
         return None
     dtype = torch.promote_types(x.dtype, torch.float32)
     single = torch.eye(prod(size), dtype=dtype, device=x.device)  # a picture for each pixel
-    return gather(single.reshape(-1, 1, *size), window).flatten(1)
+    maps = single.new_zeros(len(single), 1, inner.taps, *inner.positions(size))
+    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), inner):
+        tap.copy_(pixels)
+    return maps.flatten(1)
 
 
 def gather(x: torch.Tensor, window: Window, selection: torch.Tensor | None = None) -> torch.Tensor:
-    """Maps (N, C * T, P) of all patches of x (N, C, *size), channel-major as `weight.flatten(1)`.
+    """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
+
+    Their features are channel-major as in `weight.flatten(1)`. In large maps all positions but
+    those along a line stand with the pictures: N' P' = N P.
 
     Args:
-        selection: `select_pixels(x, window)`, for a product in the place of copies.
-
-    Returns:
-        New memory, in float32 or float64.
+        selection: `select_pixels(x, window)`; None copies.
 
     Raises:
         ValueError: x is smaller than the kernel.
     """
-    (count, channels, *size), taps = x.shape, window.taps
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    positions = window.positions(size)
-    shape = count, channels * taps, prod(positions)
+    outer, inner = window.cut(_count_outer(x.shape[2:]))
+    lines = x.to(torch.promote_types(x.dtype, torch.float32))
+    if outer.kernel_size:
+        views = _new_lines(lines, outer)
+        for line, pixels in _match(views, lines, outer):
+            line.copy_(pixels)
+        lines = _as_pictures(views, outer)
+    size = lines.shape[2:]
+    shape = len(lines), lines.shape[1] * inner.taps, inner.count(size)
     if selection is not None:
-        return (x.flatten(2).to(dtype) @ selection).reshape(shape)
-    maps = x.new_zeros(count, channels, taps, *positions, dtype=dtype)
-    for tap, where, pixels in window.split_taps(size):
-        maps[(slice(None), slice(None), tap, *where)] = x[(..., *pixels)]
+        return (lines.flatten(2) @ selection).reshape(shape)
+    maps = lines.new_zeros(*lines.shape[:2], inner.taps, *inner.positions(size))
+    for tap, pixels in _match(maps, lines, inner):
+        tap.copy_(pixels)
     return maps.reshape(shape)
 
 
@@ -161,10 +179,48 @@ def scatter(
     maps: torch.Tensor, x: torch.Tensor, window: Window, selection: torch.Tensor | None = None
 ) -> None:
     """The adjoint of `gather`: add every element of maps to its pixel of x, in place."""
-    (count, channels, *size), taps = x.shape, window.taps
+    outer, inner = window.cut(_count_outer(x.shape[2:]))
+    views = _new_lines(maps, outer, x.shape) if outer.kernel_size else None
+    lines = x if views is None else _as_pictures(views, outer)
+    size = lines.shape[2:]
     if selection is not None:
-        x += (maps.reshape(count, channels, len(selection.mT)) @ selection.mT).reshape(x.shape)
-        return
-    maps = maps.reshape(count, channels, taps, *window.positions(size))
-    for tap, where, pixels in window.split_taps(size):
-        x[(..., *pixels)] += maps[(slice(None), slice(None), tap, *where)]
+        maps = maps.reshape(*lines.shape[:2], len(selection.mT))
+        lines += (maps @ selection.mT).reshape(lines.shape)
+    else:
+        maps = maps.reshape(*lines.shape[:2], inner.taps, *inner.positions(size))
+        for tap, pixels in _match(maps, lines, inner):
+            pixels += tap
+    if views is not None:
+        for line, pixels in _match(views, x, outer):
+            pixels += line
+
+
+def _count_outer(size: Sequence[int]) -> int:
+    """Dimensions whose taps are copied as whole lines: none of a small map, else all but one."""
+    return 0 if prod(size) <= SMALL else len(size) - 1
+
+
+def _new_lines(
+    like: torch.Tensor, outer: Window, shape: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Zeros (N, C, T, *positions, line) for maps of `shape`: a view, laid out as pictures."""
+    count, channels, *size, line = like.shape if shape is None else shape
+    positions = outer.positions(size)
+    dims = range(1, 1 + len(positions))
+    lines = like.new_zeros(count, *positions, channels, outer.taps, line)
+    return lines.permute(0, len(dims) + 1, len(dims) + 2, *dims, len(dims) + 3)
+
+
+def _as_pictures(lines: torch.Tensor, outer: Window) -> torch.Tensor:
+    """(N, C, T, *positions, line) as maps (N * P, C * T, line)."""
+    dims = range(3, 3 + len(outer.kernel_size))
+    return lines.permute(0, *dims, 1, 2, -1).flatten(0, len(dims)).flatten(1, 2)
+
+
+def _match(
+    maps: torch.Tensor, x: torch.Tensor, window: Window
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tap the part of maps (N, C, T, *positions, ...) and the pixels of x that it sees."""
+    for tap, where, pixels in window.split_taps(x.shape[2 : 2 + len(window.kernel_size)]):
+        both = slice(None), slice(None)
+        yield maps[(*both, tap, *where)], x[(*both, *pixels)]

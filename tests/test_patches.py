@@ -13,8 +13,17 @@ SHAPES = [
     ((2, 5), (2, 1), (1, 2), (8, 13)),
     ((1, 1), (4, 4), (1, 1), (5, 5)),
     ((4, 2), (6, 9), (2, 1), (11, 9)),
+    ((3, 4), (2, 3), (2, 1), (12, 13)),  # line by line
+    ((2, 3), (1, 7), (1, 3), (2, 530)),  # lines too long for a product
     ((3, 3), (2, 2), (1, 1), (2, 1)),  # smaller than the kernel but for its padding
 ]
+
+
+def side_by_side(maps, count):
+    """All positions of each of `count` pictures along the last dimension."""
+    return maps.unflatten(0, (count, -1)).transpose(1, 2).flatten(2)
+
+
 PADDINGS = [(1, 2, 3, 1), (4, 4, 4, 4)]
 
 
@@ -26,7 +35,8 @@ def test_patches_equal_im2col(kernel, stride, dilation, size, padding, by_produc
     window = Window(kernel, stride, dilation, padding)
     selection = select_pixels(x, window) if by_product else None
     expected = F.unfold(F.pad(x, padding), kernel, dilation=dilation, stride=stride)  # N C*T L
-    torch.testing.assert_close(gather(x, window, selection), expected, rtol=0, atol=0)
+    maps = side_by_side(gather(x, window, selection), 2)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
     assert window.count(size) == expected.shape[2]
 
 
@@ -57,20 +67,25 @@ def test_patches_equal_a_loop_over_positions():
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_numbers_of_dimensions(dims):
     x = torch.randn(2, 4, *(6,) * dims)
-    maps = gather(x, Window((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims))
-    assert maps.shape == (2, 4 * 3**dims, 2**dims)
-    torch.testing.assert_close(
-        maps[0, :, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)]
-    )
+    window = Window((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims)
+    for selection in (None, select_pixels(x, window)):
+        maps = gather(x, window, selection)
+        assert maps.shape[1] == 4 * 3**dims and maps.numel() == x.numel()
+        torch.testing.assert_close(
+            maps[0, :, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)]
+        )
 
 
-@pytest.mark.parametrize("side", [6, 20])  # by a product and by copies
-def test_channels_last_input_gives_the_same_patches(side):
-    x, window = torch.randn(2, 4, side, 7), Window((3, 3), (2, 2), (1, 1), (1, 1, 0, 2))
+# whole maps by a product; lines by a product; pixel by pixel
+@pytest.mark.parametrize("size", [(6, 7), (20, 7), (2, 520)])
+def test_channels_last_input_gives_the_same_patches(size):
+    x, window = torch.randn(2, 4, *size), Window((2, 3), (2, 2), (1, 1), (1, 1, 0, 2))
     last = x.to(memory_format=torch.channels_last)
     selection = select_pixels(x, window)
-    assert (selection is None) == (side == 20)
-    torch.testing.assert_close(gather(last, window, selection), gather(x, window))
+    assert (selection is None) == (size[1] == 520)
+    expected = F.unfold(F.pad(x, window.padding), (2, 3), stride=2)
+    maps = gather(last, window, selection)
+    torch.testing.assert_close(side_by_side(maps, 2), expected)
 
 
 def test_a_map_smaller_than_the_kernel_is_named():
