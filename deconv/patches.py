@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import prod
 
@@ -138,12 +139,28 @@ def select_pixels(x: torch.Tensor, window: Window) -> torch.Tensor | None:
     size, (_, inner) = x.shape[2 + outer :], window.cut(outer)
     if prod(size) > LONG:
         return None
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    single = torch.eye(prod(size), dtype=dtype, device=x.device)  # a picture for each pixel
-    maps = single.new_zeros(len(single), 1, inner.taps, *inner.positions(size))
-    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), inner):
+    # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
+    traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    make = _make_selection if traced else _cached_selection
+    return make(inner, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
+
+
+def _make_selection(
+    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    single = torch.eye(prod(size), dtype=dtype, device=device)  # a picture for each pixel
+    maps = single.new_zeros(len(single), 1, window.taps, *window.positions(size))
+    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), window):
         tap.copy_(pixels)
     return maps.flatten(1)
+
+
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)  # a later backward may want to keep it
+def _cached_selection(
+    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return _make_selection(window, size, dtype, device)
 
 
 def gather(x: torch.Tensor, window: Window, selection: torch.Tensor | None = None) -> torch.Tensor:
