@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -50,6 +52,11 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
+
+
+def forward_hooks(module: nn.Module) -> dict[str, Any]:
+    """Copies of the attributes that hold a module's hooks before and after forward."""
+    return {name: copy(value) for name, value in vars(module).items() if "_forward_" in name}
 
 
 class _Whitening(nn.Module):
@@ -99,7 +106,7 @@ class _Whitening(nn.Module):
             if self.training:
                 x, count, mean, whiten = self._estimate_whitening(x, *self._sampling(x))
                 self._update_running(count, mean, whiten)
-            else:
+            else:  # folded anew: no version counter would tell a cache of all edits to the weight
                 mean, whiten = self._evaluation_whitening()
             return x, *self._fold(mean, whiten)
 
@@ -193,10 +200,31 @@ class _Whitening(nn.Module):
         weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
+    @torch.no_grad()
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the plain layer that this one is in evaluation."""
+        with _full_precision(self.weight.device):
+            return self._fold(*self._running_whitening())
+
     def whitened_weight(self) -> torch.Tensor:
         """W D with the running statistics: the kernel as raw input sees it, of weight's shape."""
+        return self._folded()[0]
+
+    def _settle(self, plain: nn.Module) -> nn.Module:
+        """`plain` with the folded weight and bias, and with the mode and forward hooks of this."""
+        if {"weight", "bias"} & vars(self).keys():  # what a hook set, perhaps long ago
+            raise ValueError(
+                f"a hook computes weight or bias of {self}: make them permanent first "
+                "(prune.remove, remove_weight_norm)"
+            )
+        weight, bias = self._folded()
         with torch.no_grad():
-            return self._fold(*self._running_whitening())[0]
+            weight = torch.empty_like(self.weight).copy_(weight)  # its memory format
+        learned = self.weight.requires_grad
+        plain.weight = nn.Parameter(weight, learned)
+        plain.bias = nn.Parameter(bias, learned if self.bias is None else self.bias.requires_grad)
+        vars(plain).update(forward_hooks(self))
+        return plain.train(self.training)
 
     def _whitening_repr(self, asked: int) -> str:
         size = self.blocks.size
@@ -345,6 +373,18 @@ class FastDeconv(_Whitening, nn.Conv2d):
         share = max(int(rows / needed), 1) if needed else 1
         return share_out(window, x.shape[2:], share, offset=rank * len(x))
 
+    def fuse(self) -> nn.Conv2d:
+        """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
+
+        It may be asked of a layer in training as well, and is then in training mode itself.
+
+        Raises:
+            ValueError: a hook computes the weight or the bias.
+        """
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        where = (self.stride, self.padding, self.dilation, self.groups)
+        return self._settle(nn.Conv2d(*shape, *where, device="meta"))
+
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
@@ -402,6 +442,10 @@ class Delinear(_Whitening, nn.Linear):
 
     def _sampling(self, x: torch.Tensor) -> tuple[list[Look], Blocks]:
         return [(slice(None), Window((1,), (1,), (1,), (0, 0)))], self.blocks
+
+    def fuse(self) -> nn.Linear:
+        """The plain linear layer that this one is in evaluation; as `FastDeconv.fuse`."""
+        return self._settle(nn.Linear(self.in_features, self.out_features, device="meta"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"
