@@ -137,7 +137,7 @@ def select_pixels(x: torch.Tensor, window: Window) -> torch.Tensor | None:
     """
     outer = _count_outer(x.shape[2:])
     size, (_, inner) = x.shape[2 + outer :], window.cut(outer)
-    if prod(size) > LONG:
+    if prod(size) > LONG or prod(size) * window.taps == 1:
         return None
     # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
     traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)

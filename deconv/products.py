@@ -23,7 +23,12 @@ def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     Returns:
         (R, G * d, L).
     """
-    return _Transform.apply(matrices, maps)
+    (groups, side, _), (count, _, length) = matrices.shape, maps.shape
+    if length > 1 and (groups == 1 or _convolves(maps)):
+        return _Transform.apply(matrices, maps)
+    rows = maps.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)  # G, R*L, d
+    rows = (rows @ matrices.mT).unflatten(1, (count, length))
+    return rows.permute(1, 0, 3, 2).reshape(maps.shape)
 
 
 def outer_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
@@ -69,14 +74,10 @@ class _OuterProducts(torch.autograd.Function):
 
 
 def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    (groups, side, _), (count, _, length) = matrices.shape, maps.shape
-    if groups == 1 and length > 1:
-        return torch.bmm(matrices.expand(count, side, side), maps)
-    if length > 1 and _convolves(maps):
-        return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
-    rows = maps.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)  # G, R*L, d
-    rows = (rows @ matrices.mT).unflatten(1, (count, length))
-    return rows.permute(1, 0, 3, 2).reshape(maps.shape)
+    groups, side, _ = matrices.shape
+    if groups == 1:
+        return torch.bmm(matrices.expand(len(maps), side, side), maps)
+    return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
 
 
 def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:

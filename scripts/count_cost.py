@@ -17,6 +17,8 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deconv import Delinear, FastDeconv
+from deconv.covariance import count_patches
+from deconv.patches import select_pixels
 from scripts.profile_layer import CONVOLUTION, NAMES
 
 BYTES = 4  # of a float32 number
@@ -51,6 +53,7 @@ class Sizes:
         out_channels, groups: of the convolution.
         seen: numbers of the input that a patch touches, 0 where no patches are copied.
         maps: numbers in all patches together.
+        pixels: that a product takes each of them from, 0 where they are copied.
         matrices: whitening matrices of an axis, G.
         sides: the side of these matrices, for each axis of the mode.
         root: "newton", "cholesky", or "spectrum" for the first by eigenvalues.
@@ -64,6 +67,7 @@ class Sizes:
     groups: int
     seen: float
     maps: int
+    pixels: int
     matrices: int
     sides: tuple[int, ...]
     root: str
@@ -83,11 +87,16 @@ def measure_sizes(
 ) -> Sizes:
     """Sizes of a layer that sees a batch of `shape` on a device."""
     x, weight = torch.empty(shape, device="meta"), layer.weight.to("meta")
-    _, maps, blocks = layer._sample(x)
-    if isinstance(layer, Delinear):
+    linear, selection = isinstance(layer, Delinear), None
+    looked = x.reshape(-1, x.shape[-1], 1) if linear else x
+    looks, blocks = layer._sampling(looked)
+    maps = count_patches(looked, looks) * blocks.groups * blocks.channels * blocks.taps
+    if linear:
         seen, out, groups = 0, F.linear(x, weight), 1
     else:
-        seen, groups = min(maps.numel(), x.numel() * len(maps) / len(x)), layer.groups
+        pictures = sum(len(x[number]) for number, _ in looks)
+        selection = select_pixels(x, looks[0][1])
+        seen, groups = min(maps, x.numel() * pictures / len(x)), layer.groups
         out = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
     by_values = layer.root == "newton" and device.type == "cpu"
     side = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
@@ -98,7 +107,8 @@ def measure_sizes(
         out_channels=len(weight),
         groups=groups,
         seen=seen,
-        maps=maps.numel(),
+        maps=maps,
+        pixels=0 if selection is None else len(selection),
         matrices=blocks.matrices,
         sides=tuple(side[axis] for axis in layer.axes),
         root="spectrum" if by_values else layer.root,
@@ -124,10 +134,13 @@ def multiply(rows: float, inner: float, columns: float, times: float = 1) -> Cos
 
 
 def patches(s: Sizes) -> Both:
-    """A copy of what is looked at; its gradient is added to that of the input."""
+    """What is looked at, taken again by the backward; its gradient joins that of the input."""
     if not s.seen:
         return Cost(), Cost()
-    return move(s.seen + s.maps), move(s.maps + 2 * s.seen)
+    product = Cost(2 * s.maps * s.pixels)
+    once = move(s.seen + s.maps) + product
+    back = move(s.maps + 2 * s.seen) + product
+    return once * len(s.sides), (once + back) * len(s.sides)
 
 
 def statistics(s: Sizes) -> Both:
@@ -136,7 +149,7 @@ def statistics(s: Sizes) -> Both:
     for number, side in enumerate(s.sides):
         for done in s.sides[:number]:  # the second axis sees what the first has whitened
             forward += multiply(done, done, s.vectors(done), s.matrices)
-            backward += multiply(done, done, s.vectors(done), 2 * s.matrices)
+            backward += multiply(done, done, s.vectors(done), 3 * s.matrices)
         if not s.few(side):
             forward += multiply(side, s.vectors(side), side, s.matrices)
             backward += multiply(side, side, s.vectors(side), s.matrices)

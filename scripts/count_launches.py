@@ -96,6 +96,7 @@ def count_on_paper(layer: nn.Module, shape: tuple[int, ...]) -> Counter[Key]:
     """
     layer = deepcopy(layer).to(META).train()
     x = torch.empty(shape, device=META, requires_grad=True)
+    layer(x)  # what is kept from the first step on is made
     launches = Launches()
     watch = LaunchWatch(launches)
     if hasattr(layer, "_update_running"):

@@ -6,8 +6,9 @@
 
 Times are of forward and backward, without loss and optimizer, medians over the rounds. A step's
 forward is that of the functions by whose names `deconv.layers` calls it; its backward runs from the
-last gradient that arrives at their results to the last that leaves for their arguments. What a
-layer takes beyond its steps counts as convolution. On a GPU the clock runs between CUDA events,
+last gradient that arrives at their results to the last that leaves for their arguments; patches are
+gathered and scattered inside the second step, and taken out of it here. What a layer takes beyond
+its steps counts as convolution. On a GPU the clock runs between CUDA events,
 gaps included in which the GPU waits for work.
 """
 
@@ -18,32 +19,33 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, wraps
 from pathlib import Path
 from statistics import median
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deconv import Delinear, FastDeconv, layers
+from deconv import Delinear, FastDeconv, covariance, layers
 from scripts import benchmark
 from util.compute import Compute
 from util.parser import Parser, whole
 
-# The names of deconv.layers and their steps; one that it does not have is passed over.
+# The names of deconv.layers and their steps.
+PATCHES, STATISTICS = "patches", "mean and covariance"
 STEPS = {
-    "sample_patches": "patches",
-    "centre": "mean and covariance",
-    "vectors_along": "mean and covariance",
-    "whiten_along": "mean and covariance",
-    "covariance": "mean and covariance",
+    "gather": PATCHES,
+    "measure_patches": STATISTICS,
     "inverse_sqrt": "root",
     "inverse_sqrt_from_rows": "root",
     "fold": "fold",
 }
+# The names of deconv.covariance that are patches' part of the second step.
+INSIDE, PARTS = "patches inside", ("gather", "scatter", "select_pixels")
 NAMES = tuple(dict.fromkeys(STEPS.values()))
 DIRECTIONS = ("forward", "backward")
 ARCH = "vgg11"
@@ -92,7 +94,23 @@ class Stopwatch:
             args, kwargs = map_tensors(leaving, (args, kwargs))
             with self.span(self.layer, step, self.direction):
                 result = function(*args, **kwargs)
-            return map_tensors(partial(note_arriving, note=backward.start), result)
+            arriving = partial(self.enter, self.layer, backward)
+            return map_tensors(partial(note_arriving, note=arriving), result)
+
+        return call
+
+    def enter(self, layer: str, backward: Span) -> None:
+        """Begin the backward of a step of a layer."""
+        self.layer = layer
+        backward.start()
+
+    def timed_inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function under the clock, in whatever step of a layer it is called."""
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.span(self.layer, INSIDE, self.direction):
+                return function(*args, **kwargs)
 
         return call
 
@@ -105,14 +123,14 @@ class Stopwatch:
                 for parameter in layer.parameters():  # a first layer has no other end
                     stop = lambda _, name=name: self.backward_of[name].stop()
                     parameter.register_post_accumulate_grad_hook(stop)
-        plain = {name: getattr(layers, name) for name in STEPS if hasattr(layers, name)}
-        try:
-            for name, function in plain.items():
-                setattr(layers, name, self.timed(function, STEPS[name]))
+        with ExitStack() as stack:
+            for name, step in STEPS.items():
+                timed = self.timed(getattr(layers, name), step)
+                stack.enter_context(patch.object(layers, name, timed))
+            for name in PARTS:
+                timed = self.timed_inside(getattr(covariance, name))
+                stack.enter_context(patch.object(covariance, name, timed))
             yield
-        finally:
-            for name, function in plain.items():
-                setattr(layers, name, function)
 
     def read(self) -> Counter[Key]:
         """Seconds since the last reading."""
@@ -287,6 +305,9 @@ def divide(seconds: Counter[Key]) -> Counter[Key]:
         elif step == LAYER:
             parts[layer, CONVOLUTION, direction] += value
             parts["", REST, direction] -= value
+        elif step == INSIDE:
+            parts[layer, PATCHES, direction] += value
+            parts[layer, STATISTICS, direction] -= value
         else:
             parts[layer, step, direction] += value
             parts[layer, CONVOLUTION, direction] -= value

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from deconv.covariance import count_patches
 from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
 
 BYTES = 4  # of a float32 number
@@ -85,7 +86,9 @@ def row_size(model: nn.Module, side: int) -> float:
     sizes, pictures = [], 9  # so many that no layer is short of rows
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
-        sizes.append(module._sample(inputs[0])[1].numel())
+        x = inputs[0] if inputs[0].dim() > 2 else inputs[0].unsqueeze(-1)
+        looks, blocks = module._sampling(x)
+        sizes.append(count_patches(x, looks) * blocks.groups * blocks.channels * blocks.taps)
 
     for module in model.modules():
         if hasattr(module, "axes"):

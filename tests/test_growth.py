@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deconv import Delinear, FastDeconv
+from deconv.patches import Window, gather
 from scripts import count_cost, count_launches, estimate_gpu, growth, growth_page
 from scripts.count_cost import Cost
 from scripts.estimate_gpu import Gpu
@@ -78,11 +79,11 @@ def test_a_cholesky_factor_and_its_inverse():
 def test_bytes_of_patches_are_those_of_the_tensors():
     layer = FastDeconv(4, 4, 3, padding=1)
     x = torch.randn(2, 4, 9, 9)
-    maps = layer._sample(x)[1].nbytes
+    maps = gather(x, Window((3, 3), (3, 3), (1, 1), (1, 1, 1, 1))).nbytes
     forward, backward = count(layer, x.shape)["patches"]
     seen = min(maps, x.nbytes)
-    assert (forward.bytes, backward.bytes) == (maps + seen, maps + 2 * seen)
-    assert forward.flops == 0
+    assert (forward.bytes, backward.bytes) == (maps + seen, 2 * maps + 3 * seen)
+    assert forward.flops == 2 * (maps // 4) * 81  # each from a picture of 9 x 9, by a product
 
 
 def test_launches_of_a_twin_are_known():

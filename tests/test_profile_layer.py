@@ -33,7 +33,7 @@ def test_the_parts_add_up_to_the_whole(words):
 
 
 def test_every_step_is_seen_in_both_directions():
-    for parts in profile("--layer", "8,8,9"):
+    for parts in profile("--layer", "8,8,9", "--batch-size", "8"):
         for step in (*NAMES, CONVOLUTION):
             assert all(parts["", step, direction] > 0 for direction in DIRECTIONS), step
 
@@ -63,7 +63,7 @@ def test_time_is_counted_where_it_is_spent(monkeypatch):
     rounds = profile("--layer", "8,8,16", "--batch-size", "8")  # rows enough for that root
     assert profile_layer.find(rounds, step="root", direction="forward") >= 50
     assert profile_layer.find(rounds, step="root", direction="backward") >= 100
-    assert profile_layer.find(rounds, step="root") > 0.7 * profile_layer.find(rounds, step=WHOLE)
+    assert profile_layer.find(rounds, step="root") > 0.5 * profile_layer.find(rounds, step=WHOLE)
 
 
 def test_profiling_leaves_the_functions_and_the_result_alone():
