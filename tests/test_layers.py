@@ -146,7 +146,7 @@ def test_whitened_patches_have_identity_covariance(layout, shared):
 
 
 def test_five_steps_whiten_down_to_their_floor():
-    layer = FastDeconv(2, 18, 3, padding=1, mode=4, eps=1e-9, block=2)
+    layer = FastDeconv(2, 18, 3, padding=1, mode=4, eps=1e-9, block=2, root="newton")
     layer.weight.data = torch.eye(18).reshape(18, 2, 3, 3)
     x = pictures(40, 2)
     rows = layer(x).permute(1, 0, 2, 3).flatten(1)
@@ -282,7 +282,7 @@ def test_groups_whiten_like_separate_layers():
 
 def test_delinear_is_the_same_path_as_a_1x1_convolution():
     linear = Delinear(12, 5, block=4)
-    conv = FastDeconv(12, 5, 1, block=4, sampling_stride=1, rows_per_feature=0)
+    conv = FastDeconv(12, 5, 1, block=4, sampling_stride=1, root="newton")
     conv.weight.data, conv.bias.data = linear.weight.data[..., None, None], linear.bias.data
     x = torch.randn(30, 12)
     torch.testing.assert_close(linear(x), conv(x[..., None, None]).flatten(1))

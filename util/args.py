@@ -60,7 +60,7 @@ def add_network_flags(
 
 # Defaults of the layers, told in the help.
 ROWS_PER_FEATURE = 0
-ROOT = "newton"
+ROOT = "cholesky"
 
 
 def add_method_flag(add: Callable[..., None]) -> None:
@@ -94,7 +94,13 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         metavar="B",
     )
     steps = whole(1, 15)  # more would lose accuracy in float32
-    add("--deconv-iter", "Newton-Schulz steps to the inverse root, up to 15", steps, 5, metavar="N")
+    add(
+        "--deconv-iter",
+        "Newton-Schulz steps to the inverse root, or whose floor it has, up to 15",
+        steps,
+        5,
+        metavar="N",
+    )
     add("--stem-iter", "in the first layer", steps, shown="as --deconv-iter", metavar="N")
     add(
         "--eps",
@@ -112,14 +118,18 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     )
     add(
         "--rows-per-feature",
-        "modes 1, 2 and 5: take the patches of the first pictures of a batch that give a matrix N "
-        "rows for each of its features; 0: of all pictures",
+        "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that a "
+        "matrix has N rows for each of its features; 0: at all that --stride leaves",
         real(least=0),
         shown=f"{ROWS_PER_FEATURE}",
         metavar="N",
     )
     roots = {"choices": ("newton", "cholesky"), "shown": ROOT}
-    add("--root", "inverse root of the covariance: symmetric, or the Cholesky factor's", **roots)
+    add(
+        "--root",
+        "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's",
+        **roots,
+    )
     layouts = {"choices": ("contiguous", "interleaved"), "shown": "interleaved"}
     add("--layout", "blocks of neighbouring channels, or channels dealt to them in turn", **layouts)
     add(
