@@ -197,7 +197,8 @@ def add_training_flags(
     )
     text = "pictures per step, over all devices together"
     add("-b --batch-size", text, whole(1, 10**6), batch_size, metavar="N")
-    add("--loss", "cross-entropy or squared error", None, "CE", choices=LOSSES)
+    text = "cross-entropy, or half the squared distance to the one-hot target"
+    add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
     add("--lr --learning-rate", "learning rate at the start", real(above=0), 0.1, metavar="LR")
     add("--momentum", "of SGD", real(least=0, below=1), 0.9, metavar="M")
