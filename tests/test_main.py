@@ -140,7 +140,7 @@ def test_logs_are_tables(finished):
     for name, first, rows in (
         ("train.log", ["epoch"], 2),
         ("test.log", ["epoch"], 2),
-        ("train_batch.log", ["epoch", "batch"], 4),  # 12 batches an epoch, every fifth
+        ("train_batch.log", ["epoch", "batch"], 4),  # 24 steps, every fifth
     ):
         header, *lines = (finished / name).read_text().splitlines()
         assert header.split("\t") == [*first, "loss", "top1", "top5", "lr", "seconds"]
@@ -238,7 +238,7 @@ def test_resume_goes_on_to_more_epochs_on_the_new_totals_schedule(finished, tmp_
     assert rates[1:] == pytest.approx(cosine, rel=1e-4)
     assert json.loads((tmp_path / "more" / "summary.json").read_text())["epochs"] == 3
     old, new = (rows(folder / "train_batch.log") for folder in (finished, tmp_path / "more"))
-    assert new[:3] == old[:3] and len(new) == 7  # the header and two rows of each epoch
+    assert new[:3] == old[:3] and len(new) == 8  # the header and every fifth step
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):

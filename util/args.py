@@ -294,7 +294,7 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
-    text = "batches between two rows of train_batch.log"
+    text = "steps between two rows of train_batch.log and two points in TensorBoard"
     add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)
