@@ -67,7 +67,7 @@ def train_one_epoch(
     model.train()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+    with progress_bar(islice(loader, steps), title, total=steps) as bar:
         for step, batch in enumerate(bar, start=1):
             images, targets = compute.place_batch(*batch)
             try:
@@ -113,7 +113,7 @@ def evaluate(
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+    with progress_bar(islice(loader, steps), title, total=steps) as bar:
         for batch in bar:
             meters.add(_forward(model, criterion, compute, *compute.place_batch(*batch))[1])
             _show(bar, meters)
