@@ -75,6 +75,11 @@ def test_values_out_of_range_are_refused_by_name(capsys, line):
     assert flag in message and value in message
 
 
+@pytest.mark.parametrize("flag", ["--data", "--out", "--run-dir", "--resume"])
+def test_places_without_a_name_are_refused(capsys, flag):
+    assert flag in refusal(capsys, f"{flag}=")
+
+
 def test_unknown_and_shortened_flags_are_refused(capsys):
     assert "--momentums" in refusal(capsys, "--momentums .5")
     assert "--num-group" in refusal(capsys, "--num-group 8")

@@ -254,7 +254,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
         ("--arch vgg11", "--arch is 'simple_v2' in the checkpoint, 'vgg11' in this run"),
         ("--mode 3", "--mode is 5 in the checkpoint, 3 in this run"),
         ("--lr .05", "--lr is 0.1 in the checkpoint, 0.05 in this run"),
-        ("--block 8", "--num-groups is 16 in the checkpoint, 8 in this run"),
+        ("--block 8", "--block is 16 in the checkpoint, 8 in this run"),
         ("--seed 3", "--seed is 0 in the checkpoint, 3 in this run"),
     ],
 )

@@ -10,7 +10,7 @@ from typing import Any
 from .compute import PRECISIONS
 from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
-from .parser import Parser, meeting_url, real, str2bool, whole
+from .parser import Parser, meeting_url, place, real, str2bool, whole
 
 YES = {"action": "store_true", "default": False, "shown": ""}  # a flag without a value
 
@@ -112,8 +112,8 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     )
     add(
         "--rows-per-feature",
-        "modes 1, 2 and 5: take the patches of the first pictures of a batch that give a matrix N "
-        "rows for each of its features; 0: of all pictures",
+        "modes 1, 2 and 5: take the patches of so many pictures of a batch, evenly spaced, that a "
+        "matrix has N rows for each of its features; 0: of all pictures",
         real(least=0),
         shown=f"{ROWS_PER_FEATURE}",
         metavar="N",
@@ -138,7 +138,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         "--data",
         "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
         "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits takes none",
-        None,
+        place,
         "./data",
         metavar="DIR",
     )
@@ -156,7 +156,7 @@ def add_imagenet_flags(parser: Parser) -> None:
     """The pictures of main_imagenet.py, and what is done with them."""
     add = parser.add_group("data")
     text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
-    add("data", text, nargs="?", metavar="DIR")
+    add("data", text, place, nargs="?", metavar="DIR")
     add("--dummy", "noise in place of pictures, for timing without data", **YES)
     size = whole(SMALLEST, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
@@ -273,10 +273,11 @@ def add_output_flags(parser: Parser) -> None:
     add(
         "--out",
         "runs go to DIR/<dataset>-<arch>-<kind>/<time>/, cached statistics of data sets to DIR",
+        place,
         shown="./runs, or the parent of --run-dir",
         metavar="DIR",
     )
-    add("--run-dir", "the run goes exactly here instead", metavar="DIR")
+    add("--run-dir", "the run goes exactly here instead", place, metavar="DIR")
     add(
         "--resume",
         "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
@@ -284,7 +285,7 @@ def add_output_flags(parser: Parser) -> None:
         "Flags left out are the checkpoint's, but for those about GPUs and machines, and "
         "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
         "that of the new total, so the rate rises to its curve",
-        os.path.expanduser,
+        place,
         metavar="FILE",
     )
     add(

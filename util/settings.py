@@ -203,8 +203,8 @@ def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
 def _method_rules(flags: Namespace) -> Rules:
     """simple_v1 and mlp: the method decides which layers there are."""
     whitens, named = flags.method != 1, f"--method {flags.method}"
-    for name in ("method", "deconv"):
-        yield name, flags.deconv == whitens, f"contradicts {named}, --deconv {flags.deconv}"
+    for name, other in (("method", f"--deconv {flags.deconv}"), ("deconv", named)):
+        yield name, flags.deconv == whitens, f"contradicts {other}"
     for name in ("mode", "num_groups", "root", "rows_per_feature"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks --method decides"
     for name in ("eps", "deconv_iter", "sync_stats"):
@@ -252,6 +252,8 @@ def _device_rules(flags: Namespace) -> Rules:
 def _output_rules(flags: Namespace) -> Rules:
     cached, placed = getattr(flags, "dataset", None) == "folder", flags.run_dir or flags.resume
     yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
+    never = flags.checkpoint_epoch > flags.epochs
+    yield "checkpoint_epoch", not never, f"is after the end, --epochs {flags.epochs}"
 
 
 def describe_value(value: Any) -> str:
