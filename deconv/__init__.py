@@ -1,9 +1,10 @@
 """Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
 
-    from deconv import Delinear, FastDeconv
+    from deconv import Delinear, FastDeconv, fuse
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
+    served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
 correlated. The correlation acts like a blur that gradient descent must undo. Whitening removes it:
@@ -29,11 +30,12 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | mu | (G, S, 1, F) | mean patch | `centre` |
 | Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `covariance` |
 | D | (G, F, F) | its inverse square root | `inverse_sqrt` |
-| W D | as weight | effective kernel | `fold` |
+| W D | as weight | effective kernel | `fold`, `fuse` |
 
 The package imports nothing but torch and can be copied into another project unchanged.
 """
 
+from .fuse import fuse
 from .layers import Delinear, FastDeconv
 
-__all__ = ["Delinear", "FastDeconv"]
+__all__ = ["Delinear", "FastDeconv", "fuse"]

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .products import transform
+
 
 def divide_channels(channels: int, block: int) -> int:
     """The largest divisor of `channels` not above `block`: the channels a block really gets.
@@ -112,3 +114,10 @@ class Blocks:
         after = "".join(name for name in after if name not in vector)
         middle = f"g{vector}" if self.shared else f"gn{vector}"
         return f"rg{features}p", f"r{before}", middle, f"{after}p"
+
+
+def transform_along(
+    axis: str, maps: torch.Tensor, matrix: torch.Tensor, blocks: Blocks
+) -> torch.Tensor:
+    """Multiply the vectors along an axis of maps (R, groups * C*T, P) by matrices (G, d, d)."""
+    return blocks.back(axis, transform(matrix, blocks.along(axis, maps)), maps.shape)

@@ -2,77 +2,142 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import distributed
+from torch.autograd.function import once_differentiable
 
-from .products import outer_products, transform
+from .blocks import Blocks, transform_along
+from .patches import Window, gather, scatter, select_pixels
+from .products import outer_products
+
+# Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
+# gathering to their product; elsewhere large products matter more.
+CPU_PART, PART = 2 << 20, 256 << 20
+
+Look = tuple[slice, Window]
 
 
-def centre(maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of every feature, and the patches without it.
+def measure_patches(
+    x: torch.Tensor,
+    looks: Sequence[Look],
+    blocks: Blocks,
+    axis: str,
+    before: tuple[str, torch.Tensor] | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Mean of patches of x, and their covariance along an axis.
+
+        mu = mean_p x_p,    Cov = mean v v^T  of the vectors v that `axis` makes of x_p - mu
+
+    Patches are never all in memory: they are gathered some pictures at a time, forward and again
+    backward, centred before the product (E[xx^T] - mu mu^T would cancel in float32).
 
     NOTE (differs from the published code): blocks that share a matrix keep a mean each. Pooling the
     means too leaves features off centre and their offsets inside the covariance.
 
     Args:
-        maps: (N, C*T, P), the features of P patches in each of N pictures.
+        x: (N, C, *size), any number of spatial dimensions.
+        looks: which pictures are looked at through which window; at least one.
+        blocks, axis: how a patch falls into vectors of d features, see `Blocks.along`.
+        before: an axis and its matrices by which the patches are whitened before the covariance.
 
     Returns:
-        mean (1, C*T, 1), 0 for no patches at all, and centred maps (N, C*T, P), which must be used
-        through second moments alone: see `_Centre`.
+        x again, mean (C*T,) in float32 or float64, 0 for no patches at all, and covariance
+        (G, d, d). Give this x, and not the argument, to the convolution: the gradient of the
+        statistics is then added to that of the convolution where it lies, instead of filling a
+        feature map of its own with it.
+
+    Raises:
+        ValueError: x is smaller than the kernel.
     """
-    return _Centre.apply(maps)
+    done, matrix = (None, None) if before is None else before
+    return _MeasurePatches.apply(x, matrix, done, tuple(looks), blocks, axis)
 
 
-class _Centre(torch.autograd.Function):
-    """Takes the gradient of the centred maps for centred too, and does not centre it again.
+class _MeasurePatches(torch.autograd.Function):
+    """For the gradient A of the covariance, that of v is (A + A^T) v / M: one product.
 
-    Which it is wherever they are used through second moments alone: these do not change to first
-    order when the mean is off.
+    The covariance does not change to first order when the mean is off, so no gradient goes through
+    the centring. In the last line of the backward that of the mean joins in.
     """
 
     @staticmethod
-    def forward(ctx, maps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.count = max(maps.shape[0] * maps.shape[2], 1)
-        mean = maps.sum(dim=(0, 2), keepdim=True) / ctx.count
-        return mean, maps - mean
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        matrix: torch.Tensor | None,
+        done: str | None,
+        looks: tuple[Look, ...],
+        blocks: Blocks,
+        axis: str,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        mean, cov = average_patch(x, looks), 0
+        selections = [select_pixels(x, window) for _, window in looks]
+        for (pictures, window), selection in zip(looks, selections, strict=True):
+            for part in _split(x[pictures], window):
+                maps = gather(part, window, selection).sub_(mean)
+                if matrix is not None:
+                    maps = transform_along(done, maps, matrix, blocks)
+                vectors = blocks.along(axis, maps)
+                cov = cov + outer_products(vectors, vectors, blocks.matrices)
+        ctx.save_for_backward(x, matrix, mean, *selections)
+        ctx.settings = done, looks, blocks, axis
+        ctx.patches = max(count_patches(x, looks), 1)
+        ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
+        return x, mean.flatten(), cov / ctx.vectors
 
     @staticmethod
-    def backward(ctx, grad_mean: torch.Tensor, grad_maps: torch.Tensor) -> torch.Tensor:
-        return grad_maps + grad_mean / ctx.count
+    @once_differentiable
+    def backward(
+        ctx, grad: torch.Tensor, grad_mean: torch.Tensor, grad_cov: torch.Tensor
+    ) -> tuple[torch.Tensor | None, ...]:
+        x, matrix, mean, *selections = ctx.saved_tensors
+        done, looks, blocks, axis = ctx.settings
+        symmetric = (grad_cov + grad_cov.mT) / ctx.vectors
+        grad_mean = grad_mean[:, None] / ctx.patches
+        grad_matrix = None if matrix is None else torch.zeros_like(matrix)
+        for (pictures, window), selection in zip(looks, selections, strict=True):
+            parts = (_split(each[pictures], window) for each in (x, grad))
+            for part, grad_part in zip(*parts, strict=True):
+                maps = whitened = gather(part, window, selection).sub_(mean)
+                if matrix is not None:
+                    whitened = transform_along(done, maps, matrix, blocks)
+                slope = transform_along(axis, whitened, symmetric, blocks)
+                if matrix is not None:
+                    pair = (blocks.along(done, each) for each in (slope, maps))
+                    grad_matrix += outer_products(*pair, blocks.matrices)
+                    slope = transform_along(done, slope, matrix.mT, blocks)
+                scatter(slope.add_(grad_mean), grad_part, window, selection)
+        return grad, grad_matrix, *(None,) * 4
 
 
-def covariance(maps: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
-    """Cov = mean v v^T + eps I of the vectors v of each group.
-
-    They are centred before the product: E[xx^T] - mu mu^T would cancel in float32.
-
-    Args:
-        maps: (R, groups * d, L): R * L vectors of mean zero in each group; blocks that share a
-            matrix are simply more vectors.
-        eps: added to the diagonal, in units of variance.
-
-    Returns:
-        (groups, d, d), symmetric, positive definite for eps > 0.
-    """
-    return _SecondMoment.apply(maps, groups, eps)
+def count_patches(x: torch.Tensor, looks: Sequence[Look]) -> int:
+    """Patches of x that are looked at, M."""
+    return sum(len(x[pictures]) * window.count(x.shape[2:]) for pictures, window in looks)
 
 
-class _SecondMoment(torch.autograd.Function):
-    """For the gradient A of the matrix, its own is (A + A^T) v: one product; autograd takes two."""
+def average_patch(x: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:
+    """The mean (C*T, 1) of the patches of x that are looked at, 0 for none."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    total = 0
+    for pictures, window in looks:
+        piled = x[pictures].sum(0, keepdim=True, dtype=dtype)
+        total = total + gather(piled, window)[0].sum(1, keepdim=True)
+    return total / max(count_patches(x, looks), 1)
 
-    @staticmethod
-    def forward(ctx, maps: torch.Tensor, groups: int, eps: float) -> torch.Tensor:
-        ctx.save_for_backward(maps)
-        ctx.count = max(maps.shape[0] * maps.shape[2], 1)
-        cov = outer_products(maps, groups) / ctx.count
-        cov.diagonal(dim1=-2, dim2=-1).add_(eps)
-        return cov
 
-    @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
-        (maps,) = ctx.saved_tensors
-        return transform((grad + grad.mT) / ctx.count, maps), None, None
+def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor:
+    """Mean v v^T of the vectors along an axis of maps (R, groups * C*T, P): (G, d, d)."""
+    vectors = blocks.along(axis, maps)
+    count = vectors.shape[0] * vectors.shape[2]
+    return outer_products(vectors, vectors, blocks.matrices) / max(count, 1)
+
+
+def _split(x: torch.Tensor, window: Window) -> Sequence[torch.Tensor]:
+    """x, some pictures at a time: so many that their patches fill a part of the memory."""
+    size = max(x.element_size(), 4) * x.shape[1] * window.taps * window.count(x.shape[2:])
+    return x.split(max((CPU_PART if x.device.type == "cpu" else PART) // max(size, 1), 1))
 
 
 def several_processes() -> bool:

@@ -6,8 +6,7 @@ from collections.abc import Mapping
 
 import torch
 
-from .blocks import Blocks
-from .products import transform
+from .blocks import Blocks, transform_along
 
 
 def fold(
@@ -37,7 +36,7 @@ def fold(
     maps = weight.reshape(groups, len(weight) // groups, -1).transpose(0, 1)  # out groups C*T
     maps = maps.reshape(len(maps), -1, 1)
     for axis, matrix in whiten.items():
-        maps = whiten_along(axis, maps, matrix.mT, blocks)
+        maps = transform_along(axis, maps, matrix.mT, blocks)
     rows = maps.reshape(len(maps), groups, -1).transpose(0, 1)  # groups out C*T
     mean = mean.reshape(groups, -1, 1)
     if mean.shape[1] != rows.shape[2]:
@@ -68,10 +67,3 @@ class _Shift(torch.autograd.Function):
         if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
             grad = grad.clone()
         return grad.baddbmm_(grad_shift, mean.mT), weight.mT @ grad_shift
-
-
-def whiten_along(
-    axis: str, maps: torch.Tensor, matrix: torch.Tensor, blocks: Blocks
-) -> torch.Tensor:
-    """Multiply the vectors along an axis of maps (R, groups * C*T, P) by matrices (G, d, d)."""
-    return blocks.back(axis, transform(matrix, blocks.along(axis, maps)), maps.shape)

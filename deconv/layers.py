@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from contextlib import AbstractContextManager, nullcontext
+from copy import copy
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import distributed, nn
 from torch.nn import functional as F
 
-from .blocks import Blocks, divide_channels
-from .covariance import average_across, centre, covariance, several_processes
-from .fold import fold, whiten_along
+from .blocks import Blocks, divide_channels, transform_along
+from .covariance import (
+    Look,
+    average_across,
+    count_patches,
+    measure_patches,
+    second_moment,
+    several_processes,
+)
+from .fold import fold
 from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
-from .patches import Window, sample_patches
+from .patches import Window, gather, share_out
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
 MODES: dict[int, tuple[str, ...]] = {
@@ -46,10 +54,16 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def forward_hooks(module: nn.Module) -> dict[str, Any]:
+    """Copies of the attributes that hold a module's hooks before and after forward."""
+    return {name: copy(value) for name, value in vars(module).items() if "_forward_" in name}
+
+
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
-    A layer adds `_sample(x)`: the maps (N, C*T, P) of patches to whiten, and their blocks.
+    A layer adds `_sampling(x)`: which patches of x (N, C, *size) are looked at, and how they fall
+    into blocks.
 
     Buffers: `running_mean` (C*T,), for every axis of the mode one `running_<axis>` (G, d, d),
     and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
@@ -90,63 +104,68 @@ class _Whitening(nn.Module):
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
             if self.training:
-                x, maps, blocks = self._sample(x)
-                count, mean, whiten = self._estimate_whitening(maps, blocks)
+                x, count, mean, whiten = self._estimate_whitening(x, *self._sampling(x))
                 self._update_running(count, mean, whiten)
-            else:
+            else:  # folded anew: no version counter would tell a cache of all edits to the weight
                 mean, whiten = self._evaluation_whitening()
             return x, *self._fold(mean, whiten)
 
     def _estimate_whitening(
-        self, maps: torch.Tensor, blocks: Blocks
-    ) -> tuple[int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Patches, mean (C*T,) and whitening matrices by axis of maps (N, C*T, P)."""
-        maps = maps.to(torch.promote_types(maps.dtype, torch.float32))
-        mean, maps = centre(maps)
-        count = maps.shape[0] * maps.shape[2]
-        if self.sync_stats and several_processes():
-            return self._estimate_across(count, mean, maps, blocks)
+        self, x: torch.Tensor, looks: list[Look], blocks: Blocks
+    ) -> tuple[torch.Tensor, int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """x, patches looked at, their mean (C*T,), and whitening matrices by axis."""
+        together = self.sync_stats and several_processes()
+        count = count_patches(x, looks)
+        if not together and len(looks) == 1 and self._has_few_rows(count):
+            ((pictures, window),) = looks
+            return x, count, *self._estimate_from_rows(gather(x[pictures], window))
         whiten: dict[str, torch.Tensor] = {}
-        for axis in self.axes:
-            for done, matrix in whiten.items():  # the second axis sees what the first has whitened
-                maps = whiten_along(done, maps, matrix, blocks)
-            whiten[axis] = self._invert(blocks.along(axis, maps))
-        return count, mean.flatten(), whiten
+        total, means, done = count, [], None
+        for axis in self.axes:  # the second axis sees what the first has whitened
+            x, mean, cov = measure_patches(x, looks, blocks, axis, done)
+            if together:
+                total, mean, cov = self._pool(count, mean, cov, axis, blocks, done)
+            identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+            whiten[axis] = inverse_sqrt(cov + self.eps * identity, self.n_iter, self.root)
+            means.append(mean)
+            done = axis, whiten[axis]
+        return x, total, means[0], whiten
 
-    def _invert(self, vectors: torch.Tensor) -> torch.Tensor:
-        """Inverse roots (G, d, d) of the covariances of centred vectors (R, G * d, L)."""
-        groups = self.blocks.matrices
-        side = vectors.shape[1] // groups
-        if self.root == "newton" and 2 * vectors.shape[0] * vectors.shape[2] < side:
-            rows = vectors.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)
-            return inverse_sqrt_from_rows(rows, self.eps, self.n_iter)
-        return inverse_sqrt(covariance(vectors, groups, self.eps), self.n_iter, self.root)
+    def _has_few_rows(self, count: int) -> bool:
+        """Whether the root is cheaper on the side of the rows than on that of the features."""
+        newton = self.axes == ("joint",) and self.root == "newton"
+        return newton and 0 < 2 * count * self.blocks.sharing < self.blocks.features
 
-    def _estimate_across(
-        self, count: int, mean: torch.Tensor, maps: torch.Tensor, blocks: Blocks
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """The same of the patches of all processes, from each one's mean and centred maps.
+    def _estimate_from_rows(
+        self, maps: torch.Tensor
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        mean = maps.mean(dim=(0, 2), keepdim=True)
+        vectors = self.blocks.along("joint", maps - mean)
+        rows = vectors.unflatten(1, (self.blocks.matrices, -1)).permute(1, 0, 3, 2).flatten(1, 2)
+        return mean.flatten(), {"joint": inverse_sqrt_from_rows(rows, self.eps, self.n_iter)}
+
+    def _pool(
+        self,
+        count: int,
+        mean: torch.Tensor,
+        cov: torch.Tensor,
+        axis: str,
+        blocks: Blocks,
+        done: tuple[str, torch.Tensor] | None,
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Patches of all processes, their mean and covariance, from those of each one.
 
         Second moments add up about any point that all processes agree on. The running mean is one,
         and so near the mean that little cancels when the shift between the two is taken out. (Not
         before the first batch, when it is 0: means of hundreds of standard deviations would.)
         """
-        start = self.running_mean[None, :, None]
-        offset, total = mean - start, torch.tensor(0)
-        whiten: dict[str, torch.Tensor] = {}
-        for axis in self.axes:
-            for done, matrix in whiten.items():
-                maps, offset = (whiten_along(done, x, matrix, blocks) for x in (maps, offset))
-
-            def moment(x: torch.Tensor, axis: str = axis) -> torch.Tensor:
-                return covariance(blocks.along(axis, x), blocks.matrices, eps=0.0)
-
-            total, shift, second = average_across(count, offset, moment(maps) + moment(offset))
-            if not whiten:  # nothing is whitened yet, so the shift is one of raw features
-                mean = start + shift
-            eps = self.eps * torch.eye(second.shape[-1], dtype=second.dtype, device=second.device)
-            whiten[axis] = inverse_sqrt(second - moment(shift) + eps, self.n_iter, self.root)
-        return total, mean.flatten(), whiten
+        offset = (mean - self.running_mean)[None, :, None]
+        if done is not None:
+            offset = transform_along(done[0], offset, done[1], blocks)
+        about = cov + second_moment(offset, axis, blocks)
+        total, shift, about = average_across(count, offset, about)
+        mean = self.running_mean + shift.flatten()  # that of raw features, where nothing is done
+        return total, mean, about - second_moment(shift, axis, blocks)
 
     def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
@@ -181,10 +200,31 @@ class _Whitening(nn.Module):
         weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
+    @torch.no_grad()
+    def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Weight and bias of the plain layer that this one is in evaluation."""
+        with _full_precision(self.weight.device):
+            return self._fold(*self._running_whitening())
+
     def whitened_weight(self) -> torch.Tensor:
         """W D with the running statistics: the kernel as raw input sees it, of weight's shape."""
+        return self._folded()[0]
+
+    def _settle(self, plain: nn.Module) -> nn.Module:
+        """`plain` with the folded weight and bias, and with the mode and forward hooks of this."""
+        if {"weight", "bias"} & vars(self).keys():  # what a hook set, perhaps long ago
+            raise ValueError(
+                f"a hook computes weight or bias of {self}: make them permanent first "
+                "(prune.remove, remove_weight_norm)"
+            )
+        weight, bias = self._folded()
         with torch.no_grad():
-            return self._fold(*self._running_whitening())[0]
+            weight = torch.empty_like(self.weight).copy_(weight)  # its memory format
+        learned = self.weight.requires_grad
+        plain.weight = nn.Parameter(weight, learned)
+        plain.bias = nn.Parameter(bias, learned if self.bias is None else self.bias.requires_grad)
+        vars(plain).update(forward_hooks(self))
+        return plain.train(self.training)
 
     def _whitening_repr(self, asked: int) -> str:
         size = self.blocks.size
@@ -305,31 +345,45 @@ class FastDeconv(_Whitening, nn.Conv2d):
             )
         return self._conv_forward(*self._whitened(x))
 
-    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
-        """x, maps (N, C*T, P) of the patches of it that the mode looks at, and their blocks."""
+    def _sampling(self, x: torch.Tensor) -> tuple[list[Look], Blocks]:
+        """Which patches the mode looks at, and how they fall into blocks."""
         if self.mode == 3:  # single pixels, without the padding that would pull them to zero
             one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
-            blocks = replace(self.blocks, taps=1, unit=self.blocks.unit // self.blocks.taps)
-            return *sample_patches(x, Window(one, step, one, (0, 0) * len(one))), blocks
+            window = Window(one, step, one, (0, 0) * len(one))
+            unit = self.blocks.unit // self.blocks.taps
+            return [(slice(None), window)], replace(self.blocks, taps=1, unit=unit)
         step = 1 if self.mode == 4 else self.sampling_stride
         stride = tuple(step * s for s in self.stride)
         padding = tuple(self._reversed_padding_repeated_twice)
         window = Window(self.kernel_size, stride, self.dilation, padding)
-        pictures = slice(None) if self.mode == 4 else self._enough(x, window)
-        return *sample_patches(x, window, pictures), self.blocks
+        if self.mode == 4:
+            return [(slice(None), window)], self.blocks
+        return self._look_at_enough(x, window), self.blocks
 
-    def _enough(self, x: torch.Tensor, window: Window) -> slice:
-        """Evenly spaced pictures with `rows_per_feature` rows for each feature of a matrix.
+    def _look_at_enough(self, x: torch.Tensor, window: Window) -> list[Look]:
+        """So few patches that each feature of a matrix has `rows_per_feature` rows.
 
         Several processes with equal shares, in their order, look at the same ones as one would.
         """
         together = self.sync_stats and several_processes()
         rank = distributed.get_rank() if together else 0
         count = len(x) * (distributed.get_world_size() if together else 1)
-        rows = math.prod(window.positions(x.shape[2:])) * self.blocks.sharing
-        needed = self.rows_per_feature * self.blocks.features / max(rows, 1)
-        step = max(int(count / needed), 1) if needed else 1
-        return slice(-rank * len(x) % step, None, step)
+        rows = count * window.count(x.shape[2:]) * self.blocks.sharing
+        needed = self.rows_per_feature * self.blocks.features
+        share = max(int(rows / needed), 1) if needed else 1
+        return share_out(window, x.shape[2:], share, offset=rank * len(x))
+
+    def fuse(self) -> nn.Conv2d:
+        """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
+
+        It may be asked of a layer in training as well, and is then in training mode itself.
+
+        Raises:
+            ValueError: a hook computes the weight or the bias.
+        """
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        where = (self.stride, self.padding, self.dilation, self.groups)
+        return self._settle(nn.Conv2d(*shape, *where, device="meta"))
 
     def extra_repr(self) -> str:
         return (
@@ -383,10 +437,15 @@ class Delinear(_Whitening, nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(*self._whitened(x))
+        rows, weight, bias = self._whitened(x.reshape(-1, self.in_features, 1))
+        return F.linear(rows.reshape(x.shape), weight, bias)
 
-    def _sample(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, Blocks]:
-        return x, x.reshape(-1, self.in_features, 1), self.blocks
+    def _sampling(self, x: torch.Tensor) -> tuple[list[Look], Blocks]:
+        return [(slice(None), Window((1,), (1,), (1,), (0, 0)))], self.blocks
+
+    def fuse(self) -> nn.Linear:
+        """The plain linear layer that this one is in evaluation; as `FastDeconv.fuse`."""
+        return self._settle(nn.Linear(self.in_features, self.out_features, device="meta"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
+from math import prod
 
 import torch
-from torch.nn import functional as F
+
+SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
+LONG = 512  # pixels of a line from which on single pixels are copied
+LOOKS = 4  # windows that share the pictures of a batch: each costs a round of small operations
+
+Slices = tuple[slice, ...]
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,7 @@ class Window:
         stride: distance of two patches, in input pixels.
         dilation: distance of two taps, in input pixels.
         padding: pixels of zeros, as `torch.nn.functional.pad` takes them: before and after, for the
-            last dimension first.
+            last dimension first. Negative ones leave pixels out.
     """
 
     kernel_size: tuple[int, ...]
@@ -28,93 +35,209 @@ class Window:
     padding: tuple[int, ...]
 
     @property
-    def span(self) -> tuple[int, ...]:
-        """Pixels that a patch reaches over."""
-        return tuple((k - 1) * d + 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+    def taps(self) -> int:
+        """Pixels of a patch, T."""
+        return prod(self.kernel_size)
 
     def positions(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Patches along each dimension of a map of `size` without its padding."""
-        both = [sum(self.padding[i : i + 2]) for i in range(0, len(self.padding), 2)][::-1]
-        return tuple(
-            (n + pad - span) // step + 1
-            for n, pad, span, step in zip(size, both, self.span, self.stride, strict=True)
-        )
+        """Patches along each dimension of a map of `size` without its padding.
 
-    def slide(self, x: torch.Tensor) -> torch.Tensor:
-        """All patches of a padded map: a view (N, C, *positions, *kernel_size)."""
-        for dim, (span, step, d) in enumerate(
-            zip(self.span, self.stride, self.dilation, strict=True), start=2
-        ):
-            x = x.unfold(dim, span, step)[..., ::d]
-        return x
+        Raises:
+            ValueError: the map is smaller than the kernel.
+        """
+        found = []
+        for d, n in enumerate(size):
+            span = (self.kernel_size[d] - 1) * self.dilation[d] + 1
+            padded = n + sum(self.padding[-2 - 2 * d :][:2])
+            if padded < span:
+                raise ValueError(
+                    f"input of {(*size,)} pixels, padding {self.padding}, is smaller "
+                    f"than the kernel {self.kernel_size}"
+                )
+            found.append((padded - span) // self.stride[d] + 1)
+        return tuple(found)
+
+    def count(self, size: Sequence[int]) -> int:
+        """Patches of a map of `size`, P."""
+        return prod(self.positions(size))
+
+    def split_taps(self, size: Sequence[int]) -> Iterator[tuple[int, Slices, Slices]]:
+        """Each tap by number, the positions where it meets a pixel, and these pixels."""
+        sides = zip(size, self.positions(size), strict=True)
+        dims = [self._meet(d, *side) for d, side in enumerate(sides)]
+        for tap, met in enumerate(product(*dims)):
+            yield tap, tuple(where for where, _ in met), tuple(pixels for _, pixels in met)
+
+    def cut(self, dims: int) -> tuple[Window, Window]:
+        """The window of the first `dims` dimensions and that of the others."""
+        last = len(self.padding) - 2 * dims
+        outer = (each[:dims] for each in (self.kernel_size, self.stride, self.dilation))
+        inner = (each[dims:] for each in (self.kernel_size, self.stride, self.dilation))
+        return Window(*outer, self.padding[last:]), Window(*inner, self.padding[:last])
+
+    def _meet(self, d: int, pixels: int, positions: int) -> list[tuple[slice, slice]]:
+        """Of each tap along dimension d: the positions within the map, and the pixels there."""
+        step, before = self.stride[d], self.padding[-2 - 2 * d]
+        met = []
+        for k in range(self.kernel_size[d]):
+            first = k * self.dilation[d] - before  # the pixel that position 0 sees
+            low = max(0, -(first // step))
+            high = max(low, min(positions, (pixels - 1 - first) // step + 1))
+            start = low * step + first
+            met.append((slice(low, high), slice(start, start + (high - low) * step, step)))
+        return met
+
+    def thin_out(self, steps: Sequence[int], corner: Sequence[int]) -> Window:
+        """Every so-many-th position along each dimension, beginning at `corner`."""
+        stride = tuple(s * step for s, step in zip(self.stride, steps, strict=True))
+        padding = list(self.padding)
+        for d, (s, first) in enumerate(zip(self.stride, corner, strict=True)):
+            padding[-2 - 2 * d] -= s * first
+        return Window(self.kernel_size, stride, self.dilation, tuple(padding))
 
 
-def sample_patches(
-    x: torch.Tensor, window: Window, pictures: slice = slice(None)
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Collect the patches of some pictures of x, and hand x on.
+def share_out(
+    window: Window, size: Sequence[int], share: int, offset: int = 0
+) -> list[tuple[slice, Window]]:
+    """One in `share` of all patches of a batch: which pictures are seen through which window.
 
-    A stride above the kernel size visits only some pixels, which is what makes sampled statistics
-    cheap.
+    Patches of one picture are alike, so many pictures with few patches each tell more than the
+    reverse. The pictures take turns with up to `LOOKS` windows, each of which has positions of its
+    own, that together are all; only then pictures are left out.
 
     Args:
-        x: (N, C, *size), any number of spatial dimensions.
-        pictures: which of the N are looked at.
+        size: of the maps, in pixels.
+        share: 1 for all.
+        offset: number of the first picture, where several processes share a batch.
+    """
+    positions = window.positions(size)
+    steps = [1] * len(positions)
+    while 2 * prod(steps) <= min(share, LOOKS):
+        d = max(range(len(steps)), key=lambda d: positions[d] / steps[d])
+        if positions[d] < 2 * steps[d]:
+            break
+        steps[d] *= 2
+    turns = share // prod(steps)
+    every = turns * prod(steps)
+    return [
+        (slice((turn * turns - offset) % every, None, every), window.thin_out(steps, corner))
+        for turn, corner in enumerate(product(*map(range, steps)))
+    ]
 
-    Returns:
-        x again, and maps (N', C * T, P) of the features of P patches in each picture that is looked
-        at, T = prod(kernel_size), channel-major as in `weight.flatten(1)`. Give this x, and not the
-        argument, to the convolution: the gradient of the maps is then added to that of the
-        convolution where it lies, instead of filling a feature map of its own with it.
+
+def select_pixels(x: torch.Tensor, window: Window) -> torch.Tensor | None:
+    """The matrix (pixels, T*P) of zeros and ones that gathers patches by a product.
+
+    Its transpose scatters them. Matrices multiply so much faster than single pixels are fetched
+    that the zeros are paid for. It is that of the whole map if that is small, otherwise of its
+    lines; for very long lines there is none.
+
+    Args:
+        x: (N, C, *size).
+    """
+    outer = _count_outer(x.shape[2:])
+    size, (_, inner) = x.shape[2 + outer :], window.cut(outer)
+    if prod(size) > LONG:
+        return None
+    # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
+    traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+    make = _make_selection if traced else _cached_selection
+    return make(inner, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
+
+
+def _make_selection(
+    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    single = torch.eye(prod(size), dtype=dtype, device=device)  # a picture for each pixel
+    maps = single.new_zeros(len(single), 1, window.taps, *window.positions(size))
+    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), window):
+        tap.copy_(pixels)
+    return maps.flatten(1)
+
+
+@lru_cache(maxsize=128)
+@torch.inference_mode(False)  # a later backward may want to keep it
+def _cached_selection(
+    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    return _make_selection(window, size, dtype, device)
+
+
+def gather(x: torch.Tensor, window: Window, selection: torch.Tensor | None = None) -> torch.Tensor:
+    """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
+
+    Their features are channel-major as in `weight.flatten(1)`. In large maps all positions but
+    those along a line stand with the pictures: N' P' = N P.
+
+    Args:
+        selection: `select_pixels(x, window)`; None copies.
 
     Raises:
-        RuntimeError: x is smaller than the kernel (from torch).
+        ValueError: x is smaller than the kernel.
     """
-    return _SamplePatches.apply(x, window, pictures)
+    outer, inner = window.cut(_count_outer(x.shape[2:]))
+    lines = x.to(torch.promote_types(x.dtype, torch.float32))
+    if outer.kernel_size:
+        views = _new_lines(lines, outer)
+        for line, pixels in _match(views, lines, outer):
+            line.copy_(pixels)
+        lines = _as_pictures(views, outer)
+    size = lines.shape[2:]
+    shape = len(lines), lines.shape[1] * inner.taps, inner.count(size)
+    if selection is not None:
+        return (lines.flatten(2) @ selection).reshape(shape)
+    maps = lines.new_zeros(*lines.shape[:2], inner.taps, *inner.positions(size))
+    for tap, pixels in _match(maps, lines, inner):
+        tap.copy_(pixels)
+    return maps.reshape(shape)
 
 
-class _SamplePatches(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx, x: torch.Tensor, window: Window, pictures: slice
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.window, ctx.pictures = window, pictures
-        return x, gather(x[pictures], window)
-
-    @staticmethod
-    def backward(
-        ctx, grad: torch.Tensor, grad_maps: torch.Tensor
-    ) -> tuple[torch.Tensor, None, None]:
-        if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
-            grad = grad.clone()
-        seen = grad[ctx.pictures]
-        seen += scatter(grad_maps, seen.shape, ctx.window)
-        return grad, None, None
-
-
-def gather(x: torch.Tensor, window: Window) -> torch.Tensor:
-    """Maps (N, C * T, P) of all patches of x (N, C, *size), in one copy."""
-    dims = len(window.kernel_size)
-    x = F.pad(x, window.padding) if any(window.padding) else x
-    x = window.slide(x)  # N C L... K...
-    x = x.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    return x.flatten(2 + dims).flatten(1, 1 + dims)
+def scatter(
+    maps: torch.Tensor, x: torch.Tensor, window: Window, selection: torch.Tensor | None = None
+) -> None:
+    """The adjoint of `gather`: add every element of maps to its pixel of x, in place."""
+    outer, inner = window.cut(_count_outer(x.shape[2:]))
+    views = _new_lines(maps, outer, x.shape) if outer.kernel_size else None
+    lines = x if views is None else _as_pictures(views, outer)
+    size = lines.shape[2:]
+    if selection is not None:
+        maps = maps.reshape(*lines.shape[:2], len(selection.mT))
+        lines += (maps @ selection.mT).reshape(lines.shape)
+    else:
+        maps = maps.reshape(*lines.shape[:2], inner.taps, *inner.positions(size))
+        for tap, pixels in _match(maps, lines, inner):
+            pixels += tap
+    if views is not None:
+        for line, pixels in _match(views, x, outer):
+            pixels += line
 
 
-def scatter(maps: torch.Tensor, shape: Sequence[int], window: Window) -> torch.Tensor:
-    """The adjoint of `gather`: every element of maps added to its pixel of pictures of `shape`."""
-    dims = len(window.kernel_size)
-    count, channels, *size = shape
-    patches = maps.reshape(count, channels, *window.kernel_size, *window.positions(size))
-    patches = patches.permute(0, 1, *range(2 + dims, 2 + 2 * dims), *range(2, 2 + dims))
-    before, after = window.padding[-2::-2], window.padding[::-2]
-    sides = [b + n + a for b, n, a in zip(before, size, after, strict=True)]
-    padded = maps.new_zeros(count, channels, *sides)
-    views = window.slide(padded)  # N C L... K...
-    if all(step >= span for step, span in zip(window.stride, window.span, strict=True)):
-        views.copy_(patches)
-    else:  # patches overlap, but those of one tap do not
-        for tap in product(*map(range, window.kernel_size)):
-            views[(..., *tap)] += patches[(..., *tap)]
-    inside = [slice(b, b + n) for b, n in zip(before, size, strict=True)]
-    return padded[(..., *inside)]
+def _count_outer(size: Sequence[int]) -> int:
+    """Dimensions whose taps are copied as whole lines: none of a small map, else all but one."""
+    return 0 if prod(size) <= SMALL else len(size) - 1
+
+
+def _new_lines(
+    like: torch.Tensor, outer: Window, shape: Sequence[int] | None = None
+) -> torch.Tensor:
+    """Zeros (N, C, T, *positions, line) for maps of `shape`: a view, laid out as pictures."""
+    count, channels, *size, line = like.shape if shape is None else shape
+    positions = outer.positions(size)
+    dims = range(1, 1 + len(positions))
+    lines = like.new_zeros(count, *positions, channels, outer.taps, line)
+    return lines.permute(0, len(dims) + 1, len(dims) + 2, *dims, len(dims) + 3)
+
+
+def _as_pictures(lines: torch.Tensor, outer: Window) -> torch.Tensor:
+    """(N, C, T, *positions, line) as maps (N * P, C * T, line)."""
+    dims = range(3, 3 + len(outer.kernel_size))
+    return lines.permute(0, *dims, 1, 2, -1).flatten(0, len(dims)).flatten(1, 2)
+
+
+def _match(
+    maps: torch.Tensor, x: torch.Tensor, window: Window
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """For each tap the part of maps (N, C, T, *positions, ...) and the pixels of x that it sees."""
+    for tap, where, pixels in window.split_taps(x.shape[2 : 2 + len(window.kernel_size)]):
+        both = slice(None), slice(None)
+        yield maps[(*both, tap, *where)], x[(*both, *pixels)]

@@ -3,11 +3,14 @@
     python scripts/benchmark.py                                  VGG-11, mode 5, blocks of 16
     python scripts/benchmark.py --arch vgg11 resnet18 --mode 5 3 --block 16 64 --json steps.json
     python scripts/benchmark.py --option shared=False --against plain --device cpu --threads 2
+    python scripts/benchmark.py --against plain --fuse --rounds 2 --eval-rounds 81
 
 A case is a network, mode, block, batch size and precision. Its two networks take their steps in
 turn in one process, in changing order, so that whatever else the machine does meets both: the ratio
 is the median over the pairs of steps, its quartiles in brackets. A step is zero_grad, forward,
-loss, backward and SGD, on random pictures that lie in place; `eval` is a forward in evaluation.
+loss, backward and SGD, on random pictures that lie in place; `eval` is a forward in evaluation,
+with --fuse of the networks as `deconv.fuse` makes them, whose convolutions then have biases like
+those of --against plain.
 Memory is the most that training steps take in a process of their own: on a GPU all tensors, on a
 CPU what the process has grown by since the imports (Linux only).
 """
@@ -34,7 +37,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deconv import FastDeconv
+from deconv import FastDeconv, fuse
 from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
 from util.checkpoint import atomic_write
 from util.compute import Compute
@@ -86,7 +89,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(json.dumps(measure_memory(cases[0], flags.memory_of, flags, device)))
         return
     environment = describe_environment(device)
-    print(f"{', '.join(environment.values())}\n\n{format_head(flags.against)}", flush=True)
+    print(f"{', '.join(environment.values())}\n\n{format_head(flags)}", flush=True)
     rows = []
     for case in cases:
         kinds = {} if flags.no_memory else {"base": flags.against, OURS: OURS}
@@ -111,6 +114,7 @@ def make_parser() -> Parser:
     add_run_flags(parser)
     add = parser.add_group("measuring")
     add("--compile", "by torch.compile", str2bool, False, nargs="?", const=True)
+    add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
     add("--no-memory", "leave memory out, which takes seconds a case", action="store_true")
     add("--json", "write all times to this file", Path, metavar="FILE")
     add("--memory-of", argparse.SUPPRESS, choices=tuple(TITLES))
@@ -133,6 +137,7 @@ def add_run_flags(parser: Parser) -> None:
     """The flags of the machine and of how often to measure."""
     add = parser.add_group("machine")
     add("--rounds", "measured steps of each network", whole(2), 11, metavar="N")
+    add("--eval-rounds", "the same in evaluation", whole(2), None, "as --rounds", metavar="N")
     add("--warmup", "steps before them", whole(0), 3, metavar="N")
     add("--threads", "CPU threads of PyTorch", whole(1, 1024), metavar="N")
     add("--device", "", None, None, "a GPU where there is one", choices=("cpu", "cuda"))
@@ -207,8 +212,8 @@ def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
 
 def make_steps(
     case: Case, kind: str, flags: argparse.Namespace, device: torch.device
-) -> tuple[nn.Module, Step, Step]:
-    """A network, its training step and its forward; train() and eval() are left to the caller."""
+) -> tuple[Step, Callable[[], Step]]:
+    """The training step of a network, and what ends its training and returns its evaluation."""
     torch.manual_seed(0)
     compute = Compute(device, amp=AMP[case.dtype], channels_last=flags.channels_last)
     model = compute.place(build(case, kind, flags))
@@ -225,24 +230,29 @@ def make_steps(
             loss = criterion(network(images), targets)
         compute.update(loss, optimizer)
 
-    @torch.no_grad()
-    def evaluate() -> None:
-        with compute.autocast():
-            network(images)
+    def finish() -> Step:
+        trained = fuse(model.eval()) if flags.fuse else model.eval()
+        final = torch.compile(trained) if flags.compile else trained
 
-    return model, train, evaluate
+        @torch.no_grad()
+        def evaluate() -> None:
+            with compute.autocast():
+                final(images)
+
+        return evaluate
+
+    return train, finish
 
 
 def measure_times(
     case: Case, flags: argparse.Namespace, device: torch.device
 ) -> dict[str, dict[str, Any]]:
     """train and eval of a case, each as `summarise` gives it."""
-    networks = [make_steps(case, kind, flags, device) for kind in (flags.against, OURS)]
-    how = {"rounds": flags.rounds, "warmup": flags.warmup, "device": device}
-    trained = time_in_turn(*(train for _, train, _ in networks), **how)
-    for model, _, _ in networks:
-        model.eval()
-    evaluated = time_in_turn(*(evaluate for _, _, evaluate in networks), **how)
+    steps = [make_steps(case, kind, flags, device) for kind in (flags.against, OURS)]
+    how = {"warmup": flags.warmup, "device": device}
+    trained = time_in_turn(*(train for train, _ in steps), rounds=flags.rounds, **how)
+    rounds = flags.eval_rounds or flags.rounds
+    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds=rounds, **how)
     return {"train": summarise(*trained), "eval": summarise(*evaluated)}
 
 
@@ -302,7 +312,7 @@ def measure_memory(
 ) -> float | None:
     """The most that training steps take, in MiB; None where the system does not tell."""
     before = read_resident("VmRSS")
-    _, train, _ = make_steps(case, kind, flags, device)
+    train, _ = make_steps(case, kind, flags, device)
     for _ in range(MEMORY_STEPS):
         train()
     if device.type == "cuda":
@@ -341,8 +351,10 @@ def read_processor() -> str:
     return found[1] if found else platform.machine()
 
 
-def format_head(against: str) -> str:
-    pairs = [f"{TITLES[against]}{unit} | deconv{unit}" for unit in (" (ms)", " eval (ms)", " (MB)")]
+def format_head(flags: argparse.Namespace) -> str:
+    base, ours = TITLES[flags.against], {"eval (ms)": "fused"} if flags.fuse else {}
+    units = ("(ms)", "eval (ms)", "(MB)")
+    pairs = [f"{base} {unit} | {ours.get(unit, OURS)} {unit}" for unit in units]
     titles = f"{pairs[0]} | ratio | {pairs[1]} | ratio | {pairs[2]}"
     rule = "|---|" + "---:|" * 3 + "---|" + "---:|" * 8
     return f"| network | mode | block | batch | precision | {titles} |\n{rule}"

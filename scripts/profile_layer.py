@@ -259,7 +259,7 @@ def measure(
     """
     model = compute.place(model)
     images = images.detach().to(compute.device, memory_format=compute.memory_format)
-    images.requires_grad_(isinstance(model, FastDeconv))
+    images.requires_grad_(isinstance(model, FastDeconv | Delinear))
     watch = Stopwatch(compute.device)
     with watch.attached(model):
         readings = [_run_once(model, images, compute, watch) for _ in range(warmup + rounds)]

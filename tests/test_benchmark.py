@@ -61,6 +61,34 @@ def test_networks_are_of_their_kind(against, has_norm):
     assert all((m.mode, m.block, m.layout) == (4, 64, "contiguous") for m in ours)
 
 
+@pytest.mark.parametrize("arch", ["vgg11", "resnet18", "densenet121", "resnet18d"])
+def test_a_fused_network_has_the_parameters_of_the_plain_one(arch):
+    flags = benchmark.make_parser().parse_args(SMALL)
+    case = benchmark.Case(arch, 3, 16, 2, "float32")
+    with torch.device("meta"):
+        plain, ours = (benchmark.build(case, kind, flags) for kind in ("plain", "deconv"))
+        fused = benchmark.fuse(ours.eval())
+    shapes = [{k: v.shape for k, v in m.state_dict().items()} for m in (plain, ours, fused)]
+    assert shapes[0] == shapes[2] != shapes[1]
+
+
+@pytest.mark.parametrize("flags, modes", [([], {True, False}), (["--fuse"], {True})])
+def test_with_fuse_no_layer_of_ours_evaluates(flags, modes, monkeypatch, tmp_path, capsys):
+    seen, forward = [], benchmark.FastDeconv.forward
+    monkeypatch.setattr(
+        benchmark.FastDeconv,
+        "forward",
+        lambda self, x: seen.append(self.training) or forward(self, x),
+    )
+    path = tmp_path / "times.json"
+    rounds = ["--eval-rounds", "3", "--no-memory", "--json", str(path)]
+    benchmark.main([*SMALL, *rounds, "--against", "plain", *flags])
+    assert set(seen) == modes
+    assert ("fused eval (ms)" in capsys.readouterr().out) == bool(flags)
+    (row,) = json.loads(path.read_text())["rows"]
+    assert [len(row[part]["deconv_times"]) for part in ("train", "eval")] == [2, 3]
+
+
 def test_memory_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**26)  # 256 MiB that the other process does not have
     case = benchmark.Case("simple_v2", 5, 16, 64, "float32")

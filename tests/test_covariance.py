@@ -1,35 +1,101 @@
-"""Mean and covariance against numpy, in float64."""
+"""Mean and covariance of patches against numpy and plain autograd, in float64."""
 
 import numpy as np
+import pytest
 import torch
 
-from deconv.covariance import centre, covariance
+from deconv import covariance
+from deconv.blocks import Blocks, transform_along
+from deconv.covariance import average_patch, measure_patches, second_moment
+from deconv.patches import Window, gather, share_out
+
+WINDOW = Window((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
+SIZE = (7, 6)
+LOOKS = {"all": [(slice(None), WINDOW)], "shared out": share_out(WINDOW, SIZE, 5)}
+LAYOUTS = {"interleaved": 1, "contiguous": 12}
+
+
+def pictures(n=9):
+    torch.manual_seed(0)
+    return torch.randn(n, 4, *SIZE, dtype=torch.float64).cumsum(-1) + 5
+
+
+def plain(x, looks, blocks, axis, before=None):
+    """The same from all patches at once, by autograd."""
+    rows = torch.cat([gather(x[n], w).transpose(1, 2).flatten(0, 1) for n, w in looks])  # M C*T
+    mean = rows.mean(0)
+    maps = (rows - mean)[:, :, None]
+    if before is not None:
+        maps = transform_along(before[0], maps, before[1], blocks)
+    vectors = blocks.along(axis, maps).unflatten(1, (blocks.matrices, -1))
+    cov = torch.einsum("rgdl,rgel->gde", vectors, vectors) / (len(vectors) * vectors.shape[3])
+    return mean, cov
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", ["joint", "channel", "pixel"])
+@pytest.mark.parametrize("looks", LOOKS)
+@pytest.mark.parametrize("part", [1, 10**9])  # bytes of patches at a time: a picture, all
+def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shared):
+    monkeypatch.setattr(covariance, "CPU_PART", part)
+    unit = LAYOUTS[layout] if axis == "joint" or layout == "contiguous" else 6
+    blocks = Blocks(1, 4, 2, 6, unit, shared)
+    x = pictures().requires_grad_()
+    before = None
+    if axis == "pixel":
+        matrix = torch.randn(blocks.matrices, 2, 2, dtype=torch.float64, requires_grad=True)
+        before = "channel", matrix
+    wanted = [x] if before is None else [x, matrix]
+    passed, mean, cov = measure_patches(x, LOOKS[looks], blocks, axis, before)
+    expected = plain(x, LOOKS[looks], blocks, axis, before)
+    torch.testing.assert_close((mean, cov), expected)
+    a, b, c = torch.randn_like(mean), torch.randn_like(cov), torch.randn_like(x)
+    found = torch.autograd.grad((mean * a).sum() + (cov * b).sum() + (passed * c).sum(), wanted)
+    loss = (expected[0] * a).sum() + (expected[1] * b).sum() + (x * c).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(loss, wanted))
 
 
 def test_equals_numpy_for_every_group():
-    maps = torch.randn(5, 3 * 7, 10, dtype=torch.float64) + 5
-    mean, centred = centre(maps)
-    cov = covariance(centred, 3, eps=0.01)
-    for g, x in enumerate(maps.transpose(0, 1).flatten(1).chunk(3)):
-        np.testing.assert_allclose(mean[0, 7 * g : 7 * g + 7, 0], x.mean(1))
-        expected = np.cov(x.numpy(), bias=True) + 0.01 * np.eye(7)
-        np.testing.assert_allclose(cov[g], expected, atol=1e-12)
-
-
-def test_float32_survives_an_offset_much_larger_than_the_spread():
-    maps = torch.randn(4000, 3, 1) + 3000
-    cov = covariance(centre(maps)[1], 1, eps=1e-6)
-    exact = covariance(centre(maps.double())[1], 1, eps=1e-6)
-    torch.testing.assert_close(cov, exact.float(), rtol=1e-3, atol=1e-3)
+    x = pictures()
+    blocks = Blocks(2, 2, 2, 6, 12, True)
+    _, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+    for g, rows in enumerate(gather(x, WINDOW).transpose(0, 1).flatten(1).chunk(2)):
+        np.testing.assert_allclose(mean[12 * g : 12 * g + 12], rows.mean(1))
+        np.testing.assert_allclose(cov[g], np.cov(rows.numpy(), bias=True), atol=1e-12)
 
 
 def test_gradient_matches_finite_differences():
-    maps = torch.randn(4, 6, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda m: covariance(centre(m)[1], 2, 0.1), maps)
-    assert torch.autograd.gradcheck(lambda m: centre(m)[0], maps)
+    blocks = Blocks(1, 4, 2, 6, 1, True)
+
+    def measure(x, matrix):
+        passed, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+        other = measure_patches(passed, LOOKS["all"], blocks, "joint", ("joint", matrix))
+        return mean, cov, other[2]
+
+    matrix = torch.randn(1, 12, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(measure, (pictures(3).requires_grad_(), matrix))
 
 
-def test_no_patches_have_mean_zero_and_covariance_eps():
-    mean, centred = centre(torch.empty(0, 12, 5))
-    assert mean.shape == (1, 12, 1) and not mean.any()
-    torch.testing.assert_close(covariance(centred, 3, 0.5), 0.5 * torch.eye(4).expand(3, 4, 4))
+def test_float32_survives_an_offset_much_larger_than_the_spread():
+    x, blocks = torch.randn(400, 3, 3, 3) + 3000, Blocks(1, 3, 3, 1, 3, True)
+    looks = [(slice(None), Window((1, 1), (1, 1), (1, 1), (0, 0, 0, 0)))]
+    _, _, cov = measure_patches(x, looks, blocks, "joint")
+    _, _, exact = measure_patches(x.double(), looks, blocks, "joint")
+    torch.testing.assert_close(cov, exact.float(), rtol=1e-3, atol=1e-3)
+
+
+def test_no_patches_have_mean_and_covariance_zero():
+    x, blocks = pictures(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
+    passed, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+    assert mean.shape == (24,) and not mean.any() and not cov.any()
+    (cov.sum() + mean.sum() + passed.sum()).backward()
+    assert x.grad.shape == x.shape
+    assert not average_patch(x, LOOKS["shared out"]).any()
+
+
+def test_second_moment_is_the_mean_of_outer_products():
+    maps, blocks = torch.randn(3, 24, 5, dtype=torch.float64), Blocks(1, 4, 2, 6, 12, False)
+    vectors = maps.unflatten(1, (2, 12)).transpose(0, 1).transpose(1, 2).flatten(2)  # G d M
+    expected = torch.stack([v @ v.T / 15 for v in vectors])
+    torch.testing.assert_close(second_moment(maps, "joint", blocks), expected)

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.blocks import Blocks
-from deconv.fold import fold, whiten_along
+from deconv.blocks import Blocks, transform_along
+from deconv.fold import fold
 
 BLOCKS = {
     "contiguous": Blocks(groups=2, channels=4, size=2, taps=3, unit=6, shared=False),
@@ -34,7 +34,7 @@ def test_folding_moves_the_whitening_from_the_rows_to_the_weight(name, axes):
 
     white = maps - mean[:, None]
     for axis, matrix in reversed(whiten.items()):
-        white = whiten_along(axis, white, matrix, blocks)
+        white = transform_along(axis, white, matrix, blocks)
     expected = F.conv1d(white, weight.reshape(10, 12, 1), bias, groups=2)
 
     folded, shift = fold(weight, bias, mean, whiten, blocks)
@@ -56,6 +56,6 @@ def test_no_bias_counts_as_zero_and_one_mean_a_channel_serves_all_taps():
 def test_whitening_multiplies_the_vectors_along_the_axis(axis, side):
     maps, matrix = torch.randn(5, 12, 4), square(2, side).float()
     blocks = Blocks(groups=2, channels=2, size=2, taps=3, unit=6, shared=True)
-    white = blocks.along(axis, whiten_along(axis, maps, matrix, blocks)).unflatten(1, (2, side))
+    white = blocks.along(axis, transform_along(axis, maps, matrix, blocks)).unflatten(1, (2, side))
     vectors = blocks.along(axis, maps).unflatten(1, (2, side))
     torch.testing.assert_close(white, torch.einsum("gij,rgjl->rgil", matrix, vectors))

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from deconv import Delinear, FastDeconv
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
+from deconv.patches import gather
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -51,23 +52,22 @@ def exact_root(layer, cov):
 
 def brute_force(layer, x):
     """Whiten every patch block by block with exact roots, then apply the raw weight."""
-    padded = F.pad(x, layer._reversed_padding_repeated_twice)
-    step = 1 if layer.mode == 4 else layer.sampling_stride
 
     def patches(picture, kernel, dilation, stride):  # N L C*T
         return F.unfold(picture, kernel, dilation=dilation, stride=stride).transpose(1, 2)
 
     kernel = layer.kernel_size, layer.dilation
-    seen = patches(padded, *kernel, layer.stride)
-    sample = patches(padded, *kernel, [step * s for s in layer.stride])
-    if layer.rows_per_feature and layer.mode in (1, 2, 5):
-        sharing = layer.in_channels // layer.groups // layer.block if layer.shared else 1
-        needed = layer.rows_per_feature * layer.block * layer.weight[0, 0].numel() / sharing
-        sample = sample[:: max(int(len(x) / (needed / sample.shape[1])), 1)]
-    sample = sample.flatten(0, 1)
+    seen = patches(F.pad(x, layer._reversed_padding_repeated_twice), *kernel, layer.stride)
+    looks, _ = layer._sampling(x)
     if layer.mode == 3:  # single pixels of the raw picture, repeated for every tap
-        sample = patches(x, 1, 1, step).flatten(0, 1)
+        sample = patches(x, 1, 1, layer.sampling_stride).flatten(0, 1)
         sample = sample.repeat_interleave(kernel[0][0] * kernel[0][1], dim=1)
+    else:
+        sample = [
+            patches(F.pad(x[number], window.padding), *kernel, window.stride).flatten(0, 1)
+            for number, window in looks
+        ]
+        sample = torch.cat(sample)
     white = torch.zeros_like(seen)
     for blocks in columns_of(layer):  # one group
         parts = [sample[:, block] - sample[:, block].mean(0) for block in blocks]  # M B T
@@ -418,14 +418,20 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
     monkeypatch, shares, per_feature
 ):
     layer = FastDeconv(4, 8, 3, block=2, rows_per_feature=per_feature)
-    x = torch.arange(24.0).reshape(24, 1, 1, 1).expand(24, 4, 9, 9)
-    alone = layer._sample(x)[1]
+    x = torch.arange(24.0 * 81).reshape(24, 1, 9, 9).expand(24, 4, 9, 9)
+
+    def seen(pictures):
+        looks, _ = layer._sampling(pictures)
+        maps = [gather(pictures[number], window) for number, window in looks]
+        return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in maps])
+
+    alone = seen(x)
     monkeypatch.setattr("deconv.layers.several_processes", lambda: True)
     monkeypatch.setattr("torch.distributed.get_world_size", lambda: shares)
     parts = []
     for rank, share in enumerate(x.chunk(shares)):
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
-        parts.append(layer._sample(share)[1])
-    torch.testing.assert_close(torch.cat(parts), alone)
-    # 2 blocks of 18 features, 9 patches a picture: 4 pictures have 72 rows, every 6th of 24
-    assert len(alone) == (4 if per_feature == 4 else 24)
+        parts.append(seen(share))
+    torch.testing.assert_close(torch.cat(parts).sort(dim=0)[0], alone.sort(dim=0)[0])
+    # 2 blocks of 18 features: 36 patches would have 72 rows, a 6th of 216; 4 windows take a 4th
+    assert len(alone) == (54 if per_feature == 4 else 216)

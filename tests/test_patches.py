@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.patches import Window, gather, sample_patches
+from deconv.patches import Window, gather, scatter, select_pixels, share_out
 
 SHAPES = [
     # kernel, stride, dilation, size
@@ -13,15 +13,43 @@ SHAPES = [
     ((2, 5), (2, 1), (1, 2), (8, 13)),
     ((1, 1), (4, 4), (1, 1), (5, 5)),
     ((4, 2), (6, 9), (2, 1), (11, 9)),
+    ((3, 4), (2, 3), (2, 1), (12, 13)),  # line by line
+    ((2, 3), (1, 7), (1, 3), (2, 530)),  # lines too long for a product
+    ((3, 3), (2, 2), (1, 1), (2, 1)),  # smaller than the kernel but for its padding
 ]
 
 
+def side_by_side(maps, count):
+    """All positions of each of `count` pictures along the last dimension."""
+    return maps.unflatten(0, (count, -1)).transpose(1, 2).flatten(2)
+
+
+PADDINGS = [(1, 2, 3, 1), (4, 4, 4, 4)]
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+@pytest.mark.parametrize("padding", PADDINGS)
 @pytest.mark.parametrize(("kernel", "stride", "dilation", "size"), SHAPES)
-def test_patches_equal_im2col(kernel, stride, dilation, size):
+def test_patches_equal_im2col(kernel, stride, dilation, size, padding, by_product):
     x = torch.randn(2, 6, *size, dtype=torch.float64)
-    expected = F.unfold(x, kernel, dilation=dilation, stride=stride)  # N C*T L
-    actual = gather(x, Window(kernel, stride, dilation, (0, 0, 0, 0)))
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+    window = Window(kernel, stride, dilation, padding)
+    selection = select_pixels(x, window) if by_product else None
+    expected = F.unfold(F.pad(x, padding), kernel, dilation=dilation, stride=stride)  # N C*T L
+    maps = side_by_side(gather(x, window, selection), 2)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+    assert window.count(size) == expected.shape[2]
+
+
+@pytest.mark.parametrize("by_product", [False, True])
+@pytest.mark.parametrize("padding", PADDINGS)
+@pytest.mark.parametrize(("kernel", "stride", "dilation", "size"), SHAPES)
+def test_scatter_is_the_adjoint_of_gather(kernel, stride, dilation, size, padding, by_product):
+    x, y = torch.randn(2, 2, 6, *size, dtype=torch.float64)
+    window = Window(kernel, stride, dilation, padding)
+    maps = torch.randn_like(gather(x, window))
+    before = y.clone()
+    scatter(maps, y, window, select_pixels(x, window) if by_product else None)
+    torch.testing.assert_close((maps * gather(x, window)).sum(), ((y - before) * x).sum())
 
 
 def test_patches_equal_a_loop_over_positions():
@@ -39,38 +67,45 @@ def test_patches_equal_a_loop_over_positions():
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_numbers_of_dimensions(dims):
     x = torch.randn(2, 4, *(6,) * dims)
-    maps = gather(x, Window((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims))
-    assert maps.shape == (2, 4 * 3**dims, 2**dims)
-    torch.testing.assert_close(
-        maps[0, :, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)]
-    )
+    window = Window((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims)
+    for selection in (None, select_pixels(x, window)):
+        maps = gather(x, window, selection)
+        assert maps.shape[1] == 4 * 3**dims and maps.numel() == x.numel()
+        torch.testing.assert_close(
+            maps[0, :, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)]
+        )
 
 
-def test_channels_last_input_gives_the_same_patches():
-    x, window = torch.randn(2, 4, 6, 7), Window((3, 3), (2, 2), (1, 1), (1, 1, 0, 2))
+# whole maps by a product; lines by a product; pixel by pixel
+@pytest.mark.parametrize("size", [(6, 7), (20, 7), (2, 520)])
+def test_channels_last_input_gives_the_same_patches(size):
+    x, window = torch.randn(2, 4, *size), Window((2, 3), (2, 2), (1, 1), (1, 1, 0, 2))
     last = x.to(memory_format=torch.channels_last)
-    torch.testing.assert_close(gather(last, window), gather(x, window))
+    selection = select_pixels(x, window)
+    assert (selection is None) == (size[1] == 520)
+    expected = F.unfold(F.pad(x, window.padding), (2, 3), stride=2)
+    maps = gather(last, window, selection)
+    torch.testing.assert_close(side_by_side(maps, 2), expected)
 
 
-@pytest.mark.parametrize("pictures", [slice(None), slice(1, None, 2)])
-@pytest.mark.parametrize("padding", [(0, 0, 0, 0), (1, 2, 3, 0)])
-@pytest.mark.parametrize(("kernel", "stride", "dilation", "size"), SHAPES)
-def test_gradient_of_the_patches_joins_that_of_the_pictures(
-    kernel, stride, dilation, size, padding, pictures
-):
-    window = Window(kernel, stride, dilation, padding)
-    x = torch.randn(2, 6, *size, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: sample_patches(x, window, pictures), x)
-    passed, maps = sample_patches(x, window, pictures)
-    weight, other = torch.randn_like(maps), torch.randn_like(x)
-    (actual,) = torch.autograd.grad((maps * weight).sum() + (passed * other).sum(), x)
-    plain = gather(x[pictures], window)
-    (expected,) = torch.autograd.grad((plain * weight).sum() + (x * other).sum(), x)
-    torch.testing.assert_close(actual, expected)
-    assert maps.shape[2] == torch.Size(window.positions(size)).numel()
+def test_a_map_smaller_than_the_kernel_is_named():
+    with pytest.raises(ValueError, match=r"\(2, 5\) pixels.*\(3, 3\)"):
+        gather(torch.randn(1, 1, 2, 5), Window((3, 3), (1, 1), (1, 1), (0, 0, 0, 0)))
 
 
-def test_gradient_can_be_differentiated_again():
-    window = Window((3, 3), (2, 2), (1, 1), (1, 1, 1, 1))
-    x = torch.randn(2, 2, 4, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(lambda x: sample_patches(x, window)[1].square(), x)
+@pytest.mark.parametrize("size", [(9, 12), (4, 4), (2, 1)])
+@pytest.mark.parametrize("share", [1, 2, 3, 4, 7, 1000])
+def test_pictures_take_turns_with_windows_that_together_see_everything(size, share):
+    window = Window((3, 3), (1, 2), (1, 1), (1, 1, 1, 1))
+    looks = share_out(window, size, share)
+    x = torch.arange(64.0 * 9 * 12).reshape(64, 1, 9, 12)[..., : size[0], : size[1]] + 1
+    whole = gather(x, window).transpose(1, 2).flatten(0, 1)
+    seen = [gather(x[n], part).transpose(1, 2).flatten(0, 1) for n, part in looks]
+    assert sum(map(len, seen)) >= len(whole) // share
+    assert torch.isin(torch.cat(seen)[:, 4], whole[:, 4]).all()
+    positions = torch.cat([gather(x[:1], part)[0].T for _, part in looks])
+    assert sorted(positions.tolist()) == sorted(gather(x[:1], window)[0].T.tolist())
+    numbers = [i for pictures, _ in looks for i in range(64)[pictures]]
+    assert len(set(numbers)) == len(numbers)  # no picture has two turns
+    if share < 8 and size[1] > 1:
+        assert len(looks) == min(2 ** (share.bit_length() - 1), 4)

@@ -93,6 +93,32 @@ def plot_comparison(runs: Sequence[RunCurves], path: str | Path) -> None:
     _save(figure, path)
 
 
+def plot_growth(panels: Mapping[str, tuple[Sequence[float], Columns]], path: str | Path) -> None:
+    """Milliseconds of forward and backward against each of several quantities, log-log, as a PNG.
+
+    Args:
+        panels: for each quantity its values and, by name, the milliseconds at these; the first two
+            names are drawn bold, the first in BatchNorm's colour. All panels have the same names.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    grid = figure.subplots(2, math.ceil(len(panels) / 2), sharey=True, squeeze=False)
+    colors = (BATCHNORM_COLOR, *DECONV_COLORS, "#666666")
+    for axes, (quantity, (values, lines)) in zip(grid.flat, panels.items(), strict=False):
+        axes.set(xscale="log", yscale="log")
+        for number, (name, times) in enumerate(lines.items()):
+            style = {"color": colors[number % len(colors)], "linestyle": "-" if number else "--"}
+            style |= {"marker": MARKERS[number % len(MARKERS)], "linewidth": 1 + (number < 2)}
+            axes.plot(values, times, label=name, **style)
+        _dress(axes, quantity, "milliseconds, both ways")
+        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
+        axes.minorticks_off()
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    handles, names = grid.flat[0].get_legend_handles_labels()
+    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
+    _save(figure, path)
+
+
 def draw_filters(weight: Tensor) -> Tensor:
     """A picture of convolution kernels, each stretched to black ... white, enlarged, in a grid.
 

@@ -1,0 +1,67 @@
+"""A trained network as plain convolutions and linear layers."""
+
+from __future__ import annotations
+
+import copy
+
+from torch import nn
+
+from .layers import _Whitening, forward_hooks
+
+# Modules that are set up for the very layers of the network in them, and where they keep it. By
+# name: importing the classes would take longer than this package does.
+_WRAPPERS = {
+    "DataParallel": "module",
+    "DistributedDataParallel": "module",
+    "FullyShardedDataParallel": "module",
+    "OptimizedModule": "_orig_mod",
+}
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """A copy of a trained network in which deconvolution is folded into plain layers.
+
+        y = W D (x - mu) + b = (W D) x + (b - W D mu)
+
+    Every FastDeconv becomes an `nn.Conv2d` and every Delinear an `nn.Linear` (`layer.fuse()` of
+    each) with W D as weight and b - W D mu as bias, mu and D the running statistics. Outputs are
+    those of `model.eval()` up to rounding. What occurs twice in the network is replaced once, and
+    everything else is what `copy.deepcopy` makes of it, hooks included. Of the layers that are
+    replaced, forward hooks come along, as they may change outputs; backward hooks and those of
+    state_dict do not. The input is left as it is.
+
+    Args:
+        model: in evaluation mode; may itself be a layer, and may have nothing to fuse.
+
+    Returns:
+        The copy, in evaluation mode, with the devices, dtypes, memory formats and `requires_grad`
+        of the input; a bias that a layer did not have follows its weight in these.
+
+    Raises:
+        ValueError: the model or one of its deconvolution layers is in training mode; a part of it
+            is wrapped (DistributedDataParallel, torch.compile); a hook computes a layer's weight.
+    """
+    for name, module in model.named_modules():
+        _check(name or "the model", module, evaluated=not name or isinstance(module, _Whitening))
+    layers = [module for module in model.modules() if isinstance(module, _Whitening)]
+    copies = {id(layer): layer.fuse() for layer in layers}
+    fused = copy.deepcopy(model, copies)  # which takes what is in `copies` for copied already
+    for layer in layers:  # a hook that is a method of the model becomes one of its copy
+        vars(copies[id(layer)]).update(copy.deepcopy(forward_hooks(layer), copies))
+    return fused
+
+
+def _check(name: str, module: nn.Module, *, evaluated: bool) -> None:
+    """Refuse a wrapper, and training mode where `evaluated` asks for evaluation."""
+    kind = type(module).__name__
+    for parent in type(module).__mro__:
+        if parent.__name__ in _WRAPPERS:
+            raise ValueError(
+                f"{name} is wrapped: {kind} is set up for the layers that it was made with. "
+                f"Fuse the network in it (its attribute {_WRAPPERS[parent.__name__]!r})"
+            )
+    if evaluated and module.training:
+        raise ValueError(
+            f"{name} ({kind}) is in training mode; fused layers have the running statistics, "
+            "as in evaluation: call eval() first"
+        )
