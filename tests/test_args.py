@@ -116,7 +116,12 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--layout {layout}") == {"layout": layout}
     for mode in MODES:
         assert typed(f"--mode {mode}") == {"mode": mode}
-    default = signature(FastDeconv).parameters
-    shown = main.build_script().parser.format_help()
-    assert f"({default['layout'].default})" in shown
-    assert f"share one whitening matrix ({default['shared'].default})" in " ".join(shown.split())
+
+
+def test_defaults_are_those_of_the_layers():
+    ours, theirs = main.build_script().parser.defaults(), signature(FastDeconv).parameters
+    names = {"share_blocks": "shared", "num_groups": "block", "deconv_iter": "n_iter"}
+    names |= {name: name for name in ("mode", "eps", "layout", "root", "rows_per_feature")}
+    names["stride"] = "sampling_stride"
+    for flag, keyword in names.items():
+        assert ours[flag] == theirs[keyword].default, flag

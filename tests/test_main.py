@@ -159,6 +159,8 @@ def test_summary_and_record_tell_the_run(finished):
     assert (summary["epochs"], summary["steps"], summary["kind"]) == (2, 24, "deconv-mode5")
     assert record["flags"]["num_groups_final"] == 512
     assert record["flags"]["batch_size"] == 128
+    chosen = {name: record["flags"][name] for name in ("layout", "share_blocks", "image_size")}
+    assert chosen == {"layout": "interleaved", "share_blocks": True, "image_size": 32}
 
 
 def test_checkpoint_is_tensors_and_plain_values(finished):
@@ -304,6 +306,7 @@ def test_a_checkpoint_is_found_from_home_and_may_lack_younger_flags(tmp_path, mo
     train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")
     del saved["config"]["stem_iter"]
+    saved["config"]["layout"] = None  # once the word for the default
     torch.save(saved, tmp_path / "older.pth.tar")
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("~/older.pth.tar", "~/run"):  # a file, or the folder of a run

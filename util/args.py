@@ -58,11 +58,6 @@ def add_network_flags(
     return add
 
 
-# Defaults of the layers, told in the help.
-ROWS_PER_FEATURE = 0
-ROOT = "newton"
-
-
 def add_method_flag(add: Callable[..., None]) -> None:
     add(
         "--method",
@@ -115,18 +110,18 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "modes 1, 2 and 5: take the patches of so many pictures of a batch, evenly spaced, that a "
         "matrix has N rows for each of its features; 0: of all pictures",
         real(least=0),
-        shown=f"{ROWS_PER_FEATURE}",
+        0,
         metavar="N",
     )
-    roots = {"choices": ("newton", "cholesky"), "shown": ROOT}
-    add("--root", "inverse root of the covariance: symmetric, or the Cholesky factor's", **roots)
-    layouts = {"choices": ("contiguous", "interleaved"), "shown": "interleaved"}
-    add("--layout", "blocks of neighbouring channels, or channels dealt to them in turn", **layouts)
+    text = "inverse root of the covariance: symmetric, or the Cholesky factor's"
+    add("--root", text, None, "newton", choices=("newton", "cholesky"))
+    text = "blocks of neighbouring channels, or channels dealt to them in turn"
+    add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
         "--share-blocks",
         "the blocks of a layer share one whitening matrix",
         str2bool,
-        shown=True,
+        True,
     )
 
 
@@ -146,7 +141,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         "--image-size",
         "side that pictures are brought to, in pixels",
         whole(SMALLEST, 4096),
-        shown=SMALLEST,
+        SMALLEST,
         metavar="N",
     )
     add_reading_flags(add, 0)

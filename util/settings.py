@@ -85,8 +85,11 @@ def read_settings(
     elif "resume" in typed and os.path.isdir(typed["resume"]):  # of a run
         typed["resume"] = os.path.join(typed["resume"], LATEST_NAME)
     saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
-    config = saved["config"] if saved else {}
     defaults = parser.defaults()
+    config = {
+        name: defaults.get(name) if value is None else value
+        for name, value in (saved["config"] if saved else {}).items()
+    }
     inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
     if typed.get("evaluate"):
         inherited = {name: inherited[name] for name in OF_NETWORK & inherited.keys()}
@@ -154,8 +157,6 @@ def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tupl
 
 def choose_layers(flags: Namespace) -> dict[str, Any]:
     """The flags about layers, by the names that the makers of layers give them."""
-    options = {"layout": flags.layout, "shared": flags.share_blocks, "root": flags.root}
-    options["rows_per_feature"] = flags.rows_per_feature
     return {
         "deconv": flags.deconv,
         "mode": flags.mode,
@@ -168,7 +169,10 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
         "sampling_stride": flags.stride,
         "batchnorm": flags.batchnorm,
         "sync_stats": flags.sync_stats,
-        **{name: value for name, value in options.items() if value is not None},
+        "layout": flags.layout,
+        "shared": flags.share_blocks,
+        "root": flags.root,
+        "rows_per_feature": flags.rows_per_feature,
     }
 
 
