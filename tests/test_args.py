@@ -75,6 +75,11 @@ def test_values_out_of_range_are_refused_by_name(capsys, line):
     assert flag in message and value in message
 
 
+@pytest.mark.parametrize("flag", ["--data", "--out", "--run-dir", "--resume"])
+def test_places_without_a_name_are_refused(capsys, flag):
+    assert flag in refusal(capsys, f"{flag}=")
+
+
 def test_unknown_and_shortened_flags_are_refused(capsys):
     assert "--momentums" in refusal(capsys, "--momentums .5")
     assert "--num-group" in refusal(capsys, "--num-group 8")
@@ -111,7 +116,12 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--layout {layout}") == {"layout": layout}
     for mode in MODES:
         assert typed(f"--mode {mode}") == {"mode": mode}
-    default = signature(FastDeconv).parameters
-    shown = main.build_script().parser.format_help()
-    assert f"({default['layout'].default})" in shown
-    assert f"share one whitening matrix ({default['shared'].default})" in " ".join(shown.split())
+
+
+def test_defaults_are_those_of_the_layers():
+    ours, theirs = main.build_script().parser.defaults(), signature(FastDeconv).parameters
+    names = {"share_blocks": "shared", "num_groups": "block", "deconv_iter": "n_iter"}
+    names |= {name: name for name in ("mode", "eps", "layout", "root", "rows_per_feature")}
+    names["stride"] = "sampling_stride"
+    for flag, keyword in names.items():
+        assert ours[flag] == theirs[keyword].default, flag

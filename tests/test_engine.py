@@ -69,11 +69,11 @@ def test_max_steps_ends_the_epoch_early():
     assert (figures["steps"], figures["images"]) == (2, 8)
 
 
-def test_on_batch_hears_of_every_nth_batch():
+def test_on_batch_hears_of_every_batch():
     heard = []
     report = lambda batch, figures: heard.append((batch, sorted(figures)))
-    train_one_epoch(*make_parts(), compute=CPU, on_batch=report, report_every=2)
-    assert heard == [(2, ["loss", "lr", "seconds", "top1", "top5"])]
+    train_one_epoch(*make_parts(), compute=CPU, on_batch=report)
+    assert heard == [(batch, ["loss", "lr", "seconds", "top1", "top5"]) for batch in (1, 2, 3)]
 
 
 def test_diverging_stops_before_the_weights_are_touched():
@@ -87,7 +87,6 @@ def test_diverging_stops_before_the_weights_are_touched():
             *rest,
             compute=CPU,
             on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
-            report_every=1,
             title="epoch 7",
         )
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
@@ -105,7 +104,7 @@ def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatc
     model, loader, *rest = make_parts()
     for seconds, times in ((1e6, 1), (0.0, 3)):
         monkeypatch.setattr(engine, "SHOW_SECONDS", seconds)
-        train_one_epoch(model, loader, *rest, compute=CPU, report_every=100)
+        train_one_epoch(model, loader, *rest, compute=CPU)
         evaluate(model, loader, CRITERION, compute=CPU)
         assert len(shown) == 2 * times
         shown.clear()

@@ -140,7 +140,7 @@ def test_logs_are_tables(finished):
     for name, first, rows in (
         ("train.log", ["epoch"], 2),
         ("test.log", ["epoch"], 2),
-        ("train_batch.log", ["epoch", "batch"], 4),  # 12 batches an epoch, every fifth
+        ("train_batch.log", ["epoch", "batch"], 4),  # 24 steps, every fifth
     ):
         header, *lines = (finished / name).read_text().splitlines()
         assert header.split("\t") == [*first, "loss", "top1", "top5", "lr", "seconds"]
@@ -159,6 +159,8 @@ def test_summary_and_record_tell_the_run(finished):
     assert (summary["epochs"], summary["steps"], summary["kind"]) == (2, 24, "deconv-mode5")
     assert record["flags"]["num_groups_final"] == 512
     assert record["flags"]["batch_size"] == 128
+    chosen = {name: record["flags"][name] for name in ("layout", "share_blocks", "image_size")}
+    assert chosen == {"layout": "interleaved", "share_blocks": True, "image_size": 32}
 
 
 def test_checkpoint_is_tensors_and_plain_values(finished):
@@ -238,7 +240,7 @@ def test_resume_goes_on_to_more_epochs_on_the_new_totals_schedule(finished, tmp_
     assert rates[1:] == pytest.approx(cosine, rel=1e-4)
     assert json.loads((tmp_path / "more" / "summary.json").read_text())["epochs"] == 3
     old, new = (rows(folder / "train_batch.log") for folder in (finished, tmp_path / "more"))
-    assert new[:3] == old[:3] and len(new) == 7  # the header and two rows of each epoch
+    assert new[:3] == old[:3] and len(new) == 8  # the header and every fifth step
 
 
 def test_resuming_a_finished_run_changes_nothing(finished, capsys):
@@ -254,7 +256,7 @@ def test_resuming_a_finished_run_changes_nothing(finished, capsys):
         ("--arch vgg11", "--arch is 'simple_v2' in the checkpoint, 'vgg11' in this run"),
         ("--mode 3", "--mode is 5 in the checkpoint, 3 in this run"),
         ("--lr .05", "--lr is 0.1 in the checkpoint, 0.05 in this run"),
-        ("--block 8", "--num-groups is 16 in the checkpoint, 8 in this run"),
+        ("--block 8", "--block is 16 in the checkpoint, 8 in this run"),
         ("--seed 3", "--seed is 0 in the checkpoint, 3 in this run"),
     ],
 )
@@ -304,6 +306,7 @@ def test_a_checkpoint_is_found_from_home_and_may_lack_younger_flags(tmp_path, mo
     train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")
     del saved["config"]["stem_iter"]
+    saved["config"]["layout"] = None  # once the word for the default
     torch.save(saved, tmp_path / "older.pth.tar")
     monkeypatch.setenv("HOME", str(tmp_path))
     for path in ("~/older.pth.tar", "~/run"):  # a file, or the folder of a run

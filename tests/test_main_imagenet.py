@@ -167,7 +167,7 @@ def test_a_folder_after_milestones_is_no_milestone():
     [
         ("-a resnet18 --deconv True DIR", "--deconv True does not apply to resnet18.*resnet18d"),
         ("-a resnet18d --pretrained DIR", "--pretrained True does not apply to resnet18d"),
-        ("-e DIR", "--evaluate True needs --resume FILE or --pretrained"),
+        ("-e DIR", "-e True needs --resume FILE or --pretrained"),
         ("--dummy DIR", "DIR DIR contradicts --dummy"),
         ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),
         ("--rank 1 DIR", "--rank 1 is not below --world-size 1"),

@@ -62,10 +62,10 @@ def test_schedule_continues_bit_equal_from_any_step(name):
         assert make_rates(name, start=start) == (whole[start:], end)
 
 
-def test_l2_is_the_mean_squared_distance_to_one_hot():
-    logits = torch.tensor([[0.5, 0.0, 1.0]])
-    loss = build_criterion("L2", 3)(logits, torch.tensor([2]))
-    assert loss.item() == pytest.approx((0.25 + 0 + 0) / 3)
+def test_l2_is_half_the_squared_distance_to_one_hot_averaged_over_pictures():
+    logits = torch.tensor([[0.5, 0.0, 1.0], [0.0, 3.0, 2.0]])
+    loss = build_criterion("L2", 3)(logits, torch.tensor([2, 1]))
+    assert loss.item() == pytest.approx((0.5**2 + 2**2 + 2**2) / 2 / 2)
 
 
 def test_ce_of_equal_logits_is_log_classes():

@@ -4,7 +4,7 @@ import argparse
 
 import pytest
 
-from util.parser import Parser, real, str2bool, whole
+from util.parser import Parser, place, real, str2bool, whole
 
 
 @pytest.fixture
@@ -20,7 +20,21 @@ def test_only_what_is_typed_is_returned_even_if_typed_as_the_default(parser):
     assert parser.defaults() == {"share": 5, "batch_size": None}
     assert parser.parse_typed([]) == {}
     assert parser.parse_typed(["-s", "5", "--size", "2"]) == {"share": 5, "batch_size": 2}
+
+
+def test_messages_spell_a_flag_as_it_was_typed(parser):
     assert parser.spelling["batch_size"] == "--batch-size"
+    parser.parse_typed(["--size=2", "-s", "1"])
+    assert parser.spelling == {"batch_size": "--size", "share": "-s"}
+
+
+def test_help_fits_the_terminal_and_breaks_no_flag(parser, monkeypatch):
+    parser.add_group("more")("--flag", "see --batch-size-of-tests " * 9, whole(0))
+    for columns in (60, 80, 200):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        text = parser.format_help()
+        assert max(map(len, text.splitlines())) <= min(100, columns)
+        assert text.count("--batch-size-of-tests") == 9
 
 
 def test_help_tells_the_default_or_what_stands_for_it_and_bears_a_percent_sign(parser):
@@ -38,6 +52,14 @@ def test_flags_cannot_be_shortened(parser, capsys):
     with pytest.raises(SystemExit):
         parser.parse_typed(["--batch", "1"])
     assert "--batch" in capsys.readouterr().err
+
+
+def test_a_place_has_a_name(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    assert place("~/runs") == "/home/me/runs" and place("a b") == "a b"
+    for text in ("", " "):
+        with pytest.raises(argparse.ArgumentTypeError, match="name of a file or folder"):
+            place(text)
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", "yes", "YES"])

@@ -108,18 +108,29 @@ def test_training_points_lie_where_their_batch_is_in_the_epoch(tmp_path, figures
     assert figures[0].axes[0].lines[1].get_xdata().tolist() == [0.625, 1.625, 2.625]
 
 
-def test_batchnorm_and_deconvolution_differ_in_colour_and_dash_and_seeds_in_marker(
-    tmp_path, figures
-):
+def test_kinds_differ_in_colour_and_dash_and_their_runs_in_shade_and_marker(tmp_path, figures):
     kinds = ("bn", "bn", "deconv-mode5", "deconv-mode5", "deconv-mode3")
     plot_comparison([make_curves(f"_{i}$", k) for i, k in enumerate(kinds)], tmp_path / "plot.png")
     lines = figures[0].axes[0].lines[::2]
     assert [line.get_linestyle() for line in lines] == ["--", "--", "-", "-", "-"]
     colors = [line.get_color() for line in lines]
-    assert colors[0] == colors[1] and colors[2] == colors[3] and len(set(colors)) == 3
+    assert len(set(colors)) == 5
+    hues = [max(range(3), key=color.__getitem__) for color in colors]
+    assert hues == [2, 2, 0, 0, 1]  # blue, orange, green
     assert lines[0].get_marker() != lines[1].get_marker()
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
     assert labels == ["_0$", "_1$", "_2$", "_3$", "_4$"]
+
+
+def test_every_run_of_many_of_one_kind_looks_unlike_the_others(tmp_path, figures):
+    plot_comparison([make_curves(str(i), "bn") for i in range(8)], tmp_path / "plot.png")
+    lines = figures[0].axes[0].lines[::2]
+    assert len({line.get_color() for line in lines}) == 8
+
+
+def test_axes_begin_at_the_start_of_training(tmp_path, figures):
+    plot_comparison([make_curves("a", "bn", 1, 0)], tmp_path / "plot.png")
+    assert [axes.get_xlim()[0] for axes in figures[0].axes] == [0] * 4
 
 
 def test_one_epoch_without_rows_of_batches_and_many_runs_can_be_drawn(tmp_path):

@@ -1,4 +1,4 @@
-"""The scripts accept every command of theirs that the README, docs and scripts show."""
+"""The README, docs and scripts: the scripts accept every command of theirs, the tree is whole."""
 
 import os
 import re
@@ -64,6 +64,13 @@ def test_every_command_is_accepted(path):
     for script, argv in commands(path):
         if "help" not in argv[-1]:
             read(argv, script)
+
+
+def test_the_readmes_tree_has_every_file():
+    tree = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Files")[2]
+    rooms = [ROOT / room for room in ("deconv", "models", "util", "scripts", "docs")]
+    files = [path for room in rooms for path in room.glob("*.*") if path.suffix != ".png"]
+    assert [path.name for path in files if not re.search(rf"\b{path.name}\b", tree)] == []
 
 
 def test_recipes_hold_the_published_commands():

@@ -24,11 +24,12 @@ class Whitening(nn.Conv2d):
         return 2 * self.weight.detach()
 
 
-def test_every_nth_batch_is_logged_at_its_step_of_the_run(capsys):
+def test_every_nth_step_is_logged_however_short_the_epochs(capsys):
     logger = Recorder()
-    for batch in range(1, 7):
-        report_batch(logger, Progress(epoch=1, step=6), 3, False, batch, NOW)
-    assert logger.calls == [("batch", 2, 9), ("batch", 2, 12)]
+    for epoch in range(3):
+        for batch in (1, 2):
+            report_batch(logger, Progress(epoch=epoch, step=2 * epoch), 3, False, batch, NOW)
+    assert logger.calls == [("batch", 2, 3), ("batch", 3, 6)]
     assert capsys.readouterr().out == ""
 
 

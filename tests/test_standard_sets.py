@@ -1,7 +1,9 @@
 """Every published data set is read from tiny files in its exact format on disk."""
 
 import pickle
+import re
 import struct
+from pathlib import Path
 from urllib.error import URLError
 
 import numpy as np
@@ -178,6 +180,12 @@ def test_a_download_is_tried_only_for_what_is_missing(tmp_path, monkeypatch):
     (tmp_path / "cifar-10-batches-py" / "data_batch_3").unlink()
     with pytest.raises(DataError, match="missing or incomplete"):
         build("cifar10", tmp_path)
+
+
+def test_places_for_files_are_named_in_full(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=re.escape(f" into {tmp_path}/data/cifar-10-batches-py,")):
+        build("cifar10", Path("data"))
 
 
 def test_damaged_files_are_an_error_that_names_the_folder(tmp_path):

@@ -10,7 +10,7 @@ from typing import Any
 from .compute import PRECISIONS
 from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
-from .parser import Parser, meeting_url, real, str2bool, whole
+from .parser import Parser, meeting_url, place, real, str2bool, whole
 
 YES = {"action": "store_true", "default": False, "shown": ""}  # a flag without a value
 
@@ -56,11 +56,6 @@ def add_network_flags(
     text = "dropout before the last layer"
     add("--dropout-rate", text, real(least=0, below=1), dropout_rate, **dropout)
     return add
-
-
-# Defaults of the layers, told in the help.
-ROWS_PER_FEATURE = 0
-ROOT = "cholesky"
 
 
 def add_method_flag(add: Callable[..., None]) -> None:
@@ -121,22 +116,18 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that a "
         "matrix has N rows for each of its features; 0: at all that --stride leaves",
         real(least=0),
-        shown=f"{ROWS_PER_FEATURE}",
+        0,
         metavar="N",
     )
-    roots = {"choices": ("newton", "cholesky"), "shown": ROOT}
-    add(
-        "--root",
-        "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's",
-        **roots,
-    )
-    layouts = {"choices": ("contiguous", "interleaved"), "shown": "interleaved"}
-    add("--layout", "blocks of neighbouring channels, or channels dealt to them in turn", **layouts)
+    text = "inverse root of the covariance: the Cholesky factor's, or symmetric by Newton-Schulz"
+    add("--root", text, None, "cholesky", choices=("cholesky", "newton"))
+    text = "blocks of neighbouring channels, or channels dealt to them in turn"
+    add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
         "--share-blocks",
         "the blocks of a layer share one whitening matrix",
         str2bool,
-        shown=True,
+        True,
     )
 
 
@@ -148,7 +139,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         "--data",
         "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
         "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits takes none",
-        None,
+        place,
         "./data",
         metavar="DIR",
     )
@@ -156,7 +147,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         "--image-size",
         "side that pictures are brought to, in pixels",
         whole(SMALLEST, 4096),
-        shown=SMALLEST,
+        SMALLEST,
         metavar="N",
     )
     add_reading_flags(add, 0)
@@ -166,7 +157,7 @@ def add_imagenet_flags(parser: Parser) -> None:
     """The pictures of main_imagenet.py, and what is done with them."""
     add = parser.add_group("data")
     text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
-    add("data", text, nargs="?", metavar="DIR")
+    add("data", text, place, nargs="?", metavar="DIR")
     add("--dummy", "noise in place of pictures, for timing without data", **YES)
     size = whole(SMALLEST, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
@@ -207,7 +198,8 @@ def add_training_flags(
     )
     text = "pictures per step, over all devices together"
     add("-b --batch-size", text, whole(1, 10**6), batch_size, metavar="N")
-    add("--loss", "cross-entropy or squared error", None, "CE", choices=LOSSES)
+    text = "cross-entropy, or half the squared distance to the one-hot target"
+    add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
     add("--lr --learning-rate", "learning rate at the start", real(above=0), 0.1, metavar="LR")
     add("--momentum", "of SGD", real(least=0, below=1), 0.9, metavar="M")
@@ -282,10 +274,11 @@ def add_output_flags(parser: Parser) -> None:
     add(
         "--out",
         "runs go to DIR/<dataset>-<arch>-<kind>/<time>/, cached statistics of data sets to DIR",
+        place,
         shown="./runs, or the parent of --run-dir",
         metavar="DIR",
     )
-    add("--run-dir", "the run goes exactly here instead", metavar="DIR")
+    add("--run-dir", "the run goes exactly here instead", place, metavar="DIR")
     add(
         "--resume",
         "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
@@ -293,7 +286,7 @@ def add_output_flags(parser: Parser) -> None:
         "Flags left out are the checkpoint's, but for those about GPUs and machines, and "
         "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
         "that of the new total, so the rate rises to its curve",
-        os.path.expanduser,
+        place,
         metavar="FILE",
     )
     add(
@@ -303,7 +296,7 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
-    text = "batches between two rows of train_batch.log"
+    text = "steps between two rows of train_batch.log and two points in TensorBoard"
     add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)

@@ -8,6 +8,9 @@ from typing import Any
 
 from tqdm import tqdm
 
+# Without tqdm's batches a second, so that the figures behind it fit into 80 columns.
+BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
+
 _muted = False
 
 
@@ -27,4 +30,5 @@ def progress_bar(batches: Iterable, title: str, **more: Any) -> tqdm:
     """The batches again, with a bar and the time left; no bar where stderr is no terminal."""
     columns, lines = shutil.get_terminal_size((100, 24))  # tqdm draws none if it is unknown
     disable = True if _muted else None  # None: where stderr is no terminal
-    return tqdm(batches, title, leave=False, ncols=columns, nrows=lines, disable=disable, **more)
+    shape = {"bar_format": BAR, "leave": False, "ncols": columns, "nrows": lines}
+    return tqdm(batches, title, disable=disable, **shape, **more)

@@ -25,6 +25,7 @@ AUGMENTATIONS = {
     "cifar100": CROP_AND_FLIP,
     "stl10": CROP_AND_FLIP,
     "folder": CROP_AND_FLIP,
+    "svhn": Augmentation(pad=4),
     "fashion": Augmentation(flip=True),
 }
 

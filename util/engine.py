@@ -41,7 +41,6 @@ def train_one_epoch(
     world: World = World(),  # noqa: B008 - frozen
     max_steps: int | None = None,
     on_batch: Callable[[int, Figures], None] = lambda batch, figures: None,
-    report_every: int = 10,
     title: str = "train",
 ) -> Figures:
     """Train on every batch once, or on the first `max_steps`.
@@ -52,9 +51,8 @@ def train_one_epoch(
         world: the processes that step together. Their gradients are averaged by the model
             (DistributedDataParallel), so each loss is weighted to make that the gradient of the
             mean over the whole batch. All figures are those of whole batches.
-        on_batch: called as on_batch(batch, figures) after every `report_every`-th batch, with its
-            number from 1, its loss, top1 and top5, the lr of its step, and the seconds since the
-            epoch began.
+        on_batch: called as on_batch(batch, figures) after every batch, with its number from 1, its
+            loss, top1 and top5, the lr of its step, and the seconds since the epoch began.
         title: of the progress bar, which appears on a terminal only.
 
     Returns:
@@ -69,7 +67,7 @@ def train_one_epoch(
     model.train()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+    with progress_bar(islice(loader, steps), title, total=steps) as bar:
         for step, batch in enumerate(bar, start=1):
             images, targets = compute.place_batch(*batch)
             try:
@@ -91,9 +89,8 @@ def train_one_epoch(
             lr = optimizer.param_groups[0]["lr"]
             scheduler.step()
             _show(bar, meters)
-            if step % report_every == 0:
-                now = {name: figures[name] for name in ("loss", "top1", "top5")}
-                on_batch(step, {**now, "lr": lr, "seconds": meters.seconds})
+            now = {name: figures[name] for name in ("loss", "top1", "top5")}
+            on_batch(step, {**now, "lr": lr, "seconds": meters.seconds})
     return {**meters.figures(), "steps": steps, "lr": lr}
 
 
@@ -116,7 +113,7 @@ def evaluate(
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps, unit="batch") as bar:
+    with progress_bar(islice(loader, steps), title, total=steps) as bar:
         for batch in bar:
             meters.add(_forward(model, criterion, compute, *compute.place_batch(*batch))[1])
             _show(bar, meters)

@@ -21,7 +21,7 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 def build_criterion(loss: str, num_classes: int) -> Criterion:
     """criterion(logits (N, classes), targets (N,) int64) -> scalar, averaged over the batch.
 
-    CE is the cross-entropy; L2 the mean squared distance to the one-hot target.
+    CE is the cross-entropy; L2 half the squared distance to the one-hot target, as published.
 
     Raises:
         ValueError: an unknown loss.
@@ -29,12 +29,13 @@ def build_criterion(loss: str, num_classes: int) -> Criterion:
     if loss == "CE":
         return nn.CrossEntropyLoss()
     if loss == "L2":
-        return partial(_squared_error, num_classes)
+        return partial(_half_squared_distance, num_classes)
     raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
 
 
-def _squared_error(num_classes: int, logits: Tensor, targets: Tensor) -> Tensor:
-    return F.mse_loss(logits, F.one_hot(targets, num_classes).to(logits.dtype))
+def _half_squared_distance(num_classes: int, logits: Tensor, targets: Tensor) -> Tensor:
+    wanted = F.one_hot(targets, num_classes).to(logits.dtype)
+    return F.mse_loss(logits, wanted, reduction="sum") / (2 * len(targets))
 
 
 def build_optimizer(

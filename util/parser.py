@@ -6,8 +6,10 @@ import argparse
 import math
 import os
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
+from shutil import get_terminal_size
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
@@ -16,13 +18,29 @@ from .distributed import let_the_guilty_speak, speaks
 _NOT_TYPED = object()
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Help as wide as the terminal, up to 100 columns, with no flag broken at its hyphens."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(
+            prog, max_help_position=34, width=min(100, get_terminal_size((100, 24))[0])
+        )
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, `prog: error: ...`, with exit code 2."""
+    """A parser that refuses in one line, `prog: error: ...`, with exit code 2.
+
+    Attributes:
+        spelling: of each flag, batch_size -> --batch-size; as it was typed, where it was.
+    """
 
     def __init__(self, prog: str, description: str) -> None:
-        wide = lambda prog: argparse.HelpFormatter(prog, max_help_position=34, width=100)
-        super().__init__(prog, description=description, formatter_class=wide, allow_abbrev=False)
-        self.spelling: dict[str, str] = {}  # batch_size -> --batch-size
+        form = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, description=description, **form)
+        self.spelling: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
         lines = [" ".join(line.split()) for line in message.splitlines()]
@@ -53,6 +71,8 @@ class Parser(argparse.ArgumentParser):
         blank = argparse.Namespace(**dict.fromkeys(self.defaults(), _NOT_TYPED))
         words = sys.argv[1:] if argv is None else argv
         flags = vars(self.parse_args(self._free_positional(words), blank))
+        typed = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
+        self.spelling |= {self._option_string_actions[name].dest: name for name in typed}
         # None: a positional that was left out, to which argparse gives its default all the same.
         return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
 
@@ -110,6 +130,13 @@ def _is_fit(kind: Callable[[str], Any], word: str) -> bool:
     return True
 
 
+def place(text: str) -> str:
+    """The name of a file or folder, with ~ for the user's own."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError(f"expected the name of a file or folder, got {text!r}")
+    return os.path.expanduser(text)
+
+
 def str2bool(text: str) -> bool:
     """True/False, yes/no or 1/0, in any case."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
@@ -138,7 +165,7 @@ def real(
 ) -> Callable[[str], float]:
     """A finite number; `least` itself is allowed, `above` and `below` are not."""
     bounds = f"of at least {least:g}" if above is None else f"above {above:g}"
-    bounds += "" if math.isinf(below) else f" and below {below:g}"
+    bounds += " and finite" if math.isinf(below) else f" and below {below:g}"
 
     def parse(text: str) -> float:
         try:

@@ -135,7 +135,6 @@ def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray,
             pool.imap(read, parts),
             "reading pictures",
             total=len(parts),
-            unit=" pictures",
             unit_scale=CHUNK,
             delay=1,
         )

@@ -6,6 +6,7 @@ Figures are made without pyplot, so nothing global is touched and no display is 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
@@ -27,6 +29,7 @@ QUANTITIES = (("top1", "top-1 accuracy (%)"), ("loss", "loss (mean per picture)"
 # Okabe and Ito's colours, which stay apart for the colour-blind too. Blue is BatchNorm's.
 BATCHNORM_COLOR, DECONV_COLORS = "#0072B2", ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dvp"
+DARKEST = 0.65  # how near to black the last run of a kind is drawn
 TRAINING_POINTS = 30  # of one run's training curve in a comparison: the mean of that many parts
 MAX_FILTERS, FILTER_PIXELS = 256, 32
 
@@ -39,7 +42,7 @@ class RunCurves:
 
     Args:
         label: for the legend.
-        kind: runs of one kind share a colour; those that begin with "bn" are blue and dashed.
+        kind: runs of one kind are shades of one colour; those of "bn..." are blue and dashed.
         train, test, batches: columns of `train.log`, `test.log`, `train_batch.log`.
         epoch_steps: optimizer steps of a whole epoch; batches of a higher number overrule it.
     """
@@ -173,15 +176,24 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _styles(runs: Sequence[RunCurves]) -> Iterable[dict]:
-    """For each run a colour and a dash of its kind, and a marker of its own within the kind."""
+    """For each run a colour and a dash of its kind, in a shade and with a marker of its own."""
     deconv_kinds = {run.kind for run in runs if not run.kind.startswith("bn")}
     # From the last name on, so that deconv-mode5, the default, has one colour in every picture.
     colors = dict(zip(sorted(deconv_kinds, reverse=True), cycle(DECONV_COLORS), strict=False))
-    markers = {run.kind: cycle(MARKERS) for run in runs}
+    alike, drawn = Counter(run.kind for run in runs), Counter()
     for run in runs:
-        style = {"color": colors.get(run.kind, BATCHNORM_COLOR), "marker": next(markers[run.kind])}
+        number = drawn[run.kind]
+        drawn[run.kind] += 1
+        darkness = DARKEST * number / max(alike[run.kind] - 1, 1)
+        color = _darken(colors.get(run.kind, BATCHNORM_COLOR), darkness)
+        style = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
         dash = "-" if run.kind in colors else "--"
         yield {**style, "linestyle": dash, "markeredgecolor": "white", "markeredgewidth": 0.5}
+
+
+def _darken(color: str, part: float) -> tuple[float, ...]:
+    """The colour, `part` of the way to black."""
+    return tuple((1 - part) * channel for channel in to_rgb(color))
 
 
 def _marker_size(epochs: Sequence[float]) -> float:
@@ -191,8 +203,8 @@ def _marker_size(epochs: Sequence[float]) -> float:
 
 def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y)
+    axes.set_xlim(left=0)
     if x == "epoch":
-        axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelbottom=True, labelleft=True)  # shared axes would hide the inner ones
     axes.grid(alpha=0.3)

@@ -70,7 +70,7 @@ class Recorder:
         )
 
     def batch(self, batch: int, now: Figures) -> None:
-        """Called with the figures of every batch that is to be reported."""
+        """Called with the figures of every batch."""
         report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
 
     def epoch(self, trained: Figures, tested: Figures, state: dict[str, Any]) -> None:

@@ -13,14 +13,15 @@ from .progress import Progress
 def report_batch(
     logger: RunLogger, done: Progress, print_freq: int, msg: bool, batch: int, now: Figures
 ) -> None:
-    """With `msg` a line on the console; a row in the log every `print_freq` batches."""
+    """With `msg` a line on the console; a row in the log every `print_freq` steps of the run."""
     if msg:
         say(
             f"epoch {done.epoch + 1} batch {batch}  loss {now['loss']:.4f}"
             f"  top1 {now['top1']:.2f}%  lr {now['lr']:.3g}"
         )
-    if batch % print_freq == 0:
-        logger.batch(done.epoch + 1, done.step + batch, **now)
+    step = done.step + batch
+    if step % print_freq == 0:
+        logger.batch(done.epoch + 1, step, **now)
 
 
 def report_epoch(

@@ -85,8 +85,11 @@ def read_settings(
     elif "resume" in typed and os.path.isdir(typed["resume"]):  # of a run
         typed["resume"] = os.path.join(typed["resume"], LATEST_NAME)
     saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
-    config = saved["config"] if saved else {}
     defaults = parser.defaults()
+    config = {
+        name: defaults.get(name) if value is None else value
+        for name, value in (saved["config"] if saved else {}).items()
+    }
     inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
     if typed.get("evaluate"):
         inherited = {name: inherited[name] for name in OF_NETWORK & inherited.keys()}
@@ -154,8 +157,6 @@ def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tupl
 
 def choose_layers(flags: Namespace) -> dict[str, Any]:
     """The flags about layers, by the names that the makers of layers give them."""
-    options = {"layout": flags.layout, "shared": flags.share_blocks, "root": flags.root}
-    options["rows_per_feature"] = flags.rows_per_feature
     return {
         "deconv": flags.deconv,
         "mode": flags.mode,
@@ -168,7 +169,10 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
         "sampling_stride": flags.stride,
         "batchnorm": flags.batchnorm,
         "sync_stats": flags.sync_stats,
-        **{name: value for name, value in options.items() if value is not None},
+        "layout": flags.layout,
+        "shared": flags.share_blocks,
+        "root": flags.root,
+        "rows_per_feature": flags.rows_per_feature,
     }
 
 
@@ -203,8 +207,8 @@ def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
 def _method_rules(flags: Namespace) -> Rules:
     """simple_v1 and mlp: the method decides which layers there are."""
     whitens, named = flags.method != 1, f"--method {flags.method}"
-    for name in ("method", "deconv"):
-        yield name, flags.deconv == whitens, f"contradicts {named}, --deconv {flags.deconv}"
+    for name, other in (("method", f"--deconv {flags.deconv}"), ("deconv", named)):
+        yield name, flags.deconv == whitens, f"contradicts {other}"
     for name in ("mode", "num_groups", "root", "rows_per_feature"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks --method decides"
     for name in ("eps", "deconv_iter", "sync_stats"):
@@ -252,6 +256,8 @@ def _device_rules(flags: Namespace) -> Rules:
 def _output_rules(flags: Namespace) -> Rules:
     cached, placed = getattr(flags, "dataset", None) == "folder", flags.run_dir or flags.resume
     yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
+    never = flags.checkpoint_epoch > flags.epochs
+    yield "checkpoint_epoch", not never, f"is after the end, --epochs {flags.epochs}"
 
 
 def describe_value(value: Any) -> str:

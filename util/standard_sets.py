@@ -197,7 +197,7 @@ def open_split(name: str, root: Path, part: str) -> datasets.VisionDataset:
 
 def explain_missing(name: str, root: Path, error: Exception) -> str:
     """What was tried, and the exact files and folder that would mend it."""
-    row = STANDARD_SETS[name]
+    row, root = STANDARD_SETS[name], root.resolve()
     by_hand = f"put {', '.join(row.files)} into {root / row.folder}"
     if row.archive:
         by_hand += f", or {row.archive} as it is into {root}"

@@ -119,7 +119,6 @@ def fit(
                 scheduler=scheduler,
                 max_steps=min(epoch_steps, total_steps - done.step),
                 on_batch=recorder.batch,
-                report_every=1 if flags.msg else flags.print_freq,
                 title=f"epoch {done.epoch + 1}/{plan.epochs}",
                 **common,
             )

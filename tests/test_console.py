@@ -1,0 +1,34 @@
+"""What a person watching sees."""
+
+import io
+import os
+from functools import partial
+
+import pytest
+
+from util import console
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+def test_figures_and_time_left_fit_into_a_terminal(monkeypatch, columns):
+    terminal = Terminal()
+    size = os.terminal_size((columns, 24))
+    monkeypatch.setattr(console.shutil, "get_terminal_size", lambda *_: size)
+    monkeypatch.setattr(console, "tqdm", partial(console.tqdm, file=terminal))
+    with console.progress_bar(range(391), "epoch 12/100", total=391) as bar:
+        bar.update(200)
+        bar.set_postfix_str("loss 2.300, top1 15.6%, 1379 pictures/s")
+    last = terminal.getvalue().split("\r")[-3]
+    assert last.startswith("epoch 12/100 |") and last.endswith("pictures/s")
+    assert "200/391" in last and "left, loss 2.300, top1 15.6%" in last
+    assert len(last) <= columns
+
+
+def test_there_is_no_bar_where_there_is_no_terminal(capsys):
+    assert list(console.progress_bar(range(3), "test")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
