@@ -75,6 +75,14 @@ def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
     assert whitened == ("deconv" in line)
 
 
+def test_a_test_is_compiled_where_asked(pictures, tmp_path, monkeypatch):
+    run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", pictures)
+    translated = []
+    monkeypatch.setattr(torch, "compile", lambda model: translated.append(model) or model)
+    run(f"-e --resume {tmp_path / 'run'} --compile", pictures)
+    assert len(translated) == 1
+
+
 def test_testing_needs_no_folder_to_train_on(pictures, tmp_path, capsys):
     run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", pictures)
     (tmp_path / "val").symlink_to(pictures / "val")
