@@ -41,7 +41,8 @@ def train(session: Session) -> None:
     run_dir = None if flags.evaluate else session.find_run_dir()
     spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
     run.seed_everything(flags.seed)
-    model = build_network(flags, spec)
+    # One after the other: the first downloads the weights of --pretrained for all.
+    model = session.world.first_then_all(partial(build_network, flags, spec))
     if flags.evaluate:
         test(session, spec, model, test_loader)
         return
