@@ -1,5 +1,6 @@
 """What the console and the logs are told."""
 
+import pytest
 import torch
 from torch import nn
 
@@ -24,12 +25,15 @@ class Whitening(nn.Conv2d):
         return 2 * self.weight.detach()
 
 
-def test_every_nth_batch_is_logged_at_its_step_of_the_run(capsys):
+@pytest.mark.parametrize("bars", [False, True])
+def test_every_nth_batch_is_logged_and_told_where_no_bar_is_seen(capsys, monkeypatch, bars):
+    monkeypatch.setattr("util.report.shows_bars", lambda: bars)
     logger = Recorder()
     for batch in range(1, 7):
         report_batch(logger, Progress(epoch=1, step=6), 3, False, batch, NOW)
     assert logger.calls == [("batch", 2, 9), ("batch", 2, 12)]
-    assert capsys.readouterr().out == ""
+    told = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    assert told == ([] if bars else ["epoch 2 batch 3", "epoch 2 batch 6"])
 
 
 def test_with_msg_every_batch_is_a_line(capsys):

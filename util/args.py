@@ -293,7 +293,7 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
-    text = "batches between two rows of train_batch.log"
+    text = "batches between two rows of train_batch.log, and lines where no terminal shows a bar"
     add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)

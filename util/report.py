@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .console import say
+from .console import say, shows_bars
 from .engine import Figures
 from .logger import RunLogger
 from .progress import Progress
@@ -13,13 +13,17 @@ from .progress import Progress
 def report_batch(
     logger: RunLogger, done: Progress, print_freq: int, msg: bool, batch: int, now: Figures
 ) -> None:
-    """With `msg` a line on the console; a row in the log every `print_freq` batches."""
-    if msg:
+    """A row in the log every `print_freq` batches, and where no bar is seen a line on the console.
+
+    With `msg` a line for every batch.
+    """
+    regular = batch % print_freq == 0
+    if msg or (regular and not shows_bars()):
         say(
             f"epoch {done.epoch + 1} batch {batch}  loss {now['loss']:.4f}"
             f"  top1 {now['top1']:.2f}%  lr {now['lr']:.3g}"
         )
-    if batch % print_freq == 0:
+    if regular:
         logger.batch(done.epoch + 1, done.step + batch, **now)
 
 
