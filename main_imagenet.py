@@ -17,7 +17,6 @@ from models import (
     make_layers,
 )
 from util import args, run
-from util.compute import Compute
 from util.console import say
 from util.data import DataSpec
 from util.engine import evaluate
@@ -28,7 +27,7 @@ from util.optim import build_criterion
 from util.parser import Parser
 from util.progress import restore_model
 from util.settings import Rules, Script, choose_layers
-from util.training import Session, describe_kind, fit, list_skipped
+from util.training import Session, choose_compute, describe_kind, fit, list_skipped
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -42,7 +41,8 @@ def train(session: Session) -> None:
     run_dir = None if flags.evaluate else session.find_run_dir()
     spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
     run.seed_everything(flags.seed)
-    model = build_network(flags, spec)
+    # One after the other: the first downloads the weights of --pretrained for all.
+    model = session.world.first_then_all(partial(build_network, flags, spec))
     if flags.evaluate:
         test(session, spec, model, test_loader)
         return
@@ -55,13 +55,14 @@ def train(session: Session) -> None:
 def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoader) -> None:
     """Say how good a finished network is."""
     flags, world = session.flags, session.world
-    compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
+    compute = choose_compute(session)
     compute.place(model)
     if session.saved:
         restore_model(session.saved, model, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
     steps = len(range(world.rank, count_batches(flags), world.size))  # batches dealt in turn
-    figures = evaluate(model, loader, criterion, compute=compute, world=world, max_steps=steps)
+    network = compute.translate(model)
+    figures = evaluate(network, loader, criterion, compute=compute, world=world, max_steps=steps)
     for name in list_skipped(world, loader):
         say(f"left out: {name} cannot be decoded")
     say(

@@ -10,7 +10,9 @@ import torch
 from torch.nn import functional as F
 from torch.nn.grad import conv1d_weight
 
-LONG = 64  # vectors of a map from which a product of its own is worth writing its result
+# Vectors of a map: from so many on it may have a product of its own with one matrix for all maps,
+# and even with a matrix for each that is summed up.
+SHORT, LONG = 16, 64
 
 
 def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -23,12 +25,9 @@ def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     Returns:
         (R, G * d, L).
     """
-    (groups, side, _), (count, _, length) = matrices.shape, maps.shape
-    if length > 1 and (groups == 1 or _convolves(maps)):
+    if maps.shape[2] > 1:
         return _Transform.apply(matrices, maps)
-    rows = maps.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)  # G, R*L, d
-    rows = (rows @ matrices.mT).unflatten(1, (count, length))
-    return rows.permute(1, 0, 3, 2).reshape(maps.shape)
+    return _multiply_rows(matrices, maps)  # a view of its product, which no Function may return
 
 
 def outer_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
@@ -75,9 +74,19 @@ class _OuterProducts(torch.autograd.Function):
 
 def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     groups, side, _ = matrices.shape
-    if groups == 1:
+    if groups == 1 and maps.shape[2] >= SHORT:
         return torch.bmm(matrices.expand(len(maps), side, side), maps)
-    return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
+    if groups > 1 and _convolves(maps):
+        return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
+    return _multiply_rows(matrices, maps)
+
+
+def _multiply_rows(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    """By one product a group, of vectors copied to lie in rows."""
+    (groups, side, _), (count, _, length) = matrices.shape, maps.shape
+    rows = maps.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)  # G, R*L, d
+    rows = (rows @ matrices.mT).unflatten(1, (count, length))
+    return rows.permute(1, 0, 3, 2).reshape(maps.shape)
 
 
 def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
@@ -85,7 +94,7 @@ def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch
     if left.device.type == "cpu" and length >= LONG:
         left, right = (x.unflatten(1, (groups, side)).flatten(0, 1) for x in (left, right))
         return torch.bmm(left, right.mT).unflatten(0, (-1, groups)).sum(0)
-    if length > 1 and _convolves(left):
+    if _convolves(left) and length >= (SHORT if groups == 1 else 2):
         # The gradient of a 1 x 1 convolution for its weight, which is fast on maps as they lie.
         shape = (groups * side, side, 1)
         return conv1d_weight(right, shape, left, groups=groups).reshape(groups, side, side)

@@ -74,6 +74,21 @@ def test_two_machines_meet_as_the_published_flags_say(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
+def test_a_machine_that_cannot_begin_keeps_no_other_waiting(tmp_path):
+    """Here the second has no checkpoint to continue from, and fails before the two have met."""
+    line = f"{LINE} --max-steps 1 --run-dir {tmp_path / 'run'}".split()
+    where = ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--nnodes", 2]
+    started = time.monotonic()
+    machines = [
+        launch(*TORCHRUN[:3], *where, "--node-rank", rank, "main.py", *line, *more)
+        for rank, more in ((0, []), (1, ["--resume", tmp_path / "nowhere"]))
+    ]
+    (first, _, waiting), (second, _, guilty) = map(finish, machines)
+    assert first and second and time.monotonic() - started < 60
+    assert "[process 1] main.py: error: " in guilty and "nowhere" in guilty
+    assert "main.py: error: another process has failed" in waiting
+
+
 FAULTY = """
 import os, sys
 sys.path.insert(0, {root!r})

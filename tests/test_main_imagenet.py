@@ -12,6 +12,7 @@ from torch import nn
 import main_imagenet
 from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
 from util.checkpoint import load_checkpoint
+from util.distributed import World
 from util.settings import read_settings
 
 SMALL = "--image-size 32 --batch-size 4 -j 0 --use-gpu False --tensorboardX False --save-plot False"
@@ -73,6 +74,26 @@ def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
     state = load_checkpoint(checkpoint, "cpu")["model"]
     whitened = any(name.endswith("running_joint") for name in state)
     assert whitened == ("deconv" in line)
+
+
+def test_a_test_is_compiled_where_asked(pictures, tmp_path, monkeypatch):
+    run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", pictures)
+    translated = []
+    monkeypatch.setattr(torch, "compile", lambda model: translated.append(model) or model)
+    run(f"-e --resume {tmp_path / 'run'} --compile", pictures)
+    assert len(translated) == 1
+
+
+def test_pictures_and_weights_are_fetched_by_the_first_process_for_all(tmp_path, monkeypatch):
+    actions, whole = [], World.first_then_all
+
+    def record(world, action):
+        actions.append(action.func)
+        return whole(world, action)
+
+    monkeypatch.setattr(World, "first_then_all", record)
+    run(f"--dummy --test-run True --test-iter 1 --epochs 1 --lr .01 --run-dir {tmp_path / 'run'}")
+    assert actions == [main_imagenet.load_pictures, main_imagenet.build_network]
 
 
 def test_testing_needs_no_folder_to_train_on(pictures, tmp_path, capsys):

@@ -120,3 +120,15 @@ def test_flags_that_would_do_nothing_are_refused_by_name(capsys, line, flag, rea
 )
 def test_flags_that_count_are_accepted(line):
     read(line)
+
+
+def test_machines_that_torchrun_has_not_started_are_not_waited_for(capsys, monkeypatch):
+    """Under torchrun --world-size starts nothing: two machines would train apart, unheard."""
+    line = "--world-size 2 --rank 0 --dist-url tcp://host:1"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("GROUP_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    read(line)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        read(line)
+    assert "--world-size 2 contradicts torchrun's --nnodes 1" in capsys.readouterr().err

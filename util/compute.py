@@ -19,17 +19,28 @@ class Compute:
         amp: a name of PRECISIONS: what autocast computes in; "fp16" comes with a gradient scaler,
             as its small gradients would vanish.
         channels_last: pictures and 4-d weights lie in memory pixel by pixel.
+        compiled: networks run as torch.compile translates them.
     """
 
     def __init__(
-        self, device: torch.device, *, amp: str = "off", channels_last: bool = False
+        self,
+        device: torch.device,
+        *,
+        amp: str = "off",
+        channels_last: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.device, self.dtype = device, PRECISIONS[amp]
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
+        self.compiled = compiled
 
     def place(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, memory_format=self.memory_format)
+
+    def translate(self, model: nn.Module) -> nn.Module:
+        """The network as it is to be run; parameters and statistics stay those of `model`."""
+        return torch.compile(model) if self.compiled else model
 
     def place_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -24,6 +25,11 @@ def say(text: str) -> None:
     """A line on stdout, above the progress bar if there is one."""
     if not _muted:
         tqdm.write(text)
+
+
+def shows_bars() -> bool:
+    """Whether there is a terminal for progress bars."""
+    return sys.stderr.isatty()
 
 
 def progress_bar(batches: Iterable, title: str, **more: Any) -> tqdm:

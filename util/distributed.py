@@ -13,7 +13,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
@@ -28,6 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .run import RunError
 
 PATIENCE_HOURS = 2  # with a first process that downloads or reads pictures while the others wait
+ARRIVAL_MINUTES = 5  # between the first process that is ready and the last
 GRACE_SECONDS = 3.0  # in which the launcher ends all processes after one has failed
 
 T = TypeVar("T")
@@ -202,6 +203,7 @@ def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
 
     Raises:
         RunError: nccl without a GPU.
+        Elsewhere: a process has failed before it came here.
     """
     if not is_launched():
         yield World()
@@ -209,13 +211,8 @@ def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise RunError("--dist-backend nccl: PyTorch sees no CUDA device here")
-    store, rank, size = next(dist.rendezvous("env://"))
-    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # After a restart the launcher's store still knows the addresses of the processes that died.
-        # Launchers of several machines count their restarts apart, and need a new store instead:
-        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as in scripts/slurm.sh.
-        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
-        store = dist.PrefixStore(attempt, store)
+    store, rank, size = _meet(60 * ARRIVAL_MINUTES)
+    _await_all(store, rank, size)
     dist.init_process_group(
         backend,
         store=store,
@@ -228,6 +225,47 @@ def join(device: torch.device, backend: str | None = None) -> Iterator[World]:
     yield World(rank, size, local_size)
     # Not after an error: the others may be in the middle of a message, and NCCL would wait.
     dist.destroy_process_group()
+
+
+@contextmanager
+def tell_if_it_fails() -> Iterator[None]:
+    """Tell the processes that wait in `join` for this one when an error keeps it from coming.
+
+    The launcher ends those of the same machine, but not those of others.
+    """
+    try:
+        yield
+    except BaseException:
+        if is_launched() and not dist.is_initialized():
+            with suppress(Exception):
+                store, rank, _ = _meet(GRACE_SECONDS)
+                store.set(f"process {rank}", "failed")
+        raise
+
+
+def _meet(seconds: float) -> tuple[dist.Store, int, int]:
+    """The store that all processes of the run know, the number of this one, how many they are.
+
+    Args:
+        seconds: to wait for others, now and whenever the store is asked for what it has not yet.
+    """
+    store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
+    if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
+        # After a restart the launcher's store still knows the addresses of the processes that died.
+        # Launchers of several machines count their restarts apart, and need a new store instead:
+        # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as in scripts/slurm.sh.
+        attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+        store = dist.PrefixStore(attempt, store)
+    return store, rank, size
+
+
+def _await_all(store: dist.Store, rank: int, size: int) -> None:
+    """Wait until every process has come, or has told that it will not."""
+    store.set(f"process {rank}", "here")
+    keys = [f"process {number}" for number in range(size)]
+    store.wait(keys)
+    if any(store.get(key) == b"failed" for key in keys):
+        raise Elsewhere
 
 
 def local_rank() -> int:

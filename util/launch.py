@@ -36,6 +36,12 @@ def start(
         SystemExit: code 2 bad input, 1 diverged or another process lost, 130 interrupted.
     """
     argv = sys.argv[1:] if argv is None else argv
+    with distributed.tell_if_it_fails():
+        _run(file, script, story, argv)
+
+
+def _run(file: str, script: Script, story: Callable[[Session], None], argv: Sequence[str]) -> None:
+    """`start`, whose errors become one line each."""
     parser = script.parser
     try:
         with redirect_stdout(sys.stdout if distributed.speaks() else StringIO()):  # --help, once
@@ -59,6 +65,7 @@ def start(
     except TrainingDiverged as error:
         _stop(parser, 1, f"training diverged at {error}; try a lower --lr")
     except distributed.Elsewhere:
+        distributed.let_the_guilty_speak()
         _stop(parser, 1, "another process has failed")
     except RuntimeError as error:
         if not _is_lost_contact(error):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .console import say
+from .console import say, shows_bars
 from .engine import Figures
 from .logger import RunLogger
 from .progress import Progress
@@ -13,15 +13,29 @@ from .progress import Progress
 def report_batch(
     logger: RunLogger, done: Progress, print_freq: int, msg: bool, batch: int, now: Figures
 ) -> None:
+<<<<<<< HEAD
     """With `msg` a line on the console; a row in the log every `print_freq` steps of the run."""
     if msg:
+=======
+    """A row in the log every `print_freq` batches, and where no bar is seen a line on the console.
+
+    With `msg` a line for every batch.
+    """
+    regular = batch % print_freq == 0
+    if msg or (regular and not shows_bars()):
+>>>>>>> f43604a3c048fc4678e6e94671a2d29260b0f1ee
         say(
             f"epoch {done.epoch + 1} batch {batch}  loss {now['loss']:.4f}"
             f"  top1 {now['top1']:.2f}%  lr {now['lr']:.3g}"
         )
+<<<<<<< HEAD
     step = done.step + batch
     if step % print_freq == 0:
         logger.batch(done.epoch + 1, step, **now)
+=======
+    if regular:
+        logger.batch(done.epoch + 1, done.step + batch, **now)
+>>>>>>> f43604a3c048fc4678e6e94671a2d29260b0f1ee
 
 
 def report_epoch(

@@ -249,6 +249,8 @@ def _device_rules(flags: Namespace) -> Rules:
     yield "dist_url", not lost, "needs MASTER_ADDR and MASTER_PORT in the environment"
     together = machines == 1 or (flags.rank is not None and flags.dist_url is not None)
     yield "world_size", together, "needs --rank and --dist-url, to meet the other machines"
+    started = int(os.environ.get("GROUP_WORLD_SIZE", machines))
+    yield "world_size", machines == started, f"contradicts torchrun's --nnodes {started}"
     nccl = flags.dist_backend == "nccl" and flags.use_gpu is False
     yield "dist_backend", not nccl, "needs GPUs, contradicts --use-gpu False"
 

@@ -87,7 +87,7 @@ def fit(
     """
     flags, saved, world = session.flags, session.saved, session.world
     run.check_last_batch(model, len(train_loader.dataset), flags.batch_size, world.size)
-    compute = Compute(session.device, amp=flags.amp, channels_last=flags.channels_last)
+    compute = choose_compute(session)
     compute.place(model)
     optimizer = choose_optimizer(flags, model)
     epoch_steps = min(len(train_loader), limit)
@@ -103,7 +103,7 @@ def fit(
     recorder = open_recorder(session, run_dir, name, kind, model, done, plan)
     with run.tell_where_to_continue(recorder.run_dir), closing(recorder):
         seed_process(session)
-        network = torch.compile(model) if flags.compile else model
+        network = compute.translate(model)
         replica = world.replicate(network)
         common = {
             "criterion": build_criterion(flags.loss, spec.num_classes),
@@ -179,6 +179,16 @@ def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
     """The bad files that any process has left out so far, in order."""
     mine = set().union(*(loader.skipped for loader in loaders))
     return sorted(set().union(*world.gather(mine)))
+
+
+def choose_compute(session: Session) -> Compute:
+    flags = session.flags
+    return Compute(
+        session.device,
+        amp=flags.amp,
+        channels_last=flags.channels_last,
+        compiled=flags.compile,
+    )
 
 
 def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
