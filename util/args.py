@@ -296,11 +296,7 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
-<<<<<<< HEAD
-    text = "steps between two rows of train_batch.log and two points in TensorBoard"
-=======
-    text = "batches between two rows of train_batch.log, and lines where no terminal shows a bar"
->>>>>>> f43604a3c048fc4678e6e94671a2d29260b0f1ee
+    text = "steps between two rows of train_batch.log, points in TensorBoard, lines without a bar"
     add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)

@@ -13,29 +13,19 @@ from .progress import Progress
 def report_batch(
     logger: RunLogger, done: Progress, print_freq: int, msg: bool, batch: int, now: Figures
 ) -> None:
-<<<<<<< HEAD
-    """With `msg` a line on the console; a row in the log every `print_freq` steps of the run."""
-    if msg:
-=======
-    """A row in the log every `print_freq` batches, and where no bar is seen a line on the console.
+    """A row in the log every `print_freq` steps of the run; a line, too, where no bar is seen.
 
     With `msg` a line for every batch.
     """
-    regular = batch % print_freq == 0
+    step = done.step + batch
+    regular = step % print_freq == 0
     if msg or (regular and not shows_bars()):
->>>>>>> f43604a3c048fc4678e6e94671a2d29260b0f1ee
         say(
             f"epoch {done.epoch + 1} batch {batch}  loss {now['loss']:.4f}"
             f"  top1 {now['top1']:.2f}%  lr {now['lr']:.3g}"
         )
-<<<<<<< HEAD
-    step = done.step + batch
-    if step % print_freq == 0:
-        logger.batch(done.epoch + 1, step, **now)
-=======
     if regular:
-        logger.batch(done.epoch + 1, done.step + batch, **now)
->>>>>>> f43604a3c048fc4678e6e94671a2d29260b0f1ee
+        logger.batch(done.epoch + 1, step, **now)
 
 
 def report_epoch(
