@@ -126,6 +126,31 @@ def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
     assert "Traceback" not in err.partition("main.py: error")[0]
 
 
+@pytest.mark.parametrize(
+    ("ends", "told"),
+    [
+        ({0: -15, 1: 2}, 2),
+        ({0: 1, 1: 2, 2: -15}, 2),  # 1: contact was lost
+        ({0: 1, 1: -9}, "main.py: error: process 1 was ended by SIGKILL"),
+        ({0: -15, 1: -15}, 1),
+    ],
+)
+def test_a_process_that_was_killed_does_not_end_the_run_in_silence(monkeypatch, ends, told):
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing import errors
+
+    def fail(words):
+        failures = {rank: errors.ProcessFailure(0, 0, code, "") for rank, code in ends.items()}
+        raise errors.ChildFailedError("main.py", failures)
+
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(torchrun, "run", fail)
+    flags = Namespace(world_size=None)
+    with pytest.raises(SystemExit) as stop:
+        distributed.spread(str(ROOT / "main.py"), [], processes=3, flags=flags)
+    assert stop.value.code == told
+
+
 def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
     line = f"{LINE} --epochs 2 --start-epoch 0 --run-dir {tmp_path / 'run'} --resume auto".split()
     faulty = write_faulty(tmp_path, "os._exit(9)")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from inspect import signature
+from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -160,7 +162,8 @@ def spread(script: str, argv: Sequence[str], *, processes: int, flags: Namespace
         flags: `world_size` machines (None: one), this one of number `rank`, meeting at `dist_url`.
 
     Raises:
-        SystemExit: with the exit code of the process that failed, once all have ended.
+        SystemExit: with the exit code of the process that failed, once all have ended; with a line
+            where it was killed, as for want of memory.
     """
     machines = flags.world_size or 1
     if is_launched() or processes * machines == 1:
@@ -178,11 +181,26 @@ def spread(script: str, argv: Sequence[str], *, processes: int, flags: Namespace
     try:
         torchrun.run(torchrun.parse_args(words))
     except ChildFailedError as error:
-        codes = [failure.exitcode for failure in error.failures.values()]
-        sys.exit(next((code for code in codes if code > 0), 1))
+        ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        sys.exit(_tell_end(Path(script).name, ends))
     except SignalException as error:
         sys.exit(128 + error.sigval)
     return True
+
+
+def _tell_end(name: str, ends: Mapping[int, int]) -> int | str:
+    """What to exit with: a line where a process was ended from outside, and so could not say why.
+
+    Else the code of the process that failed.
+
+    Args:
+        ends: exit codes by process; the launcher has ended those with SIGTERM's.
+    """
+    killed = [rank for rank, code in ends.items() if code < 0 and code != -signal.SIGTERM]
+    if not killed:
+        return max(1, *ends.values())
+    end = signal.Signals(-ends[killed[0]]).name
+    return f"{name}: error: process {killed[0]} was ended by {end}"
 
 
 def _meeting_point(flags: Namespace) -> list[str]:
