@@ -123,7 +123,7 @@ def average_patch(x: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:
     total = 0
     for pictures, window in looks:
         piled = x[pictures].sum(0, keepdim=True, dtype=dtype)
-        total = total + gather(piled, window)[0].sum(1, keepdim=True)
+        total = total + gather(piled, window).sum(dim=(0, 2))[:, None]
     return total / max(count_patches(x, looks), 1)
 
 

@@ -260,8 +260,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         rows_per_feature: modes 1, 2 and 5 look at so few patches, spread over pictures and
             positions, that a matrix has so many rows for each of its features; 0: at all that
             sampling leaves.
-        root: "cholesky", the inverse Cholesky factor, or "newton", the symmetric root; both with
-            the floor of `n_iter` steps, see `inverse_sqrt`.
+        root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
+            floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
         sync_stats: under torch.distributed, the statistics in training are those of the patches of
             all processes, so that N processes equal one with the whole batch, whatever each one's
@@ -297,7 +297,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         momentum: float = 0.1,
         sampling_stride: int = 3,
         rows_per_feature: float = 0,
-        root: str = "cholesky",
+        root: str = "newton",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,

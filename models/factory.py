@@ -81,7 +81,7 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
-    root: str = "cholesky",
+    root: str = "newton",
     rows_per_feature: float = 0,
     **layer_options: object,
 ) -> Layers:

@@ -3,21 +3,43 @@
 import numpy as np
 import pytest
 import torch
+from torch.nn import functional as F
 
 from deconv import covariance
 from deconv.blocks import Blocks, transform_along
 from deconv.covariance import average_patch, measure_patches, second_moment
-from deconv.patches import Window, gather, share_out
+from deconv.patches import SMALL, Window, gather, share_out
 
 WINDOW = Window((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
 SIZE = (7, 6)
 LOOKS = {"all": [(slice(None), WINDOW)], "shared out": share_out(WINDOW, SIZE, 5)}
+INTERLEAVED = Blocks(1, 4, 2, 6, 1, True)
+GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of WINDOW
 LAYOUTS = {"interleaved": 1, "contiguous": 12}
 
 
 def pictures(n=9):
     torch.manual_seed(0)
     return torch.randn(n, 4, *SIZE, dtype=torch.float64).cumsum(-1) + 5
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
+    assert x[0, 0].numel() > SMALL
+    looks, blocks = share_out(WINDOW, (13, 14), 5 if looks == "shared out" else 1), INTERLEAVED
+    found = measure_patches(x, looks, blocks, "joint")[1:]
+    rows = [F.unfold(F.pad(x[n], w.padding), *GEOMETRY, stride=w.stride) for n, w in looks]
+    rows = torch.cat([r.transpose(1, 2).flatten(0, 1) for r in rows])
+    vectors = (rows - rows.mean(0)).unflatten(1, (12, 2))
+    expected = rows.mean(0), torch.einsum("mdn,men->de", vectors, vectors)[None] / len(rows) / 2
+    torch.testing.assert_close(found, expected)
+    weights = [torch.randn_like(each) for each in found]
+    pairs = (zip(each, weights, strict=True) for each in (found, expected))
+    both = [sum((a * b).sum() for a, b in pair) for pair in pairs]
+    grads = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in both]
+    torch.testing.assert_close(*grads)
 
 
 def plain(x, looks, blocks, axis, before=None):
