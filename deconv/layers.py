@@ -394,6 +394,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         return (
             f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
             f"sampling_stride={self.sampling_stride}"
+            + (f", rows_per_feature={self.rows_per_feature}" if self.rows_per_feature else "")
+            + ("" if self.root == "newton" else f", root={self.root}")
         )
 
 

@@ -435,3 +435,9 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
     torch.testing.assert_close(torch.cat(parts).sort(dim=0)[0], alone.sort(dim=0)[0])
     # 2 blocks of 18 features: 36 patches would have 72 rows, a 6th of 216; 4 windows take a 4th
     assert len(alone) == (54 if per_feature == 4 else 216)
+
+
+def test_options_beyond_the_published_ones_are_shown_where_they_are_used():
+    assert "root" not in repr(FastDeconv(4, 8, 3)) and "rows" not in repr(FastDeconv(4, 8, 3))
+    shown = repr(FastDeconv(4, 8, 3, rows_per_feature=16, root="cholesky"))
+    assert "rows_per_feature=16, root=cholesky" in shown
