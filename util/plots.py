@@ -203,7 +203,8 @@ def _marker_size(epochs: Sequence[float]) -> float:
 
 def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set(xlabel=x, ylabel=y)
-    axes.set_xlim(left=0)
+    if axes.get_xscale() == "linear":
+        axes.set_xlim(left=0)
     if x == "epoch":
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.tick_params(labelbottom=True, labelleft=True)  # shared axes would hide the inner ones
