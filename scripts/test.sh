@@ -8,4 +8,6 @@ cd "$(dirname "$0")/.."
 source scripts/environment.sh
 
 make_environment requirements-dev.txt
-python -m pytest "$@"
+# A process for each core and one thread in it: the tests are small, and threads would wait.
+export OMP_NUM_THREADS=1
+python -m pytest --numprocesses auto --maxprocesses 4 "$@"
