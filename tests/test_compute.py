@@ -1,11 +1,13 @@
 import copy
+import warnings
+from importlib.util import find_spec, module_from_spec
 
 import pytest
 import torch
 from torch import nn
 
 from util.compute import PRECISIONS, Compute
-from util.optim import build_optimizer
+from util.optim import build_optimizer, build_scheduler
 
 CPU = torch.device("cpu")
 
@@ -41,6 +43,22 @@ def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
     assert scale == other.state_dict()["scale"] / 2
     other.load_state_dict(compute.state_dict())
     assert other.state_dict() == compute.state_dict()
+
+
+def test_a_first_step_that_overflows_is_no_reason_for_a_warning():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fresh = module_from_spec(find_spec("util.compute"))
+        fresh.__spec__.loader.exec_module(fresh)  # anew: pytest forgets what the first one ignores
+        compute = fresh.Compute(CPU, amp="fp16")
+        with compute.autocast():
+            loss = model(torch.full((1, 2), 3e4)).float().square().mean()
+        compute.update(loss, optimizer)
+        scheduler.step()
+    assert not told and scheduler.last_epoch == 1
 
 
 def test_other_precisions_have_no_state():

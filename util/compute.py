@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+# Where gradients have overflowed in fp16 a step is left out, but the schedule counts it.
+warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
