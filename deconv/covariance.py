@@ -9,19 +9,17 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
-from .patches import Window, gather, scatter, select_pixels
+from .patches import Sampling, Spots, Window, gather, scatter, select_pixels
 from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
 # gathering to their product; elsewhere large products matter more.
 CPU_PART, PART = 2 << 20, 256 << 20
 
-Look = tuple[slice, Window]
-
 
 def measure_patches(
     x: torch.Tensor,
-    looks: Sequence[Look],
+    sampling: Sampling,
     blocks: Blocks,
     axis: str,
     before: tuple[str, torch.Tensor] | None = None,
@@ -38,7 +36,7 @@ def measure_patches(
 
     Args:
         x: (N, C, *size), any number of spatial dimensions.
-        looks: which pictures are looked at through which window; at least one.
+        sampling: which patches are looked at.
         blocks, axis: how a patch falls into vectors of d features, see `Blocks.along`.
         before: an axis and its matrices by which the patches are whitened before the covariance.
 
@@ -52,7 +50,7 @@ def measure_patches(
         ValueError: x is smaller than the kernel.
     """
     done, matrix = (None, None) if before is None else before
-    return _MeasurePatches.apply(x, matrix, done, tuple(looks), blocks, axis)
+    return _MeasurePatches.apply(x, matrix, done, sampling, blocks, axis)
 
 
 class _MeasurePatches(torch.autograd.Function):
@@ -68,22 +66,24 @@ class _MeasurePatches(torch.autograd.Function):
         x: torch.Tensor,
         matrix: torch.Tensor | None,
         done: str | None,
-        looks: tuple[Look, ...],
+        sampling: Sampling,
         blocks: Blocks,
         axis: str,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        mean, cov = average_patch(x, looks), 0
-        selections = [select_pixels(x, window) for _, window in looks]
-        for (pictures, window), selection in zip(looks, selections, strict=True):
-            for part in _split(x[pictures], window):
-                maps = gather(part, window, selection).sub_(mean)
-                if matrix is not None:
-                    maps = transform_along(done, maps, matrix, blocks)
-                vectors = blocks.along(axis, maps)
-                cov = cov + outer_products(vectors, vectors, blocks.matrices)
-        ctx.save_for_backward(x, matrix, mean, *selections)
-        ctx.settings = done, looks, blocks, axis
-        ctx.patches = max(count_patches(x, looks), 1)
+        selection, parts = select_pixels(x, sampling), _split(x, sampling)
+        ctx.patches = max(count_patches(x, sampling), 1)
+        whole = gather(x, sampling, selection) if len(parts) == 1 else None
+        total = add_patches(x, sampling) if whole is None else whole.sum((0, 2))
+        mean, cov = total[:, None] / ctx.patches, 0
+        for part in parts:
+            maps = gather(part, sampling, selection) if whole is None else whole
+            maps = maps.sub_(mean)
+            if matrix is not None:
+                maps = transform_along(done, maps, matrix, blocks)
+            vectors = blocks.along(axis, maps)
+            cov = cov + outer_products(vectors, vectors, blocks.matrices)
+        ctx.save_for_backward(x, matrix, mean, selection)
+        ctx.settings = done, sampling, blocks, axis
         ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
         return x, mean.flatten(), cov / ctx.vectors
 
@@ -92,39 +92,35 @@ class _MeasurePatches(torch.autograd.Function):
     def backward(
         ctx, grad: torch.Tensor, grad_mean: torch.Tensor, grad_cov: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, matrix, mean, *selections = ctx.saved_tensors
-        done, looks, blocks, axis = ctx.settings
+        x, matrix, mean, selection = ctx.saved_tensors
+        done, sampling, blocks, axis = ctx.settings
+        if not _is_whole(grad):
+            grad = grad.contiguous()
         symmetric = (grad_cov + grad_cov.mT) / ctx.vectors
         grad_mean = grad_mean[:, None] / ctx.patches
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
-        for (pictures, window), selection in zip(looks, selections, strict=True):
-            parts = (_split(each[pictures], window) for each in (x, grad))
-            for part, grad_part in zip(*parts, strict=True):
-                maps = whitened = gather(part, window, selection).sub_(mean)
-                if matrix is not None:
-                    whitened = transform_along(done, maps, matrix, blocks)
-                slope = transform_along(axis, whitened, symmetric, blocks)
-                if matrix is not None:
-                    pair = (blocks.along(done, each) for each in (slope, maps))
-                    grad_matrix += outer_products(*pair, blocks.matrices)
-                    slope = transform_along(done, slope, matrix.mT, blocks)
-                scatter(slope.add_(grad_mean), grad_part, window, selection)
+        for part, grad_part in zip(_split(x, sampling), _split(grad, sampling), strict=True):
+            maps = whitened = gather(part, sampling, selection).sub_(mean)
+            if matrix is not None:
+                whitened = transform_along(done, maps, matrix, blocks)
+            slope = transform_along(axis, whitened, symmetric, blocks)
+            if matrix is not None:
+                pair = (blocks.along(done, each) for each in (slope, maps))
+                grad_matrix += outer_products(*pair, blocks.matrices)
+                slope = transform_along(done, slope, matrix.mT, blocks)
+            scatter(slope.add_(grad_mean), grad_part, sampling, selection)
         return grad, grad_matrix, *(None,) * 4
 
 
-def count_patches(x: torch.Tensor, looks: Sequence[Look]) -> int:
+def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
     """Patches of x that are looked at, M."""
-    return sum(len(x[pictures]) * window.count(x.shape[2:]) for pictures, window in looks)
+    return len(x) * sampling.count(x.shape[2:])
 
 
-def average_patch(x: torch.Tensor, looks: Sequence[Look]) -> torch.Tensor:
-    """The mean (C*T, 1) of the patches of x that are looked at, 0 for none."""
+def add_patches(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """The sum (C*T,) of all patches of x, from that of its pictures."""
     dtype = torch.promote_types(x.dtype, torch.float32)
-    total = 0
-    for pictures, window in looks:
-        piled = x[pictures].sum(0, keepdim=True, dtype=dtype)
-        total = total + gather(piled, window).sum(dim=(0, 2))[:, None]
-    return total / max(count_patches(x, looks), 1)
+    return gather(x.sum(0, keepdim=True, dtype=dtype), window).sum((0, 2))
 
 
 def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor:
@@ -134,9 +130,16 @@ def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor
     return outer_products(vectors, vectors, blocks.matrices) / max(count, 1)
 
 
-def _split(x: torch.Tensor, window: Window) -> Sequence[torch.Tensor]:
+def _is_whole(x: torch.Tensor) -> bool:
+    """Whether every element of a feature map has a place of its own, and spots find theirs."""
+    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def _split(x: torch.Tensor, sampling: Sampling) -> Sequence[torch.Tensor]:
     """x, some pictures at a time: so many that their patches fill a part of the memory."""
-    size = max(x.element_size(), 4) * x.shape[1] * window.taps * window.count(x.shape[2:])
+    if isinstance(sampling, Spots):  # few
+        return (x,)
+    size = max(x.element_size(), 4) * x.shape[1] * sampling.taps * sampling.count(x.shape[2:])
     return x.split(max((CPU_PART if x.device.type == "cpu" else PART) // max(size, 1), 1))
 
 

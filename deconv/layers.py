@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from .blocks import Blocks, divide_channels, transform_along
 from .covariance import (
-    Look,
     average_across,
     count_patches,
     measure_patches,
@@ -22,7 +21,7 @@ from .covariance import (
 )
 from .fold import fold
 from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
-from .patches import Window, gather, share_out
+from .patches import Sampling, Spots, Window, gather
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
 MODES: dict[int, tuple[str, ...]] = {
@@ -111,18 +110,17 @@ class _Whitening(nn.Module):
             return x, *self._fold(mean, whiten)
 
     def _estimate_whitening(
-        self, x: torch.Tensor, looks: list[Look], blocks: Blocks
+        self, x: torch.Tensor, sampling: Sampling, blocks: Blocks
     ) -> tuple[torch.Tensor, int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         """x, patches looked at, their mean (C*T,), and whitening matrices by axis."""
         together = self.sync_stats and several_processes()
-        count = count_patches(x, looks)
-        if not together and len(looks) == 1 and self._has_few_rows(count):
-            ((pictures, window),) = looks
-            return x, count, *self._estimate_from_rows(gather(x[pictures], window))
+        count = count_patches(x, sampling)
+        if not together and self._has_few_rows(count):
+            return x, count, *self._estimate_from_rows(gather(x, sampling))
         whiten: dict[str, torch.Tensor] = {}
         total, means, done = count, [], None
         for axis in self.axes:  # the second axis sees what the first has whitened
-            x, mean, cov = measure_patches(x, looks, blocks, axis, done)
+            x, mean, cov = measure_patches(x, sampling, blocks, axis, done)
             if together:
                 total, mean, cov = self._pool(count, mean, cov, axis, blocks, done)
             identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
@@ -257,9 +255,9 @@ class FastDeconv(_Whitening, nn.Conv2d):
         sampling_stride: every so-many-th patch in each direction is looked at, times the
             convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
             whatever this says.
-        rows_per_feature: modes 1, 2 and 5 look at so few patches, spread over pictures and
-            positions, that a matrix has so many rows for each of its features; 0: at all that
-            sampling leaves.
+        rows_per_feature: modes 1, 2 and 5 look at so few patches of each picture, see `Spots`, that
+            a matrix has about so many rows for each of its features; 0: at all that sampling
+            leaves.
         root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
             floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
@@ -350,33 +348,34 @@ class FastDeconv(_Whitening, nn.Conv2d):
             )
         return self._conv_forward(*self._whitened(x))
 
-    def _sampling(self, x: torch.Tensor) -> tuple[list[Look], Blocks]:
+    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
         """Which patches the mode looks at, and how they fall into blocks."""
         if self.mode == 3:  # single pixels, without the padding that would pull them to zero
             one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
             window = Window(one, step, one, (0, 0) * len(one))
             unit = self.blocks.unit // self.blocks.taps
-            return [(slice(None), window)], replace(self.blocks, taps=1, unit=unit)
+            return window, replace(self.blocks, taps=1, unit=unit)
         step = 1 if self.mode == 4 else self.sampling_stride
         stride = tuple(step * s for s in self.stride)
         padding = tuple(self._reversed_padding_repeated_twice)
         window = Window(self.kernel_size, stride, self.dilation, padding)
-        if self.mode == 4:
-            return [(slice(None), window)], self.blocks
+        if self.mode == 4 or not self.rows_per_feature:
+            return window, self.blocks
         return self._look_at_enough(x, window), self.blocks
 
-    def _look_at_enough(self, x: torch.Tensor, window: Window) -> list[Look]:
-        """So few patches that each feature of a matrix has `rows_per_feature` rows.
+    def _look_at_enough(self, x: torch.Tensor, window: Window) -> Sampling:
+        """So few patches that each feature of a matrix has about `rows_per_feature` rows.
 
         Several processes with equal shares, in their order, look at the same ones as one would.
         """
         together = self.sync_stats and several_processes()
         rank = distributed.get_rank() if together else 0
         count = len(x) * (distributed.get_world_size() if together else 1)
-        rows = count * window.count(x.shape[2:]) * self.blocks.sharing
-        needed = self.rows_per_feature * self.blocks.features
-        share = max(int(rows / needed), 1) if needed else 1
-        return share_out(window, x.shape[2:], share, offset=rank * len(x))
+        rows = self.rows_per_feature * self.blocks.features
+        per_picture = max(round(rows / max(count * self.blocks.sharing, 1)), 1)
+        if per_picture >= window.count(x.shape[2:]):
+            return window
+        return Spots(window, per_picture, first=rank * len(x))
 
     def fuse(self) -> nn.Conv2d:
         """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
@@ -447,8 +446,8 @@ class Delinear(_Whitening, nn.Linear):
         rows, weight, bias = self._whitened(x.reshape(-1, self.in_features, 1))
         return F.linear(rows.reshape(x.shape), weight, bias)
 
-    def _sampling(self, x: torch.Tensor) -> tuple[list[Look], Blocks]:
-        return [(slice(None), Window((1,), (1,), (1,), (0, 0)))], self.blocks
+    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
+        return Window((1,), (1,), (1,), (0, 0)), self.blocks
 
     def fuse(self) -> nn.Linear:
         """The plain linear layer that this one is in evaluation; as `FastDeconv.fuse`."""

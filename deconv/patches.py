@@ -6,13 +6,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
-from math import prod
+from math import gcd, prod
 
 import torch
 
 SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
 LONG = 512  # pixels of a line from which on single pixels are copied
-LOOKS = 4  # windows that share the pictures of a batch: each costs a round of small operations
 
 Slices = tuple[slice, ...]
 
@@ -87,96 +86,140 @@ class Window:
             met.append((slice(low, high), slice(start, start + (high - low) * step, step)))
         return met
 
-    def thin_out(self, steps: Sequence[int], corner: Sequence[int]) -> Window:
-        """Every so-many-th position along each dimension, beginning at `corner`."""
-        stride = tuple(s * step for s, step in zip(self.stride, steps, strict=True))
-        padding = list(self.padding)
-        for d, (s, first) in enumerate(zip(self.stride, corner, strict=True)):
-            padding[-2 - 2 * d] -= s * first
-        return Window(self.kernel_size, stride, self.dilation, tuple(padding))
 
+@dataclass(frozen=True)
+class Spots:
+    """Some of the positions of a window, in every picture others.
 
-def share_out(
-    window: Window, size: Sequence[int], share: int, offset: int = 0
-) -> list[tuple[slice, Window]]:
-    """One in `share` of all patches of a batch: which pictures are seen through which window.
-
-    Patches of one picture are alike, so many pictures with few patches each tell more than the
-    reverse. The pictures take turns with up to `LOOKS` windows, each of which has positions of its
-    own, that together are all; only then pictures are left out.
+    Neighbouring patches of a picture are nearly the same patch, so few patches of every picture
+    tell more than many patches of a few. Those of a picture are spread evenly over it, and begin
+    elsewhere in each one: pictures that follow each other see all positions before long.
 
     Args:
-        size: of the maps, in pixels.
-        share: 1 for all.
-        offset: number of the first picture, where several processes share a batch.
+        window: whose positions are meant.
+        per_picture: patches of a picture, from 1 to all.
+        first: number of the first picture, where several processes share a batch.
     """
-    positions = window.positions(size)
-    steps = [1] * len(positions)
-    while 2 * prod(steps) <= min(share, LOOKS):
-        d = max(range(len(steps)), key=lambda d: positions[d] / steps[d])
-        if positions[d] < 2 * steps[d]:
-            break
-        steps[d] *= 2
-    turns = share // prod(steps)
-    every = turns * prod(steps)
-    return [
-        (slice((turn * turns - offset) % every, None, every), window.thin_out(steps, corner))
-        for turn, corner in enumerate(product(*map(range, steps)))
-    ]
+
+    window: Window
+    per_picture: int
+    first: int = 0
+
+    @property
+    def taps(self) -> int:
+        """Pixels of a patch, T."""
+        return self.window.taps
+
+    def count(self, size: Sequence[int]) -> int:
+        """Patches of a map."""
+        return self.per_picture
+
+    def choose(self, count: int, size: Sequence[int], device: torch.device) -> torch.Tensor:
+        """The positions (count, per_picture) by number in each of `count` maps of `size`."""
+        positions = self.window.count(size)
+        # Near the golden section of the positions, so that few turns already spread evenly.
+        turn = max(int(0.618 * positions), 1)
+        while gcd(turn, positions) > 1:
+            turn += 1
+        pictures = torch.arange(self.first, self.first + count, device=device)
+        spread = torch.arange(self.per_picture, device=device) * positions // self.per_picture
+        return (pictures[:, None] * turn + spread) % positions
 
 
-def select_pixels(x: torch.Tensor, window: Window) -> torch.Tensor | None:
-    """The matrix (pixels, T*P) of zeros and ones that gathers patches by a product.
+Sampling = Window | Spots
 
-    Its transpose scatters them. Matrices multiply so much faster than single pixels are fetched
-    that the zeros are paid for. It is that of the whole map if that is small, otherwise of its
-    lines; for very long lines there is none.
+
+def select_pixels(x: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+    """What `gather` and `scatter` find the pixels by; the same for all x of one shape and device.
+
+    Of a window, the matrix (pixels, T*P) of zeros and ones that gathers patches by a product. Its
+    transpose scatters them. Matrices multiply so much faster than single pixels are fetched that
+    the zeros are paid for. It is that of the whole map if that is small, otherwise of its lines;
+    for very long lines, and for single pixels of large maps, there is none.
+
+    Of spots, the numbers (N, 1, T*P) of their pixels, -1 outside of the map.
 
     Args:
         x: (N, C, *size).
     """
-    outer = _count_outer(x.shape[2:])
-    size, (_, inner) = x.shape[2 + outer :], window.cut(outer)
-    if prod(size) > LONG or prod(size) * window.taps == 1:
-        return None
+    count, _, *size = x.shape
+    if isinstance(sampling, Window):
+        count, outer = 0, _count_outer(size, sampling)
+        size, (_, sampling) = size[outer:], sampling.cut(outer)
+        longest = SMALL if sampling.taps == 1 else LONG
+        if prod(size) > longest or prod(size) * sampling.taps == 1:
+            return None
     # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
     traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
-    make = _make_selection if traced else _cached_selection
-    return make(inner, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
+    make = _select if traced else _cached_selection
+    return make(sampling, count, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
 
 
-def _make_selection(
-    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def _select(
+    sampling: Sampling,
+    count: int,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
+    if isinstance(sampling, Spots):
+        return _number_pixels(sampling, count, size, device)
     single = torch.eye(prod(size), dtype=dtype, device=device)  # a picture for each pixel
-    maps = single.new_zeros(len(single), 1, window.taps, *window.positions(size))
-    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), window):
+    maps = single.new_zeros(len(single), 1, sampling.taps, *sampling.positions(size))
+    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), sampling):
         tap.copy_(pixels)
     return maps.flatten(1)
+
+
+def _number_pixels(
+    spots: Spots, count: int, size: Sequence[int], device: torch.device
+) -> torch.Tensor:
+    window = spots.window
+    numbers = spots.choose(count, size, device)[:, None]  # N 1 P
+    places = torch.unravel_index(numbers, window.positions(size))
+    taps = torch.unravel_index(torch.arange(window.taps, device=device), window.kernel_size)
+    pixel, inside = torch.zeros_like(numbers), torch.ones_like(numbers, dtype=torch.bool)
+    for d, (place, tap) in enumerate(zip(places, taps, strict=True)):
+        before = window.padding[-2 - 2 * d]
+        at = place * window.stride[d] + tap[:, None] * window.dilation[d] - before  # N T P
+        pixel, inside = pixel * size[d] + at, inside & (at >= 0) & (at < size[d])
+    return torch.where(inside, pixel, -1).flatten(1)[:, None]
 
 
 @lru_cache(maxsize=128)
 @torch.inference_mode(False)  # a later backward may want to keep it
 def _cached_selection(
-    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+    sampling: Sampling,
+    count: int,
+    size: tuple[int, ...],
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> torch.Tensor:
-    return _make_selection(window, size, dtype, device)
+    return _select(sampling, count, size, dtype, device)
 
 
-def gather(x: torch.Tensor, window: Window, selection: torch.Tensor | None = None) -> torch.Tensor:
+def gather(
+    x: torch.Tensor, sampling: Sampling, selection: torch.Tensor | None = None
+) -> torch.Tensor:
     """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
 
     Their features are channel-major as in `weight.flatten(1)`. In large maps all positions but
     those along a line stand with the pictures: N' P' = N P.
 
     Args:
-        selection: `select_pixels(x, window)`; None copies.
+        selection: `select_pixels(x, sampling)`; None copies.
 
     Raises:
         ValueError: x is smaller than the kernel.
     """
-    outer, inner = window.cut(_count_outer(x.shape[2:]))
-    lines = x.to(torch.promote_types(x.dtype, torch.float32))
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    if isinstance(sampling, Spots):
+        numbers = select_pixels(x, sampling) if selection is None else selection
+        pixels = numbers.clamp(min=0).expand(-1, x.shape[1], -1)
+        maps = x.flatten(2).gather(2, pixels).to(dtype).mul_(numbers >= 0)
+        return maps.reshape(len(x), x.shape[1] * sampling.taps, sampling.per_picture)
+    outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
+    lines = x.to(dtype)
     if outer.kernel_size:
         views = _new_lines(lines, outer)
         for line, pixels in _match(views, lines, outer):
@@ -193,10 +236,16 @@ def gather(x: torch.Tensor, window: Window, selection: torch.Tensor | None = Non
 
 
 def scatter(
-    maps: torch.Tensor, x: torch.Tensor, window: Window, selection: torch.Tensor | None = None
+    maps: torch.Tensor, x: torch.Tensor, sampling: Sampling, selection: torch.Tensor | None = None
 ) -> None:
     """The adjoint of `gather`: add every element of maps to its pixel of x, in place."""
-    outer, inner = window.cut(_count_outer(x.shape[2:]))
+    if isinstance(sampling, Spots):
+        numbers = select_pixels(x, sampling) if selection is None else selection
+        pixels = numbers.clamp(min=0).expand(-1, x.shape[1], -1)
+        maps = maps.reshape(pixels.shape).mul(numbers >= 0).to(x.dtype)
+        x.view(*x.shape[:2], prod(x.shape[2:])).scatter_add_(2, pixels, maps)
+        return
+    outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
     views = _new_lines(maps, outer, x.shape) if outer.kernel_size else None
     lines = x if views is None else _as_pictures(views, outer)
     size = lines.shape[2:]
@@ -212,9 +261,9 @@ def scatter(
             pixels += line
 
 
-def _count_outer(size: Sequence[int]) -> int:
+def _count_outer(size: Sequence[int], window: Window) -> int:
     """Dimensions whose taps are copied as whole lines: none of a small map, else all but one."""
-    return 0 if prod(size) <= SMALL else len(size) - 1
+    return 0 if prod(size) <= SMALL or window.taps == 1 else len(size) - 1
 
 
 def _new_lines(

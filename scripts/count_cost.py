@@ -18,7 +18,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deconv import Delinear, FastDeconv
 from deconv.covariance import count_patches
-from deconv.patches import select_pixels
+from deconv.patches import Window, select_pixels
 from scripts.profile_layer import CONVOLUTION, NAMES
 
 BYTES = 4  # of a float32 number
@@ -89,14 +89,13 @@ def measure_sizes(
     x, weight = torch.empty(shape, device="meta"), layer.weight.to("meta")
     linear, selection = isinstance(layer, Delinear), None
     looked = x.reshape(-1, x.shape[-1], 1) if linear else x
-    looks, blocks = layer._sampling(looked)
-    maps = count_patches(looked, looks) * blocks.groups * blocks.channels * blocks.taps
+    sampling, blocks = layer._sampling(looked)
+    maps = count_patches(looked, sampling) * blocks.groups * blocks.channels * blocks.taps
     if linear:
         seen, out, groups = 0, F.linear(x, weight), 1
     else:
-        pictures = sum(len(x[number]) for number, _ in looks)
-        selection = select_pixels(x, looks[0][1])
-        seen, groups = min(maps, x.numel() * pictures / len(x)), layer.groups
+        selection = select_pixels(x, sampling) if isinstance(sampling, Window) else None
+        seen, groups = min(maps, x.numel()), layer.groups
         out = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
     by_values = layer.root == "newton" and device.type == "cpu"
     side = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}

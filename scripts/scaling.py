@@ -87,8 +87,8 @@ def row_size(model: nn.Module, side: int) -> float:
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0] if inputs[0].dim() > 2 else inputs[0].unsqueeze(-1)
-        looks, blocks = module._sampling(x)
-        sizes.append(count_patches(x, looks) * blocks.groups * blocks.channels * blocks.taps)
+        sampling, blocks = module._sampling(x)
+        sizes.append(count_patches(x, sampling) * blocks.groups * blocks.channels * blocks.taps)
 
     for module in model.modules():
         if hasattr(module, "axes"):

@@ -7,12 +7,12 @@ from torch.nn import functional as F
 
 from deconv import covariance
 from deconv.blocks import Blocks, transform_along
-from deconv.covariance import average_patch, measure_patches, second_moment
-from deconv.patches import SMALL, Window, gather, share_out
+from deconv.covariance import measure_patches, second_moment
+from deconv.patches import SMALL, Spots, Window, gather
 
 WINDOW = Window((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
 SIZE = (7, 6)
-LOOKS = {"all": [(slice(None), WINDOW)], "shared out": share_out(WINDOW, SIZE, 5)}
+LOOKS = {"all": WINDOW, "some": Spots(WINDOW, 3)}
 INTERLEAVED = Blocks(1, 4, 2, 6, 1, True)
 GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of WINDOW
 LAYOUTS = {"interleaved": 1, "contiguous": 12}
@@ -28,10 +28,14 @@ def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
     torch.manual_seed(0)
     x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
     assert x[0, 0].numel() > SMALL
-    looks, blocks = share_out(WINDOW, (13, 14), 5 if looks == "shared out" else 1), INTERLEAVED
+    looks, blocks = LOOKS[looks], INTERLEAVED
     found = measure_patches(x, looks, blocks, "joint")[1:]
-    rows = [F.unfold(F.pad(x[n], w.padding), *GEOMETRY, stride=w.stride) for n, w in looks]
-    rows = torch.cat([r.transpose(1, 2).flatten(0, 1) for r in rows])
+    rows = F.unfold(F.pad(x, WINDOW.padding), *GEOMETRY, stride=WINDOW.stride).transpose(1, 2)
+    if looks is WINDOW:
+        rows = rows.flatten(0, 1)
+    else:
+        numbers = looks.choose(5, (13, 14), x.device)
+        rows = torch.cat([rows[n, numbers[n]] for n in range(5)])
     vectors = (rows - rows.mean(0)).unflatten(1, (12, 2))
     expected = rows.mean(0), torch.einsum("mdn,men->de", vectors, vectors)[None] / len(rows) / 2
     torch.testing.assert_close(found, expected)
@@ -44,7 +48,7 @@ def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
 
 def plain(x, looks, blocks, axis, before=None):
     """The same from all patches at once, by autograd."""
-    rows = torch.cat([gather(x[n], w).transpose(1, 2).flatten(0, 1) for n, w in looks])  # M C*T
+    rows = gather(x, looks).transpose(1, 2).flatten(0, 1)  # M C*T
     mean = rows.mean(0)
     maps = (rows - mean)[:, :, None]
     if before is not None:
@@ -101,19 +105,31 @@ def test_gradient_matches_finite_differences():
 
 def test_float32_survives_an_offset_much_larger_than_the_spread():
     x, blocks = torch.randn(400, 3, 3, 3) + 3000, Blocks(1, 3, 3, 1, 3, True)
-    looks = [(slice(None), Window((1, 1), (1, 1), (1, 1), (0, 0, 0, 0)))]
-    _, _, cov = measure_patches(x, looks, blocks, "joint")
-    _, _, exact = measure_patches(x.double(), looks, blocks, "joint")
+    window = Window((1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
+    _, _, cov = measure_patches(x, window, blocks, "joint")
+    _, _, exact = measure_patches(x.double(), window, blocks, "joint")
     torch.testing.assert_close(cov, exact.float(), rtol=1e-3, atol=1e-3)
 
 
-def test_no_patches_have_mean_and_covariance_zero():
+@pytest.mark.parametrize("looks", LOOKS)
+def test_no_patches_have_mean_and_covariance_zero(looks):
     x, blocks = pictures(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
-    passed, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+    passed, mean, cov = measure_patches(x, LOOKS[looks], blocks, "joint")
     assert mean.shape == (24,) and not mean.any() and not cov.any()
     (cov.sum() + mean.sum() + passed.sum()).backward()
     assert x.grad.shape == x.shape
-    assert not average_patch(x, LOOKS["shared out"]).any()
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_a_gradient_that_shares_its_memory_is_not_written_into(looks):
+    x = pictures().requires_grad_()
+    grads = []
+    for weight in (torch.ones((), dtype=x.dtype), torch.ones_like(x)):  # expanded, and whole
+        passed, _, cov = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+        grads += torch.autograd.grad((passed * weight).sum() + cov.sum(), x)
+    torch.testing.assert_close(*grads)
+    passed, _, cov = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+    torch.testing.assert_close(torch.autograd.grad(passed.sum() + cov.sum(), x)[0], grads[0])
 
 
 def test_second_moment_is_the_mean_of_outer_products():

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from deconv import Delinear, FastDeconv
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
-from deconv.patches import gather
+from deconv.patches import Spots, gather
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -58,16 +58,18 @@ def brute_force(layer, x):
 
     kernel = layer.kernel_size, layer.dilation
     seen = patches(F.pad(x, layer._reversed_padding_repeated_twice), *kernel, layer.stride)
-    looks, _ = layer._sampling(x)
+    sampling, _ = layer._sampling(x)
     if layer.mode == 3:  # single pixels of the raw picture, repeated for every tap
         sample = patches(x, 1, 1, layer.sampling_stride).flatten(0, 1)
         sample = sample.repeat_interleave(kernel[0][0] * kernel[0][1], dim=1)
     else:
-        sample = [
-            patches(F.pad(x[number], window.padding), *kernel, window.stride).flatten(0, 1)
-            for number, window in looks
-        ]
-        sample = torch.cat(sample)
+        some = isinstance(sampling, Spots)
+        window = sampling.window if some else sampling
+        sample = patches(F.pad(x, window.padding), *kernel, window.stride)
+        if some:
+            numbers = sampling.choose(len(x), x.shape[2:], x.device)
+            sample = torch.stack([rows[n] for rows, n in zip(sample, numbers, strict=True)])
+        sample = sample.flatten(0, 1)
     white = torch.zeros_like(seen)
     for blocks in columns_of(layer):  # one group
         parts = [sample[:, block] - sample[:, block].mean(0) for block in blocks]  # M B T
@@ -421,9 +423,8 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
     x = torch.arange(24.0 * 81).reshape(24, 1, 9, 9).expand(24, 4, 9, 9)
 
     def seen(pictures):
-        looks, _ = layer._sampling(pictures)
-        maps = [gather(pictures[number], window) for number, window in looks]
-        return torch.cat([x.transpose(1, 2).flatten(0, 1) for x in maps])
+        sampling, _ = layer._sampling(pictures)
+        return gather(pictures, sampling).transpose(1, 2).flatten(0, 1)
 
     alone = seen(x)
     monkeypatch.setattr("deconv.layers.several_processes", lambda: True)
@@ -433,8 +434,8 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         parts.append(seen(share))
     torch.testing.assert_close(torch.cat(parts).sort(dim=0)[0], alone.sort(dim=0)[0])
-    # 2 blocks of 18 features: 36 patches would have 72 rows, a 6th of 216; 4 windows take a 4th
-    assert len(alone) == (54 if per_feature == 4 else 216)
+    # 2 blocks of 18 features: 36 patches have 72 rows, so 24 pictures have 2 each of their 9
+    assert len(alone) == (48 if per_feature == 4 else 216)
 
 
 def test_options_beyond_the_published_ones_are_shown_where_they_are_used():

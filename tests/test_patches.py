@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.patches import Window, gather, scatter, select_pixels, share_out
+from deconv.patches import Spots, Window, gather, scatter, select_pixels
 
 SHAPES = [
     # kernel, stride, dilation, size
@@ -93,19 +93,38 @@ def test_a_map_smaller_than_the_kernel_is_named():
         gather(torch.randn(1, 1, 2, 5), Window((3, 3), (1, 1), (1, 1), (0, 0, 0, 0)))
 
 
-@pytest.mark.parametrize("size", [(9, 12), (4, 4), (2, 1)])
-@pytest.mark.parametrize("share", [1, 2, 3, 4, 7, 1000])
-def test_pictures_take_turns_with_windows_that_together_see_everything(size, share):
-    window = Window((3, 3), (1, 2), (1, 1), (1, 1, 1, 1))
-    looks = share_out(window, size, share)
-    x = torch.arange(64.0 * 9 * 12).reshape(64, 1, 9, 12)[..., : size[0], : size[1]] + 1
-    whole = gather(x, window).transpose(1, 2).flatten(0, 1)
-    seen = [gather(x[n], part).transpose(1, 2).flatten(0, 1) for n, part in looks]
-    assert sum(map(len, seen)) >= len(whole) // share
-    assert torch.isin(torch.cat(seen)[:, 4], whole[:, 4]).all()
-    positions = torch.cat([gather(x[:1], part)[0].T for _, part in looks])
-    assert sorted(positions.tolist()) == sorted(gather(x[:1], window)[0].T.tolist())
-    numbers = [i for pictures, _ in looks for i in range(64)[pictures]]
-    assert len(set(numbers)) == len(numbers)  # no picture has two turns
-    if share < 8 and size[1] > 1:
-        assert len(looks) == min(2 ** (share.bit_length() - 1), 4)
+SEEN = Window((3, 3), (1, 2), (1, 1), (1, 1, 1, 1))
+SIZES = [(9, 12), (4, 4), (2, 1)]
+
+
+@pytest.mark.parametrize("last", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("per_picture", [1, 2, 5])
+def test_spots_are_those_patches_of_the_window(size, per_picture, last):
+    spots = Spots(SEEN, min(per_picture, SEEN.count(size)), first=3)
+    x = torch.randn(6, 4, *size)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    numbers = spots.choose(6, size, x.device)
+    whole = gather(x, SEEN)  # N C*T P, or line by line
+    whole = side_by_side(whole, 6)
+    expected = torch.stack([whole[n][:, numbers[n]] for n in range(6)])
+    for selection in (None, select_pixels(x, spots)):
+        maps = gather(x, spots, selection)
+        torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+        y = torch.zeros_like(x)
+        other = torch.randn_like(maps)
+        scatter(other, y, spots, selection)
+        torch.testing.assert_close((other * maps).sum(), (y * x).sum())
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_spots_of_a_picture_differ_and_those_of_many_are_all(size):
+    positions = SEEN.count(size)
+    for per_picture in range(1, positions + 1):
+        numbers = Spots(SEEN, per_picture).choose(2 * positions, size, torch.device("cpu"))
+        assert all(len(set(row)) == per_picture for row in numbers.tolist())
+        for column in numbers[:positions].T.tolist():
+            assert sorted(column) == list(range(positions))
+        later = Spots(SEEN, per_picture, first=5).choose(4, size, torch.device("cpu"))
+        assert later.tolist() == numbers[5:9].tolist() or positions < 5
