@@ -23,10 +23,10 @@ def divide_channels(channels: int, block: int) -> int:
     20 channels in blocks of 16 become 2 blocks of 10; 17 become 17 blocks of 1.
 
     Raises:
-        ValueError: `block` is below 1.
+        ValueError: `block` is below 1 or not whole.
     """
-    if block < 1:
-        raise ValueError(f"block must be at least 1 channel, got {block}")
+    if block < 1 or block % 1:
+        raise ValueError(f"block must be a whole number of channels, at least 1, got {block}")
     return next(size for size in range(min(block, channels), 0, -1) if channels % size == 0)
 
 

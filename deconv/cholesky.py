@@ -5,8 +5,6 @@ is the soft floor that a few Newton-Schulz steps leave (see `inverse_sqrt`): n s
 direction by more than 1.5^n / sqrt(|A|_F), and neither does the inverse root of
 
     A + 1.5^(-2n) |A|_F I.
-
-Everything here is triangular, and large matrices are multiplied in strips that leave the zeros out.
 """
 
 from __future__ import annotations
@@ -14,11 +12,9 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
-STRIP = 144  # columns: narrower products take longer than the zeros they save
 
-
-def inverse_cholesky(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
-    """L^-1 of A + 1.5^(-2 n_iter) |A|_F I = L L^T.
+def inverse_cholesky(cov: torch.Tensor, n_iter: int = 5, eps: float = 0.0) -> torch.Tensor:
+    """L^-1 of A + 1.5^(-2 n_iter) |A|_F I = L L^T, where A = cov + eps I.
 
     The condition of that matrix is at most 1.5^(2 n_iter), 58 for five steps, so float32 is enough
     whatever A is.
@@ -26,23 +22,23 @@ def inverse_cholesky(cov: torch.Tensor, n_iter: int = 5) -> torch.Tensor:
     Args:
         cov: (G, F, F), symmetric positive semidefinite, float32 or float64.
         n_iter: Newton-Schulz steps whose floor is kept, at least 1.
+        eps: added to the diagonal, in units of variance.
 
     Returns:
         (G, F, F), lower triangular. NaN for a matrix that is not finite.
     """
-    return _InverseCholesky.apply(cov, 1.5 ** (-2 * n_iter))
+    return _InverseCholesky.apply(cov, 1.5 ** (-2 * n_iter), eps)
 
 
 class _InverseCholesky(torch.autograd.Function):
     """dD = -P(D dA D^T) D, P the lower triangle with half the diagonal; floor included."""
 
     @staticmethod
-    def forward(ctx, cov: torch.Tensor, share: float) -> torch.Tensor:
-        norm = torch.linalg.matrix_norm(cov)[:, None]
-        factor = cov.clone()
-        factor.diagonal(dim1=-2, dim2=-1).add_(share * norm)
-        factor = torch.linalg.cholesky_ex(factor).L
+    def forward(ctx, cov: torch.Tensor, share: float, eps: float) -> torch.Tensor:
         identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+        cov = torch.add(cov, identity, alpha=eps)
+        norm = torch.linalg.matrix_norm(cov, keepdim=True)
+        factor = torch.linalg.cholesky_ex(cov.addcmul(identity, norm, value=share)).L
         inverse = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
         ctx.share = share
         ctx.save_for_backward(cov, norm, inverse)
@@ -50,11 +46,11 @@ class _InverseCholesky(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cov, norm, inverse = ctx.saved_tensors
-        inner = (grad.tril() @ inverse.mT).tril_()
+        inner = (grad @ inverse.mT).tril_()
         inner.diagonal(dim1=-2, dim2=-1).mul_(0.5)
         outer = inverse.mT @ inner @ inverse
-        result = (outer + outer.mT).mul_(-0.5)
-        trace = result.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
-        return result + (ctx.share * trace / norm)[..., None] * cov, None
+        result = outer.add(outer.mT).mul_(-0.5)
+        trace = result.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
+        return result.addcmul_(cov, trace / norm, value=ctx.share), None, None

@@ -72,27 +72,31 @@ class _MeasurePatches(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
-        whole = gather(x, sampling, selection) if len(parts) == 1 else None
-        total = add_patches(x, sampling) if whole is None else whole.sum((0, 2))
-        mean, cov = total[:, None] / ctx.patches, 0
-        for part in parts:
-            maps = gather(part, sampling, selection) if whole is None else whole
-            maps = maps.sub_(mean)
+        if len(parts) == 1:
+            maps = [gather(x, sampling, selection)]
+            total = maps[0].sum((0, 2))
+        else:
+            maps = (gather(part, sampling, selection) for part in parts)
+            total = add_patches(x, sampling)
+        mean, cov = total[:, None] / ctx.patches, None
+        for part in maps:
+            part.sub_(mean)
             if matrix is not None:
-                maps = transform_along(done, maps, matrix, blocks)
-            vectors = blocks.along(axis, maps)
-            cov = cov + outer_products(vectors, vectors, blocks.matrices)
-        ctx.save_for_backward(x, matrix, mean, selection)
+                part = transform_along(done, part, matrix, blocks)
+            vectors = blocks.along(axis, part)
+            products = outer_products(vectors, vectors, blocks.matrices)
+            cov = products if cov is None else cov.add_(products)
+        ctx.save_for_backward(x, matrix, mean, *selection)
         ctx.settings = done, sampling, blocks, axis
         ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
-        return x, mean.flatten(), cov / ctx.vectors
+        return x, mean.flatten(), cov.div_(ctx.vectors)
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx, grad: torch.Tensor, grad_mean: torch.Tensor, grad_cov: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, matrix, mean, selection = ctx.saved_tensors
+        x, matrix, mean, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
         if not _is_whole(grad):
             grad = grad.contiguous()

@@ -16,8 +16,12 @@ ROOTS = ("newton", "cholesky")
 Pair = tuple[torch.Tensor, torch.Tensor]
 
 
-def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5, root: str = "newton") -> torch.Tensor:
+def inverse_sqrt(
+    cov: torch.Tensor, n_iter: int = 5, root: str = "newton", eps: float = 0.0
+) -> torch.Tensor:
     """Approximate A^(-1/2) with `n_iter` steps of the coupled Newton-Schulz iteration.
+
+        A = cov + eps I
 
         Y0 = A / |A|_F,  Z0 = I;   T = (3 I - Z Y) / 2,  Y <- Y T,  Z <- T Z;   D = Z / sqrt(|A|_F)
 
@@ -36,10 +40,11 @@ def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5, root: str = "newton") -> to
     The first step has Z = I and the last needs no Y: 3 n - 3 products rather than 3 n.
 
     Args:
-        cov: (G, F, F), symmetric positive definite, float32 or float64.
+        cov: (G, F, F), symmetric positive semidefinite, float32 or float64.
         n_iter: steps, at least 1; in float32 at most MAX_STEPS.
         root: "newton" for the above, symmetric; "cholesky" for `inverse_cholesky`, lower
             triangular, with the floor of so many steps.
+        eps: added to the diagonal, in units of variance.
 
     Returns:
         (G, F, F).
@@ -52,7 +57,9 @@ def inverse_sqrt(cov: torch.Tensor, n_iter: int = 5, root: str = "newton") -> to
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
     if root == "cholesky":
-        return inverse_cholesky(cov, n_iter)
+        return inverse_cholesky(cov, n_iter, eps)
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    cov = torch.add(cov, identity, alpha=eps)
     if _decomposes(cov):
         return RootOfMatrix.apply(cov, n_iter)
     return newton_schulz(cov, n_iter)

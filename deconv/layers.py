@@ -82,8 +82,8 @@ class _Whitening(nn.Module):
     ) -> None:
         if not eps > 0:
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
-        if not 1 <= n_iter <= MAX_STEPS:
-            raise ValueError(f"n_iter must be 1 to {MAX_STEPS} steps, got {n_iter}")
+        if n_iter not in range(1, MAX_STEPS + 1):
+            raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
         if not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.axes, self.blocks = axes, blocks
@@ -123,8 +123,7 @@ class _Whitening(nn.Module):
             x, mean, cov = measure_patches(x, sampling, blocks, axis, done)
             if together:
                 total, mean, cov = self._pool(count, mean, cov, axis, blocks, done)
-            identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-            whiten[axis] = inverse_sqrt(cov + self.eps * identity, self.n_iter, self.root)
+            whiten[axis] = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
             means.append(mean)
             done = axis, whiten[axis]
         return x, total, means[0], whiten
@@ -181,8 +180,9 @@ class _Whitening(nn.Module):
     ) -> None:
         """Move the running statistics to the batch's; empty and non-finite ones leave no trace."""
         batch = [mean, *whiten.values()]
-        usable = torch.isfinite(sum(value.sum() for value in batch)) & (count > 0)
-        step = torch.where(self.num_batches_tracked == 0, 1.0, self.momentum)
+        total = sum((value.sum() for value in whiten.values()), start=mean.sum()) / count
+        usable = total - total == 0  # not for infinity, NaN, or anything divided by a count of 0
+        step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
         running_mean, running = self._running_whitening()
         for old, new in zip([running_mean, *running.values()], batch, strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
@@ -304,8 +304,11 @@ class FastDeconv(_Whitening, nn.Conv2d):
     ) -> None:
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-        if sampling_stride < 1:
-            raise ValueError(f"sampling_stride must be at least 1 patch, got {sampling_stride}")
+        if sampling_stride < 1 or sampling_stride % 1:
+            raise ValueError(
+                f"sampling_stride must be a whole number of patches, at least 1, "
+                f"got {sampling_stride}"
+            )
         if not rows_per_feature >= 0:
             raise ValueError(
                 f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"

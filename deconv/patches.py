@@ -127,9 +127,10 @@ class Spots:
 
 
 Sampling = Window | Spots
+Selection = tuple[torch.Tensor, ...]
 
 
-def select_pixels(x: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
+def select_pixels(x: torch.Tensor, sampling: Sampling) -> Selection:
     """What `gather` and `scatter` find the pixels by; the same for all x of one shape and device.
 
     Of a window, the matrix (pixels, T*P) of zeros and ones that gathers patches by a product. Its
@@ -137,7 +138,8 @@ def select_pixels(x: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
     the zeros are paid for. It is that of the whole map if that is small, otherwise of its lines;
     for very long lines, and for single pixels of large maps, there is none.
 
-    Of spots, the numbers (N, 1, T*P) of their pixels, -1 outside of the map.
+    Of spots, the numbers (N, 1, T*P) of their pixels, and where some of them may lie in the
+    padding, which do not.
 
     Args:
         x: (N, C, *size).
@@ -148,7 +150,7 @@ def select_pixels(x: torch.Tensor, sampling: Sampling) -> torch.Tensor | None:
         size, (_, sampling) = size[outer:], sampling.cut(outer)
         longest = SMALL if sampling.taps == 1 else LONG
         if prod(size) > longest or prod(size) * sampling.taps == 1:
-            return None
+            return ()
     # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
     traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
     make = _select if traced else _cached_selection
@@ -161,19 +163,19 @@ def _select(
     size: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor:
+) -> Selection:
     if isinstance(sampling, Spots):
         return _number_pixels(sampling, count, size, device)
     single = torch.eye(prod(size), dtype=dtype, device=device)  # a picture for each pixel
     maps = single.new_zeros(len(single), 1, sampling.taps, *sampling.positions(size))
     for tap, pixels in _match(maps, single.reshape(-1, 1, *size), sampling):
         tap.copy_(pixels)
-    return maps.flatten(1)
+    return (maps.flatten(1),)
 
 
 def _number_pixels(
     spots: Spots, count: int, size: Sequence[int], device: torch.device
-) -> torch.Tensor:
+) -> Selection:
     window = spots.window
     numbers = spots.choose(count, size, device)[:, None]  # N 1 P
     places = torch.unravel_index(numbers, window.positions(size))
@@ -183,7 +185,9 @@ def _number_pixels(
         before = window.padding[-2 - 2 * d]
         at = place * window.stride[d] + tap[:, None] * window.dilation[d] - before  # N T P
         pixel, inside = pixel * size[d] + at, inside & (at >= 0) & (at < size[d])
-    return torch.where(inside, pixel, -1).flatten(1)[:, None]
+    found = torch.where(inside, pixel, 0), inside
+    found = found if any(pad > 0 for pad in window.padding) else found[:1]
+    return tuple(each.flatten(1)[:, None] for each in found)
 
 
 @lru_cache(maxsize=128)
@@ -194,29 +198,28 @@ def _cached_selection(
     size: tuple[int, ...],
     dtype: torch.dtype,
     device: torch.device,
-) -> torch.Tensor:
+) -> Selection:
     return _select(sampling, count, size, dtype, device)
 
 
-def gather(
-    x: torch.Tensor, sampling: Sampling, selection: torch.Tensor | None = None
-) -> torch.Tensor:
+def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:
     """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
 
     Their features are channel-major as in `weight.flatten(1)`. In large maps all positions but
     those along a line stand with the pictures: N' P' = N P.
 
     Args:
-        selection: `select_pixels(x, sampling)`; None copies.
+        selection: `select_pixels(x, sampling)`; none copies.
 
     Raises:
         ValueError: x is smaller than the kernel.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
     if isinstance(sampling, Spots):
-        numbers = select_pixels(x, sampling) if selection is None else selection
-        pixels = numbers.clamp(min=0).expand(-1, x.shape[1], -1)
-        maps = x.flatten(2).gather(2, pixels).to(dtype).mul_(numbers >= 0)
+        pixels, *inside = selection or select_pixels(x, sampling)
+        maps = x.flatten(2).gather(2, pixels.expand(-1, x.shape[1], -1)).to(dtype)
+        for mask in inside:
+            maps *= mask
         return maps.reshape(len(x), x.shape[1] * sampling.taps, sampling.per_picture)
     outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
     lines = x.to(dtype)
@@ -227,8 +230,8 @@ def gather(
         lines = _as_pictures(views, outer)
     size = lines.shape[2:]
     shape = len(lines), lines.shape[1] * inner.taps, inner.count(size)
-    if selection is not None:
-        return (lines.flatten(2) @ selection).reshape(shape)
+    if selection:
+        return (lines.flatten(2) @ selection[0]).reshape(shape)
     maps = lines.new_zeros(*lines.shape[:2], inner.taps, *inner.positions(size))
     for tap, pixels in _match(maps, lines, inner):
         tap.copy_(pixels)
@@ -236,22 +239,25 @@ def gather(
 
 
 def scatter(
-    maps: torch.Tensor, x: torch.Tensor, sampling: Sampling, selection: torch.Tensor | None = None
+    maps: torch.Tensor, x: torch.Tensor, sampling: Sampling, selection: Selection = ()
 ) -> None:
     """The adjoint of `gather`: add every element of maps to its pixel of x, in place."""
     if isinstance(sampling, Spots):
-        numbers = select_pixels(x, sampling) if selection is None else selection
-        pixels = numbers.clamp(min=0).expand(-1, x.shape[1], -1)
-        maps = maps.reshape(pixels.shape).mul(numbers >= 0).to(x.dtype)
-        x.view(*x.shape[:2], prod(x.shape[2:])).scatter_add_(2, pixels, maps)
+        pixels, *inside = selection or select_pixels(x, sampling)
+        pixels = pixels.expand(-1, x.shape[1], -1)
+        maps = maps.reshape(pixels.shape)
+        for mask in inside:
+            maps = maps * mask
+        x.view(*x.shape[:2], prod(x.shape[2:])).scatter_add_(2, pixels, maps.to(x.dtype))
         return
     outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
     views = _new_lines(maps, outer, x.shape) if outer.kernel_size else None
     lines = x if views is None else _as_pictures(views, outer)
     size = lines.shape[2:]
-    if selection is not None:
-        maps = maps.reshape(*lines.shape[:2], len(selection.mT))
-        lines += (maps @ selection.mT).reshape(lines.shape)
+    if selection:
+        (matrix,) = selection
+        maps = maps.reshape(*lines.shape[:2], len(matrix.mT))
+        lines += (maps @ matrix.mT).reshape(lines.shape)
     else:
         maps = maps.reshape(*lines.shape[:2], inner.taps, *inner.positions(size))
         for tap, pixels in _match(maps, lines, inner):

@@ -74,7 +74,7 @@ class _OuterProducts(torch.autograd.Function):
 
 def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     groups, side, _ = matrices.shape
-    if groups == 1 and maps.shape[2] >= SHORT:
+    if groups == 1 and (maps.shape[2] >= SHORT or maps.device.type != "cpu"):
         return torch.bmm(matrices.expand(len(maps), side, side), maps)
     if groups > 1 and _convolves(maps):
         return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
@@ -98,10 +98,11 @@ def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch
         # The gradient of a 1 x 1 convolution for its weight, which is fast on maps as they lie.
         shape = (groups * side, side, 1)
         return conv1d_weight(right, shape, left, groups=groups).reshape(groups, side, side)
-    left, right = (
-        x.unflatten(1, (groups, side)).permute(1, 2, 0, 3).flatten(2) for x in (left, right)
-    )
-    return left @ right.mT
+    columns = [
+        x.unflatten(1, (groups, side)).permute(1, 2, 0, 3).flatten(2)  # a copy
+        for x in ((left,) if left is right else (left, right))
+    ]
+    return columns[0] @ columns[-1].mT
 
 
 def _convolves(maps: torch.Tensor) -> bool:

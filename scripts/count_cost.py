@@ -87,14 +87,14 @@ def measure_sizes(
 ) -> Sizes:
     """Sizes of a layer that sees a batch of `shape` on a device."""
     x, weight = torch.empty(shape, device="meta"), layer.weight.to("meta")
-    linear, selection = isinstance(layer, Delinear), None
+    linear, selection = isinstance(layer, Delinear), ()
     looked = x.reshape(-1, x.shape[-1], 1) if linear else x
     sampling, blocks = layer._sampling(looked)
     maps = count_patches(looked, sampling) * blocks.groups * blocks.channels * blocks.taps
     if linear:
         seen, out, groups = 0, F.linear(x, weight), 1
     else:
-        selection = select_pixels(x, sampling) if isinstance(sampling, Window) else None
+        selection = select_pixels(x, sampling) if isinstance(sampling, Window) else ()
         seen, groups = min(maps, x.numel()), layer.groups
         out = F.conv2d(x, weight, None, layer.stride, layer.padding, layer.dilation, groups)
     by_values = layer.root == "newton" and device.type == "cpu"
@@ -107,7 +107,7 @@ def measure_sizes(
         groups=groups,
         seen=seen,
         maps=maps,
-        pixels=0 if selection is None else len(selection),
+        pixels=len(selection[0]) if selection else 0,
         matrices=blocks.matrices,
         sides=tuple(side[axis] for axis in layer.axes),
         root="spectrum" if by_values else layer.root,

@@ -38,6 +38,8 @@ def response(values, n_iter):
 def test_converges_to_the_exact_root(side):
     A = random_spd(3, side)
     torch.testing.assert_close(inverse_sqrt(A, n_iter=20), exact(A), rtol=1e-9, atol=1e-9)
+    more = A + 0.3 * torch.eye(side, dtype=A.dtype)
+    torch.testing.assert_close(inverse_sqrt(A, 20, eps=0.3), exact(more), rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize("n_iter", [1, 2, 5])
