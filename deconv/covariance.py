@@ -15,6 +15,7 @@ from .products import outer_products
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
 # gathering to their product; elsewhere large products matter more.
 CPU_PART, PART = 2 << 20, 256 << 20
+FEW = 2 << 20  # bytes of patches that are kept for the backward, instead of being gathered again
 
 
 def measure_patches(
@@ -72,21 +73,19 @@ class _MeasurePatches(torch.autograd.Function):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
-        if len(parts) == 1:
-            maps = [gather(x, sampling, selection)]
-            total = maps[0].sum((0, 2))
-        else:
-            maps = (gather(part, sampling, selection) for part in parts)
-            total = add_patches(x, sampling)
+        whole = gather(x, sampling, selection) if len(parts) == 1 else None
+        total = add_patches(x, sampling) if whole is None else whole.sum((0, 2))
         mean, cov = total[:, None] / ctx.patches, None
-        for part in maps:
-            part.sub_(mean)
+        for part in parts:
+            maps = gather(part, sampling, selection) if whole is None else whole
+            maps = maps.sub_(mean)
             if matrix is not None:
-                part = transform_along(done, part, matrix, blocks)
-            vectors = blocks.along(axis, part)
+                maps = transform_along(done, maps, matrix, blocks)
+            vectors = blocks.along(axis, maps)
             products = outer_products(vectors, vectors, blocks.matrices)
             cov = products if cov is None else cov.add_(products)
-        ctx.save_for_backward(x, matrix, mean, *selection)
+        kept = whole if keeps_patches(x, sampling) else None
+        ctx.save_for_backward(x, matrix, mean, kept, *selection)
         ctx.settings = done, sampling, blocks, axis
         ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
         return x, mean.flatten(), cov.div_(ctx.vectors)
@@ -96,7 +95,7 @@ class _MeasurePatches(torch.autograd.Function):
     def backward(
         ctx, grad: torch.Tensor, grad_mean: torch.Tensor, grad_cov: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
-        x, matrix, mean, *selection = ctx.saved_tensors
+        x, matrix, mean, kept, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
         if not _is_whole(grad):
             grad = grad.contiguous()
@@ -104,7 +103,8 @@ class _MeasurePatches(torch.autograd.Function):
         grad_mean = grad_mean[:, None] / ctx.patches
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
         for part, grad_part in zip(_split(x, sampling), _split(grad, sampling), strict=True):
-            maps = whitened = gather(part, sampling, selection).sub_(mean)
+            maps = gather(part, sampling, selection).sub_(mean) if kept is None else kept
+            whitened = maps
             if matrix is not None:
                 whitened = transform_along(done, maps, matrix, blocks)
             slope = transform_along(axis, whitened, symmetric, blocks)
@@ -139,12 +139,23 @@ def _is_whole(x: torch.Tensor) -> bool:
     return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
 
 
+def keeps_patches(x: torch.Tensor, sampling: Sampling) -> bool:
+    """Whether patches are so few that the backward finds them kept, and need not gather again."""
+    return isinstance(sampling, Spots) or len(x) * _measure_picture(x, sampling) <= FEW
+
+
 def _split(x: torch.Tensor, sampling: Sampling) -> Sequence[torch.Tensor]:
     """x, some pictures at a time: so many that their patches fill a part of the memory."""
     if isinstance(sampling, Spots):  # few
         return (x,)
-    size = max(x.element_size(), 4) * x.shape[1] * sampling.taps * sampling.count(x.shape[2:])
-    return x.split(max((CPU_PART if x.device.type == "cpu" else PART) // max(size, 1), 1))
+    part = CPU_PART if x.device.type == "cpu" else PART
+    return x.split(max(part // max(_measure_picture(x, sampling), 1), 1))
+
+
+def _measure_picture(x: torch.Tensor, sampling: Sampling) -> int:
+    """Bytes of the patches of a picture."""
+    patches = x.shape[1] * sampling.taps * sampling.count(x.shape[2:])
+    return max(x.element_size(), 4) * patches
 
 
 def several_processes() -> bool:

@@ -1,18 +1,15 @@
 """The two products of the method, on vectors that lie along the channels of a map.
 
-Matrices times vectors, and the sum of outer products: each is the other's gradient. Which routine
-of torch is the fastest depends on the shape alone; none of them copies the maps if it can help it.
+Matrices times vectors, and the sum of outer products: each is the other's gradient. Either every
+map has a product of its own, as it lies, or the vectors of all maps are copied side by side for
+one product: whichever the shape makes faster.
 """
 
 from __future__ import annotations
 
 import torch
-from torch.nn import functional as F
-from torch.nn.grad import conv1d_weight
 
-# Vectors of a map: from so many on it may have a product of its own with one matrix for all maps,
-# and even with a matrix for each that is summed up.
-SHORT, LONG = 16, 64
+SHORT = 16  # vectors of a map from which on it is multiplied by itself on a CPU
 
 
 def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
@@ -74,10 +71,9 @@ class _OuterProducts(torch.autograd.Function):
 
 def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     groups, side, _ = matrices.shape
-    if groups == 1 and (maps.shape[2] >= SHORT or maps.device.type != "cpu"):
-        return torch.bmm(matrices.expand(len(maps), side, side), maps)
-    if groups > 1 and _convolves(maps):
-        return F.conv1d(maps, matrices.reshape(groups * side, side, 1), groups=groups)
+    # On a GPU copies cost launches; but many matrices times one vector each wait for memory.
+    if maps.shape[2] >= (SHORT if maps.device.type == "cpu" else 2):
+        return (matrices @ maps.unflatten(1, (groups, side))).flatten(1, 2)
     return _multiply_rows(matrices, maps)
 
 
@@ -91,20 +87,9 @@ def _multiply_rows(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 
 def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
     side, length = left.shape[1] // groups, left.shape[2]
-    if left.device.type == "cpu" and length >= LONG:
-        left, right = (x.unflatten(1, (groups, side)).flatten(0, 1) for x in (left, right))
-        return torch.bmm(left, right.mT).unflatten(0, (-1, groups)).sum(0)
-    if _convolves(left) and length >= (SHORT if groups == 1 else 2):
-        # The gradient of a 1 x 1 convolution for its weight, which is fast on maps as they lie.
-        shape = (groups * side, side, 1)
-        return conv1d_weight(right, shape, left, groups=groups).reshape(groups, side, side)
-    columns = [
-        x.unflatten(1, (groups, side)).permute(1, 2, 0, 3).flatten(2)  # a copy
-        for x in ((left,) if left is right else (left, right))
-    ]
+    pair = (left,) if left is right else (left, right)
+    pair = [x.unflatten(1, (groups, side)) for x in pair]  # R, G, d, L
+    if left.device.type == "cpu" and 2 * length >= side:  # products no larger than the vectors
+        return (pair[0] @ pair[-1].mT).sum(0)
+    columns = [x.permute(1, 2, 0, 3).flatten(2) for x in pair]  # G, d, R*L
     return columns[0] @ columns[-1].mT
-
-
-def _convolves(maps: torch.Tensor) -> bool:
-    """Whether torch convolves such maps on a CPU by a routine of its own for float32."""
-    return maps.device.type == "cpu" and maps.dtype == torch.float32 and maps.numel() > 0

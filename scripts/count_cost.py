@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deconv import Delinear, FastDeconv
-from deconv.covariance import count_patches
+from deconv.covariance import count_patches, keeps_patches
 from deconv.patches import Window, select_pixels
 from scripts.profile_layer import CONVOLUTION, NAMES
 
@@ -54,6 +54,7 @@ class Sizes:
         seen: numbers of the input that a patch touches, 0 where no patches are copied.
         maps: numbers in all patches together.
         pixels: that a product takes each of them from, 0 where they are copied.
+        kept: whether the backward finds them, instead of gathering again.
         matrices: whitening matrices of an axis, G.
         sides: the side of these matrices, for each axis of the mode.
         root: "newton", "cholesky", or "spectrum" for the first by eigenvalues.
@@ -68,6 +69,7 @@ class Sizes:
     seen: float
     maps: int
     pixels: int
+    kept: bool
     matrices: int
     sides: tuple[int, ...]
     root: str
@@ -108,6 +110,7 @@ def measure_sizes(
         seen=seen,
         maps=maps,
         pixels=len(selection[0]) if selection else 0,
+        kept=keeps_patches(looked, sampling),
         matrices=blocks.matrices,
         sides=tuple(side[axis] for axis in layer.axes),
         root="spectrum" if by_values else layer.root,
@@ -133,13 +136,14 @@ def multiply(rows: float, inner: float, columns: float, times: float = 1) -> Cos
 
 
 def patches(s: Sizes) -> Both:
-    """What is looked at, taken again by the backward; its gradient joins that of the input."""
+    """What is looked at, by the backward again unless kept; its gradient joins the input's."""
     if not s.seen:
         return Cost(), Cost()
     product = Cost(2 * s.maps * s.pixels)
     once = move(s.seen + s.maps) + product
     back = move(s.maps + 2 * s.seen) + product
-    return once * len(s.sides), (once + back) * len(s.sides)
+    again = back if s.kept else once + back
+    return once * len(s.sides), again * len(s.sides)
 
 
 def statistics(s: Sizes) -> Both:

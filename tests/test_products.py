@@ -5,9 +5,9 @@ import itertools
 import pytest
 import torch
 
-from deconv.products import LONG, SHORT, outer_products, transform
+from deconv.products import SHORT, outer_products, transform
 
-SHAPES = list(itertools.product((1, 3), (0, 1, 5), (1, 2, SHORT, LONG)))  # groups, R, L
+SHAPES = list(itertools.product((1, 3), (0, 1, 5), (1, 2, SHORT)))  # groups, R, L
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -22,7 +22,7 @@ def test_both_equal_einsum(groups, count, length, dtype):
     torch.testing.assert_close(outer_products(left, right, groups), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("groups", "length"), list(itertools.product((1, 3), (1, 2, SHORT, LONG))))
+@pytest.mark.parametrize(("groups", "length"), list(itertools.product((1, 3), (1, 2, SHORT))))
 def test_gradients_match_finite_differences(groups, length):
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     matrices, maps = make(groups, 2, 2), make(2, groups * 2, length)
