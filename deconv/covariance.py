@@ -14,7 +14,7 @@ from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
 # gathering to their product; elsewhere large products matter more.
-CPU_PART, PART = 2 << 20, 256 << 20
+CPU_PART, PART = 8 << 20, 256 << 20
 FEW = 2 << 20  # bytes of patches that are kept for the backward, instead of being gathered again
 
 
