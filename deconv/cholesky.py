@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch.autograd.function import once_differentiable
 
+from .products import identity
+
 
 def inverse_cholesky(cov: torch.Tensor, n_iter: int = 5, eps: float = 0.0) -> torch.Tensor:
     """L^-1 of A + 1.5^(-2 n_iter) |A|_F I = L L^T, where A = cov + eps I.
@@ -35,11 +37,11 @@ class _InverseCholesky(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cov: torch.Tensor, share: float, eps: float) -> torch.Tensor:
-        identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-        cov = torch.add(cov, identity, alpha=eps)
+        unit = identity(cov)
+        cov = torch.add(cov, unit, alpha=eps)
         norm = torch.linalg.matrix_norm(cov, keepdim=True)
-        factor = torch.linalg.cholesky_ex(cov.addcmul(identity, norm, value=share)).L
-        inverse = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
+        factor = torch.linalg.cholesky_ex(cov.addcmul(unit, norm, value=share)).L
+        inverse = torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False)
         ctx.share = share
         ctx.save_for_backward(cov, norm, inverse)
         return inverse

@@ -9,7 +9,7 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
-from .patches import Sampling, Spots, Window, gather, scatter, select_pixels
+from .patches import Sampling, Spots, gather, scatter, select_pixels
 from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
@@ -74,8 +74,7 @@ class _MeasurePatches(torch.autograd.Function):
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
         whole = gather(x, sampling, selection) if len(parts) == 1 else None
-        total = add_patches(x, sampling) if whole is None else whole.sum((0, 2))
-        mean, cov = total[:, None] / ctx.patches, None
+        mean, cov = average_patch(x, sampling, whole)[:, None], None
         for part in parts:
             maps = gather(part, sampling, selection) if whole is None else whole
             maps = maps.sub_(mean)
@@ -121,10 +120,15 @@ def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
     return len(x) * sampling.count(x.shape[2:])
 
 
-def add_patches(x: torch.Tensor, window: Window) -> torch.Tensor:
-    """The sum (C*T,) of all patches of x, from that of its pictures."""
+def average_patch(
+    x: torch.Tensor, sampling: Sampling, maps: torch.Tensor | None = None
+) -> torch.Tensor:
+    """The mean (C*T,) of the patches of x, 0 for none: of `maps`, or else of summed pictures."""
+    if maps is not None and maps.numel():
+        return maps.mean((0, 2))
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return gather(x.sum(0, keepdim=True, dtype=dtype), window).sum((0, 2))
+    total = gather(x.sum(0, keepdim=True, dtype=dtype), sampling).sum((0, 2))
+    return total / max(count_patches(x, sampling), 1)
 
 
 def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .cholesky import inverse_cholesky
+from .products import identity
 from .spectrum import RootOfMatrix, RootOfRows
 
 MAX_STEPS = 15  # of Newton-Schulz, in float32
@@ -58,8 +59,8 @@ def inverse_sqrt(
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
     if root == "cholesky":
         return inverse_cholesky(cov, n_iter, eps)
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
-    cov = torch.add(cov, identity, alpha=eps)
+    unit = identity(cov)
+    cov = torch.add(cov, unit, alpha=eps)
     if _decomposes(cov):
         return RootOfMatrix.apply(cov, n_iter)
     return newton_schulz(cov, n_iter)
@@ -68,12 +69,12 @@ def inverse_sqrt(
 def newton_schulz(cov: torch.Tensor, n_iter: int) -> torch.Tensor:
     """The iteration itself, as `inverse_sqrt` describes it."""
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    unit = identity(cov)
     Y = cov / norm
-    Z = T = 1.5 * identity - 0.5 * Y
+    Z = T = 1.5 * unit - 0.5 * Y
     for _ in range(n_iter - 1):
         Y = Y @ T
-        T = torch.baddbmm(identity, Z, Y, beta=1.5, alpha=-0.5)
+        T = torch.baddbmm(unit, Z, Y, beta=1.5, alpha=-0.5)
         Z = T @ Z
     return Z * norm.rsqrt()
 
@@ -104,12 +105,11 @@ def inverse_sqrt_from_rows(rows: torch.Tensor, eps: float, n_iter: int = 5) -> t
 
 def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.Tensor:
     """The iteration itself, for A = eps I + X^T X, as `inverse_sqrt_from_rows` describes it."""
-    count, features = X.shape[1:]
+    features = X.shape[2]
     K = X @ X.mT
     trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     square = K.square().sum((-2, -1), keepdim=True)
     norm = (features * eps**2 + 2 * eps * trace + square).sqrt()  # |A|_F
-    identity = torch.eye(count, dtype=X.dtype, device=X.device)
 
     def multiply(p: Pair, q: Pair) -> Pair:
         return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + p[1] @ K @ q[1]
@@ -117,15 +117,15 @@ def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.T
     def damp(p: Pair) -> Pair:  # T = (3 I - P) / 2
         return 1.5 - 0.5 * p[0], -0.5 * p[1]
 
-    Y = eps / norm, identity / norm
+    Y = eps / norm, identity(K) / norm
     Z = T = damp(Y)
     for _ in range(n_iter - 1):
         Y = multiply(Y, T)
         T = damp(multiply(Z, Y))
         Z = multiply(T, Z)
     scale = norm.rsqrt()
-    diagonal = torch.eye(features, dtype=X.dtype, device=X.device)
-    return (Z[0] * scale) * diagonal + X.mT @ (Z[1] * scale) @ X
+    product = X.mT @ (Z[1] * scale) @ X
+    return (Z[0] * scale) * identity(product) + product
 
 
 def _decomposes(matrix: torch.Tensor) -> bool:

@@ -102,12 +102,12 @@ class _Whitening(nn.Module):
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
-            if self.training:
-                x, count, mean, whiten = self._estimate_whitening(x, *self._sampling(x))
-                self._update_running(count, mean, whiten)
-            else:  # folded anew: no version counter would tell a cache of all edits to the weight
-                mean, whiten = self._evaluation_whitening()
-            return x, *self._fold(mean, whiten)
+            if not self.training:  # no version counter would tell a cache of all edits to a weight
+                return x, *self._fold(*self._evaluation_whitening())
+            x, count, mean, whiten = self._estimate_whitening(x, *self._sampling(x))
+            weight, bias = self._fold(mean, whiten)
+            self._update_running(count, mean, whiten, bias)
+            return x, weight, bias
 
     def _estimate_whitening(
         self, x: torch.Tensor, sampling: Sampling, blocks: Blocks
@@ -176,15 +176,24 @@ class _Whitening(nn.Module):
 
     @torch.no_grad()
     def _update_running(
-        self, count: int | torch.Tensor, mean: torch.Tensor, whiten: dict[str, torch.Tensor]
+        self,
+        count: int | torch.Tensor,
+        mean: torch.Tensor,
+        whiten: dict[str, torch.Tensor],
+        bias: torch.Tensor,
     ) -> None:
-        """Move the running statistics to the batch's; empty and non-finite ones leave no trace."""
-        batch = [mean, *whiten.values()]
-        total = sum((value.sum() for value in whiten.values()), start=mean.sum()) / count
-        usable = total - total == 0  # not for infinity, NaN, or anything divided by a count of 0
+        """Move the running statistics to the batch's; empty and non-finite ones leave no trace.
+
+        `bias`, the folded one, has sums over all of mean and D in it: it is finite if they are.
+        """
+        total = bias.sum()
+        if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
+            total = total / count
+        usable = total - total == 0  # not for infinity, NaN, or anything divided by 0
         step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
         running_mean, running = self._running_whitening()
-        for old, new in zip([running_mean, *running.values()], batch, strict=True):
+        pairs = zip([running_mean, *running.values()], [mean, *whiten.values()], strict=True)
+        for old, new in pairs:
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
         self.num_batches_tracked += usable
 

@@ -10,6 +10,8 @@ from math import gcd, prod
 
 import torch
 
+from .products import is_traced
+
 SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
 LONG = 512  # pixels of a line from which on single pixels are copied
 
@@ -151,9 +153,7 @@ def select_pixels(x: torch.Tensor, sampling: Sampling) -> Selection:
         longest = SMALL if sampling.taps == 1 else LONG
         if prod(size) > longest or prod(size) * sampling.taps == 1:
             return ()
-    # Nothing that a compiler or a pretence of a device traces may outlive the tracing.
-    traced = torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
-    make = _select if traced else _cached_selection
+    make = _select if is_traced(x) else _cached_selection
     return make(sampling, count, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
 
 

@@ -7,9 +7,32 @@ one product: whichever the shape makes faster.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 
 SHORT = 16  # vectors of a map from which on it is multiplied by itself on a CPU
+
+
+def is_traced(x: torch.Tensor) -> bool:
+    """Whether x only stands for numbers, for a compiler, say: nothing of it may outlive that."""
+    return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
+
+
+def identity(like: torch.Tensor) -> torch.Tensor:
+    """The identity matrix (d, d) for matrices (..., d, d): not to be written into."""
+    make = _make_identity if is_traced(like) else _cached_identity
+    return make(like.shape[-1], like.dtype, like.device)
+
+
+def _make_identity(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return torch.eye(side, dtype=dtype, device=device)
+
+
+@lru_cache(maxsize=32)
+@torch.inference_mode(False)  # a later backward may want to keep it
+def _cached_identity(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    return _make_identity(side, dtype, device)
 
 
 def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
