@@ -1,0 +1,164 @@
+"""Seconds of training to a test accuracy: BatchNorm beside deconvolution, each at its best rate.
+
+    python scripts/time_to_accuracy.py --target 70 --dataset folder --data DIR
+    python scripts/time_to_accuracy.py --target 90 --dataset fashion --data DIR
+
+The rate of each kind is the best of --lr after --screen steps with the first seed. Then the length
+of training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
+all seeds has reached the target. Every training is a run of main.py, a cosine over its own length,
+and counts with its own seconds of training, tests left out. Flags unknown here go to main.py. Runs
+stay in --out, and one that has finished is not run again. Seconds compare only where nothing else
+runs on the machine.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from util.parser import Parser, place, real, whole
+
+ROOT = Path(__file__).resolve().parent.parent
+KINDS = {"BatchNorm": "False", "deconvolution": "True"}  # and their --deconv
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one run: test top-1 in percent, and seconds of training."""
+
+    top1: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of one kind of network.
+
+    Args:
+        screened: top-1 that each rate has reached.
+        steps: of the shortest training that reaches the target at the best rate.
+        runs: those of that length, one for each seed.
+    """
+
+    screened: dict[float, float]
+    steps: int
+    runs: list[Result]
+
+    @property
+    def lr(self) -> float:
+        """The best rate."""
+        return max(self.screened, key=self.screened.__getitem__)
+
+    @property
+    def seconds(self) -> float:
+        """Of training, mean over the seeds."""
+        return mean(run.seconds for run in self.runs)
+
+
+Train = Callable[[float, int, int], Result]  # learning rate, steps, seed
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    flags, more = parser.parse_known_args(argv)
+    outcomes = {}
+    for (kind, deconv), begin in zip(KINDS.items(), flags.begin, strict=True):
+
+        def train(lr: float, steps: int, seed: int, deconv: str = deconv) -> Result:
+            own = {"deconv": deconv, "lr": lr, "max-steps": steps, "seed": seed}
+            return run(Path(flags.out), own, more)
+
+        screened = {lr: train(lr, flags.screen, flags.seeds[0]).top1 for lr in flags.lr}
+        best = max(screened, key=screened.__getitem__)
+        steps, runs = find_shortest(
+            lambda steps, lr=best, train=train: [train(lr, steps, seed) for seed in flags.seeds],
+            flags.target,
+            begin=begin,
+            grain=flags.grain,
+            longest=flags.longest,
+        )
+        outcomes[kind] = Outcome(screened, steps, runs)
+    print(format_outcomes(outcomes, flags.target))
+
+
+def make_parser() -> Parser:
+    parser = Parser("time_to_accuracy.py", __doc__.splitlines()[0])
+    add = parser.add_group("what to find")
+    add("--target", "test top-1, in percent", real(above=0, below=100), required=True, metavar="P")
+    rates = [0.003, 0.01, 0.03, 0.1, 0.3]
+    shown = "five from .003 to .3"
+    add("--lr", "learning rates", real(above=0), rates, shown, nargs="+", metavar="LR")
+    add("--seeds", "of the runs", whole(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
+    add("--screen", "steps of the runs that compare rates", whole(1), 150, metavar="N")
+    add("--grain", "unit of the length of training, in steps", whole(1), 25, metavar="N")
+    text = "lengths to begin with: of BatchNorm, of deconvolution"
+    add("--begin", text, whole(1), [400, 200], "400 200", nargs=2, metavar="N")
+    add("--longest", "training that is tried, in steps", whole(1), 2000, metavar="N")
+    add("--out", "folder of the runs", place, "runs/time-to-accuracy", metavar="DIR")
+    return parser
+
+
+def run(out: Path, own: dict[str, object], more: Sequence[str]) -> Result:
+    """The result of a run of main.py in a folder of `out`, which may have it already.
+
+    Raises:
+        SystemExit: main.py has failed, with its exit code; it has said why.
+    """
+    folder = out / "-".join(f"{name}{value}" for name, value in own.items())
+    summary = folder / "summary.json"
+    if not (summary.exists() and json.loads(summary.read_text())["steps"] == own["max-steps"]):
+        words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
+        line = [sys.executable, "main.py", *words, "--run-dir", str(folder.resolve()), *more]
+        if code := subprocess.run(line, cwd=ROOT).returncode:
+            raise SystemExit(code)
+    figures = json.loads(summary.read_text())
+    return Result(figures["test_top1"], figures["train_seconds"])
+
+
+def find_shortest(
+    train: Callable[[int], list[Result]], target: float, *, begin: int, grain: int, longest: int
+) -> tuple[int, list[Result]]:
+    """The shortest length of training, a multiple of `grain`, whose mean reaches the target.
+
+    Raises:
+        SystemExit: not even the longest does.
+    """
+
+    def reaches(steps: int) -> bool:
+        return mean(run.top1 for run in train(steps)) >= target
+
+    steps = max(begin // grain, 1) * grain
+    while not reaches(steps):
+        steps += grain
+        if steps > longest:
+            raise SystemExit(f"time_to_accuracy.py: {target:g} % not reached in {longest} steps")
+    while steps > grain and reaches(steps - grain):
+        steps -= grain
+    return steps, train(steps)
+
+
+def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
+    """A Markdown table of two rows, and the ratio of their seconds."""
+    lines = [
+        "| | top-1 by learning rate | best | steps | test top-1 | seconds of training | mean |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for kind, outcome in outcomes.items():
+        screened = ", ".join(f"{lr:g}: {top1:.1f}" for lr, top1 in outcome.screened.items())
+        top1 = ", ".join(f"{run.top1:.2f}" for run in outcome.runs)
+        seconds = ", ".join(f"{run.seconds:.0f}" for run in outcome.runs)
+        cells = [kind, screened, f"{outcome.lr:g}", outcome.steps, top1, seconds]
+        lines.append(f"| {' | '.join(map(str, cells))} | {outcome.seconds:.0f} |")
+    base, ours = (outcome.seconds for outcome in outcomes.values())
+    lines.append(f"\nTo {target:g} %: deconvolution is {base / ours:.2f} times as fast.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
