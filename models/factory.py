@@ -82,7 +82,7 @@ def make_layers(
     batchnorm: bool = True,
     stem_iter: int | None = None,
     root: str = "newton",
-    rows_per_feature: float = 0,
+    patches_per_feature: float = 0,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.
@@ -99,7 +99,7 @@ def make_layers(
         batchnorm: False leaves the normalisation out where deconv is False; deconvolution
             never has any.
         stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
-        root, rows_per_feature: of the FastDeconv layers, but for those of the methods.
+        root, patches_per_feature: of the FastDeconv layers, but for those of the methods.
         layer_options: further keywords of FastDeconv; those that Delinear knows go there too.
 
     Raises:
@@ -127,7 +127,7 @@ def make_layers(
             mode=mode,
             block=block,
             root=root,
-            rows_per_feature=rows_per_feature,
+            patches_per_feature=patches_per_feature,
         )
         conv, stem = partial(make, **options), partial(make, **first)
         return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, ordinary=False)

@@ -112,9 +112,9 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         metavar="N",
     )
     add(
-        "--rows-per-feature",
-        "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that a "
-        "matrix has N rows for each of its features; 0: at all that --stride leaves",
+        "--patches-per-feature",
+        "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that there "
+        "are N for each feature of a matrix; 0: at all that --stride leaves",
         real(least=0),
         0,
         metavar="N",
