@@ -11,7 +11,7 @@ correlated. The correlation acts like a blur that gradient descent must undo. Wh
 
     mu  = mean_p x_p
     Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I
-    D   ~ Cov^(-1/2)                                     coupled Newton-Schulz, five steps
+    D   ~ Cov^(-1/2)                                     its Cholesky factor, or Newton-Schulz
     y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into W and b
 
 Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
@@ -24,12 +24,12 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | T | K * K | taps of the kernel | |
 | B | channels | `block`: channels whitened together | `divide_channels` |
 | F | B * T | features of a block | `Blocks.features` |
-| M | | patches looked at, every `sampling_stride`-th in both directions | `sample_patches` |
+| M | | patches looked at, `patches_per_feature` for each of F | `Window`, `Spots`, `gather` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
-| mu | (G, S, 1, F) | mean patch | `centre` |
-| Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `covariance` |
-| D | (G, F, F) | its inverse square root | `inverse_sqrt` |
+| mu | (C*T,) | mean patch | `average_patch` |
+| Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `measure_patches` |
+| D | (G, F, F) | its inverse root, with the floor of five steps | `inverse_sqrt` |
 | W D | as weight | effective kernel | `fold`, `fuse` |
 
 The package imports nothing but torch and can be copied into another project unchanged.

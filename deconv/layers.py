@@ -266,9 +266,10 @@ class FastDeconv(_Whitening, nn.Conv2d):
             whatever this says.
         patches_per_feature: modes 1, 2 and 5 look at so few patches of each picture, see `Spots`,
             that a batch has about so many for each feature of a matrix; 0: at all that sampling
-            leaves. (Blocks that share a matrix see the same patches, which count once.)
-        root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
-            floor of `n_iter` steps, see `inverse_sqrt`.
+            leaves, as published. (Blocks that share a matrix see the same patches, which count
+            once.)
+        root: "newton", the symmetric root, as published, or "cholesky", the inverse Cholesky
+            factor, with the floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
         sync_stats: under torch.distributed, the statistics in training are those of the patches of
             all processes, so that N processes equal one with the whole batch, whatever each one's
@@ -303,8 +304,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        patches_per_feature: float = 0,
-        root: str = "newton",
+        patches_per_feature: float = 4,
+        root: str = "cholesky",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
@@ -404,13 +405,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
     def extra_repr(self) -> str:
         return (
             f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
-            f"sampling_stride={self.sampling_stride}"
-            + (
-                f", patches_per_feature={self.patches_per_feature}"
-                if self.patches_per_feature
-                else ""
-            )
-            + ("" if self.root == "newton" else f", root={self.root}")
+            f"sampling_stride={self.sampling_stride}, "
+            f"patches_per_feature={self.patches_per_feature}, root={self.root}"
         )
 
 

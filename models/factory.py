@@ -81,8 +81,8 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
-    root: str = "newton",
-    patches_per_feature: float = 0,
+    root: str = "cholesky",
+    patches_per_feature: float = 4,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.

@@ -441,7 +441,7 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
     assert len(alone) == (72 if per_feature == 4 else 216)
 
 
-def test_options_beyond_the_published_ones_are_shown_where_they_are_used():
-    assert "root" not in repr(FastDeconv(4, 8, 3)) and "rows" not in repr(FastDeconv(4, 8, 3))
-    shown = repr(FastDeconv(4, 8, 3, patches_per_feature=16, root="cholesky"))
-    assert "patches_per_feature=16, root=cholesky" in shown
+def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
+    assert "patches_per_feature=4, root=cholesky" in repr(FastDeconv(4, 8, 3))
+    shown = repr(FastDeconv(4, 8, 3, patches_per_feature=0, root="newton"))
+    assert "patches_per_feature=0, root=newton" in shown

@@ -114,13 +114,13 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     add(
         "--patches-per-feature",
         "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that there "
-        "are N for each feature of a matrix; 0: at all that --stride leaves",
+        "are N for each feature of a matrix; 0: at all that --stride leaves, as published",
         real(least=0),
-        0,
+        4,
         metavar="N",
     )
     text = "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's"
-    add("--root", text, None, "newton", choices=("newton", "cholesky"))
+    add("--root", text, None, "cholesky", choices=("newton", "cholesky"))
     text = "blocks of neighbouring channels, or channels dealt to them in turn"
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
