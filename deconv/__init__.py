@@ -35,7 +35,8 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 The package imports nothing but torch and can be copied into another project unchanged.
 """
 
+from .covariance import batch_share
 from .fuse import fuse
 from .layers import Delinear, FastDeconv
 
-__all__ = ["Delinear", "FastDeconv", "fuse"]
+__all__ = ["Delinear", "FastDeconv", "batch_share", "fuse"]

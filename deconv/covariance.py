@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import distributed
@@ -166,6 +167,33 @@ def several_processes() -> bool:
     """Whether this process is one of several that torch.distributed has brought together."""
     initialized = distributed.is_available() and distributed.is_initialized()
     return initialized and distributed.get_world_size() > 1
+
+
+_share: tuple[int, int] | None = None
+
+
+@contextmanager
+def batch_share(first: int, total: int) -> Iterator[None]:
+    """Within it, layers see pictures `first`, `first` + 1, ... of a batch of `total`.
+
+    Of several processes each looks at other positions of its pictures, and at so many that all
+    together have enough. Without being told, a layer takes all shares to be as large as its own.
+    With unequal ones, as of the last batch of an epoch, statistics are still those of all
+    processes, but of other patches than one process would have looked at.
+    """
+    global _share
+    before, _share = _share, (first, total)
+    try:
+        yield
+    finally:
+        _share = before
+
+
+def find_share(count: int) -> tuple[int, int]:
+    """Number of the first of this process's `count` pictures, and pictures of all processes."""
+    if _share is not None:
+        return _share
+    return distributed.get_rank() * count, distributed.get_world_size() * count
 
 
 def average_across(count: int, *means: torch.Tensor) -> tuple[torch.Tensor, ...]:

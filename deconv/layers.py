@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.nn import functional as F
 
 from .blocks import Blocks, divide_channels, transform_along
 from .covariance import (
     average_across,
     count_patches,
+    find_share,
     measure_patches,
     second_moment,
     several_processes,
@@ -273,10 +274,11 @@ class FastDeconv(_Whitening, nn.Conv2d):
         layout, shared: see `Blocks`.
         sync_stats: under torch.distributed, the statistics in training are those of the patches of
             all processes, so that N processes equal one with the whole batch, whatever each one's
-            share of it, be it none. All must then run the layer equally often, and start from the
-            same buffers (DDP sees to it). A layer sends one message forward and one backward, mode
-            1 two for its two axes, of 1 + C T + G d^2 numbers each: C all channels, T the taps (1
-            in mode 3), G whitening matrices of side d. Evaluation sends nothing.
+            share of it, be it none (where shares differ, `batch_share` must tell them). All must
+            then run the layer equally often, and start from the same buffers (DDP sees to it). A
+            layer sends one message forward and one backward, mode 1 two for its two axes, of
+            1 + C T + G d^2 numbers each: C all channels, T the taps (1 in mode 3), G whitening
+            matrices of side d. Evaluation sends nothing.
 
     Shape:
         (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
@@ -379,16 +381,15 @@ class FastDeconv(_Whitening, nn.Conv2d):
     def _look_at_enough(self, x: torch.Tensor, window: Window) -> Sampling:
         """So few patches that there are about `patches_per_feature` for each feature of a matrix.
 
-        Several processes with equal shares, in their order, look at the same ones as one would.
+        Several processes look at the same ones as one would, see `batch_share`.
         """
         together = self.sync_stats and several_processes()
-        rank = distributed.get_rank() if together else 0
-        count = len(x) * (distributed.get_world_size() if together else 1)
+        first, total = find_share(len(x)) if together else (0, len(x))
         patches = self.patches_per_feature * self.blocks.features
-        per_picture = max(round(patches / max(count, 1)), 1)
+        per_picture = max(round(patches / max(total, 1)), 1)
         if per_picture >= window.count(x.shape[2:]):
             return window
-        return Spots(window, per_picture, first=rank * len(x))
+        return Spots(window, per_picture, first)
 
     def fuse(self) -> nn.Conv2d:
         """The plain convolution that this layer is in evaluation; see `deconv.fuse`.

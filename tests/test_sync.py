@@ -9,7 +9,7 @@ import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from deconv import Delinear, FastDeconv
+from deconv import Delinear, FastDeconv, batch_share
 from deconv.covariance import several_processes
 
 PICTURES = 7
@@ -25,6 +25,8 @@ CASES = {
 CASES |= {
     "groups": partial(FastDeconv, 4, 6, **CONV, groups=2),
     "groups, mode 1": partial(FastDeconv, 4, 6, **CONV, groups=2, mode=1),
+    "few patches": partial(FastDeconv, 4, 6, **CONV | {"patches_per_feature": 1}),
+    "few patches, mode 1": partial(FastDeconv, 4, 6, **CONV | {"patches_per_feature": 1}, mode=1),
     "rectangular": partial(FastDeconv, 4, 6, (2, 3), (1, 2), (0, 1), bias=False),
     "linear": partial(Delinear, 12, 3, block=4),
     "linear, own": partial(Delinear, 12, 3, block=4, shared=False, bias=False),
@@ -146,17 +148,18 @@ def whitening_far_from_zero(share):
 
 
 def experiments(share):
-    return {
-        "train": {case: train(build(case), share) for case in CASES},
-        "train alone": train_alone(share),
-        "messages alone": sent(lambda: train_alone(share)),
-        "two forwards": two_forwards_under_ddp(share),
-        "messages": {case: messages(case, share) for case in CASES},
-        "messages under autocast": messages_under_autocast(share),
-        "empty": unusable(lambda x: x[:0]),
-        "poisoned": unusable(lambda x: poison(x)[share]),
-        "far": whitening_far_from_zero(share),
-    }
+    with batch_share(share.start, PICTURES):
+        return {
+            "train": {case: train(build(case), share) for case in CASES},
+            "train alone": train_alone(share),
+            "messages alone": sent(lambda: train_alone(share)),
+            "two forwards": two_forwards_under_ddp(share),
+            "messages": {case: messages(case, share) for case in CASES},
+            "messages under autocast": messages_under_autocast(share),
+            "empty": unusable(lambda x: x[:0]),
+            "poisoned": unusable(lambda x: poison(x)[share]),
+            "far": whitening_far_from_zero(share),
+        }
 
 
 def pieces(sharing):
