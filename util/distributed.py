@@ -134,7 +134,7 @@ def is_launched() -> bool:
 
 def speaks() -> bool:
     """Whether this process is, or will be, the first of its run."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def check_agreement(world: World, step: int | None) -> None:
