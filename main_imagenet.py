@@ -60,7 +60,7 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoad
     if session.saved:
         restore_model(session.saved, model, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
-    steps = len(range(world.rank, count_batches(flags), world.size))  # batches dealt in turn
+    steps = world.deal(count_batches(flags))
     network = compute.translate(model)
     figures = evaluate(network, loader, criterion, compute=compute, world=world, max_steps=steps)
     for name in list_skipped(world, loader):

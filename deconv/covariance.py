@@ -30,8 +30,8 @@ def measure_patches(
 
         mu = mean_p x_p,    Cov = mean v v^T  of the vectors v that `axis` makes of x_p - mu
 
-    Patches are never all in memory: they are gathered some pictures at a time, forward and again
-    backward, centred before the product (E[xx^T] - mu mu^T would cancel in float32).
+    Patches are gathered some pictures at a time, forward and, unless they are few enough to be kept
+    (FEW), again backward; centred before the product (E[xx^T] - mu mu^T would cancel in float32).
 
     NOTE (differs from the published code): blocks that share a matrix keep a mean each. Pooling the
     means too leaves features off centre and their offsets inside the covariance.

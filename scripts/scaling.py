@@ -5,7 +5,8 @@
 
 Gradients are sent once a step, statistics in the forward and again in the backward. A ring of N
 processes sends and receives 2 (N-1)/N times as much through each of them. Rows are the sampled
-patches, for each picture, that a step keeps for its backward; of 32 or 224 pixels a side.
+patches, for each picture of 32 or 224 pixels a side, that the published layer keeps for its
+backward.
 """
 
 from __future__ import annotations

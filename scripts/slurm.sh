@@ -14,7 +14,7 @@ set -euo pipefail
 
 # Each restart meets in a store of its own: the old one knows processes that are gone.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \
     --nnodes "$SLURM_JOB_NUM_NODES" \
     --nproc-per-node gpu \

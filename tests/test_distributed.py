@@ -16,6 +16,7 @@ from util.distributed import Elsewhere, World, check_agreement, join
 from util.engine import evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
 from util.run import RunError
+from util.sampling import EpochBatches
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -140,6 +141,17 @@ def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
     torch.save(figures_of_a_test(World(), 50), tmp_path / "tested.pt")
     torch.save(train_digits(World(), 359), tmp_path / "trained.pt")
     run_world(3, compare_with_one_process, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processes):
+    """--test-iter 4 of 7 batches."""
+    dealt = [
+        list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole=True))
+        for rank in range(processes)
+    ]
+    tested = [b[: World(rank, processes).deal(4)] for rank, b in enumerate(dealt)]
+    assert sorted(index for part in tested for ((_, index),) in part) == [0, 1, 2, 3]
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):

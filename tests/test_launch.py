@@ -177,6 +177,10 @@ def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
 
 
 def test_help_is_shown_once(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")  # of somebody else: it takes both names to be one of several
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    assert distributed.speaks()
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shown in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)
         with pytest.raises(SystemExit):
@@ -200,6 +204,11 @@ def test_one_error_is_enough_for_the_trouble_of_all(tmp_path):
             4,
             "--nproc-per-node=4 --nnodes=3 --node-rank=1 --master-addr=host --master-port=29500",
         ),
+        (
+            {"world_size": 2, "rank": 0, "dist_url": "env://"},
+            1,
+            "--nproc-per-node=1 --nnodes=2 --node-rank=0 --master-addr=first --master-port=29501",
+        ),
     ],
 )
 def test_every_visible_device_gets_a_process(monkeypatch, flags, processes, expected):
@@ -207,6 +216,8 @@ def test_every_visible_device_gets_a_process(monkeypatch, flags, processes, expe
 
     told = []
     monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "first")
+    monkeypatch.setenv("MASTER_PORT", "29501")
     monkeypatch.setattr(torchrun, "parse_args", lambda words: told.extend(words))
     monkeypatch.setattr(torchrun, "run", lambda parsed: None)
     flags = Namespace(**{"world_size": None, "rank": None, "dist_url": None, **flags})

@@ -13,7 +13,10 @@ import torch
 from PIL import Image
 
 import main
+from util import training
 from util.checkpoint import load_checkpoint
+from util.data import DataSpec
+from util.distributed import World
 from util.sampling import EpochBatches
 from util.settings import read_settings
 
@@ -88,6 +91,25 @@ def test_compiling_changes_no_figure(tmp_path, monkeypatch):
     states = [tmp_path / name / "checkpoint.pth.tar" for name in ("plain", "compiled")]
     plain, compiled = (load_checkpoint(path, "cpu")["model"] for path in states)
     assert plain.keys() == compiled.keys()  # a compiled network is continued as a plain one
+
+
+def test_sync_stats_false_reaches_every_layer_that_whitens():
+    line = "--dataset digits --arch simple_v2 --deconv True --sync-stats False"
+    flags, _ = read_settings(main.build_script(), line.split())
+    spec = DataSpec("digits", 1, 32, tuple("0123456789"), (0.5,), (0.5,))
+    layers = [m for m in main.build_network(flags, spec).modules() if hasattr(m, "sync_stats")]
+    assert len(layers) > 1 and not any(layer.sync_stats for layer in layers)
+
+
+def test_processes_average_their_running_statistics_before_every_test(tmp_path, monkeypatch):
+    """As they must with BatchNorm, and with --sync-stats False: each has seen its share only."""
+    calls = []
+    average, test = World.average_buffers, training.evaluate
+    record = lambda action: lambda *args, **more: (calls.append(action), action(*args, **more))[1]
+    monkeypatch.setattr(World, "average_buffers", record(average))
+    monkeypatch.setattr(training, "evaluate", record(test))
+    train(f"--arch mlp --epochs 2 --batch-size 1437 {QUIET}", tmp_path / "run")
+    assert calls == [average, test] * 2
 
 
 @pytest.mark.slow

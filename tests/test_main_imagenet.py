@@ -130,6 +130,18 @@ def test_noise_serves_for_timing(tmp_path):
     assert len(rows) == 3
 
 
+def test_speed_is_switched_as_in_the_other_script(tmp_path):
+    switches = {"amp": "bf16", "channels_last": True, "warmup_epochs": 0.5}
+    line = "-a resnet18d --dummy --test-run True --test-iter 1 --epochs 1 --lr 1e-3"
+    run(f"{line} --amp bf16 --channels-last --warmup-epochs .5 --run-dir {tmp_path / 'run'}")
+    flags = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
+    assert {name: flags[name] for name in switches} == switches
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["model"]
+    weights = [value for value in state.values() if value.dim() == 4 and value[0, 0].numel() > 1]
+    assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
+    assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}
+
+
 def test_epochs_can_be_counted_from_later_on(pictures, tmp_path):
     line = "--epochs 4 --start-epoch 3 --lr .01 --lr-scheduler step --scheduler-step-size 2"
     run(f"{line} --run-dir {tmp_path / 'run'}", pictures)

@@ -1,4 +1,4 @@
-"""The environment that quickstart.sh and test.sh make, with stand-ins for python and pip."""
+"""The shell scripts, with stand-ins for the programs that they call."""
 
 import os
 import shutil
@@ -6,6 +6,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from torch.distributed import run
+
+import main_imagenet
+from util.settings import read_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -61,6 +65,28 @@ def test_installs_once_and_again_only_when_requirements_change(make, tmp_path):
     with open(tmp_path / "requirements.txt", "a") as file:
         file.write("another\n")
     assert len(make("requirements-dev.txt")[1]) == 1
+
+
+def test_slurm_starts_torchrun_with_a_command_that_the_script_accepts(tmp_path):
+    """With many machines, more than a pipe holds."""
+    answers = {"scontrol": "seq -f machine%g 20000", "srun": 'printf "%s\\n" "$@"'}
+    for name, answer in answers.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{answer}\n")
+        (tmp_path / name).chmod(0o755)
+    job = {"JOB_ID": "7", "JOB_NODELIST": "many", "JOB_NUM_NODES": "20000", "CPUS_PER_TASK": "64"}
+    env = os.environ | {f"SLURM_{name}": value for name, value in job.items()}
+    env["PATH"] = f"{tmp_path}:{env['PATH']}"
+    line = "/data/imagenet -a resnet18d --deconv True -j 32"
+    command = ["bash", ROOT / "scripts" / "slurm.sh", *line.split()]
+    end = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert end.returncode == 0, end.stderr
+    cpus, torchrun, *words = end.stdout.splitlines()
+    assert (cpus, torchrun) == ("--cpus-per-task=64", "torchrun")
+    started = run.parse_args(words)
+    assert (started.nnodes, started.rdzv_endpoint) == ("20000", "machine1:29500")
+    assert started.training_script == "main_imagenet.py"
+    flags, saved = read_settings(main_imagenet.build_script(), started.training_script_args)
+    assert (flags.data, flags.run_dir, saved) == ("/data/imagenet", "runs/slurm-7", None)
 
 
 def test_an_old_python_is_refused_clearly(make, tmp_path):

@@ -63,6 +63,10 @@ class World:
         """Of `count` helpers on this machine, those of one process; rounded up."""
         return -(-count // self.local_size)
 
+    def deal(self, count: int) -> int:
+        """Of `count` batches dealt in turn, as those of a test are, how many this process gets."""
+        return len(range(self.rank, count, self.size))
+
     def sum(self, values: Tensor) -> Tensor:
         """The sum of `values` over all processes, in every process; of any shape and device."""
         if self.size > 1:
@@ -130,7 +134,7 @@ def is_launched() -> bool:
 
 def speaks() -> bool:
     """Whether this process is, or will be, the first of its run."""
-    return os.environ.get("RANK", "0") == "0"
+    return not is_launched() or os.environ["RANK"] == "0"
 
 
 def check_agreement(world: World, step: int | None) -> None:

@@ -123,8 +123,7 @@ def fit(
                 **common,
             )
             world.average_buffers(model)
-            mine = len(range(world.rank, limit, world.size))  # of a test: batches dealt in turn
-            tested = evaluate(network, test_loader, max_steps=mine, **common)
+            tested = evaluate(network, test_loader, max_steps=world.deal(limit), **common)
             done.finish_epoch(trained, tested)
             state = {
                 **snapshot(done, model, optimizer, compute),
