@@ -39,3 +39,4 @@ from .fuse import fuse
 from .layers import Delinear, FastDeconv
 
 __all__ = ["Delinear", "FastDeconv", "fuse"]
+__version__ = "1.0.0"
