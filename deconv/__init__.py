@@ -1,9 +1,11 @@
 """Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
 
-    from deconv import Delinear, FastDeconv, fuse
+    from deconv import Delinear, FastDeconv, convert, fuse, plan
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
+    network = convert(resnet18())               # in place of all of them, in any network
+    print(plan(resnet18()))                     # what that does to each layer, and why
     served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
@@ -35,8 +37,10 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 The package imports nothing but torch and can be copied into another project unchanged.
 """
 
+from .convert import convert
 from .fuse import fuse
 from .layers import Delinear, FastDeconv
+from .plan import plan
 
-__all__ = ["Delinear", "FastDeconv", "fuse"]
+__all__ = ["Delinear", "FastDeconv", "convert", "fuse", "plan"]
 __version__ = "1.0.0"
