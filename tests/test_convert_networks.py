@@ -5,12 +5,12 @@ import copy
 
 import pytest
 import torch
+from test_convert import stir
 from torch import nn
 from torchvision.models import detection, segmentation
 
 from deconv import FastDeconv, convert, plan
 from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
-from test_convert import stir
 
 # Of different families; the slow test has all.
 FAMILIES = [
