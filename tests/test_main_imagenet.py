@@ -59,7 +59,7 @@ def read(line):
     [
         "-a resnet18",
         "-a resnet18d --deconv True",
-        "-a shufflenet_v2_x0_5 --deconv True",
+        "-a resnet18 --deconv True",
         "-a timm/mobilenetv3_small_050 --deconv True",
     ],
 )
