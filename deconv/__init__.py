@@ -1,11 +1,12 @@
 """Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
 
-    from deconv import Delinear, FastDeconv, convert, fuse, plan
+    from deconv import Delinear, FastDeconv, convert, fuse, plan, recalibrate
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
     network = convert(resnet18())               # in place of all of them, in any network
     print(plan(resnet18()))                     # what that does to each layer, and why
+    recalibrate(network, loader)                # running statistics anew, of averaged weights, say
     served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
@@ -41,6 +42,7 @@ from .convert import convert
 from .fuse import fuse
 from .layers import Delinear, FastDeconv
 from .plan import plan
+from .recalibrate import recalibrate
 
-__all__ = ["Delinear", "FastDeconv", "convert", "fuse", "plan"]
+__all__ = ["Delinear", "FastDeconv", "convert", "fuse", "plan", "recalibrate"]
 __version__ = "1.0.0"

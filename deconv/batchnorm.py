@@ -6,8 +6,10 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-# By name, as this package imports torch alone. Their affine part is buffers.
+# By name, as this package imports torch alone. The affine part of frozen ones is buffers.
 _FROZEN = {"FrozenBatchNorm2d", "FrozenBatchNormAct2d"}
+_WITH_ACTIVATION = {"BatchNormAct2d", "SyncBatchNormAct", "FrozenBatchNormAct2d"}
+_UNDERSTOOD = {"_BatchNorm", "SyncBatchNorm"} | _FROZEN | _WITH_ACTIVATION
 
 
 class ChannelAffine(nn.Module):
@@ -42,21 +44,24 @@ class ChannelAffine(nn.Module):
 
 def is_batchnorm(module: nn.Module) -> bool:
     """Whether this is a BatchNorm, with running statistics or frozen, of whatever library."""
-    return isinstance(module, _BatchNorm) or _is_frozen(module)
-
-
-def _is_frozen(module: nn.Module) -> bool:
-    return any(kind.__name__ in _FROZEN for kind in type(module).__mro__)
+    frozen = any(kind.__name__ in _FROZEN for kind in type(module).__mro__)
+    return isinstance(module, _BatchNorm) or frozen
 
 
 def is_understood(module: nn.Module) -> bool:
     """Whether a BatchNorm does what its name says, and what `find_rest` tells, and no more."""
-    ordinary = type(module).forward in (_BatchNorm.forward, nn.SyncBatchNorm.forward)
-    return ordinary or _is_frozen(module) or isinstance(getattr(module, "act", None), nn.Module)
+    return _name_forward(module) in _UNDERSTOOD
+
+
+def _name_forward(module: nn.Module) -> str:
+    """The class whose forward it is that runs."""
+    return next(kind.__name__ for kind in type(module).__mro__ if "forward" in vars(kind))
 
 
 def find_rest(module: nn.Module) -> list[nn.Module]:
     """What a BatchNorm does besides: dropout and activation of timm's BatchNormAct2d, in order."""
+    if _name_forward(module) not in _WITH_ACTIVATION:
+        return []
     parts = [getattr(module, name, None) for name in ("drop", "act")]
     return [
         part for part in parts if isinstance(part, nn.Module) and not isinstance(part, nn.Identity)
