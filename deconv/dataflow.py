@@ -42,15 +42,17 @@ class Dataflow:
     def find_source(self, module: nn.Module) -> nn.Module | None:
         """The module whose whole output goes to this one and nowhere else; both are called once.
 
-        Where that is a Sequential it is the last one in it. None: there is no such module, or the
-        code does not tell.
+        Where that is a Sequential it is the last one in it. None: there is no such module, the code
+        does not tell, or a hook stands between the two.
         """
         call = self._find_call(module)
-        if call is None or len(call.all_input_nodes) != 1:
+        if call is None or len(call.all_input_nodes) != 1 or module._forward_pre_hooks:
             return None
         (source,) = call.all_input_nodes
         while (producer := self._find_producer(source)) is not None:
-            if type(producer).forward is not nn.Sequential.forward or len(producer) == 0:
+            if producer._forward_hooks:
+                return None
+            if _get_forward(producer) is not nn.Sequential.forward or len(producer) == 0:
                 return producer
             source = self._find_call(producer[-1])
         return None
@@ -80,13 +82,20 @@ class _Tracer(fx.Tracer):
         return True
 
 
+def _get_forward(module: nn.Module) -> object:
+    """The function of the class; None where it has a forward that is no Python (torch.jit)."""
+    return getattr(type(module), "forward", None)
+
+
 def _has_forward(module: nn.Module) -> bool:
     """Lists and dicts of modules have none: others call what is in them."""
-    return type(module).forward is not nn.Module.forward
+    return _get_forward(module) is not nn.Module.forward
 
 
 def _trace(owner: nn.Module) -> fx.Graph | None:
     """What the owner's forward does in evaluation, with all options as they are by default."""
+    if "forward" in vars(owner):  # put there by someone; the tracer would read that of the class
+        return None
     try:
         probe = copy.copy(owner)  # whatever forward writes to attributes stays there
         probe.training = False

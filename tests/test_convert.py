@@ -270,6 +270,33 @@ def test_pretrained_folds_only_what_the_code_proves(network, affine):
     assert_kept(model, new, torch.randn(2, 4, 6, 6))
 
 
+@pytest.mark.parametrize("at", ["conv", "inner", "norm"])
+def test_pretrained_folds_nothing_across_a_hook(at):
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1))
+    model = stir(nn.Sequential(inner, nn.BatchNorm2d(4)))
+    if at == "norm":
+        model[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    else:
+        hooked = inner[0] if at == "conv" else inner
+        hooked.register_forward_hook(lambda module, args, output: output.square())
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
+
+
+def test_a_forward_that_was_put_in_place_is_not_read():
+    model = stir(pair())
+    model.forward = lambda x: model[2](model[1](2 * model[0](x)))
+    assert actions(model, pretrained=True)["1"] == ("replaced", "ChannelAffine")
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_parts_that_are_no_python_stay_as_they_are():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = stir(nn.Sequential(pair(), nn.Conv2d(8, 4, 1), scripted, nn.BatchNorm2d(4)))
+    new = convert(model, pretrained=True)
+    assert isinstance(new[2], torch.jit.ScriptModule)
+    assert_kept(model, new, torch.randn(2, 4, 5, 5))
+
+
 def test_a_sequential_gives_what_its_last_module_gives():
     model = stir(nn.Sequential(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4)))
     new = convert(model, pretrained=True)
