@@ -253,6 +253,15 @@ def test_networks_of_others_are_converted(arch):
     assert (type(last), last.block, last.out_features) == (Delinear, 32, 7)
 
 
+@pytest.mark.parametrize("arch", TWINS)
+def test_converted_networks_are_as_large_as_ours(arch):
+    ours, theirs = (on_meta(build, name, deconv=True) for name in (arch, TWINS[arch][0]))
+    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    layers = [[repr(layer) for layer in find(m, (FastDeconv, Delinear))] for m in (ours, theirs)]
+    assert sorted(layers[0]) == sorted(layers[1])
+
+
 def test_pretrained_weights_are_folded_in(monkeypatch):
     theirs = torchvision.models.resnet18().eval()
     for norm in find(theirs, nn.BatchNorm2d):
