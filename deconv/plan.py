@@ -56,10 +56,7 @@ class Plan(tuple[Row, ...]):
             kind = type(row.module).__name__
             lines.append((row.name or "(all)", kind, row.action, row.becomes, row.reason))
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = [
-            "  ".join(map(str.ljust, line, widths)).rstrip()  # a line per layer
-            for line in lines
-        ]
+        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         counts = [
             f"{sum(row.action == action for row in self)} {action}"
             for action in (REPLACED, KEPT, SKIPPED)
@@ -177,7 +174,7 @@ def _plan_batchnorms(
         if id(norm) in rows:
             continue
         source = flow.find_source(norm)
-        before = rows.get(id(source))
+        before = None if source is None or is_batchnorm(source) else rows.get(id(source))
         rows[id(norm)] = row = _plan_batchnorm(name, norm, before, flow, pretrained)
         if row.partner is not None:
             rows[id(source)] = replace(before, partner=norm)

@@ -270,6 +270,13 @@ def test_pretrained_folds_only_what_the_code_proves(network, affine):
     assert_kept(model, new, torch.randn(2, 4, 6, 6))
 
 
+def test_a_batchnorm_after_another_is_not_lost():
+    model = stir(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.BatchNorm2d(4)))
+    new = convert(model, pretrained=True)
+    assert [type(module) for module in new[1:]] == [nn.Identity, ChannelAffine]
+    assert_kept(model, new, torch.randn(2, 4, 5, 5))
+
+
 @pytest.mark.parametrize("at", ["conv", "inner", "norm"])
 def test_pretrained_folds_nothing_across_a_hook(at):
     inner = nn.Sequential(nn.Conv2d(4, 4, 1))
