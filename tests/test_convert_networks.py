@@ -62,10 +62,13 @@ def assert_converts(model, x, forward=lambda model, x: model(x)):
         wide = copy.deepcopy(model).double()
         kept = convert(wide, pretrained=True)
         assert_no_batchnorm(kept)
-        assert_near(forward(kept, x.double()), forward(wide, x.double()), 1e-9)
+        exact = forward(wide, x.double())
+        assert_near(forward(kept, x.double()), exact, 1e-9)
         del wide, kept
         expected = forward(model, x)
-        assert_near(forward(convert(model, pretrained=True), x), expected, 1e-4)
+        # Random statistics make some deep networks chaotic: no worse than the network itself is.
+        own = 3 * (expected - exact).abs().max().item() / exact.abs().max().item()
+        assert_near(forward(convert(model, pretrained=True), x).double(), exact, max(1e-4, own))
     new = convert(model).train()
     assert_no_batchnorm(new)
     output = forward(new, x)
