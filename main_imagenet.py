@@ -12,6 +12,7 @@ from torch import nn
 
 from models import (
     IMAGENET_ARCHITECTURES,
+    Options,
     build_imagenet_model,
     describe_imagenet_architectures,
     make_layers,
@@ -48,7 +49,7 @@ def train(session: Session) -> None:
         return
     kind = describe_kind(flags)
     limit = count_batches(flags)
-    name = f"imagenet-{flags.arch}-{kind}"
+    name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, limit=limit)
 
 
@@ -81,14 +82,13 @@ def build_script() -> Script:
     parser = Parser("main_imagenet.py", "Train on ImageNet, with BatchNorm or with deconvolution.")
     names = IMAGENET_ARCHITECTURES
     add = args.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    add("--pretrained", "start from torchvision's weights", **args.YES)
+    add("--pretrained", "start from the weights of torchvision or timm", **args.YES)
     args.add_deconv_flags(parser, final_block=32)
     args.add_imagenet_flags(parser)
     args.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
     args.add_device_flags(parser)
     args.add_output_flags(parser)
-    options = {name: architecture.options for name, architecture in names.items()}
-    return Script(parser, options, final_block=32, rules=own_rules)
+    return Script(parser, Options(names), final_block=32, rules=own_rules)
 
 
 def own_rules(flags: Namespace) -> Rules:
@@ -101,16 +101,15 @@ def own_rules(flags: Namespace) -> Rules:
     theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     both = flags.pretrained and flags.resume
     yield "pretrained", not both, "contradicts --resume, which brings its own weights"
-    yield "pretrained", theirs, f"does not apply to {flags.arch}: torchvision has no weights for it"
+    yield "pretrained", theirs, f"does not apply to {flags.arch}: there are no weights for it"
     ours = f"{flags.arch.removesuffix('_bn')}d"
     able = ours if ours in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
-    fault = f"does not apply to {flags.arch}, which is torchvision's own; choose {able}"
+    fault = f"does not apply to {flags.arch}, which has layers of its own; choose {able}"
     for name, asked in (
-        ("deconv", flags.deconv),
         ("batchnorm", not flags.batchnorm),
         ("num_groups_final", flags.num_groups_final),
     ):
-        yield name, not (theirs and asked), fault
+        yield name, flags.deconv or not (theirs and asked), f"without --deconv True {fault}"
 
 
 def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader | None, PictureLoader]:

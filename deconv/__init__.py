@@ -1,9 +1,12 @@
 """Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
 
-    from deconv import Delinear, FastDeconv, fuse
+    from deconv import Delinear, FastDeconv, convert, fuse, plan, recalibrate
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
+    network = convert(resnet18())               # in place of all of them, in any network
+    print(plan(resnet18()))                     # what that does to each layer, and why
+    recalibrate(network, loader)                # running statistics anew, of averaged weights, say
     served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
@@ -35,8 +38,20 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 The package imports nothing but torch and can be copied into another project unchanged.
 """
 
+from .convert import convert
 from .covariance import batch_share
 from .fuse import fuse
 from .layers import Delinear, FastDeconv
+from .plan import plan
+from .recalibrate import recalibrate
 
-__all__ = ["Delinear", "FastDeconv", "batch_share", "fuse"]
+__all__ = [
+    "Delinear",
+    "FastDeconv",
+    "batch_share",
+    "convert",
+    "fuse",
+    "plan",
+    "recalibrate",
+]
+__version__ = "1.0.0"

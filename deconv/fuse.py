@@ -6,6 +6,7 @@ import copy
 
 from torch import nn
 
+from .batchnorm import ChannelAffine
 from .layers import _Whitening, forward_hooks
 
 # Modules that are set up for the very layers of the network in them, and where they keep it. By
@@ -24,7 +25,8 @@ def fuse(model: nn.Module) -> nn.Module:
         y = W D (x - mu) + b = (W D) x + (b - W D mu)
 
     Every FastDeconv becomes an `nn.Conv2d` and every Delinear an `nn.Linear` (`layer.fuse()` of
-    each) with W D as weight and b - W D mu as bias, mu and D the running statistics. Outputs are
+    each) with W D as weight and b - W D mu as bias, mu and D the running statistics; ChannelAffine,
+    which `convert` leaves where it must, becomes a convolution of single pixels. Outputs are
     those of `model.eval()` up to rounding. What occurs twice in the network is replaced once, and
     everything else is what `copy.deepcopy` makes of it, hooks included. Of the layers that are
     replaced, forward hooks come along, as they may change outputs; backward hooks and those of
@@ -41,9 +43,15 @@ def fuse(model: nn.Module) -> nn.Module:
         ValueError: the model or one of its deconvolution layers is in training mode; a part of it
             is wrapped (DistributedDataParallel, torch.compile); a hook computes a layer's weight.
     """
+    refuse_wrapped(model, "Fuse")
     for name, module in model.named_modules():
-        _check(name or "the model", module, evaluated=not name or isinstance(module, _Whitening))
-    layers = [module for module in model.modules() if isinstance(module, _Whitening)]
+        if module.training and (not name or isinstance(module, _Whitening)):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) is in training mode; fused "
+                "layers have the running statistics, as in evaluation: call eval() first"
+            )
+    kinds = (_Whitening, ChannelAffine)
+    layers = [module for module in model.modules() if isinstance(module, kinds)]
     copies = {id(layer): layer.fuse() for layer in layers}
     fused = copy.deepcopy(model, copies)  # which takes what is in `copies` for copied already
     for layer in layers:  # a hook that is a method of the model becomes one of its copy
@@ -51,17 +59,13 @@ def fuse(model: nn.Module) -> nn.Module:
     return fused
 
 
-def _check(name: str, module: nn.Module, *, evaluated: bool) -> None:
-    """Refuse a wrapper, and training mode where `evaluated` asks for evaluation."""
-    kind = type(module).__name__
-    for parent in type(module).__mro__:
-        if parent.__name__ in _WRAPPERS:
-            raise ValueError(
-                f"{name} is wrapped: {kind} is set up for the layers that it was made with. "
-                f"Fuse the network in it (its attribute {_WRAPPERS[parent.__name__]!r})"
-            )
-    if evaluated and module.training:
-        raise ValueError(
-            f"{name} ({kind}) is in training mode; fused layers have the running statistics, "
-            "as in evaluation: call eval() first"
-        )
+def refuse_wrapped(model: nn.Module, what: str) -> None:
+    """Raise ValueError where a part of the model is wrapped; `what`: Fuse, Convert, ..."""
+    for name, module in model.named_modules():
+        for parent in type(module).__mro__:
+            if parent.__name__ in _WRAPPERS:
+                raise ValueError(
+                    f"{name or 'the model'} is wrapped: {type(module).__name__} is set up for the "
+                    f"layers that it was made with. {what} the network in it (its attribute "
+                    f"{_WRAPPERS[parent.__name__]!r})"
+                )

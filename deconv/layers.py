@@ -100,6 +100,15 @@ class _Whitening(nn.Module):
         count = torch.tensor(0, dtype=torch.long, device=self.weight.device)
         self.register_buffer("num_batches_tracked", count)
 
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Forget all batches: mean 0, D = I, and the next batch replaces them."""
+        mean, whiten = self._running_whitening()
+        mean.zero_()
+        for matrix in whiten.values():
+            matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device))
+        self.num_batches_tracked.zero_()
+
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):

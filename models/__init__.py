@@ -14,7 +14,7 @@ from functools import partial
 
 from torch import nn
 
-from .architecture import Architecture, build_from, describe, init_weights
+from .architecture import Architecture, Options, build_from, describe, init_weights
 from .densenet import DenseNet
 from .factory import Layers, make_layers
 from .imagenet import (
@@ -31,6 +31,7 @@ __all__ = [
     "IMAGENET_ARCHITECTURES",
     "Architecture",
     "Layers",
+    "Options",
     "build_imagenet_model",
     "build_model",
     "describe_architectures",

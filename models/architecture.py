@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -51,6 +51,22 @@ class Architecture:
 
 
 Table = Mapping[str, Architecture]
+
+
+class Options(Mapping[str, Collection[str]]):
+    """The options of the architectures of a table, by name; also of those it does not list."""
+
+    def __init__(self, table: Table) -> None:
+        self._table = table
+
+    def __getitem__(self, arch: str) -> Collection[str]:
+        return self._table[arch].options
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._table)
+
+    def __len__(self) -> int:
+        return len(self._table)
 
 
 def build_from(

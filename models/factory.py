@@ -9,7 +9,7 @@ from inspect import signature
 
 from torch import nn
 
-from deconv import Delinear, FastDeconv
+from deconv import Delinear, FastDeconv, convert
 
 Maker = Callable[..., nn.Module]
 
@@ -45,7 +45,8 @@ class Layers:
         linear: linear(in, out) -> the last fully connected layer.
         methods: the variants of simple_v1 and mlp, by number.
         default_method: the one of them that is of the bundle's own kind.
-        ordinary: convolutions, BatchNorm and plain linear layers, as networks from elsewhere have.
+        adapt: adapt(network, pretrained=) -> a network from elsewhere with layers of this kind, and
+            with what it has learned; None where that is impossible.
     """
 
     conv: Maker
@@ -54,7 +55,7 @@ class Layers:
     linear: Maker
     methods: Mapping[int, Method]
     default_method: int
-    ordinary: bool
+    adapt: Callable[..., nn.Module] | None
 
     def choose_method(self, number: int | None) -> Method:
         """The method of that number, `default_method` for None.
@@ -130,11 +131,25 @@ def make_layers(
             patches_per_feature=patches_per_feature,
         )
         conv, stem = partial(make, **options), partial(make, **first)
-        return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, ordinary=False)
+        head = {"linear": bool(final), "block_linear": final or 1}
+        adapt = partial(_adapt, stem_iter=first["n_iter"], **head, **make.keywords, **options)
+        return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, adapt=adapt)
     conv = partial(nn.Conv2d, bias=bias and not batchnorm)
     norm = nn.BatchNorm2d if batchnorm else nn.Identity
-    ordinary = batchnorm and not final
-    return Layers(conv, conv, norm, linear, methods, default_method=1, ordinary=ordinary)
+    adapt = _leave if batchnorm and not final else None
+    return Layers(conv, conv, norm, linear, methods, default_method=1, adapt=adapt)
+
+
+def _leave(network: nn.Module, *, pretrained: bool) -> nn.Module:
+    """A network from elsewhere has ordinary layers already."""
+    return network
+
+
+def _adapt(network: nn.Module, *, pretrained: bool, stem_iter: int, **options: object) -> nn.Module:
+    """Convert a network from elsewhere to deconvolution; its first layer has its own n_iter."""
+    network = convert(network, pretrained=pretrained, **options)
+    next(m for m in network.modules() if isinstance(m, FastDeconv)).n_iter = stem_iter
+    return network
 
 
 def _delinear(block: int, options: Mapping[str, object], **more: object) -> Maker:

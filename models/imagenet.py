@@ -1,8 +1,8 @@
-"""The networks for pictures of ImageNet's size: ours, of either kind of layers, and torchvision's.
+"""The networks for pictures of ImageNet's size: ours, torchvision's and timm's, of either kind.
 
 Ours end in `d`. With BatchNorm they are the networks that torchvision calls by the same name
 without the `d` (vgg11d: vgg11_bn, its convolutions without the bias that BatchNorm takes back).
-With deconvolution no BatchNorm is left, shortcuts included.
+With deconvolution no BatchNorm is left, shortcuts included. Those of others are converted to it.
 """
 
 from __future__ import annotations
@@ -11,20 +11,14 @@ import textwrap
 from functools import partial
 
 from torch import nn
-from torchvision import models as torchvision_models
-from torchvision.models import get_model, list_models
 
-from .architecture import MIN_IMAGE_SIZE, Architecture, build_from, describe
+from .architecture import Architecture, build_from, describe
+from .borrowed import PRETRAINED_CLASSES, TIMM, list_torchvision, timm_architecture
 from .densenet import DenseNet
 from .factory import Layers
 from .resnet import ResNet
 from .stem import large_stem
 from .vgg import VGG
-
-PRETRAINED_CLASSES = 1000
-AUXILIARY = ("googlenet", "inception_v3")  # more than one output in training, unless told
-# Below these sides some layer has nothing left to look at; every other network takes 32.
-TORCHVISION_MIN_SIZES = {"alexnet": 63, "inception_v3": 75}
 
 
 def _resnet(depth: int, gloss: str) -> Architecture:
@@ -53,64 +47,22 @@ _OURS: dict[str, Architecture] = {
 }
 
 
-def _build_torchvision(
-    layers: Layers,
-    *,
-    name: str,
-    num_classes: int,
-    image_size: int | None = None,
-    pretrained: bool = False,
-) -> nn.Module:
-    """Torchvision's network of that name, without auxiliary heads; `image_size` if made for one."""
-    if not layers.ordinary:
-        ours = f"{name.removesuffix('_bn')}d"
-        able = ours if ours in _OURS else f"one of {', '.join(_OURS)}"
-        raise ValueError(f"{name} is torchvision's and keeps its own layers; others need {able}")
-    if pretrained and num_classes != PRETRAINED_CLASSES:
-        raise ValueError(
-            f"pretrained weights know {PRETRAINED_CLASSES} classes, got num_classes={num_classes}"
-        )
-    options: dict[str, object] = {"num_classes": num_classes}
-    if name in AUXILIARY and not pretrained:
-        options["init_weights"] = True  # the present default, which warns unless asked for
-    if image_size is not None:
-        square = {"input_size": (image_size, image_size)}
-        options |= square if name.startswith("maxvit") else {"image_size": image_size}
-    try:
-        model = get_model(name, weights="DEFAULT" if pretrained else None, **options)
-    except (AssertionError, ValueError) as error:
-        if image_size is None:
-            raise
-        reason = str(error).splitlines()[0]  # patches or windows do not tile it; other weights
-        raise ValueError(f"{name} cannot take image_size={image_size}: {reason}") from error
-    if name in AUXILIARY:
-        _drop_auxiliary_heads(model)
-    return model
+_THEIRS = list_torchvision()
 
 
-def _drop_auxiliary_heads(model: nn.Module) -> None:
-    """Make training give one output, as evaluation does."""
-    model.aux_logits = False
-    for head in ("aux1", "aux2", "AuxLogits"):
-        if hasattr(model, head):
-            setattr(model, head, None)
+class _WithTimm(dict[str, Architecture]):
+    """A table that has, besides what it lists, every `timm/NAME`: whether it exists shows later."""
+
+    def __contains__(self, arch: object) -> bool:
+        return super().__contains__(arch) or str(arch).startswith(TIMM)
+
+    def __missing__(self, arch: str) -> Architecture:
+        if arch not in self:
+            raise KeyError(arch)
+        return timm_architecture(arch)
 
 
-def _torchvision(name: str) -> Architecture:
-    sized = ("image_size",) if name.startswith(("vit", "maxvit")) else ()
-    return Architecture(
-        partial(_build_torchvision, name=name),
-        f"torchvision's {name}",
-        ("pretrained", *sized),
-        TORCHVISION_MIN_SIZES.get(name, MIN_IMAGE_SIZE),
-        init=None,
-    )
-
-
-# The names that torchvision.models has itself are those of classification.
-_THEIRS = {name: _torchvision(name) for name in list_models(module=torchvision_models)}
-
-IMAGENET_ARCHITECTURES: dict[str, Architecture] = _OURS | _THEIRS
+IMAGENET_ARCHITECTURES = _WithTimm(_OURS | _THEIRS)
 
 
 def build_imagenet_model(
@@ -125,19 +77,20 @@ def build_imagenet_model(
     """A network that maps (N, 3, H, W) to (N, num_classes); freshly initialised unless pretrained.
 
     Args:
-        arch: a name of `IMAGENET_ARCHITECTURES`.
-        layers: from `make_layers`. Torchvision's networks have layers of their own, and so accept
-            none but the ordinary ones.
+        arch: a name of `IMAGENET_ARCHITECTURES`, or timm/NAME for a network of timm.
+        layers: from `make_layers`. The networks of torchvision and timm have layers of their own,
+            which stay or are converted: they take the ordinary layers and those of deconvolution.
         image_size: side of the pictures, in pixels. The vit and maxvit networks take exactly this
             one, all others any from their `min_image_size` upward.
-        pretrained: start from torchvision's weights (downloaded once), torchvision's networks and
-            1000 classes only.
+        pretrained: start from the weights of torchvision or timm (downloaded once), their networks
+            and 1000 classes only; with deconvolution BatchNorm is folded in.
         dropout_rate: probability of dropping a feature between linear layers, vgg11d and vgg16d
             only; None: 0.5.
 
     Raises:
-        ValueError: an unknown `arch`, layers or an option it does not take, pictures of a size it
-            does not take, or pretrained weights for another number of classes.
+        ValueError: an unknown `arch`, timm is not installed, layers or an option it does not take,
+            pictures of a size it does not take, or pretrained weights for another number of
+            classes.
         OSError: the weights cannot be downloaded.
     """
     return build_from(
@@ -153,4 +106,6 @@ def build_imagenet_model(
 def describe_imagenet_architectures() -> str:
     """The table as text: ours one line each, torchvision's by name."""
     names = textwrap.fill(", ".join(_THEIRS), width=98, initial_indent="  ", subsequent_indent="  ")
-    return f"{describe(_OURS)}\n\ntorchvision's, with the layers they have there:\n{names}"
+    theirs = f"torchvision's, converted to deconvolution where that is asked for:\n{names}"
+    more = f"{TIMM}NAME: any network of timm, where timm is installed, in the same way"
+    return f"{describe(_OURS)}\n\n{theirs}\n\n{more}"

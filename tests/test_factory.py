@@ -69,11 +69,32 @@ def test_convolutions_have_a_bias_only_where_batchnorm_does_not(bias, batchnorm)
     assert type(layers.norm(4)) is (nn.BatchNorm2d if batchnorm else nn.Identity)
 
 
-def test_ordinary_layers_are_those_of_other_peoples_networks():
-    assert make_layers(deconv=False).ordinary
-    assert make_layers(deconv=False, block_final=0).ordinary
-    for options in ({"deconv": True}, {"batchnorm": False}, {"block_final": 32}):
-        assert not make_layers(**{"deconv": False, **options}).ordinary
+def theirs():
+    conv = nn.Conv2d(3, 4, 3, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.Flatten(), nn.Linear(4, 2))
+
+
+def test_networks_from_elsewhere_keep_their_layers_or_are_converted():
+    network = theirs()
+    for final in (None, 0):
+        adapt = make_layers(deconv=False, block_final=final).adapt
+        assert adapt(network, pretrained=False) is network
+    for options in ({"batchnorm": False}, {"block_final": 32}):
+        assert make_layers(deconv=False, **options).adapt is None
+    options = dict(mode=3, block=2, eps=0.1, n_iter=4, root="cholesky", layout="contiguous")
+    layers = make_layers(deconv=True, stem_iter=7, block_final=2, bias=False, **options)
+    first, norm, second, _, head = layers.adapt(network, pretrained=False)
+    assert [type(m) for m in (first, norm, second, head)] == [
+        FastDeconv,
+        nn.Identity,
+        FastDeconv,
+        Delinear,
+    ]
+    chosen = {name: getattr(second, name) for name in options}
+    assert chosen == options and (first.n_iter, first.bias, head.block) == (7, None, 2)
+    assert (head.eps, head.n_iter, head.layout) == (0.1, 4, "contiguous")
+    whole = make_layers(deconv=True, block_final=0).adapt(network, pretrained=True)
+    assert type(whole[-1]) is nn.Linear and whole[0].bias is not None
 
 
 def test_deconvolution_needs_no_norm():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from deconv import Delinear, FastDeconv, fuse
+from deconv import Delinear, FastDeconv, convert, fuse
 from models import build_model, make_layers
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
@@ -219,3 +219,25 @@ def test_evaluation_follows_edits_that_no_version_counter_tells_of(name):
         edit()
         assert tensor._version == version and not torch.allclose(layer(x), before)
         torch.testing.assert_close(layer(x), fuse(layer)(x))
+
+
+def test_timm_fuses_the_layers_by_the_same_name():
+    reparameterize = pytest.importorskip("timm.utils.model").reparameterize_model
+    model, x = network()
+    fused = reparameterize(model)
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)
+    assert_plain(fused)
+
+
+def test_a_converted_network_is_plain_again():
+    torch.manual_seed(0)
+    block = [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)]
+    model = convert(nn.Sequential(*block), pretrained=True)
+    with torch.no_grad():
+        model[0].weight.uniform_()
+        model[0].bias.uniform_()
+    model, x = trained(model.double(), 5, 3, 9, 9)
+    fused = fuse(model)
+    assert [type(m) for m in fused] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Identity]
+    torch.testing.assert_close(fused(x), model(x), rtol=1e-10, atol=1e-10)
+    assert_plain(fused)

@@ -54,8 +54,18 @@ def read(line):
     return read_settings(main_imagenet.build_script(), line.split())[0]
 
 
-@pytest.mark.parametrize("line", ["-a resnet18", "-a resnet18d --deconv True"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "-a resnet18",
+        "-a resnet18d --deconv True",
+        "-a resnet18 --deconv True",
+        "-a timm/mobilenetv3_small_050 --deconv True",
+    ],
+)
 def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
+    if "timm" in line:
+        pytest.importorskip("timm")
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     run(f"{line} --epochs 2 --lr .01 --run-dir {tmp_path / 'run'}", pictures)
     figures = summary(tmp_path / "run")
@@ -162,6 +172,7 @@ def test_defaults_are_the_published_ones():
     expected |= {"weight_decay": 1e-4, "num_groups_final": 0, "lr_scheduler": "cosine"}
     assert {name: flags[name] for name in expected} == expected
     assert read("DIR -a resnet18d --deconv True").num_groups_final == 32
+    assert read("DIR -a resnet18 --deconv True").num_groups_final == 32
 
 
 @pytest.mark.parametrize(
@@ -198,7 +209,12 @@ def test_a_folder_after_milestones_is_no_milestone():
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("-a resnet18 --deconv True DIR", "--deconv True does not apply to resnet18.*resnet18d"),
+        (
+            "-a resnet18 --batchnorm False DIR",
+            "--batchnorm False without --deconv True does not apply to resnet18.*resnet18d",
+        ),
+        ("-a vit_b_16 --num-groups-final 8 DIR", "--num-groups-final 8 without .* vit_b_16"),
+        ("-a timm/resnet19x --dummy", "--arch timm/resnet19x: timm has no 'resnet19x'"),
         ("-a resnet18d --pretrained DIR", "--pretrained True does not apply to resnet18d"),
         ("-e DIR", "-e True needs --resume FILE or --pretrained"),
         ("--dummy DIR", "DIR DIR contradicts --dummy"),
@@ -219,6 +235,14 @@ def test_a_folder_after_milestones_is_no_milestone():
 )
 def test_contradictions_are_refused_by_name(capsys, line, reason):
     assert re.search(reason, refusal(capsys, line.replace("--use-gpu False ", "")))
+
+
+def test_networks_of_timm_have_a_folder_for_their_runs(tmp_path):
+    pytest.importorskip("timm")
+    line = "-a timm/mobilenetv3_small_050 --dummy --test-run True --test-iter 1 --epochs 1 --lr .01"
+    run(f"{line} --deconv True --out {tmp_path}")
+    (folder,) = tmp_path.iterdir()
+    assert folder.name == "imagenet-timm-mobilenetv3_small_050-deconv-mode5"
 
 
 def test_no_batchnorm_is_left_with_deconvolution():

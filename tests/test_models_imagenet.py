@@ -7,6 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
+import models.borrowed
 from deconv import Delinear, FastDeconv
 from models import (
     ARCHITECTURES,
@@ -236,19 +237,80 @@ def test_refusals_name_the_argument_and_a_way_out(arch, options, message):
         build(arch, **options)
 
 
-@pytest.mark.parametrize(
-    ("arch", "able"),
-    [("resnet18", "resnet18d"), ("vgg11_bn", "vgg11d"), ("vit_b_16", "one of resnet18d, .*")],
-)
-@pytest.mark.parametrize(
-    "options", [{"deconv": True}, {"deconv": False, "batchnorm": False}], ids=["deconv", "plain"]
-)
-def test_other_layers_are_refused_for_torchvisions_networks(arch, able, options):
-    with pytest.raises(ValueError, match=f"{arch} is torchvision's .* need {able}$"):
-        build_imagenet_model(arch, make_layers(**options))
+@pytest.mark.parametrize("arch", ["vit_b_16", "timm/resnet18"])
+@pytest.mark.parametrize("options", [{"batchnorm": False}, {"block_final": 32}])
+def test_networks_of_others_take_no_mixture(arch, options):
+    with pytest.raises(ValueError, match=f"{arch} has layers of its own"):
+        build_imagenet_model(arch, make_layers(deconv=False, **options))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "vgg11_bn"])
+def test_networks_of_others_are_converted(arch):
+    model = on_meta(build, arch, deconv=True, num_classes=7)
+    assert not find(model, nn.modules.batchnorm._BatchNorm)
+    assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d))
+    last = find(model, nn.Linear)[-1]
+    assert (type(last), last.block, last.out_features) == (Delinear, 32, 7)
+
+
+@pytest.mark.parametrize("arch", TWINS)
+def test_converted_networks_are_as_large_as_ours(arch):
+    ours, theirs = (on_meta(build, name, deconv=True) for name in (arch, TWINS[arch][0]))
+    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    layers = [[repr(layer) for layer in find(m, (FastDeconv, Delinear))] for m in (ours, theirs)]
+    assert sorted(layers[0]) == sorted(layers[1])
+
+
+def test_pretrained_weights_are_folded_in(monkeypatch):
+    theirs = torchvision.models.resnet18().eval()
+    for norm in find(theirs, nn.BatchNorm2d):
+        norm.running_mean.normal_()
+    weights = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    model, images = (
+        build("resnet18", deconv=True, pretrained=True).eval(),
+        torch.randn(2, 3, 64, 64),
+    )
+    with torch.no_grad():
+        expected = theirs(images)
+        torch.testing.assert_close(
+            model(images), expected, rtol=0, atol=1e-4 * expected.abs().max()
+        )
+
+
+@pytest.mark.parametrize("deconv", [False, True])
+def test_timms_networks_are_known_by_name(deconv):
+    pytest.importorskip("timm")
+    assert "timm/resnet18" in IMAGENET_ARCHITECTURES
+    with torch.device("meta"):
+        model = build("timm/resnet18", deconv=deconv, num_classes=7, image_size=64)
+        sized = build("timm/vit_tiny_patch16_224", deconv=deconv, num_classes=7, image_size=64)
+        assert sized(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    assert bool(find(model, FastDeconv)) == deconv != bool(find(model, nn.BatchNorm2d))
+    with pytest.raises(ValueError, match="timm has no 'resnet17', but resnet"):
+        build("timm/resnet17", deconv=deconv)
+
+
+def test_what_timm_refuses_is_one_line(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def refuse(*args, **options):
+        raise RuntimeError("no weights for it\nand more")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ValueError, match="^timm cannot make resnet18: no weights for it$"):
+        build("timm/resnet18")
+
+
+def test_timm_is_asked_for_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(models.borrowed, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="timm/resnet18 needs timm.*pip install timm"):
+        build("timm/resnet18")
 
 
 def test_help_text_names_every_architecture():
     text = describe_imagenet_architectures()
     assert [line.split()[0] for line in text.splitlines()[: len(TWINS)]] == list(TWINS)
     assert {*IMAGENET_ARCHITECTURES} <= {word.strip(",") for word in text.split()}
+    assert "timm/NAME" in text

@@ -1,0 +1,108 @@
+"""Which module's output goes to which: read from the code of a network, without running it."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import warnings
+
+from torch import fx, nn
+
+
+class Dataflow:
+    """The calls of modules in a network, as far as the code of those that call them tells.
+
+    The forward of each module is traced by itself, and everything that it calls is opaque. Where
+    that is impossible (forward looks at values or shapes), nothing is known of its children.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._calls: dict[int, list[fx.Node | None]] = {}  # None: nobody knows how often and where
+        self._called: dict[fx.Node, nn.Module] = {}
+        for owner in model.modules():
+            if next(owner.children(), None) is not None and _has_forward(owner):
+                self._read(owner)
+
+    def _read(self, owner: nn.Module) -> None:
+        graph = _trace(owner)
+        if graph is None:
+            for child in owner.children():
+                self._calls.setdefault(id(child), []).append(None)
+            return
+        for node in graph.nodes:
+            if node.op == "call_module":
+                self._called[node] = module = owner.get_submodule(node.target)
+                self._calls.setdefault(id(module), []).append(node)
+
+    def _find_call(self, module: nn.Module) -> fx.Node | None:
+        """The one call of the module; None if there are several, or maybe others."""
+        calls = self._calls.get(id(module), [])
+        return calls[0] if len(calls) == 1 else None
+
+    def find_source(self, module: nn.Module) -> nn.Module | None:
+        """The module whose whole output goes to this one and nowhere else; both are called once.
+
+        Where that is a Sequential it is the last one in it. None: there is no such module, the code
+        does not tell, or a hook stands between the two.
+        """
+        call = self._find_call(module)
+        if call is None or len(call.all_input_nodes) != 1 or module._forward_pre_hooks:
+            return None
+        (source,) = call.all_input_nodes
+        while (producer := self._find_producer(source)) is not None:
+            if producer._forward_hooks:
+                return None
+            if _get_forward(producer) is not nn.Sequential.forward or len(producer) == 0:
+                return producer
+            source = self._find_call(producer[-1])
+        return None
+
+    def _find_producer(self, call: fx.Node | None) -> nn.Module | None:
+        """The module of a call, if it has no other call and its output one use."""
+        producer = self._called.get(call)
+        once = producer is not None and self._find_call(producer) is call and len(call.users) == 1
+        return producer if once else None
+
+    def find_overwriter(self, module: nn.Module) -> str | None:
+        """The function, if any, that works in place on this module's output.
+
+        None where it is a module, or where the code does not tell.
+        """
+        call = self._find_call(module)
+        for user in call.users if call is not None else ():
+            name = getattr(user.target, "__name__", str(user.target))
+            functional = user.op in ("call_function", "call_method")
+            if functional and (user.kwargs.get("inplace") or name.endswith("_")):
+                return name
+        return None
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return True
+
+
+def _get_forward(module: nn.Module) -> object:
+    """The function of the class; None where it has a forward that is no Python (torch.jit)."""
+    return getattr(type(module), "forward", None)
+
+
+def _has_forward(module: nn.Module) -> bool:
+    """Lists and dicts of modules have none: others call what is in them."""
+    return _get_forward(module) is not nn.Module.forward
+
+
+def _trace(owner: nn.Module) -> fx.Graph | None:
+    """What the owner's forward does in evaluation, with all options as they are by default."""
+    if "forward" in vars(owner):  # put there by someone; the tracer would read that of the class
+        return None
+    try:
+        probe = copy.copy(owner)  # whatever forward writes to attributes stays there
+        probe.training = False
+        parameters = inspect.signature(probe.forward).parameters.values()
+        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _Tracer().trace(probe, concrete_args=defaults)
+    except Exception:  # code of others that meets symbols may raise whatever it likes
+        return None

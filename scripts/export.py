@@ -1,0 +1,186 @@
+"""Export a trained network for serving: fused, in evaluation, tried on real pictures.
+
+    python scripts/export.py RUN/checkpoint.pth.tar --to onnx network.onnx
+    python scripts/export.py RUN/checkpoint.pth.tar --to safetensors network.safetensors --data DIR
+
+Deconvolution is folded into plain layers (`deconv.fuse`). onnx and torch-export take pictures
+(N, C, H, W), float32 normalised, for any N, and give the scores of the classes (N, classes);
+safetensors has the weights of the fused network. What was written is read again, and its scores of
+pictures to test with are compared with those of the network of the checkpoint. Exit codes: 1 they
+differ by more than --tolerance, 2 bad input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import sys
+import tempfile
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import main as small_pictures
+import main_imagenet as large_pictures
+from deconv import fuse
+from util.checkpoint import CheckpointError, load_checkpoint
+from util.data import DataError, DataSpec, build_loaders
+from util.imagenet import build_imagenet_loaders
+from util.progress import restore_model
+from util.run import RunError
+
+Run = Callable[[Tensor], Tensor]  # pictures (N, C, H, W) -> scores (N, classes)
+BATCH = "batch"  # the dimension whose size is left open
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        saved = load_checkpoint(args.checkpoint, "cpu")
+        flags, network = rebuild(saved)
+        pictures = read_pictures(flags, args.data, args.pictures)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        run = WRITERS[args.to](fuse(network), pictures[:2], args.out, describe(saved))
+    except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
+        stop(str(error))
+    with torch.no_grad():
+        expected = network(pictures)
+        # Batches of two sizes, neither the one that it was made with.
+        given = torch.cat([run(pictures[:1]), run(pictures[1:])])
+    scale = expected.abs().max().item()
+    difference = (given - expected).abs().max().item()
+    print(
+        f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; over {len(pictures)} pictures the "
+        f"largest difference is {difference:.2g}, of scores up to {scale:.3g}"
+    )
+    if not difference <= args.tolerance * scale:  # NaN is not
+        stop(f"that is more than {args.tolerance:g} of the largest score", code=1)
+
+
+def stop(message: str, code: int = 2) -> None:
+    print(f"export.py: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def parse_args(argv: Sequence[str] | None) -> Namespace:
+    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of main.py or main_imagenet.py")
+    parser.add_argument("--to", choices=WRITERS, required=True, help="the format")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
+    parser.add_argument("--data", metavar="DIR", help="the pictures (where the run found them)")
+    parser.add_argument("--pictures", type=int, default=32, help="to compare with, at least 4 (32)")
+    parser.add_argument(
+        "--tolerance", type=float, default=1e-4, help="largest difference / largest score (1e-4)"
+    )
+    args = parser.parse_args(argv)
+    if args.pictures < 4:
+        parser.error(f"argument --pictures: at least 4 are needed, got {args.pictures}")
+    needs = [name for name in NEEDS[args.to] if find_spec(name) is None]
+    if needs:
+        parser.error(
+            f"--to {args.to} needs {', '.join(needs)}, not installed here: "
+            f"pip install '.[{args.to}]' in the folder of this project"
+        )
+    return args
+
+
+def rebuild(saved: dict[str, Any]) -> tuple[Namespace, nn.Module]:
+    """The flags of a run, and its network in evaluation."""
+    script = small_pictures if "dataset" in saved["config"] else large_pictures
+    defaults = script.build_script().parser.defaults()
+    flags = Namespace(**{**defaults, **saved["config"], "pretrained": False})
+    network = script.build_network(flags, DataSpec(**saved["spec"]))
+    restore_model(saved, network, spec=saved["spec"])
+    return flags, network.eval()
+
+
+def read_pictures(flags: Namespace, data: str | None, count: int) -> Tensor:
+    """The first pictures to test with (N, C, H, W), as the network is used to them."""
+    data = flags.data if data is None else data
+    settings = {"batch_size": count, "image_size": flags.image_size}
+    if "dataset" in flags:
+        if flags.dataset == "digits" and data != flags.data:
+            raise ValueError(f"--data {data} does not apply to digits, which are embedded")
+        with tempfile.TemporaryDirectory() as cache:
+            *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
+    elif data is None:
+        raise ValueError("the run had no pictures: name the folder of some with --data DIR")
+    else:
+        *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
+    batches = list(islice((images for images, _ in loader), count))
+    pictures = torch.cat(batches)[:count]
+    if len(pictures) < 4:
+        raise ValueError(f"at least 4 pictures are needed, {data} has {len(pictures)}")
+    return pictures
+
+
+def describe(saved: dict[str, Any]) -> dict[str, str]:
+    """What a server must know of the pictures and the classes, as text."""
+    facts = {"arch": saved["config"]["arch"], **saved["spec"]}
+    return {
+        name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()
+    }
+
+
+def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
+    import onnxruntime
+
+    program = torch.onnx.export(
+        network,
+        (example,),
+        input_names=["pictures"],
+        output_names=["scores"],
+        dynamic_shapes=({0: torch.export.Dim(BATCH)},),
+        dynamo=True,
+        verbose=False,
+    )
+    program.model.metadata_props.update(facts)
+    program.save(out)
+    session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
+    return lambda pictures: torch.from_numpy(
+        session.run(["scores"], {"pictures": pictures.numpy()})[0]
+    )
+
+
+def write_torch_export(
+    network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]
+) -> Run:
+    shapes = ({0: torch.export.Dim(BATCH)},)
+    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
+    return torch.export.load(out).module()
+
+
+def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
+    from safetensors.torch import load_model, save_model
+
+    save_model(network, str(out), metadata=facts)
+    blank = copy.deepcopy(network).to_empty(device="cpu")
+    for tensor in blank.state_dict().values():
+        tensor.fill_(0)
+    load_model(blank, str(out))
+    return blank
+
+
+WRITERS = {
+    "onnx": write_onnx,
+    "torch-export": write_torch_export,
+    "safetensors": write_safetensors,
+}
+NEEDS = {
+    "onnx": ("onnx", "onnxruntime", "onnxscript"),
+    "torch-export": (),
+    "safetensors": ("safetensors",),
+}
+
+if __name__ == "__main__":
+    main()

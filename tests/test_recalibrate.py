@@ -1,0 +1,80 @@
+"""deconv.recalibrate: the plain mean of what each batch has, and nothing else changes."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from deconv import Delinear, FastDeconv, recalibrate
+
+
+def network():
+    torch.manual_seed(0)
+    layers = [FastDeconv(3, 4, 3), nn.Dropout(0.9), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1)]
+    return nn.Sequential(*layers, nn.Flatten(), Delinear(4, 2))
+
+
+def batches(count=3):
+    return list(torch.randn(count, 8, 3, 7, 7, generator=torch.Generator().manual_seed(1)))
+
+
+@pytest.mark.parametrize("tuples", [False, True])
+def test_statistics_are_the_mean_over_batches(tuples):
+    model, data = network(), batches()
+    model(10 * data[0])  # to be forgotten
+    means = []
+    for x in data:
+        fresh = copy.deepcopy(model[0]).train()
+        fresh.reset_running_stats()
+        fresh(x)
+        means.append(torch.cat([fresh.running_mean, fresh.running_joint.flatten()]))
+    given = [(x, torch.zeros(8)) for x in data] if tuples else data
+    assert recalibrate(model, given) == 3
+    now = torch.cat([model[0].running_mean, model[0].running_joint.flatten()])
+    torch.testing.assert_close(now, torch.stack(means).mean(0), rtol=1e-5, atol=1e-6)
+    assert model[0].num_batches_tracked == 3
+
+
+def test_nothing_else_changes():
+    model = network()
+    model(batches(1)[0])
+    model[1].eval()
+    model[5].momentum = 0.3
+    before, flags = copy.deepcopy(model.state_dict()), [m.training for m in model.modules()]
+    assert recalibrate(model, batches(), limit=2) == 2
+    assert [m.training for m in model.modules()] == flags
+    assert (model[0].momentum, model[5].momentum) == (0.1, 0.3)
+    moved = {
+        name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
+    }
+    expected = {f"{i}.{name}" for i in (0, 5) for name in ("running_mean", "running_joint")}
+    assert moved == expected | {"0.num_batches_tracked", "5.num_batches_tracked"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_an_average_of_weights_is_served_well_again():
+    model, data = network(), batches()
+    with torch.no_grad():
+        for x in data:
+            model(x)
+        model[0].weight.mul_(20)  # the next layer sees what its statistics do not know
+        stale = model.eval()(data[0]).std()
+        recalibrate(model, data)
+        assert model(data[0]).std() < stale / 2
+
+
+@pytest.mark.parametrize(
+    ("model", "data", "options", "message"),
+    [
+        (nn.Linear(2, 2), batches(), {}, "Linear has no deconvolution layer"),
+        (network(), [], {}, "no batch to recalibrate with"),
+        (network(), batches(), {"limit": 0}, "limit must be at least 1 batch, got 0"),
+    ],
+)
+def test_bad_input_is_refused_and_leaves_the_network_alone(model, data, options, message):
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        recalibrate(model, data, **options)
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert model.training
