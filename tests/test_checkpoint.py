@@ -42,6 +42,7 @@ def make_state(**changes):
         "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "preset": None},
         "spec": {"name": "digits"},
         "progress": {"epoch": 2, "step": 10},
+        "meters": {"rows": torch.zeros(0, 4), "lr": 0.1, "seconds": 0.0},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -158,8 +159,12 @@ def test_another_format_and_missing_parts_are_named(tmp_path):
     torch.save({**make_state(), "format_version": 99}, path)
     with pytest.raises(CheckpointError, match="format_version is 99"):
         load_checkpoint(path, "cpu")
+    older = {**make_state(), "format_version": 2}
+    del older["meters"]
+    torch.save(older, path)
+    assert load_checkpoint(path, "cpu")["meters"] is None  # it stands between two epochs
     torch.save({"format_version": checkpoint.FORMAT_VERSION, "epoch": 1}, path)
-    with pytest.raises(CheckpointError, match="lacks step, config, spec, progress, model"):
+    with pytest.raises(CheckpointError, match="lacks step, config, spec, progress, meters, model"):
         load_checkpoint(path, "cpu")
 
 

@@ -10,7 +10,7 @@ from tqdm import tqdm
 
 from util import engine
 from util.compute import Compute
-from util.engine import TrainingDiverged, evaluate, train_one_epoch
+from util.engine import Meters, TrainingDiverged, evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
 
 CPU = Compute(torch.device("cpu"))
@@ -67,6 +67,23 @@ def test_train_steps_as_written_out_by_hand():
 def test_max_steps_ends_the_epoch_early():
     figures = train_one_epoch(*make_parts(), compute=CPU, max_steps=2)
     assert (figures["steps"], figures["images"]) == (2, 8)
+
+
+def test_an_epoch_goes_on_from_the_batches_before():
+    whole, *rest = make_parts()
+    figures = train_one_epoch(whole, *rest, compute=CPU)
+    again, loader, *others = make_parts()
+    batches, meters, heard = list(loader), Meters(), []
+    train_one_epoch(again, batches, *others, compute=CPU, meters=meters, max_steps=1)
+    meters = Meters(meters.state_dict())
+    report = lambda batch, now: heard.append((batch, meters.steps))
+    more = {"compute": CPU, "meters": meters, "on_batch": report}
+    ours = train_one_epoch(again, batches[1:], *others, max_steps=3, **more)
+    assert heard == [(2, 2), (3, 3)]
+    assert ours.pop("seconds") >= meters.seconds > 0
+    del figures["seconds"]
+    assert ours == figures
+    assert torch.equal(again[0].weight, whole[0].weight)
 
 
 def test_on_batch_hears_of_every_batch():

@@ -84,13 +84,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
         run.open_run_dir(tmp_path / "file" / "run", "", "")
 
 
-def save(folder, epoch, best_epoch):
+def save(folder, epoch, best_epoch, batches=0):
     """A checkpoint of `epoch`, when `best_epoch` was the best; returns what it knows."""
     folder.mkdir(exist_ok=True)
     progress = {"epoch": epoch, "best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
+    progress |= {"step": 10 * epoch}
     state = dict.fromkeys(REQUIRED_KEYS) | {"epoch": epoch, "best_top1": progress["best_top1"]}
-    save_checkpoint(state, folder, is_best=epoch == best_epoch)
-    return progress
+    state |= {"step": 10 * epoch + batches, "progress": progress}
+    save_checkpoint(state, folder, is_best=epoch == best_epoch and not batches)
+    return state
 
 
 def best_epoch(folder):
@@ -114,6 +116,8 @@ def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_pla
     assert best_epoch(new) is None
     run.carry_over(str(resume), third, new)  # it is the best itself
     assert best_epoch(new) == 3
+    run.carry_over(str(resume), save(old, 3, best_epoch=3, batches=2), new)
+    assert best_epoch(new) == 3  # the one beside it, not itself
     run.carry_over(None, None, new)
     assert best_epoch(new) is None
 

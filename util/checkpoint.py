@@ -20,13 +20,14 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REQUIRED_KEYS = (
     "epoch",
     "step",
     "config",
     "spec",
     "progress",
+    "meters",
     "model",
     "optimizer",
     "scheduler",
@@ -179,6 +180,9 @@ def _check_archive(path: Path) -> None:
 
 def _check_keys(state: Any, shown: Path) -> None:
     version = state.get("format_version") if isinstance(state, dict) else None
+    if version == 2:  # which knew whole epochs only
+        version = state["format_version"] = FORMAT_VERSION
+        state["meters"] = None
     if version is None:
         raise CheckpointError(f"{shown}: not a checkpoint of this program (no format_version)")
     if version != FORMAT_VERSION:

@@ -13,7 +13,7 @@ from torch import nn
 from . import run
 from .checkpoint import atomic_write, save_checkpoint
 from .console import say
-from .engine import Figures
+from .engine import Figures, Meters
 from .logger import RunLogger
 from .metrics import peak_memory_mb
 from .progress import Progress
@@ -32,7 +32,7 @@ class Recorder:
         name: of the run.
         facts: what summary.json says beside the figures.
         model: whose first filters are drawn.
-        done: how far the run has come; the caller counts on.
+        done, meters: how far the run has come, and its epoch under way; the caller counts on.
         device, processes: what the run computes on, all in all.
         epochs: of the whole run.
     """
@@ -47,6 +47,7 @@ class Recorder:
         *,
         model: nn.Module,
         done: Progress,
+        meters: Meters,
         device: torch.device,
         processes: int,
         epochs: int,
@@ -56,7 +57,7 @@ class Recorder:
         self.facts = facts | {"device": run.describe_device(device), "processes": processes}
         self.run_dir = run.open_run_dir(run_dir, flags.out, name)
         run.write_record(self.run_dir, vars(flags), device, processes)
-        run.carry_over(flags.resume, saved and saved["progress"], self.run_dir)
+        run.carry_over(flags.resume, saved, self.run_dir)
         say(
             f"{name}, {facts['parameters']:,} parameters, {self.facts['device']}"
             f"{f' in {processes} processes' if processes > 1 else ''}, in {self.run_dir}"
@@ -66,12 +67,18 @@ class Recorder:
             tensorboard=flags.tensorboardX,
             plot=flags.save_plot,
             history=saved["history"] if saved else None,
+            start_epoch=done.epoch,
             start_step=done.step,
+            batches=meters.steps,
         )
 
     def batch(self, batch: int, now: Figures) -> None:
         """Called with the figures of every batch."""
         report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
+
+    def checkpoint(self, state: dict[str, Any]) -> None:
+        """Called where a run may have to be taken up in the middle of an epoch."""
+        save_checkpoint({**state, "history": self.logger.history}, self.run_dir)
 
     def epoch(self, trained: Figures, tested: Figures, state: dict[str, Any]) -> None:
         """Called at the end of every epoch: logs, the checkpoint `state`, the summary."""

@@ -134,18 +134,19 @@ def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: 
         )
 
 
-def carry_over(resume: str | None, progress: Mapping[str, Any] | None, run_dir: Path) -> None:
+def carry_over(resume: str | None, saved: Mapping[str, Any] | None, run_dir: Path) -> None:
     """Bring the best network and train_batch.log to the folder that a run begins or goes on in.
 
-    The best is the one that the `progress` of the checkpoint `resume` knows: the checkpoint itself,
-    or the one beside it if it is of that epoch. One of another past, or before a beginning, goes.
+    The best is the one that `saved`, the content of the checkpoint `resume`, knows: the checkpoint
+    itself, or the one beside it if it is of that epoch. One of another past, or before a beginning,
+    goes.
     """
-    if resume is None or progress is None:
+    if resume is None or saved is None:
         (run_dir / BEST_NAME).unlink(missing_ok=True)
         return
-    path = Path(resume).resolve()
+    path, progress = Path(resume).resolve(), saved["progress"]
     beside = path.with_name(BEST_NAME)
-    itself = progress["epoch"] == progress["best_epoch"]
+    itself = progress["epoch"] == progress["best_epoch"] and saved["step"] == progress["step"]
     best = path if itself else beside if _is_best(beside, progress) else None
     _replace(run_dir / BEST_NAME, best)
     _replace(run_dir / BATCH_LOG_NAME, path.with_name(BATCH_LOG_NAME))

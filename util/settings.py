@@ -35,7 +35,7 @@ OF_THIS_MACHINE = {
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "data", "out", "on_bad_image", "threads", "num_workers"),
-    *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
+    *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
 # What must be as it was where a network is only tested.

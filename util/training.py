@@ -26,7 +26,7 @@ from .compute import Compute
 from .console import say
 from .data import DataSpec
 from .distributed import World
-from .engine import evaluate, train_one_epoch
+from .engine import Figures, Meters, evaluate, train_one_epoch
 from .loaders import PictureLoader
 from .optim import build_criterion, build_optimizer, build_scheduler
 from .progress import Progress, restore, snapshot
@@ -93,14 +93,15 @@ def fit(
     epoch_steps = min(len(train_loader), limit)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
     plan = Plan(epoch_steps, total_steps)
-    done = Progress(epoch=flags.start_epoch, step=flags.start_epoch * epoch_steps)
+    done, meters = Progress(flags.start_epoch, flags.start_epoch * epoch_steps), Meters()
     if saved:
-        done = restore(saved, model, optimizer, compute, spec=asdict(spec), **asdict(plan))
+        places = model, optimizer, compute
+        done, meters = restore(saved, *places, spec=asdict(spec), **asdict(plan))
     if done.step >= total_steps:
         say(f"{flags.resume or name} is finished: {done.step} steps of {total_steps} asked for")
         return
-    scheduler = choose_schedule(flags, optimizer, plan, done.step)
-    recorder = open_recorder(session, run_dir, name, kind, model, done, plan)
+    scheduler = choose_schedule(flags, optimizer, plan, done.step + meters.steps)
+    recorder = open_recorder(session, run_dir, name, kind, model, done, meters, plan)
     with run.tell_where_to_continue(recorder.run_dir), closing(recorder):
         seed_process(session)
         network = compute.translate(model)
@@ -110,29 +111,48 @@ def fit(
             "compute": compute,
             "world": world,
         }
-        while done.step < total_steps:
-            train_loader.batch_sampler.set_epoch(done.epoch + 1)
-            trained = train_one_epoch(
-                replica,
-                train_loader,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                max_steps=min(epoch_steps, total_steps - done.step),
-                on_batch=recorder.batch,
-                title=f"epoch {done.epoch + 1}/{plan.epochs}",
-                **common,
-            )
-            world.average_buffers(model)
-            mine = len(range(world.rank, limit, world.size))  # of a test: batches dealt in turn
-            tested = evaluate(network, test_loader, max_steps=mine, **common)
-            done.finish_epoch(trained, tested)
-            state = {
-                **snapshot(done, model, optimizer, compute),
+
+        def is_due() -> bool:
+            every = flags.checkpoint_steps
+            return every > 0 and (done.step + meters.steps) % every == 0
+
+        def state() -> dict[str, Any]:
+            return {
+                **snapshot(done, meters, model, optimizer, compute),
                 "config": vars(flags),
                 "spec": asdict(spec),
                 "rng": world.gather(rng_state()),
             }
-            recorder.epoch(trained, tested, state)
+
+        def after_batch(batch: int, now: Figures) -> None:
+            recorder.batch(batch, now)
+            if is_due() and batch < goal:
+                recorder.checkpoint(state())
+
+        while done.step < total_steps:
+            goal = min(epoch_steps, total_steps - done.step)
+            if meters.steps < goal:  # else only the test is left
+                train_loader.batch_sampler.set_epoch(done.epoch + 1, meters.steps)
+                train_one_epoch(
+                    replica,
+                    train_loader,
+                    optimizer=optimizer,
+                    scheduler=scheduler,
+                    meters=meters,
+                    max_steps=goal,
+                    on_batch=after_batch,
+                    title=f"epoch {done.epoch + 1}/{plan.epochs}",
+                    **common,
+                )
+                world.average_buffers(model)
+                if is_due():  # not earlier: averaged again, they might be rounded again
+                    recorder.checkpoint(state())
+            mine = len(range(world.rank, limit, world.size))  # of a test: batches dealt in turn
+            tested = evaluate(network, test_loader, max_steps=mine, **common)
+            trained = meters.training_figures()
+            done.finish_epoch(trained, tested)
+            meters = Meters()
+            recorder.epoch(trained, tested, state())
             recorder.skipped(list_skipped(world, train_loader, test_loader))
 
 
@@ -143,6 +163,7 @@ def open_recorder(
     kind: str,
     model: nn.Module,
     done: Progress,
+    meters: Meters,
     plan: Plan,
 ) -> Recorder | NullRecorder:
     """What keeps the run, in the first process; in the others what keeps nothing."""
@@ -157,6 +178,7 @@ def open_recorder(
         facts,
         model=model,
         done=done,
+        meters=meters,
         device=session.device,
         processes=session.world.size,
         epochs=plan.epochs,
