@@ -1,7 +1,10 @@
 import os
 import pickle
 import random
+import signal
+import time
 from collections import Counter, OrderedDict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +16,9 @@ from util.checkpoint import (
     CheckpointError,
     atomic_write,
     check_compatible,
+    clear_leftovers,
     load_checkpoint,
+    load_newest,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -70,12 +75,81 @@ def test_a_checkpoint_comes_back_with_the_same_values_and_types(tmp_path):
 def test_only_the_named_files_are_left_and_the_best_is_a_copy_of_its_time(tmp_path):
     save_checkpoint(make_state(), tmp_path, is_best=True)
     save_checkpoint(make_state(epoch=3), tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "checkpoint.pth.tar",
-        "model_best.pth.tar",
+    save_checkpoint(make_state(epoch=4), tmp_path)
+    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {
+        "checkpoint.pth.tar": 4,
+        "checkpoint_previous.pth.tar": 3,
+        "model_best.pth.tar": 2,
     }
-    assert load_checkpoint(tmp_path / "model_best.pth.tar", "cpu")["epoch"] == 2
-    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 3
+
+
+def test_the_latest_two_stay_where_a_file_can_have_one_name_only(tmp_path, monkeypatch):
+    def refuse(source, other):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for epoch in (2, 3, 4):
+        save_checkpoint(make_state(epoch=epoch), tmp_path)
+    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"checkpoint.pth.tar": 4, "checkpoint_previous.pth.tar": 3}
+
+
+def test_the_newest_that_can_be_read_is_found(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}: no checkpoint in this folder"):
+        load_newest(tmp_path)
+    names = ["model_best.pth.tar", "checkpoint_9.pth.tar", "checkpoint_previous.pth.tar"]
+    for step, name in enumerate([*names, "checkpoint.pth.tar"]):
+        save_checkpoint(make_state(step=step), tmp_path, filename=name)
+    (tmp_path / "checkpoint_previous.pth.tar").touch()  # as old as ever; its step counts
+    damaged = []
+    for name, step in (("checkpoint.pth.tar", 3), (names[2], 2), (names[1], 1), (names[0], 0)):
+        path, state, faults = load_newest(tmp_path)
+        assert (path.name, state["step"]) == (name, step)
+        assert {fault.split(":")[0] for fault in faults} == set(damaged)
+        path.write_bytes(path.read_bytes()[:-9])
+        damaged.append(str(path))
+    with pytest.raises(CheckpointError) as told:
+        load_newest(tmp_path)
+    assert str(told.value).count("damaged") == 4
+
+
+def save_for_ever(folder, told):
+    for step in count(1):
+        save_checkpoint(make_state(step=step, ballast=torch.zeros(100_000)), folder)
+        os.write(told, b".")
+
+
+def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):
+    """A hundred times, at random moments: no finished save is ever lost."""
+    rng, leftovers = random.Random(0), 0
+    save_checkpoint(make_state(step=0), tmp_path)
+    for _ in range(100):
+        hears, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_for_ever(tmp_path, told)
+        os.close(told)
+        os.read(hears, 1)  # it is under way
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        finished = 1 + len(os.read(hears, 10_000))
+        os.close(hears)
+        path, state, faults = load_newest(tmp_path)
+        assert (path.name, faults) == ("checkpoint.pth.tar", [])
+        assert state["step"] in (finished, finished + 1)
+        leftovers += len(list(tmp_path.glob(".*")))
+        clear_leftovers(tmp_path)
+        assert not list(tmp_path.glob(".*"))
+    assert leftovers > 10  # else nothing was tested
+
+
+def test_only_leftovers_of_saves_are_cleared(tmp_path):
+    for name in (".checkpoint.pth.tar.123.tmp", ".mine.tmp", ".notes", "file.12.tmp"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".mine.tmp", ".notes", "file.12.tmp"}
 
 
 @pytest.mark.parametrize(

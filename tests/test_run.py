@@ -122,6 +122,23 @@ def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_pla
     assert best_epoch(new) is None
 
 
+def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path, epoch, best_epoch=1)
+    previous = tmp_path / "checkpoint_previous.pth.tar"
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"damaged")
+    run.carry_over(str(previous), load_checkpoint(previous, "cpu"), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 1
+    assert not previous.exists()
+    assert best_epoch(tmp_path) == 1
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".summary.json.77.tmp").touch()
+    assert run.open_run_dir(tmp_path, "", "") == tmp_path
+    assert not list(tmp_path.iterdir())
+
+
 def test_the_rows_of_earlier_batches_come_along(tmp_path):
     known = save(tmp_path / "old", 1, best_epoch=1)
     (tmp_path / "old" / "train_batch.log").write_text("rows")
