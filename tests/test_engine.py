@@ -12,6 +12,7 @@ from util import engine
 from util.compute import Compute
 from util.engine import Meters, TrainingDiverged, evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
+from util.signals import Stopped
 
 CPU = Compute(torch.device("cpu"))
 CRITERION = build_criterion("CE", 3)
@@ -107,6 +108,35 @@ def test_diverging_stops_before_the_weights_are_touched():
             title="epoch 7",
         )
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    model, *rest = make_parts()
+    grow = lambda grad: grad * (torch.inf if len(seen) == 1 else 1)
+    model[0].bias.register_hook(grow)
+    seen = []
+    with pytest.raises(TrainingDiverged, match="batch 2: the largest gradient is") as told:
+        train_one_epoch(
+            model,
+            *rest,
+            compute=CPU,
+            on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
+        )
+    assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+    assert (told.value.batch, len(told.value.images)) == (2, 4)
+
+
+def test_a_wish_stops_after_the_step_but_not_the_last():
+    heard, signals = [], iter([0, 15, 15])
+    with pytest.raises(Stopped) as told:
+        report = lambda batch, _: heard.append(batch)
+        train_one_epoch(*make_parts(), compute=CPU, on_batch=report, wish=lambda: next(signals, 15))
+    assert (heard, told.value.number) == ([1, 2], 15)
+    signals = iter([0, 0, 2])
+    assert train_one_epoch(*make_parts(), compute=CPU, wish=lambda: next(signals))["steps"] == 3
+    model, loader, criterion, *_ = make_parts()
+    with pytest.raises(Stopped):
+        evaluate(model, loader, criterion, compute=CPU, wish=lambda: 2)
 
 
 def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatch):

@@ -1,5 +1,6 @@
 import json
 import random
+import signal
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from util import run
 from util.checkpoint import REQUIRED_KEYS, load_checkpoint, save_checkpoint
+from util.signals import Stopped
 
 
 def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
@@ -177,12 +179,16 @@ def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished):
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (Stopped(signal.SIGINT), 130), (Stopped(signal.SIGTERM), 143)],
+)
+def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished, stop, code):
     if finished:
         (tmp_path / "checkpoint.pth.tar").touch()
-    with pytest.raises(SystemExit) as stop, run.tell_where_to_continue(tmp_path):
-        raise KeyboardInterrupt
-    assert stop.value.code == 130
+    with pytest.raises(SystemExit) as end, run.tell_where_to_continue(tmp_path):
+        raise stop
+    assert end.value.code == code
     told = capsys.readouterr().err.strip()
-    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "no epoch"
+    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "nothing was saved"
     assert expected in told and "\n" not in told

@@ -192,6 +192,11 @@ def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[Binar
         temporary.unlink(missing_ok=True)
 
 
+def describe_fault(error: OSError) -> str:
+    """An error of the file system in one line: the file, and what is wrong."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what `atomic_write` left in the folder where a process was killed within it."""
     for path in folder.glob(".*.tmp"):

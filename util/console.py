@@ -27,6 +27,11 @@ def say(text: str) -> None:
         tqdm.write(text)
 
 
+def speaks() -> bool:
+    """Whether what this process says is shown."""
+    return not _muted
+
+
 def shows_bars() -> bool:
     """Whether there is a terminal for progress bars."""
     return sys.stderr.isatty()

@@ -22,6 +22,7 @@ from .distributed import World
 from .metrics import count_hits
 from .optim import Criterion
 from .pictures import DataError
+from .signals import Stopped, Wish, no_wish
 
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
 
@@ -29,7 +30,16 @@ Figures = dict[str, float]
 
 
 class TrainingDiverged(RuntimeError):
-    """The training loss is not finite any more."""
+    """The training loss or a gradient is not finite any more.
+
+    Attributes:
+        batch: number in the epoch, from 1.
+        images: the pictures of this process.
+    """
+
+    def __init__(self, message: str, batch: int, images: Tensor) -> None:
+        super().__init__(message)
+        self.batch, self.images = batch, images
 
 
 def train_one_epoch(
@@ -44,6 +54,7 @@ def train_one_epoch(
     meters: Meters | None = None,
     max_steps: int | None = None,
     on_batch: Callable[[int, Figures], None] = lambda batch, figures: None,
+    wish: Wish = no_wish,
     title: str = "train",
 ) -> Figures:
     """Train on every batch once, or until the epoch has had `max_steps`.
@@ -59,6 +70,8 @@ def train_one_epoch(
         on_batch: called as on_batch(batch, figures) after every batch, with its number in the epoch
             from 1, its loss, top1 and top5, the lr of its step, and the seconds of training since
             the epoch began.
+        wish: read in every step; any process's stops all of them after it, but for the last of the
+            epoch.
         title: of the progress bar, which appears on a terminal only.
 
     Returns:
@@ -66,8 +79,9 @@ def train_one_epoch(
         images, steps, and lr, the rate of the last step.
 
     Raises:
-        TrainingDiverged: a loss is not finite, in all processes at once. No parameter has been
-            updated with it; running statistics may have taken the batch in.
+        TrainingDiverged: a loss or a gradient is not finite, in all processes at once. No parameter
+            has been updated with it; BatchNorm's running statistics may have taken the batch in.
+        Stopped: by `wish`, in all processes at once.
         DataError: BatchNorm has met a single picture, of which there is no variance.
     """
     model.train()
@@ -87,17 +101,24 @@ def train_one_epoch(
                     f"{title}, batch {step}: one picture alone is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error
-            row = world.sum(row).cpu()
+            row = world.sum(torch.cat([row, row.new_tensor([wish()])]))
+            share = len(targets) / row[0].clamp(min=1)  # of the whole batch
+            largest = compute.backward(loss * (share * world.size).to(loss.dtype), optimizer)
+            *row, asked, largest = torch.cat([row, largest.to(row)[None]]).cpu()  # waits for a GPU
+            row = torch.stack(row)
             figures = _average([row])
-            if figures["images"] and not math.isfinite(figures["loss"]):
-                raise TrainingDiverged(f"{title}, batch {step}: the loss is {figures['loss']}")
-            share = len(targets) / max(figures["images"], 1)  # of the whole batch
-            compute.update(loss * (share * world.size), optimizer)
+            for name, value in (("loss", figures["loss"]), ("largest gradient", largest)):
+                if figures["images"] and not math.isfinite(value):
+                    place = f"{title}, batch {step}"
+                    raise TrainingDiverged(f"{place}: the {name} is {value:g}", step, images)
+            compute.step(optimizer)
             meters.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
             _show(bar, meters)
             now = {name: figures[name] for name in ("loss", "top1", "top5")}
             on_batch(step, {**now, "lr": meters.lr, "seconds": meters.seconds})
+            if asked and step < steps:
+                raise Stopped(wish())
     return meters.training_figures()
 
 
@@ -110,12 +131,16 @@ def evaluate(
     compute: Compute,
     world: World = World(),  # noqa: B008 - frozen
     max_steps: int | None = None,
+    wish: Wish = no_wish,
     title: str = "test",
 ) -> Figures:
     """loss, top1, top5 (percent) over the pictures of all processes; seconds and images.
 
     Each process takes some of the batches. The figures are sums of what each batch gives, added
     without rounding, so they do not depend on which process computed which.
+
+    Raises:
+        Stopped: by the `wish` of any process, in all of them.
     """
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
@@ -124,6 +149,10 @@ def evaluate(
         for batch in bar:
             meters.add(_forward(model, criterion, compute, *compute.place_batch(*batch))[1])
             _show(bar, meters)
+            if wish():
+                break
+    if any(world.gather(wish())):
+        raise Stopped(wish())
     return meters.figures(world)
 
 

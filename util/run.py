@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from .checkpoint import (
     sync_folder,
 )
 from .logger import BATCH_LOG_NAME
+from .signals import Stopped
 
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
@@ -192,16 +194,23 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
-    """Turn Ctrl-C into one line that names the last checkpoint (None: none), and exit code 130."""
+    """Turn Ctrl-C and `Stopped` into one line that names the last checkpoint, and an exit code.
+
+    Args:
+        run_dir: None: say nothing.
+
+    Raises:
+        SystemExit: 130 after SIGINT, 143 after SIGTERM.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        if run_dir is None:
-            sys.exit(130)
-        path = run_dir / LATEST_NAME
-        hint = f"continue with --resume {path}" if path.exists() else "no epoch was finished"
-        print(f"\ninterrupted: {hint}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if run_dir is not None:
+            path = run_dir / LATEST_NAME
+            hint = f"continue with --resume {path}" if path.exists() else "nothing was saved yet"
+            print(f"\ninterrupted: {hint}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:

@@ -21,16 +21,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import run
-from .checkpoint import rng_state, set_rng_state
+from .checkpoint import set_rng_state
 from .compute import Compute
 from .console import say
 from .data import DataSpec
 from .distributed import World
-from .engine import Figures, Meters, evaluate, train_one_epoch
+from .engine import Meters
+from .epochs import Epochs
 from .loaders import PictureLoader
 from .optim import build_criterion, build_optimizer, build_scheduler
-from .progress import Progress, restore, snapshot
+from .progress import Progress, restore
 from .recorder import NullRecorder, Recorder
+from .signals import heed_signals
 
 
 @dataclass(frozen=True)
@@ -102,58 +104,29 @@ def fit(
         return
     scheduler = choose_schedule(flags, optimizer, plan, done.step + meters.steps)
     recorder = open_recorder(session, run_dir, name, kind, model, done, meters, plan)
-    with run.tell_where_to_continue(recorder.run_dir), closing(recorder):
+    ended = run.tell_where_to_continue(recorder.run_dir)
+    with ended, closing(recorder), heed_signals() as wish:
         seed_process(session)
-        network = compute.translate(model)
-        replica = world.replicate(network)
-        common = {
-            "criterion": build_criterion(flags.loss, spec.num_classes),
-            "compute": compute,
-            "world": world,
-        }
-
-        def is_due() -> bool:
-            every = flags.checkpoint_steps
-            return every > 0 and (done.step + meters.steps) % every == 0
-
-        def state() -> dict[str, Any]:
-            return {
-                **snapshot(done, meters, model, optimizer, compute),
-                "config": vars(flags),
-                "spec": asdict(spec),
-                "rng": world.gather(rng_state()),
-            }
-
-        def after_batch(batch: int, now: Figures) -> None:
-            recorder.batch(batch, now)
-            if is_due() and batch < goal:
-                recorder.checkpoint(state())
-
-        while done.step < total_steps:
-            goal = min(epoch_steps, total_steps - done.step)
-            if meters.steps < goal:  # else only the test is left
-                train_loader.batch_sampler.set_epoch(done.epoch + 1, meters.steps)
-                train_one_epoch(
-                    replica,
-                    train_loader,
-                    optimizer=optimizer,
-                    scheduler=scheduler,
-                    meters=meters,
-                    max_steps=goal,
-                    on_batch=after_batch,
-                    title=f"epoch {done.epoch + 1}/{plan.epochs}",
-                    **common,
-                )
-                world.average_buffers(model)
-                if is_due():  # not earlier: averaged again, they might be rounded again
-                    recorder.checkpoint(state())
-            mine = len(range(world.rank, limit, world.size))  # of a test: batches dealt in turn
-            tested = evaluate(network, test_loader, max_steps=mine, **common)
-            trained = meters.training_figures()
-            done.finish_epoch(trained, tested)
-            meters = Meters()
-            recorder.epoch(trained, tested, state())
-            recorder.skipped(list_skipped(world, train_loader, test_loader))
+        Epochs(
+            vars(flags),
+            spec,
+            world,
+            compute,
+            model,
+            build_criterion(flags.loss, spec.num_classes),
+            optimizer,
+            scheduler,
+            train_loader,
+            test_loader,
+            recorder,
+            done,
+            meters,
+            **asdict(plan),
+            epochs=plan.epochs,
+            test_batches=len(range(world.rank, limit, world.size)),  # dealt in turn
+            save_every=flags.checkpoint_steps,
+            wish=wish,
+        ).run()
 
 
 def open_recorder(
@@ -195,12 +168,6 @@ def seed_process(session: Session) -> None:
         set_rng_state(saved["rng"][world.rank])
     else:
         run.seed_everything(session.flags.seed + world.rank)
-
-
-def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
-    """The bad files that any process has left out so far, in order."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    return sorted(set().union(*world.gather(mine)))
 
 
 def choose_compute(session: Session) -> Compute:
