@@ -13,7 +13,7 @@ import shutil
 import textwrap
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -189,7 +189,8 @@ def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[Binar
         reason = f"{error.strerror} ({written:,} bytes were written)"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses even what is not there
+            temporary.unlink()
 
 
 def describe_fault(error: OSError) -> str:
@@ -215,7 +216,8 @@ def _rename_as_well(path: Path, other: Path) -> None:
     except OSError:  # a file system that knows one name for a file
         os.replace(path, other)
     finally:
-        second.unlink(missing_ok=True)  # a rename does nothing where both are one file
+        with suppress(OSError):
+            second.unlink()  # a rename does nothing where both are one file
 
 
 def sync_folder(folder: Path) -> None:
