@@ -83,7 +83,7 @@ def test_restore_takes_up_what_snapshot_kept():
     assert repr(meters.state_dict()) == repr(under_way.state_dict())
     assert torch.equal(other.weight, model.weight)
     assert repr(others_optimizer.state_dict()) == repr(optimizer.state_dict())
-    with pytest.raises(CheckpointError, match=r"classes is \('a', 'b'\)"):
+    with pytest.raises(CheckpointError, match=r"classes\[1\] is 'b' in the checkpoint, 'c' in"):
         restore(
             saved,
             other,

@@ -36,6 +36,7 @@ REQUIRED_KEYS = (
     "history",
     "best_top1",
 )
+ABSENT = object()
 LATEST_NAME = "checkpoint.pth.tar"
 PREVIOUS_NAME = "checkpoint_previous.pth.tar"
 BEST_NAME = "model_best.pth.tar"
@@ -126,11 +127,28 @@ def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
         CheckpointError: naming the first key that differs, its saved and its current value.
     """
     for key in {**current, **saved}:
-        before, now = (repr(d[key]) if key in d else "absent" for d in (saved, current))
-        if before != now:
-            raise CheckpointError(
-                f"cannot resume: {key} is {before} in the checkpoint, {now} in this run"
+        if repr(saved.get(key, ABSENT)) != repr(current.get(key, ABSENT)):
+            name, before, now = _first_difference(
+                key, saved.get(key, ABSENT), current.get(key, ABSENT)
             )
+            raise CheckpointError(
+                f"cannot resume: {name} is {before} in the checkpoint, {now} in this run"
+            )
+
+
+def _first_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
+    """What differs between two values, down to the item of a list; name and both, in short."""
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+        if len(before) != len(now):
+            return f"the number of {name}", str(len(before)), str(len(now))
+        for index, items in enumerate(zip(before, now, strict=True)):
+            if repr(items[0]) != repr(items[1]):
+                return _first_difference(f"{name}[{index}]", *items)
+    return name, *("absent" if v is ABSENT else _shorten(v) for v in (before, now))
+
+
+def _shorten(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80)
 
 
 def rng_state() -> dict[str, Any]:

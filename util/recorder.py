@@ -114,7 +114,8 @@ class Recorder:
             return
         path = self.run_dir / SKIPPED_NAME
         with self._not_for_a_full_disk(), atomic_write(path) as file:
-            file.write("".join(f"{name}\n" for name in names).encode(errors="surrogateescape"))
+            lines = "".join(name.replace("\n", "\\n") + "\n" for name in names)
+            file.write(lines.encode(errors="surrogateescape"))
         say(f"{len(names)} bad pictures left out, listed in {path}")
 
     def close(self) -> None:
