@@ -268,6 +268,54 @@ def test_numbers_gone_bad_stop_the_run_before_the_update(
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] == 4
 
 
+def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(pictures, tmp_path, capsys):
+    words = f"--dataset folder --data {pictures} {LINE}".split()
+    parts = [*words, "--run-dir", tmp_path / "parts", "--resume", "auto", "--checkpoint-steps", 2]
+    run(tmp_path, *parts, act=KILL.format(step=5, name="SIGKILL"))
+    latest = tmp_path / "parts" / "checkpoint.pth.tar"
+    latest.write_bytes(latest.read_bytes()[:-1000])
+    with pytest.raises(SystemExit) as refused:
+        train(tmp_path, "--resume", latest)
+    assert refused.value.code == 2
+    assert f"main.py: error: {latest}: damaged" in capsys.readouterr().err
+    train(tmp_path, *parts)
+    said = capsys.readouterr().out
+    previous = latest.with_name("checkpoint_previous.pth.tar")
+    assert f"warning: {latest}: damaged" in said and f"going on from {previous}, step 2" in said
+    train(tmp_path, *words, "--run-dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, capsys):
+    for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
+        (tmp_path / name).write_bytes(b"damaged")
+    with pytest.raises(SystemExit) as refused:
+        train(tmp_path, "--dataset", "digits", "--run-dir", tmp_path, "--resume", "auto")
+    assert refused.value.code == 2
+    assert capsys.readouterr().err.count("damaged, or not a checkpoint") == 2
+    assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"damaged"
+
+
+LOSE_WORKER = """
+    import multiprocessing
+    if step == 4:
+        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+"""
+
+
+def test_a_killed_loading_process_costs_no_step(pictures, tmp_path):
+    words = f"--dataset folder --data {pictures} {LINE} --deconv True -j 1".split()
+    end = run(tmp_path, *words, "--run-dir", tmp_path / "run", act=LOSE_WORKER)
+    assert end.code == 2, end
+    (told,) = end.err.splitlines()
+    assert "a process that loads pictures was killed" in told
+    assert "/dev/shm" in told and "-j 0" in told
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] >= 4
+    train(tmp_path, "--resume", tmp_path / "run", "-j", 0)
+    train(tmp_path, *words, "--run-dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 LIMIT = """
     import resource
     limits = {limits}

@@ -21,7 +21,7 @@ from .console import progress_bar
 from .distributed import World
 from .metrics import count_hits
 from .optim import Criterion
-from .pictures import DataError
+from .run import RunError
 from .signals import Stopped, Wish, no_wish
 
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
@@ -82,7 +82,8 @@ def train_one_epoch(
         TrainingDiverged: a loss or a gradient is not finite, in all processes at once. No parameter
             has been updated with it; BatchNorm's running statistics may have taken the batch in.
         Stopped: by `wish`, in all processes at once.
-        DataError: BatchNorm has met a single picture, of which there is no variance.
+        DataError: the loader fails; what was trained before stands.
+        RunError: BatchNorm has met a single picture, of which there is no variance.
     """
     model.train()
     meters = Meters() if meters is None else meters
@@ -97,7 +98,7 @@ def train_one_epoch(
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
-                raise DataError(
+                raise RunError(
                     f"{title}, batch {step}: one picture alone is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error

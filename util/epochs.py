@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from .checkpoint import rng_state
 from .compute import Compute
-from .data import DataSpec
+from .data import DataError, DataSpec
 from .diagnosis import name_bad_place
 from .distributed import World
 from .engine import Figures, Meters, TrainingDiverged, evaluate, train_one_epoch
@@ -67,7 +67,7 @@ class Epochs:
         """Train to the end.
 
         Raises:
-            Stopped, TrainingDiverged: before; what there is to keep of the run has been kept.
+            Stopped, TrainingDiverged, DataError: before; what there is to keep has been kept.
         """
         while self.done.step < self.total_steps:
             try:
@@ -79,6 +79,10 @@ class Epochs:
                 raise
             except TrainingDiverged as error:
                 raise self.explain(error) from error
+            except DataError:
+                if self.world.size == 1:  # else the others wait elsewhere, for this one
+                    self.recorder.checkpoint(self.state(), last=True)
+                raise
             self.finish_epoch(tested)
 
     @property
