@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -35,6 +36,7 @@ class Epochs:
         test_batches: of this process, in a test.
         save_every: optimizer steps between checkpoints within an epoch, 0: none.
         wish: to stop.
+        own_buffers: of a checkpoint, see `World.gather_own_buffers`.
     """
 
     config: dict[str, Any]
@@ -56,12 +58,14 @@ class Epochs:
     test_batches: int
     save_every: int
     wish: Wish
+    own_buffers: Sequence[Mapping[str, Tensor]] = ()
     network: nn.Module = field(init=False)
     replica: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
         self.network = self.compute.translate(self.model)
-        self.replica = self.world.replicate(self.network)
+        self.replica = self.world.replicate(self.network)  # makes all as the first
+        self.world.take_own_buffers(self.model, self.own_buffers)
 
     def run(self) -> None:
         """Train to the end.
@@ -147,6 +151,7 @@ class Epochs:
             "config": self.config,
             "spec": asdict(self.spec),
             "rng": self.world.gather(rng_state()),
+            "own_buffers": self.world.gather_own_buffers(self.model),
         }
 
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:

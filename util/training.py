@@ -126,6 +126,7 @@ def fit(
             test_batches=len(range(world.rank, limit, world.size)),  # dealt in turn
             save_every=flags.checkpoint_steps,
             wish=wish,
+            own_buffers=saved.get("own_buffers", ()) if saved else (),
         ).run()
 
 
