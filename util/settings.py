@@ -282,6 +282,8 @@ def _output_rules(flags: Namespace) -> Rules:
     yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
     never = flags.checkpoint_epoch > flags.epochs
     yield "checkpoint_epoch", not never, f"is after the end, --epochs {flags.epochs}"
+    beyond = flags.max_steps and flags.checkpoint_steps > flags.max_steps
+    yield "checkpoint_steps", not beyond, f"is after the end, --max-steps {flags.max_steps}"
 
 
 def describe_value(value: Any) -> str:
