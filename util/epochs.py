@@ -84,7 +84,8 @@ class Epochs:
             except TrainingDiverged as error:
                 raise self.explain(error) from error
             except DataError:
-                if self.world.size == 1:  # else the others wait elsewhere, for this one
+                # Of several processes the others wait elsewhere, for this one.
+                if self.meters.steps and self.world.size == 1:
                     self.recorder.checkpoint(self.state(), last=True)
                 raise
             self.finish_epoch(tested)
