@@ -21,6 +21,7 @@ from util import args, run
 from util.console import say
 from util.data import DataSpec
 from util.engine import evaluate
+from util.epochs import list_skipped
 from util.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.launch import start
 from util.loaders import PictureLoader
@@ -28,11 +29,11 @@ from util.optim import build_criterion
 from util.parser import Parser
 from util.progress import restore_model
 from util.settings import Rules, Script, choose_layers
-from util.training import Session, choose_compute, describe_kind, fit, list_skipped
+from util.training import Session, choose_compute, describe_kind, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says. Exit codes: 2 bad input, 1 diverged, 130 interrupted."""
+    """Do what the command line says. Exit: 2 bad input, 1 diverged, 130 SIGINT, 143 SIGTERM."""
     start(__file__, build_script(), train, argv)
 
 

@@ -21,6 +21,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.checkpoint import atomic_write
+from util.console import visible
 from util.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_log
 from util.plots import RunCurves, plot_comparison
 
@@ -140,9 +141,9 @@ def _number(value: Any, form: str) -> str:
 
 
 def _escape(cell: Any) -> str:
-    """One line in which nothing ends the cell."""
-    text = " ".join(str("-" if cell is None else cell).split())
-    return re.sub(r"([\\|])", r"\\\1", text)
+    """One line in which nothing ends the cell, or is a link or a tag; a folder may be so called."""
+    text = visible(" ".join(str("-" if cell is None else cell).split()))
+    return re.sub(r"([\\|<\[`])", r"\\\1", text)
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -1,7 +1,11 @@
 import os
 import pickle
 import random
+import signal
+import time
+import zipfile
 from collections import Counter, OrderedDict
+from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,9 @@ from util.checkpoint import (
     CheckpointError,
     atomic_write,
     check_compatible,
+    clear_leftovers,
     load_checkpoint,
+    load_newest,
     rng_state,
     save_checkpoint,
     set_rng_state,
@@ -42,6 +48,7 @@ def make_state(**changes):
         "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "preset": None},
         "spec": {"name": "digits"},
         "progress": {"epoch": 2, "step": 10},
+        "meters": {"rows": torch.zeros(0, 4), "lr": 0.1, "seconds": 0.0},
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
@@ -69,12 +76,81 @@ def test_a_checkpoint_comes_back_with_the_same_values_and_types(tmp_path):
 def test_only_the_named_files_are_left_and_the_best_is_a_copy_of_its_time(tmp_path):
     save_checkpoint(make_state(), tmp_path, is_best=True)
     save_checkpoint(make_state(epoch=3), tmp_path)
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "checkpoint.pth.tar",
-        "model_best.pth.tar",
+    save_checkpoint(make_state(epoch=4), tmp_path)
+    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {
+        "checkpoint.pth.tar": 4,
+        "checkpoint_previous.pth.tar": 3,
+        "model_best.pth.tar": 2,
     }
-    assert load_checkpoint(tmp_path / "model_best.pth.tar", "cpu")["epoch"] == 2
-    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 3
+
+
+def test_the_latest_two_stay_where_a_file_can_have_one_name_only(tmp_path, monkeypatch):
+    def refuse(source, other):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    for epoch in (2, 3, 4):
+        save_checkpoint(make_state(epoch=epoch), tmp_path)
+    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    assert epochs == {"checkpoint.pth.tar": 4, "checkpoint_previous.pth.tar": 3}
+
+
+def test_the_newest_that_can_be_read_is_found(tmp_path):
+    with pytest.raises(CheckpointError, match=f"{tmp_path.name}: no checkpoint in this folder"):
+        load_newest(tmp_path)
+    names = ["model_best.pth.tar", "checkpoint_9.pth.tar", "checkpoint_previous.pth.tar"]
+    for step, name in enumerate([*names, "checkpoint.pth.tar"]):
+        save_checkpoint(make_state(step=step), tmp_path, filename=name)
+    (tmp_path / "checkpoint_previous.pth.tar").touch()  # as old as ever; its step counts
+    damaged = []
+    for name, step in (("checkpoint.pth.tar", 3), (names[2], 2), (names[1], 1), (names[0], 0)):
+        path, state, faults = load_newest(tmp_path)
+        assert (path.name, state["step"]) == (name, step)
+        assert {fault.split(":")[0] for fault in faults} == set(damaged)
+        path.write_bytes(path.read_bytes()[:-9])
+        damaged.append(str(path))
+    with pytest.raises(CheckpointError) as told:
+        load_newest(tmp_path)
+    assert str(told.value).count("damaged") == 4
+
+
+def save_for_ever(folder, told):
+    for step in count(1):
+        save_checkpoint(make_state(step=step, ballast=torch.zeros(100_000)), folder)
+        os.write(told, b".")
+
+
+def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):
+    """A hundred times, at random moments: no finished save is ever lost."""
+    rng, leftovers = random.Random(0), 0
+    save_checkpoint(make_state(step=0), tmp_path)
+    for _ in range(100):
+        hears, told = os.pipe()
+        child = os.fork()
+        if child == 0:
+            save_for_ever(tmp_path, told)
+        os.close(told)
+        os.read(hears, 1)  # it is under way
+        time.sleep(rng.uniform(0, 0.03))
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        finished = 1 + len(os.read(hears, 10_000))
+        os.close(hears)
+        path, state, faults = load_newest(tmp_path)
+        assert (path.name, faults) == ("checkpoint.pth.tar", [])
+        assert state["step"] in (finished, finished + 1)
+        leftovers += len(list(tmp_path.glob(".*")))
+        clear_leftovers(tmp_path)
+        assert not list(tmp_path.glob(".*"))
+    assert leftovers > 10  # else nothing was tested
+
+
+def test_only_leftovers_of_saves_are_cleared(tmp_path):
+    for name in (".checkpoint.pth.tar.123.tmp", ".mine.tmp", ".notes", "file.12.tmp"):
+        (tmp_path / name).touch()
+    clear_leftovers(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".mine.tmp", ".notes", "file.12.tmp"}
 
 
 @pytest.mark.parametrize(
@@ -153,28 +229,121 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
         load_checkpoint(str(tmp_path), "cpu")
 
 
+PLACES = [number / 20 for number in range(20)]
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path, place):
+    path = save_checkpoint(make_state(), tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: round(place * len(content))])
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        load_checkpoint(path, "cpu")
+
+
+def test_bits_flipped_anywhere_are_noticed_or_mean_nothing(tmp_path):
+    """Between the records of a file lie bytes that nobody reads."""
+    path = save_checkpoint(make_state(ballast=torch.rand(1000)), tmp_path)
+    content, whole = path.read_bytes(), repr(load_checkpoint(path, "cpu"))
+    rng, noticed = random.Random(0), 0
+    for place in PLACES:
+        flipped = bytearray(content)
+        flipped[round(place * len(content)) + rng.randrange(100)] ^= 1 << rng.randrange(8)
+        path.write_bytes(flipped)
+        try:
+            assert repr(load_checkpoint(path, "cpu")) == whole
+        except CheckpointError as error:
+            assert str(error).startswith(f"{path}: ")
+            noticed += 1
+    assert noticed >= 10
+
+
 def test_another_format_and_missing_parts_are_named(tmp_path):
     path = tmp_path / "file"
     torch.save({**make_state(), "format_version": 99}, path)
     with pytest.raises(CheckpointError, match="format_version is 99"):
         load_checkpoint(path, "cpu")
+    older = {**make_state(), "format_version": 2}
+    del older["meters"]
+    torch.save(older, path)
+    assert load_checkpoint(path, "cpu")["meters"] is None  # it stands between two epochs
     torch.save({"format_version": checkpoint.FORMAT_VERSION, "epoch": 1}, path)
-    with pytest.raises(CheckpointError, match="lacks step, config, spec, progress, model"):
+    with pytest.raises(CheckpointError, match="lacks step, config, spec, progress, meters, model"):
         load_checkpoint(path, "cpu")
 
 
-def test_code_in_a_file_is_refused_and_does_not_run(tmp_path):
+def with_pickle(path, pickled):
+    """The checkpoint at `path` with other bytes in place of its pickle."""
+    with zipfile.ZipFile(path) as archive:
+        records = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in records.items():
+            archive.writestr(name, pickled if name.endswith("data.pkl") else content)
+
+
+def hide(where, malicious):
+    """A state that hides an object in a place."""
+    state = {**make_state(), "format_version": checkpoint.FORMAT_VERSION}
+    if where == "settings":
+        state["config"]["out"] = malicious
+    elif where == "optimizer":
+        state["optimizer"]["state"][0]["momentum_buffer"] = [[malicious]]
+    elif where == "attributes":
+        state["model"]["weight"] = torch.nn.Parameter(state["model"]["weight"])
+        state["model"]["weight"].note = malicious
+    else:
+        state["model"] = OrderedDict({malicious: 1})
+    return state
+
+
+@pytest.mark.parametrize("where", ["settings", "optimizer", "attributes", "keys"])
+def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, where):
     trace, path = tmp_path / "trace", tmp_path / "malicious.pth.tar"
-    state = {**make_state(), "format_version": 1, "config": Malicious(trace)}
+    state = hide(where, Malicious(trace))
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: refused, .*mkdir"):
         load_checkpoint(path, "cpu")
-    path.write_bytes(pickle.dumps(state))
-    with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: damaged, or not"):
-        load_checkpoint(path, "cpu")
+    for foreign in (pickle.dumps(state["config"]), pickle.dumps(Malicious(trace))):
+        path.write_bytes(foreign)
+        with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: damaged, or not"):
+            load_checkpoint(path, "cpu")
     assert not trace.exists()
     pickle.loads(path.read_bytes())  # what a careless reader does
     assert trace.exists()
+
+
+@pytest.mark.parametrize(
+    "pickled",
+    [
+        b"cos\nmkdir\n(S'{trace}'\ntR.",  # a global and a call
+        b"(S'{trace}'\nios\nmkdir\n.",  # both at once
+        b"\x80\x04\x8c\x02os\x8c\x05mkdir\x93(S'{trace}'\ntR.",  # the names from the stack
+        b"ctorch\n_utils.os.mkdir\n(S'{trace}'\ntR.",  # by way of a module that is trusted
+        b'cbuiltins\neval\n(S\'__import__("os").mkdir("{trace}")\'\ntR.',
+    ],
+)
+def test_pickles_made_by_hand_are_refused(tmp_path, pickled):
+    trace = tmp_path / "trace"
+    path = save_checkpoint(make_state(), tmp_path)
+    with_pickle(path, pickled.replace(b"{trace}", str(trace).encode()))
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        load_checkpoint(path, "cpu")
+    assert not trace.exists()
+
+
+def test_a_program_of_torchscript_is_refused(tmp_path):
+    path = tmp_path / "program.pth.tar"
+    torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
+    with pytest.raises(CheckpointError, match=f"^{path}: "):
+        load_checkpoint(path, "cpu")
+
+
+def test_no_other_reader_of_pickles_is_in_use():
+    root = Path(__file__).resolve().parent.parent
+    for path in (*root.glob("*.py"), *(root / "util").glob("*.py"), *root.glob("scripts/*.py")):
+        text = path.read_text()
+        assert "weights_only=False" not in text and "pickle.load" not in text, path
+        assert text.count("torch.load(") == text.count("weights_only=True)"), path
 
 
 def test_every_generator_continues_where_it_was(tmp_path):
@@ -203,5 +372,13 @@ def test_what_differs_from_the_checkpoint_is_named_with_both_values():
         check_compatible(saved, {**saved, "block": 64})
     with pytest.raises(CheckpointError, match="mode is absent in the checkpoint, 5 in this run"):
         check_compatible(saved, {**saved, "mode": 5})
+    saved["classes"] = ("cat", "dog", "owl")
+    for classes, told in (
+        (("cat", "dog"), "the number of classes is 3 in the checkpoint, 2 in this run"),
+        (("cat", "cow", "owl"), r"classes\[1\] is 'dog' in the checkpoint, 'cow' in this run"),
+        ("c" * 200, r"classes is \('cat', 'dog', 'owl'\) in the checkpoint, \[...\] in this"),
+    ):
+        with pytest.raises(CheckpointError, match=told):
+            check_compatible(saved, {**saved, "classes": classes})
     with pytest.raises(CheckpointError, match="arch is 'vgg11' in the checkpoint, absent in"):
         check_compatible(saved, {"deconv": True, "block": 16})

@@ -61,10 +61,10 @@ def test_runs_are_named_by_what_tells_them_apart():
 
 
 def test_names_cannot_break_the_table_or_the_legend(tmp_path, capsys):
-    run = make_run(tmp_path / "a|b\\|c\nd $x^", kind="_k|")
+    run = make_run(tmp_path / "a|b\\|c\nd $x^ <b> [x](y) \x1b", kind="_k|")
     compare.main([run, "--out", str(tmp_path / "cmp")])
     row = (tmp_path / "cmp.md").read_text().splitlines()[2]
-    assert row.startswith("| a\\|b\\\\\\|c d $x^ | _k\\| | 7 |")
+    assert row.startswith("| a\\|b\\\\\\|c d $x^ \\<b> \\[x](y) \\\\x1b | _k\\| | 7 |")
 
 
 def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys):

@@ -1,4 +1,5 @@
 import copy
+import math
 import warnings
 from importlib.util import find_spec, module_from_spec
 
@@ -43,6 +44,25 @@ def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
     assert scale == other.state_dict()["scale"] / 2
     other.load_state_dict(compute.state_dict())
     assert other.state_dict() == compute.state_dict()
+
+
+def test_gradients_that_no_scale_of_fp16_helps_count_as_not_finite():
+    compute, model = Compute(CPU, amp="fp16"), nn.Linear(2, 1)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    loss = lambda: model(torch.ones(1, 2)).sum()
+    assert compute.backward(loss(), optimizer) == 0
+    compute.load_state_dict({**compute.state_dict(), "scale": 2.0**-15})
+    assert compute.backward(loss(), optimizer).isnan()
+
+
+def test_the_largest_gradient_is_told_and_nan_is_not_hidden():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = build_optimizer("SGD", [weight], lr=0.1)
+    compute = Compute(CPU)
+    for factors, largest in (([3.0, -4e30], 4e30), ([1e-3, 0.0], 1e-3)):
+        assert compute.backward((weight * torch.tensor(factors)).sum(), optimizer) == largest
+    assert compute.backward((weight * torch.tensor([math.nan, 1.0])).sum(), optimizer).isnan()
+    assert weight.tolist() == [1.0, 2.0]
 
 
 def test_a_first_step_that_overflows_is_no_reason_for_a_warning():

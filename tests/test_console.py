@@ -32,3 +32,9 @@ def test_figures_and_time_left_fit_into_a_terminal(monkeypatch, columns):
 def test_there_is_no_bar_where_there_is_no_terminal(capsys):
     assert list(console.progress_bar(range(3), "test")) == [0, 1, 2]
     assert capsys.readouterr().err == ""
+
+
+def test_names_command_no_terminal_and_make_no_lines(capsys):
+    name = "a\x1b[2Jb\nc\udcffd \u202e é"
+    console.say(name)
+    assert capsys.readouterr().out == "a\\x1b[2Jb\\nc\\udcffd \\u202e é\n"

@@ -50,6 +50,16 @@ def use_every_operation(world, folder):
     assert world.first(lambda: world.rank) == 0
     assert world.share_workers(4) == 2
 
+    norm = nn.BatchNorm1d(2)
+    norm.running_var.fill_(world.rank)
+    own = world.gather_own_buffers(norm)
+    assert [part.keys() for part in own] == [set(), {"running_var"}, {"running_var"}]
+    again = nn.BatchNorm1d(2)
+    world.take_own_buffers(again, own)
+    assert again.running_var.tolist() == [max(world.rank, 1)] * 2  # the first keeps what it has
+    world.take_own_buffers(norm, own[:2])  # of other processes than these
+    assert norm.running_var.tolist() == [world.rank] * 2
+
     def fail():
         raise FileNotFoundError("first")
 

@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from util import engine
 from util.compute import Compute
-from util.engine import TrainingDiverged, evaluate, train_one_epoch
+from util.engine import Meters, TrainingDiverged, evaluate, train_one_epoch
 from util.optim import build_criterion, build_optimizer, build_scheduler
+from util.signals import Stopped
 
 CPU = Compute(torch.device("cpu"))
 CRITERION = build_criterion("CE", 3)
@@ -69,6 +70,23 @@ def test_max_steps_ends_the_epoch_early():
     assert (figures["steps"], figures["images"]) == (2, 8)
 
 
+def test_an_epoch_goes_on_from_the_batches_before():
+    whole, *rest = make_parts()
+    figures = train_one_epoch(whole, *rest, compute=CPU)
+    again, loader, *others = make_parts()
+    batches, meters, heard = list(loader), Meters(), []
+    train_one_epoch(again, batches, *others, compute=CPU, meters=meters, max_steps=1)
+    meters = Meters(meters.state_dict())
+    report = lambda batch, now: heard.append((batch, meters.steps))
+    more = {"compute": CPU, "meters": meters, "on_batch": report}
+    ours = train_one_epoch(again, batches[1:], *others, max_steps=3, **more)
+    assert heard == [(2, 2), (3, 3)]
+    assert ours.pop("seconds") >= meters.seconds > 0
+    del figures["seconds"]
+    assert ours == figures
+    assert torch.equal(again[0].weight, whole[0].weight)
+
+
 def test_on_batch_hears_of_every_batch():
     heard = []
     report = lambda batch, figures: heard.append((batch, sorted(figures)))
@@ -90,6 +108,35 @@ def test_diverging_stops_before_the_weights_are_touched():
             title="epoch 7",
         )
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    model, *rest = make_parts()
+    grow = lambda grad: grad * (torch.inf if len(seen) == 1 else 1)
+    model[0].bias.register_hook(grow)
+    seen = []
+    with pytest.raises(TrainingDiverged, match="batch 2: the largest gradient is") as told:
+        train_one_epoch(
+            model,
+            *rest,
+            compute=CPU,
+            on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
+        )
+    assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+    assert (told.value.batch, len(told.value.images)) == (2, 4)
+
+
+def test_a_wish_stops_after_the_step_but_not_the_last():
+    heard, signals = [], iter([0, 15, 15])
+    with pytest.raises(Stopped) as told:
+        report = lambda batch, _: heard.append(batch)
+        train_one_epoch(*make_parts(), compute=CPU, on_batch=report, wish=lambda: next(signals, 15))
+    assert (heard, told.value.number) == ([1, 2], 15)
+    signals = iter([0, 0, 2])
+    assert train_one_epoch(*make_parts(), compute=CPU, wish=lambda: next(signals))["steps"] == 3
+    model, loader, criterion, *_ = make_parts()
+    with pytest.raises(Stopped):
+        evaluate(model, loader, criterion, compute=CPU, wish=lambda: 2)
 
 
 def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatch):

@@ -152,6 +152,13 @@ def test_a_split_without_classes_is_named(root):
         build(root / "bare")
 
 
+def test_a_single_class_is_refused_by_name(tmp_path):
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+    with pytest.raises(DataError, match="train has one class only, cat"):
+        build_loaders("folder", tmp_path, batch_size=4, cache_dir=tmp_path)
+
+
 def test_a_class_without_pictures_is_named(root):
     (root / "test" / "eel").mkdir()
     (root / "test" / "eel" / "notes.txt").write_text("no picture")

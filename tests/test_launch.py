@@ -93,18 +93,18 @@ FAULTY = """
 import os, sys
 sys.path.insert(0, {root!r})
 import main
-from util import training
+from util import epochs
 
 first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-whole, epochs = training.train_one_epoch, []
+whole, begun = epochs.train_one_epoch, []
 
 def fail_in_the_second_epoch(*args, **more):
-    epochs.append(1)
-    if len(epochs) == 2 and first_try and os.environ["RANK"] == "1":
+    begun.append(1)
+    if len(begun) == 2 and first_try and os.environ["RANK"] == "1":
         {fault}
     return whole(*args, **more)
 
-training.train_one_epoch = fail_in_the_second_epoch
+epochs.train_one_epoch = fail_in_the_second_epoch
 main.main()
 """
 

@@ -90,6 +90,19 @@ def test_resumed_logs_equal_those_of_a_run_never_interrupted(tmp_path, crash):
     assert logger.history["step"] == [STEPS, 2 * STEPS, 3 * STEPS]
 
 
+def test_rows_of_an_epoch_under_way_stay_up_to_the_batch_asked_for(tmp_path):
+    start = {"tensorboard": True, "plot": False, "start_epoch": 3, "start_step": 12}
+    logger = RunLogger(tmp_path, **start)
+    for step in (13, 14, 15):
+        logger.batch(4, step, 0.5, 1.0, 2.0, 0.1, 3.0)  # on disk at once: it is never closed
+    again = RunLogger(tmp_path, **start, history=logger.history, batches=2)
+    assert read_log(tmp_path / "train_batch.log")["batch"] == [1, 2]
+    again.batch(4, 15, 0.25, 1.0, 2.0, 0.1, 3.0)
+    assert read_log(tmp_path / "train_batch.log")["loss"] == [0.5, 0.5, 0.25]
+    points = read_events(tmp_path).Scalars("batch/loss")
+    assert [(e.step, e.value) for e in points] == [(13, 0.5), (14, 0.5), (15, 0.25)]
+
+
 def test_a_history_given_is_not_changed(tmp_path):
     history = log_run(tmp_path, [1]).history
     log_run(tmp_path, [2], history)

@@ -301,11 +301,11 @@ def test_resume_refuses_what_is_no_checkpoint(finished, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_refuses_the_middle_of_an_epoch(tmp_path, capsys):
+def test_resume_refuses_an_epoch_that_was_cut_short(tmp_path, capsys):
     train(f"--max-steps 2 {QUIET}", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
-    assert "in the middle of an epoch of 12 steps" in told
+    assert "ended by --max-steps, at step 2 in the middle of 12" in told
     main.main(["--resume", str(checkpoint)])
     assert "is finished: 2 steps of 2" in capsys.readouterr().out
 

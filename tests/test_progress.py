@@ -6,6 +6,7 @@ from torch import nn
 
 from util.checkpoint import CheckpointError
 from util.compute import Compute
+from util.engine import Meters
 from util.optim import build_optimizer
 from util.progress import Progress, restore, snapshot
 
@@ -61,9 +62,14 @@ def test_restore_takes_up_what_snapshot_kept():
     model(torch.ones(1, 2)).sum().backward()
     optimizer.step()
     finish(done, 60.0)
-    saved = {**snapshot(done, model, optimizer, COMPUTE), "spec": {"classes": ("a", "b")}}
+    under_way = Meters()
+    under_way.add(torch.tensor([4.0, 2.0, 1.0, 3.0]), lr=0.1)
+    saved = {
+        **snapshot(done, under_way, model, optimizer, COMPUTE),
+        "spec": {"classes": ("a", "b")},
+    }
     other, others_optimizer = make_parts()
-    again = restore(
+    again, meters = restore(
         saved,
         other,
         others_optimizer,
@@ -73,9 +79,11 @@ def test_restore_takes_up_what_snapshot_kept():
         total_steps=10,
     )
     assert again == done
+    assert saved["step"] == 6
+    assert repr(meters.state_dict()) == repr(under_way.state_dict())
     assert torch.equal(other.weight, model.weight)
     assert repr(others_optimizer.state_dict()) == repr(optimizer.state_dict())
-    with pytest.raises(CheckpointError, match=r"classes is \('a', 'b'\)"):
+    with pytest.raises(CheckpointError, match=r"classes\[1\] is 'b' in the checkpoint, 'c' in"):
         restore(
             saved,
             other,
@@ -85,7 +93,7 @@ def test_restore_takes_up_what_snapshot_kept():
             epoch_steps=5,
             total_steps=10,
         )
-    with pytest.raises(CheckpointError, match="step 5, in the middle of an epoch of 4 steps"):
+    with pytest.raises(CheckpointError, match="--max-steps, at step 5 in the middle of 4"):
         restore(
             saved,
             other,
@@ -95,7 +103,7 @@ def test_restore_takes_up_what_snapshot_kept():
             epoch_steps=4,
             total_steps=10,
         )
-    finished = restore(
+    finished, _ = restore(
         saved, other, others_optimizer, COMPUTE, spec=saved["spec"], epoch_steps=4, total_steps=5
     )
     assert finished == done

@@ -1,5 +1,6 @@
 import json
 import random
+import signal
 from contextlib import nullcontext
 
 import numpy as np
@@ -9,6 +10,7 @@ from torch import nn
 
 from util import run
 from util.checkpoint import REQUIRED_KEYS, load_checkpoint, save_checkpoint
+from util.signals import Stopped
 
 
 def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
@@ -84,13 +86,15 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
         run.open_run_dir(tmp_path / "file" / "run", "", "")
 
 
-def save(folder, epoch, best_epoch):
+def save(folder, epoch, best_epoch, batches=0):
     """A checkpoint of `epoch`, when `best_epoch` was the best; returns what it knows."""
     folder.mkdir(exist_ok=True)
     progress = {"epoch": epoch, "best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
+    progress |= {"step": 10 * epoch}
     state = dict.fromkeys(REQUIRED_KEYS) | {"epoch": epoch, "best_top1": progress["best_top1"]}
-    save_checkpoint(state, folder, is_best=epoch == best_epoch)
-    return progress
+    state |= {"step": 10 * epoch + batches, "progress": progress}
+    save_checkpoint(state, folder, is_best=epoch == best_epoch and not batches)
+    return state
 
 
 def best_epoch(folder):
@@ -114,8 +118,27 @@ def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_pla
     assert best_epoch(new) is None
     run.carry_over(str(resume), third, new)  # it is the best itself
     assert best_epoch(new) == 3
+    run.carry_over(str(resume), save(old, 3, best_epoch=3, batches=2), new)
+    assert best_epoch(new) == 3  # the one beside it, not itself
     run.carry_over(None, None, new)
     assert best_epoch(new) is None
+
+
+def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path, epoch, best_epoch=1)
+    previous = tmp_path / "checkpoint_previous.pth.tar"
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"damaged")
+    run.carry_over(str(previous), load_checkpoint(previous, "cpu"), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 1
+    assert not previous.exists()
+    assert best_epoch(tmp_path) == 1
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".summary.json.77.tmp").touch()
+    assert run.open_run_dir(tmp_path, "", "") == tmp_path
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_rows_of_earlier_batches_come_along(tmp_path):
@@ -156,12 +179,16 @@ def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished):
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (Stopped(signal.SIGINT), 130), (Stopped(signal.SIGTERM), 143)],
+)
+def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished, stop, code):
     if finished:
         (tmp_path / "checkpoint.pth.tar").touch()
-    with pytest.raises(SystemExit) as stop, run.tell_where_to_continue(tmp_path):
-        raise KeyboardInterrupt
-    assert stop.value.code == 130
+    with pytest.raises(SystemExit) as end, run.tell_where_to_continue(tmp_path):
+        raise stop
+    assert end.value.code == code
     told = capsys.readouterr().err.strip()
-    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "no epoch"
+    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "nothing was saved"
     assert expected in told and "\n" not in told

@@ -97,6 +97,13 @@ def test_the_parts_of_all_processes_are_the_batches_of_one(size, batch_size, pro
         assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
 
 
+def test_the_pictures_of_a_batch_can_be_told_afterwards():
+    sampler = EpochBatches(20, 8, seed=5, rank=1, processes=2)
+    sampler.set_epoch(2, start_batch=2)
+    found = batches(2, size=20, seed=5)
+    assert [sampler.pictures(i) for i in range(3)] == [[i for _, i in batch] for batch in found]
+
+
 @pytest.mark.parametrize("processes", range(1, 6))
 @pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (3, 8), (9, 2)])
 def test_whole_batches_are_dealt_in_turn(size, batch_size, processes):

@@ -65,6 +65,7 @@ def test_preset_serves_batchnorm_too():
         ("--bias True", "--bias True", "BatchNorm"),
         ("--deconv True --mode 4 --stride 3", "--stride 3", "every patch"),
         ("--optimizer Adam --momentum .9", "--momentum 0.9", "Adam"),
+        ("--max-steps 5 --checkpoint-steps 6", "--checkpoint-steps 6", "--max-steps 5"),
         ("--optimizer AMSGrad --momentum 0", "--momentum 0.0", "AMSGrad"),
         ("--milestone 60 80", "--milestone 60 80", "multistep"),
         ("--multistep-gamma .1", "--multistep-gamma 0.1", "multistep"),

@@ -1,8 +1,10 @@
 """Every published data set is read from tiny files in its exact format on disk."""
 
+import os
 import pickle
 import re
 import struct
+import tarfile
 from pathlib import Path
 from urllib.error import URLError
 
@@ -190,8 +192,60 @@ def test_places_for_files_are_named_in_full(tmp_path, monkeypatch):
 
 def test_damaged_files_are_an_error_that_names_the_folder(tmp_path):
     write_idx(tmp_path, "MNIST", damage=100)
-    with pytest.raises(DataError, match=r"mnist: damaged files in .*MNIST/raw"):
+    with pytest.raises(DataError, match=r"mnist: damaged files in .*MNIST/raw \(.*-ubyte has "):
         build("mnist", tmp_path)
+
+
+@pytest.mark.parametrize("label", [10, 255])
+def test_a_label_that_no_class_has_is_named(tmp_path, label):
+    write_idx(tmp_path, "MNIST")
+    path = tmp_path / "MNIST" / "raw" / "train-labels-idx1-ubyte"
+    content = bytearray(path.read_bytes())
+    content[8 + 2] = label
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=f"mnist, train, .*picture 2 has the label {label}, of 0 to 9"
+    ):
+        build("mnist", tmp_path)
+
+
+def test_labels_that_are_too_few_are_named(tmp_path):
+    write_idx(tmp_path, "MNIST")
+    path = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    content = path.read_bytes()
+    path.write_bytes(content[:7] + bytes([content[7] - 1]) + content[8:-1])
+    with pytest.raises(DataError, match="mnist, test, .* pictures and .* labels"):
+        build("mnist", tmp_path)
+
+
+class Malicious:
+    def __init__(self, trace):
+        self.trace = str(trace)
+
+    def __reduce__(self):
+        return os.mkdir, (self.trace,)
+
+
+def test_code_in_the_files_of_cifar_does_not_run(tmp_path):
+    """They are pickles: torchvision compares their checksums first."""
+    folder, trace = tmp_path / "cifar-10-batches-py", tmp_path / "trace"
+    folder.mkdir()
+    for name in standard_sets.STANDARD_SETS["cifar10"].files:
+        (folder / name).write_bytes(pickle.dumps(Malicious(trace)))
+    with pytest.raises(DataError, match="cifar10 is missing or incomplete"):
+        build("cifar10", tmp_path)
+    assert not trace.exists()
+
+
+def test_an_archive_of_another_checksum_is_not_unpacked(tmp_path):
+    root = tmp_path / "root"
+    root.mkdir()
+    for name in ("cifar10", "stl10"):
+        with tarfile.open(root / standard_sets.STANDARD_SETS[name].archive, "w:gz") as archive:
+            archive.addfile(tarfile.TarInfo("../outside"))
+        with pytest.raises(DataError, match=f"{name} is missing or incomplete"):
+            build(name, root)
+    assert [path.name for path in tmp_path.iterdir()] == ["root"]
 
 
 def test_digits_are_split_by_class_and_always_alike(tmp_path):

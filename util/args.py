@@ -296,6 +296,8 @@ def add_output_flags(parser: Parser) -> None:
         0,
         metavar="N",
     )
+    text = "save the checkpoint every N optimizer steps as well, 0: after each epoch only"
+    add("--checkpoint-steps", text, whole(0), 0, metavar="N")
     text = "steps between two rows of train_batch.log, points in TensorBoard, lines without a bar"
     add("-p --print-freq", text, whole(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)

@@ -13,20 +13,21 @@ import shutil
 import textwrap
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 REQUIRED_KEYS = (
     "epoch",
     "step",
     "config",
     "spec",
     "progress",
+    "meters",
     "model",
     "optimizer",
     "scheduler",
@@ -35,7 +36,9 @@ REQUIRED_KEYS = (
     "history",
     "best_top1",
 )
+ABSENT = object()
 LATEST_NAME = "checkpoint.pth.tar"
+PREVIOUS_NAME = "checkpoint_previous.pth.tar"
 BEST_NAME = "model_best.pth.tar"
 
 
@@ -53,7 +56,8 @@ def save_checkpoint(
     """Write `state` and its format version to `run_dir/filename`; copy it to the best if `is_best`.
 
     The new file is read back before it takes the old one's place, so whatever goes wrong (power,
-    disk, a value that is not plain), a checkpoint that loads stays behind.
+    disk, a value that is not plain), a checkpoint that loads stays behind. The latest but one stays
+    as well, as PREVIOUS_NAME.
 
     Args:
         state: tensors and plain values with at least `REQUIRED_KEYS`; nested dicts, lists, tuples.
@@ -63,10 +67,11 @@ def save_checkpoint(
 
     Raises:
         CheckpointError: `state` lacks a key or holds something that would not load again.
+        OSError: it cannot be written; see `atomic_write`.
     """
     path = Path(run_dir) / filename
-    with atomic_write(path) as file:
-        torch.save({**state, "format_version": FORMAT_VERSION}, file)
+    with atomic_write(path, keep=PREVIOUS_NAME if filename == LATEST_NAME else None) as file:
+        _serialise({**state, "format_version": FORMAT_VERSION}, file)
         file.flush()
         _read(Path(file.name), "meta", shown=path)  # "meta": everything but the tensors' memory
     if is_best:
@@ -84,6 +89,37 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict[str, A
     return _read(Path(path), device, shown=Path(path))
 
 
+def list_checkpoints(run_dir: str | Path) -> list[Path]:
+    """The checkpoints in the folder of a run: the latest, the one before, the best, then others."""
+    run_dir = Path(run_dir)
+    usual = [run_dir / name for name in (LATEST_NAME, PREVIOUS_NAME, BEST_NAME)]
+    numbered = sorted(set(run_dir.glob("checkpoint_*.pth.tar")) - set(usual))
+    return [path for path in (*usual, *numbered) if path.exists()]
+
+
+def load_newest(run_dir: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
+    """The checkpoint of a run's folder that can be read and had come farthest.
+
+    Returns:
+        Its path, its content with tensors on the CPU, and what is wrong with those that cannot be
+        read and may be newer.
+
+    Raises:
+        CheckpointError: the folder has none, or all are damaged.
+    """
+    found, faults = [], []
+    for path in list_checkpoints(run_dir):
+        try:
+            found.append((path, load_checkpoint(path, "cpu")))
+        except CheckpointError as error:
+            faults.append(str(error))
+        if found and not faults and path.name != BEST_NAME:
+            break  # no other can be ahead of the latest
+    if not found:
+        raise CheckpointError("; ".join(faults) or f"{run_dir}: no checkpoint in this folder")
+    return *max(found, key=lambda one: one[1]["step"]), faults
+
+
 def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Compare what a checkpoint was trained with to what this run asks for, key by key.
 
@@ -91,11 +127,28 @@ def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
         CheckpointError: naming the first key that differs, its saved and its current value.
     """
     for key in {**current, **saved}:
-        before, now = (repr(d[key]) if key in d else "absent" for d in (saved, current))
-        if before != now:
-            raise CheckpointError(
-                f"cannot resume: {key} is {before} in the checkpoint, {now} in this run"
+        if repr(saved.get(key, ABSENT)) != repr(current.get(key, ABSENT)):
+            name, before, now = _first_difference(
+                key, saved.get(key, ABSENT), current.get(key, ABSENT)
             )
+            raise CheckpointError(
+                f"cannot resume: {name} is {before} in the checkpoint, {now} in this run"
+            )
+
+
+def _first_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
+    """What differs between two values, down to the item of a list; name and both, in short."""
+    if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
+        if len(before) != len(now):
+            return f"the number of {name}", str(len(before)), str(len(now))
+        for index, items in enumerate(zip(before, now, strict=True)):
+            if repr(items[0]) != repr(items[1]):
+                return _first_difference(f"{name}[{index}]", *items)
+    return name, *("absent" if v is ABSENT else _shorten(v) for v in (before, now))
+
+
+def _shorten(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80)
 
 
 def rng_state() -> dict[str, Any]:
@@ -124,11 +177,17 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 @contextmanager
-def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
+def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[BinaryIO]:
     """A binary file that appears at `path` only when the block ends well: the old one or the new.
 
     It is written beside `path` (a rename works within one file system only) and is on the disk,
     with its name, before the block is left.
+
+    Args:
+        keep: another name for the file that was at `path` before.
+
+    Raises:
+        OSError: it cannot be written; the error names `path` and the bytes that it had.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -137,13 +196,49 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
+        if keep:
+            _rename_as_well(path, path.with_name(keep))
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.errno is None:  # not of the file system
+            raise
+        written = temporary.stat().st_size if temporary.exists() else 0
+        reason = f"{error.strerror} ({written:,} bytes were written)"
+        raise OSError(error.errno, reason, str(path)) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # a read-only file system refuses even what is not there
+            temporary.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def describe_fault(error: OSError) -> str:
+    """An error of the file system in one line: the file, and what is wrong."""
+    return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Remove what `atomic_write` left in the folder where a process was killed within it."""
+    for path in folder.glob(".*.tmp"):
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+def _rename_as_well(path: Path, other: Path) -> None:
+    """Give the file at `path`, if there is one, the name `other` too; no moment has neither."""
+    if not path.exists():
+        return
+    second = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    try:
+        os.link(path, second)
+        os.replace(second, other)
+    except OSError:  # a file system that knows one name for a file
+        os.replace(path, other)
+    finally:
+        with suppress(OSError):
+            second.unlink()  # a rename does nothing where both are one file
+
+
+def sync_folder(folder: Path) -> None:
     """Make a rename in `folder` last through a power cut, where the system can."""
     if os.name != "posix":
         return
@@ -152,6 +247,16 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _serialise(state: dict[str, Any], file: BinaryIO) -> None:
+    """torch.save, whose errors about a full disk would speak of positions."""
+    try:
+        torch.save(state, file)
+    except RuntimeError as error:
+        if isinstance(error.__context__, OSError):
+            raise error.__context__ from None
+        raise
 
 
 def _read(path: Path, device: torch.device | str, *, shown: Path) -> dict[str, Any]:
@@ -179,6 +284,9 @@ def _check_archive(path: Path) -> None:
 
 def _check_keys(state: Any, shown: Path) -> None:
     version = state.get("format_version") if isinstance(state, dict) else None
+    if version == 2:  # which knew whole epochs only
+        version = state["format_version"] = FORMAT_VERSION
+        state["meters"] = None
     if version is None:
         raise CheckpointError(f"{shown}: not a checkpoint of this program (no format_version)")
     if version != FORMAT_VERSION:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 # Where gradients have overflowed in fp16 a step is left out, but the schedule counts it.
 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
 
+SMALLEST_SCALE = 2.0**-14  # of fp16 losses: 30 halvings below the first
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -55,10 +58,27 @@ class Compute:
         enabled = self.dtype != torch.float32
         return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
 
-    def update(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Gradients of `loss` and one step; with fp16, none where they have overflowed."""
+    def backward(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
+        """Gradients of `loss`; returns the largest magnitude among them, NaN if one is NaN.
+
+        With fp16, whose gradients may overflow, see `step`, it is 0; NaN where they still do so
+        after they have been scaled down again and again.
+        """
         optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        if self.scaler.is_enabled():
+            lost = self.scaler.get_scale() < SMALLEST_SCALE
+            return torch.tensor(math.nan if lost else 0.0, device=self.device)
+        parameters = (p for group in optimizer.param_groups for p in group["params"])
+        return get_total_norm([p.grad for p in parameters if p.grad is not None], torch.inf)
+
+    def update(self, loss: Tensor, optimizer: Optimizer) -> None:
+        """`backward` and `step`, whatever the gradients are."""
+        self.backward(loss, optimizer)
+        self.step(optimizer)
+
+    def step(self, optimizer: Optimizer) -> None:
+        """One step; with fp16, none where gradients have overflowed: the next are scaled less."""
         self.scaler.step(optimizer)
         self.scaler.update()
 

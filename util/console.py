@@ -21,10 +21,20 @@ def mute() -> None:
     _muted = True
 
 
+def visible(text: str) -> str:
+    """The text as one line that commands no terminal: the name of a file may hold anything."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def say(text: str) -> None:
     """A line on stdout, above the progress bar if there is one."""
     if not _muted:
-        tqdm.write(text)
+        tqdm.write(visible(text))
+
+
+def speaks() -> bool:
+    """Whether what this process says is shown."""
+    return not _muted
 
 
 def shows_bars() -> bool:

@@ -7,6 +7,7 @@ operation here does nothing, so no caller asks whether there are others.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import signal
@@ -125,6 +126,28 @@ class World:
         for buffer in model.buffers() if self.size > 1 else ():
             if buffer.is_floating_point():
                 buffer.copy_(self.sum(buffer) / self.size)
+
+    def gather_own_buffers(self, model: nn.Module) -> list[dict[str, Tensor]]:
+        """By rank, the running statistics in which a process differs from the first, on the CPU.
+
+        Within an epoch each has its own, but for those of whitening with shared statistics.
+        """
+        if self.size == 1:
+            return [{}]
+        mine = {name: buffer.cpu() for name, buffer in model.named_buffers()}
+        marks = {name: _digest(buffer) for name, buffer in mine.items()}
+        of_first = self.first(lambda: marks)
+        return self.gather({n: b for n, b in mine.items() if marks[n] != of_first[n]})
+
+    def take_own_buffers(self, model: nn.Module, saved: Sequence[Mapping[str, Tensor]]) -> None:
+        """Put back what `gather_own_buffers` gave to as many processes."""
+        buffers = dict(model.named_buffers())
+        for name, values in saved[self.rank].items() if len(saved) == self.size else ():
+            buffers[name].copy_(values)
+
+
+def _digest(values: Tensor) -> str:
+    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def is_launched() -> bool:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +21,8 @@ from .console import progress_bar
 from .distributed import World
 from .metrics import count_hits
 from .optim import Criterion
-from .pictures import DataError
+from .run import RunError
+from .signals import Stopped, Wish, no_wish
 
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
 
@@ -27,7 +30,16 @@ Figures = dict[str, float]
 
 
 class TrainingDiverged(RuntimeError):
-    """The training loss is not finite any more."""
+    """The training loss or a gradient is not finite any more.
+
+    Attributes:
+        batch: number in the epoch, from 1.
+        images: the pictures of this process.
+    """
+
+    def __init__(self, message: str, batch: int, images: Tensor) -> None:
+        super().__init__(message)
+        self.batch, self.images = batch, images
 
 
 def train_one_epoch(
@@ -39,11 +51,13 @@ def train_one_epoch(
     *,
     compute: Compute,
     world: World = World(),  # noqa: B008 - frozen
+    meters: Meters | None = None,
     max_steps: int | None = None,
     on_batch: Callable[[int, Figures], None] = lambda batch, figures: None,
+    wish: Wish = no_wish,
     title: str = "train",
 ) -> Figures:
-    """Train on every batch once, or on the first `max_steps`.
+    """Train on every batch once, or until the epoch has had `max_steps`.
 
     Args:
         loader: gives this process its share of each batch. Shares may be empty, but all processes
@@ -51,8 +65,13 @@ def train_one_epoch(
         world: the processes that step together. Their gradients are averaged by the model
             (DistributedDataParallel), so each loss is weighted to make that the gradient of the
             mean over the whole batch. All figures are those of whole batches.
-        on_batch: called as on_batch(batch, figures) after every batch, with its number from 1, its
-            loss, top1 and top5, the lr of its step, and the seconds since the epoch began.
+        meters: of the batches of this epoch that were trained on before, which the loader leaves
+            out (`EpochBatches.set_epoch`); those of now are added, each before its `on_batch`.
+        on_batch: called as on_batch(batch, figures) after every batch, with its number in the epoch
+            from 1, its loss, top1 and top5, the lr of its step, and the seconds of training since
+            the epoch began.
+        wish: read in every step; any process's stops all of them after it, but for the last of the
+            epoch.
         title: of the progress bar, which appears on a terminal only.
 
     Returns:
@@ -60,38 +79,48 @@ def train_one_epoch(
         images, steps, and lr, the rate of the last step.
 
     Raises:
-        TrainingDiverged: a loss is not finite, in all processes at once. No parameter has been
-            updated with it; running statistics may have taken the batch in.
-        DataError: BatchNorm has met a single picture, of which there is no variance.
+        TrainingDiverged: a loss or a gradient is not finite, in all processes at once. No parameter
+            has been updated with it; BatchNorm's running statistics may have taken the batch in.
+        Stopped: by `wish`, in all processes at once.
+        DataError: the loader fails; what was trained before stands.
+        RunError: BatchNorm has met a single picture, of which there is no variance.
     """
     model.train()
-    steps = len(loader) if max_steps is None else min(max_steps, len(loader))
-    meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps) as bar:
-        for step, batch in enumerate(bar, start=1):
+    meters = Meters() if meters is None else meters
+    first, steps = meters.steps + 1, meters.steps + len(loader)
+    steps = steps if max_steps is None else min(max_steps, steps)
+    batches = islice(loader, steps - meters.steps)
+    with meters.timed(), progress_bar(batches, title, total=steps, initial=meters.steps) as bar:
+        for step, batch in enumerate(bar, start=first):
             images, targets = compute.place_batch(*batch)
             try:
                 loss, row = _forward(model, criterion, compute, images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
-                raise DataError(
+                raise RunError(
                     f"{title}, batch {step}: one picture alone is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error
-            row = world.sum(row).cpu()
-            meters.add(row)
+            row = world.sum(torch.cat([row, row.new_tensor([wish()])]))
+            share = len(targets) / row[0].clamp(min=1)  # of the whole batch
+            largest = compute.backward(loss * (share * world.size).to(loss.dtype), optimizer)
+            *row, asked, largest = torch.cat([row, largest.to(row)[None]]).cpu()  # waits for a GPU
+            row = torch.stack(row)
             figures = _average([row])
-            if figures["images"] and not math.isfinite(figures["loss"]):
-                raise TrainingDiverged(f"{title}, batch {step}: the loss is {figures['loss']}")
-            share = len(targets) / max(figures["images"], 1)  # of the whole batch
-            compute.update(loss * (share * world.size), optimizer)
-            lr = optimizer.param_groups[0]["lr"]
+            for name, value in (("loss", figures["loss"]), ("largest gradient", largest)):
+                if figures["images"] and not math.isfinite(value):
+                    place = f"{title}, batch {step}"
+                    raise TrainingDiverged(f"{place}: the {name} is {value:g}", step, images)
+            compute.step(optimizer)
+            meters.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
             _show(bar, meters)
             now = {name: figures[name] for name in ("loss", "top1", "top5")}
-            on_batch(step, {**now, "lr": lr, "seconds": meters.seconds})
-    return {**meters.figures(), "steps": steps, "lr": lr}
+            on_batch(step, {**now, "lr": meters.lr, "seconds": meters.seconds})
+            if asked and step < steps:
+                raise Stopped(wish())
+    return meters.training_figures()
 
 
 @torch.no_grad()
@@ -103,20 +132,28 @@ def evaluate(
     compute: Compute,
     world: World = World(),  # noqa: B008 - frozen
     max_steps: int | None = None,
+    wish: Wish = no_wish,
     title: str = "test",
 ) -> Figures:
     """loss, top1, top5 (percent) over the pictures of all processes; seconds and images.
 
     Each process takes some of the batches. The figures are sums of what each batch gives, added
     without rounding, so they do not depend on which process computed which.
+
+    Raises:
+        Stopped: by the `wish` of any process, in all of them.
     """
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
-    meters = _Meters()
-    with progress_bar(islice(loader, steps), title, total=steps) as bar:
+    meters = Meters()
+    with meters.timed(), progress_bar(islice(loader, steps), title, total=steps) as bar:
         for batch in bar:
             meters.add(_forward(model, criterion, compute, *compute.place_batch(*batch))[1])
             _show(bar, meters)
+            if wish():
+                break
+    if any(world.gather(wish())):
+        raise Stopped(wish())
     return meters.figures(world)
 
 
@@ -149,29 +186,62 @@ def _exact_sum(values: list[float]) -> float:
         return math.nan
 
 
-class _Meters:
-    """Rows of sums, one for each batch, and a clock that starts with them."""
+class Meters:
+    """An epoch so far: a row of sums for each batch, and seconds.
 
-    def __init__(self) -> None:
-        self.rows: list[Tensor] = []
-        self.start = time.perf_counter()
+    Args:
+        state: what `state_dict` gave, to go on from; None: nothing so far.
+
+    Attributes:
+        lr: the rate of the last step; NaN before the first.
+    """
+
+    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+        state = state or {"rows": torch.zeros(0, 4), "lr": math.nan, "seconds": 0.0}
+        self.rows: list[Tensor] = list(state["rows"])
+        self.lr: float = state["lr"]
+        self._before, self._start = state["seconds"], None
         self.next_show = 0.0  # in seconds since the start
 
-    def add(self, row: Tensor) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        return {"rows": self._table(), "lr": self.lr, "seconds": self.seconds}
+
+    @contextmanager
+    def timed(self) -> Iterator[None]:
+        """The block's seconds count."""
+        self._start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._before, self._start = self.seconds, None
+
+    def add(self, row: Tensor, lr: float = math.nan) -> None:
         self.rows.append(row)
+        self.lr = lr
+
+    @property
+    def steps(self) -> int:
+        return len(self.rows)
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self.start
+        running = 0.0 if self._start is None else time.perf_counter() - self._start
+        return self._before + running
 
     def figures(self, world: World = World()) -> Figures:  # noqa: B008 - frozen
         """The averages so far, over the rows of all processes of `world`."""
-        mine = torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, 4)
-        rows = [row for part in world.gather(mine) for row in part]
+        rows = [row for part in world.gather(self._table()) for row in part]
         return {**_average(rows), "seconds": self.seconds}
 
+    def training_figures(self) -> Figures:
+        """The averages so far, how many steps they are of, and the rate of the last."""
+        return {**self.figures(), "steps": self.steps, "lr": self.lr}
 
-def _show(bar: tqdm, meters: _Meters) -> None:
+    def _table(self) -> Tensor:
+        return torch.stack(self.rows).cpu() if self.rows else torch.zeros(0, 4)
+
+
+def _show(bar: tqdm, meters: Meters) -> None:
     """Put the figures on the bar: at the first batch, then once in SHOW_SECONDS."""
     if not bar.disable and meters.seconds >= meters.next_show:
         now = meters.figures()

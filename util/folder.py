@@ -74,7 +74,7 @@ def scan_split(root: Path, *names: str) -> Listing:
     """List the pictures of the first folder root/<name> that exists; hidden names are left out.
 
     Raises:
-        DataError: no such folder, no class in it, or a class without a picture.
+        DataError: no such folder, fewer than two classes in it, or a class without a picture.
     """
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
@@ -83,15 +83,24 @@ def scan_split(root: Path, *names: str) -> Listing:
             f"no folder {wanted}: pictures are expected in <class> folders inside it; the folder "
             f"to name is the one that holds train/"
         )
-    classes = sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+    classes = list_classes(folder)
     if not classes:
         raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*")
+    if len(classes) == 1:
+        raise DataError(
+            f"{folder} has one class only, {classes[0]}: there is nothing to tell apart"
+        )
     files = [list_pictures(folder / name) for name in classes]
     empty = [str(folder / name) for name, paths in zip(classes, files, strict=True) if not paths]
     if empty:
         raise DataError(f"no pictures ({', '.join(IMG_EXTENSIONS)}) in {', '.join(empty)}")
     targets = [target for target, paths in enumerate(files) for _ in paths]
     return Listing(folder, classes, list(chain(*files)), targets)
+
+
+def list_classes(folder: Path) -> list[str]:
+    """The names of the folders in `folder`, in order; hidden ones are left out."""
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
 
 
 def list_pictures(folder: Path) -> list[str]:

@@ -10,7 +10,7 @@ from io import StringIO
 from torch import distributed as dist
 
 from . import console, distributed, run
-from .checkpoint import CheckpointError
+from .checkpoint import CheckpointError, describe_fault
 from .data import DataError
 from .engine import TrainingDiverged
 from .parser import Parser
@@ -33,7 +33,8 @@ def start(
         argv: None: the command line of this process.
 
     Raises:
-        SystemExit: code 2 bad input, 1 diverged or another process lost, 130 interrupted.
+        SystemExit: code 2 bad input, 1 diverged or another process lost, 130 after SIGINT, 143
+            after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
     with distributed.tell_if_it_fails():
@@ -61,7 +62,7 @@ def _run(file: str, script: Script, story: Callable[[Session], None], argv: Sequ
     except OSError as error:
         if error.strerror is None:  # not of the file system
             raise
-        parser.error(": ".join(str(part) for part in (error.filename, error.strerror) if part))
+        parser.error(describe_fault(error))
     except TrainingDiverged as error:
         _stop(parser, 1, f"training diverged at {error}; try a lower --lr")
     except distributed.Elsewhere:

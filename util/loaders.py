@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
 from .augment import Augmentation
-from .pictures import DataSpec, Split, is_good
+from .pictures import DataError, DataSpec, Split, is_good
 from .sampling import EpochBatches, Key
 
 SMALLEST = 32  # pixels, the side of the smallest picture that the networks take
@@ -133,9 +134,24 @@ class PictureLoader(DataLoader):
         self.skipped: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for images, targets, skipped in super().__iter__():
-            self.skipped.update(skipped)
-            yield images, targets
+        with _tell_of_lost_workers():
+            for images, targets, skipped in super().__iter__():
+                self.skipped.update(skipped)
+                yield images, targets
+
+
+@contextmanager
+def _tell_of_lost_workers() -> Iterator[None]:
+    """Turn PyTorch's error into one that says what can be done."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):
+            raise
+        raise DataError(
+            "a process that loads pictures was killed: is memory short, or shared memory "
+            "(/dev/shm, --shm-size of a container)? Fewer of them need less: -j 1, or -j 0 for none"
+        ) from error
 
 
 def as_is(batch: T) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from util.checkpoint import atomic_write
+from util.events import Events, NullEvents
 from util.plots import draw_filters, plot_training
 
 VALUES = ("loss", "top1", "top5", "lr", "seconds")
@@ -35,8 +36,9 @@ class RunLogger:
         plot: draw the curves after each epoch.
         history: `history` of the checkpoint to continue; later rows and events are cut, so that
             the files become those of a run never interrupted. None starts all files afresh.
-        start_step: optimizer steps that count as done before the first row, where there is no
-            history.
+        start_epoch, start_step: epochs, and optimizer steps, that count as done before the first
+            row, where there is no history of finished epochs.
+        batches: steps done since, of an epoch under way; their rows and events stay, too.
     """
 
     def __init__(
@@ -46,17 +48,20 @@ class RunLogger:
         tensorboard: bool,
         plot: bool,
         history: dict[str, list] | None = None,
+        start_epoch: int = 0,
         start_step: int = 0,
+        batches: int = 0,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._plot, self._start_step = plot, start_step
+        self._plot, self._start_epoch, self._start_step = plot, start_epoch, start_step
         keys = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
         self.history = {key: list(history[key]) if history else [] for key in keys}
         self._logs = {part: self._open_epoch_log(part) for part in ("train", "test")}
-        self._batch_log = self._open_batch_log()
-        self._writer = _open_writer(
-            self.run_dir, tensorboard, self._finished_steps + 1 if history else 0
+        self._batch_log = self._open_batch_log(batches)
+        first = self._finished_steps + batches + 1
+        self._events = (
+            Events(self.run_dir, first if history else 0) if tensorboard else NullEvents()
         )
 
     def batch(
@@ -80,8 +85,8 @@ class RunLogger:
         batch = step - self._finished_steps
         row = (epoch, batch, loss, top1, top5, lr, seconds)
         self._batch_log.write(_format_row(row) + "\n")
-        self._writer.add_scalar("batch/loss", loss, step)
-        self._writer.add_scalar("batch/lr", lr, step)
+        self._events.scalar("batch/loss", loss, step)
+        self._events.scalar("batch/lr", lr, step)
 
     def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
         """One row of `train.log` and of `test.log`, and the curves so far.
@@ -98,8 +103,7 @@ class RunLogger:
                 self.history[f"{part}_{key}"].append(float(values[key]))
             self._logs[part].write(_format_row(self._epoch_row(part, -1)) + "\n")
             for key in ("loss", "top1", "top5"):
-                self._writer.add_scalar(f"{part}/{key}", values[key], step)
-        self._writer.flush()
+                self._events.scalar(f"{part}/{key}", values[key], step)
         if self._plot:
             title = "/".join(self.run_dir.resolve().parts[-2:])
             plot_training(self.history, self.run_dir / PLOT_NAME, title=title)
@@ -115,7 +119,7 @@ class RunLogger:
             raise ValueError(f"filters of epoch {epoch}, which is not logged yet")
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
             if weight is not None:
-                self._writer.add_image(f"filters/{tag}", draw_filters(weight), steps[epoch])
+                self._events.image(f"filters/{tag}", draw_filters(weight), steps[epoch])
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write `summary.json`; NaN and infinity, which JSON does not have, become null."""
@@ -124,7 +128,7 @@ class RunLogger:
             file.write(text.encode() + b"\n")
 
     def close(self) -> None:
-        for file in (*self._logs.values(), self._batch_log, self._writer):
+        for file in (*self._logs.values(), self._batch_log, self._events):
             file.close()
 
     @property
@@ -140,17 +144,12 @@ class RunLogger:
         rows = (self._epoch_row(part, index) for index in range(len(self.history["epoch"])))
         return _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, rows)
 
-    def _open_batch_log(self) -> TextIO:
+    def _open_batch_log(self, batches: int) -> TextIO:
         path = self.run_dir / BATCH_LOG_NAME
-        last = self.history["epoch"][-1] if self.history["epoch"] else 0
-        return _open_log(path, BATCH_COLUMNS, _kept_rows(path, last) if last else [])
-
-
-class NullWriter:
-    """A TensorBoard writer that writes nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None
+        last = self.history["epoch"][-1] if self.history["epoch"] else self._start_epoch
+        rows = _whole_rows(path) if self.history["epoch"] or batches else []
+        kept = [row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)]
+        return _open_log(path, BATCH_COLUMNS, kept)
 
 
 def read_log(path: str | Path) -> dict[str, list[float]]:
@@ -179,8 +178,8 @@ def _parse_row(line: str, columns: Sequence[str]) -> list[float]:
     return [int(cell) if column in whole else float(cell) for column, cell in pairs]
 
 
-def _kept_rows(path: Path, last_epoch: int) -> list[list[float]]:
-    """The rows of `train_batch.log` up to `last_epoch`, or up to a line that a crash has torn."""
+def _whole_rows(path: Path) -> list[list[float]]:
+    """The rows of `train_batch.log`, up to a line that a crash has torn."""
     rows: list[list[float]] = []
     with suppress(ValueError, FileNotFoundError), open(path, encoding="utf-8") as lines:
         next(lines, None)  # the header
@@ -188,7 +187,7 @@ def _kept_rows(path: Path, last_epoch: int) -> list[list[float]]:
             if not line.endswith("\n"):
                 break
             rows.append(_parse_row(line, BATCH_COLUMNS))
-    return [row for row in rows if row[0] <= last_epoch]
+    return rows
 
 
 def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> TextIO:
@@ -201,17 +200,6 @@ def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]
 
 def _format_row(values: Sequence[float]) -> str:
     return "\t".join(str(v) if isinstance(v, int) else f"{float(v):.6g}" for v in values)
-
-
-def _open_writer(run_dir: Path, enabled: bool, purge_step: int) -> Any:
-    """A TensorBoard writer that hides what older event files tell of `purge_step` and later."""
-    if not enabled:
-        return NullWriter()
-    from tensorboardX import SummaryWriter  # here: it takes more than a second to import
-
-    # The suffix keeps a run resumed within the same second from overwriting the older file.
-    suffix = f".{purge_step:08d}"
-    return SummaryWriter(str(run_dir), purge_step=purge_step, filename_suffix=suffix)
 
 
 def _without_nonfinite(value: Any) -> Any:

@@ -13,6 +13,7 @@ from shutil import get_terminal_size
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
+from .console import visible
 from .distributed import let_the_guilty_speak, speaks
 
 _NOT_TYPED = object()
@@ -56,7 +57,8 @@ class Parser(argparse.ArgumentParser):
         return "".join(f"; did you mean {name}?" for name in near)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Leave; of several processes with the same trouble only the first is heard."""
+        """Leave, with one line; of several processes with the same trouble the first is heard."""
+        message = message and visible(message.rstrip("\n")) + "\n"
         if status and not speaks():
             let_the_guilty_speak()
             message = f"[process {os.environ['RANK']}] {message}"

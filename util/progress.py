@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from .checkpoint import CheckpointError, check_compatible
 from .compute import Compute
-from .engine import Figures
+from .engine import Figures, Meters
 
 
 @dataclass
@@ -65,14 +65,19 @@ class Progress:
 
 
 def snapshot(
-    done: Progress, model: nn.Module, optimizer: Optimizer, compute: Compute
+    done: Progress, meters: Meters, model: nn.Module, optimizer: Optimizer, compute: Compute
 ) -> dict[str, Any]:
-    """The part of a checkpoint that `restore` takes up again."""
+    """The part of a checkpoint that `restore` takes up again.
+
+    Args:
+        done: the finished epochs; `meters`: the one under way.
+    """
     return {
         "epoch": done.epoch,
-        "step": done.step,
+        "step": done.step + meters.steps,
         "best_top1": done.best_top1,
         "progress": asdict(done),
+        "meters": meters.state_dict(),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": None,  # has no state: the rate is a closed form of `step`
@@ -89,25 +94,24 @@ def restore(
     spec: dict[str, Any],
     epoch_steps: int,
     total_steps: int,
-) -> Progress:
+) -> tuple[Progress, Meters]:
     """Put a checkpoint's weights and optimizer state in place; returns how far it had come.
 
     Raises:
         CheckpointError: it was trained on other data than `spec` describes, is of another network,
-            or stands in the middle of an epoch with some of `total_steps` to go: only whole epochs
-            can be taken up.
+            or its last epoch was cut short by --max-steps, and some of `total_steps` are to go.
     """
-    done = Progress(**saved["progress"])
+    done, meters = Progress(**saved["progress"]), Meters(saved["meters"])
     if done.step < total_steps and done.step != done.epoch * epoch_steps:
         raise CheckpointError(
-            f"cannot resume: the checkpoint stands at step {done.step}, in the middle of an epoch "
-            f"of {epoch_steps} steps; only whole epochs can be continued"
+            f"cannot resume: epoch {done.epoch} of the checkpoint was ended by --max-steps, at "
+            f"step {done.step} in the middle of {epoch_steps}; continue one of before"
         )
     restore_model(saved, model, spec=spec)
     with _fitting():
         optimizer.load_state_dict(saved["optimizer"])
         compute.load_state_dict(saved["scaler"])
-    return done
+    return done, meters
 
 
 def restore_model(saved: dict[str, Any], model: nn.Module, *, spec: dict[str, Any]) -> None:

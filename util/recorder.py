@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import tempfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +14,16 @@ import torch
 from torch import nn
 
 from . import run
-from .checkpoint import atomic_write, save_checkpoint
+from .checkpoint import atomic_write, describe_fault, save_checkpoint
 from .console import say
-from .engine import Figures
+from .engine import Figures, Meters
 from .logger import RunLogger
 from .metrics import peak_memory_mb
 from .progress import Progress
 from .report import report_batch, report_epoch
 
 SKIPPED_NAME = "skipped.txt"
+DIVERGED_NAME = "diverged.json"
 
 
 class Recorder:
@@ -32,7 +36,7 @@ class Recorder:
         name: of the run.
         facts: what summary.json says beside the figures.
         model: whose first filters are drawn.
-        done: how far the run has come; the caller counts on.
+        done, meters: how far the run has come, and its epoch under way; the caller counts on.
         device, processes: what the run computes on, all in all.
         epochs: of the whole run.
     """
@@ -47,16 +51,18 @@ class Recorder:
         *,
         model: nn.Module,
         done: Progress,
+        meters: Meters,
         device: torch.device,
         processes: int,
         epochs: int,
     ) -> None:
         self.flags, self.model, self.done = flags, model, done
+        self._told: set[str] = set()
         self.device, self.epochs = device, epochs
         self.facts = facts | {"device": run.describe_device(device), "processes": processes}
         self.run_dir = run.open_run_dir(run_dir, flags.out, name)
         run.write_record(self.run_dir, vars(flags), device, processes)
-        run.carry_over(flags.resume, saved and saved["progress"], self.run_dir)
+        run.carry_over(flags.resume, saved, self.run_dir)
         say(
             f"{name}, {facts['parameters']:,} parameters, {self.facts['device']}"
             f"{f' in {processes} processes' if processes > 1 else ''}, in {self.run_dir}"
@@ -66,35 +72,85 @@ class Recorder:
             tensorboard=flags.tensorboardX,
             plot=flags.save_plot,
             history=saved["history"] if saved else None,
+            start_epoch=done.epoch,
             start_step=done.step,
+            batches=meters.steps,
         )
 
     def batch(self, batch: int, now: Figures) -> None:
         """Called with the figures of every batch."""
-        report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
+        with self._not_for_a_full_disk():
+            report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
 
-    def epoch(self, trained: Figures, tested: Figures, state: dict[str, Any]) -> None:
-        """Called at the end of every epoch: logs, the checkpoint `state`, the summary."""
+    def checkpoint(self, state: dict[str, Any], *, last: bool = False) -> None:
+        """Called where a run may have to be taken up in the middle of an epoch.
+
+        Args:
+            last: the run ends here, see `_rescued`.
+        """
+        self._save(state, last=last)
+
+    def epoch(
+        self, trained: Figures, tested: Figures, state: dict[str, Any], *, last: bool
+    ) -> None:
+        """Called at the end of every epoch, the `last` included: logs, summary, the checkpoint."""
         epoch, every = self.done.epoch, self.flags.checkpoint_epoch
-        report_epoch(self.logger, epoch, self.epochs, trained, tested, self.model)
-        state = {**state, "history": self.logger.history}
-        save_checkpoint(state, self.run_dir, is_best=self.done.is_best)
+        with self._not_for_a_full_disk():
+            report_epoch(self.logger, epoch, self.epochs, trained, tested, self.model)
+            memory = {"peak_memory_mb": peak_memory_mb(self.device)}
+            self.logger.summary({**self.facts, **self.done.summary(), **memory})
         if every and epoch % every == 0:
-            save_checkpoint(state, self.run_dir, filename=f"checkpoint_{epoch}.pth.tar")
-        memory = {"peak_memory_mb": peak_memory_mb(self.device)}
-        self.logger.summary({**self.facts, **self.done.summary(), **memory})
+            self._save(state, last=False, filename=f"checkpoint_{epoch}.pth.tar")
+        self._save(state, last=last, is_best=self.done.is_best)
+
+    def diverged(self, report: dict[str, Any]) -> None:
+        """Called when training ends for numbers that are not finite: keeps what is known of it."""
+        with self._not_for_a_full_disk(), atomic_write(self.run_dir / DIVERGED_NAME) as file:
+            file.write(json.dumps(report).encode() + b"\n")
 
     def skipped(self, names: list[str]) -> None:
         """Called with all the bad files left out so far: lists them in skipped.txt."""
         if not names:
             return
         path = self.run_dir / SKIPPED_NAME
-        with atomic_write(path) as file:
-            file.write("".join(f"{name}\n" for name in names).encode(errors="surrogateescape"))
+        with self._not_for_a_full_disk(), atomic_write(path) as file:
+            lines = "".join(name.replace("\n", "\\n") + "\n" for name in names)
+            file.write(lines.encode(errors="surrogateescape"))
         say(f"{len(names)} bad pictures left out, listed in {path}")
 
     def close(self) -> None:
-        self.logger.close()
+        with self._not_for_a_full_disk():
+            self.logger.close()
+
+    def _save(self, state: dict[str, Any], *, last: bool, **options: Any) -> None:
+        state = {**state, "history": self.logger.history}
+        with self._rescued(state) if last else self._not_for_a_full_disk():
+            save_checkpoint(state, self.run_dir, **options)
+
+    @contextmanager
+    def _not_for_a_full_disk(self) -> Iterator[None]:
+        """No row, picture or checkpoint is worth the run: say what is not written, and go on."""
+        try:
+            yield
+        except OSError as error:
+            fault = describe_fault(error)
+            if fault not in self._told:
+                say(f"warning: {fault}; training goes on")
+            self._told.add(fault)
+
+    @contextmanager
+    def _rescued(self, state: dict[str, Any]) -> Iterator[None]:
+        """Where the last checkpoint cannot be written, it goes to the folder for temporary files.
+
+        Raises:
+            RunError: naming what failed, and where the checkpoint is instead.
+        """
+        try:
+            yield
+        except OSError as error:
+            folder = tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")
+            path = save_checkpoint(state, folder)
+            raise run.RunError(f"{describe_fault(error)}; what was trained is in {path}") from error
 
 
 class NullRecorder:

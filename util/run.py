@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -21,8 +22,19 @@ import numpy as np
 import torch
 from torch import nn
 
-from .checkpoint import BEST_NAME, LATEST_NAME, CheckpointError, atomic_write, load_checkpoint
+from .checkpoint import (
+    BEST_NAME,
+    LATEST_NAME,
+    PREVIOUS_NAME,
+    CheckpointError,
+    atomic_write,
+    clear_leftovers,
+    list_checkpoints,
+    load_checkpoint,
+    sync_folder,
+)
 from .logger import BATCH_LOG_NAME
+from .signals import Stopped
 
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
@@ -92,13 +104,13 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     path = Path(run_dir).expanduser()
     if path.exists() and not path.is_dir():
         raise RunError(f"--run-dir {run_dir}: not a folder")
-    if (path / LATEST_NAME).exists() and path.resolve() != home:
+    if list_checkpoints(path) and path.resolve() != home:
         raise RunError(f"--run-dir {run_dir}: holds a run already; continue it with --resume")
     return path
 
 
 def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
-    """Make `run_dir`, or a new folder out/name/<time> where that is None.
+    """Make `run_dir`, or a new folder out/name/<time> where that is None; clear what a kill left.
 
     Raises:
         RunError: the system does not let it be made.
@@ -110,6 +122,8 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
         run_dir = next(parent / leaf for leaf in candidates if not (parent / leaf).exists())
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        sync_folder(run_dir.parent)
+        clear_leftovers(run_dir)
     except OSError as error:
         raise RunError(f"{run_dir} cannot be made: {error.strerror}") from error
     return run_dir
@@ -134,20 +148,24 @@ def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: 
         )
 
 
-def carry_over(resume: str | None, progress: Mapping[str, Any] | None, run_dir: Path) -> None:
-    """Bring the best network and train_batch.log to the folder that a run begins or goes on in.
+def carry_over(resume: str | None, saved: Mapping[str, Any] | None, run_dir: Path) -> None:
+    """Bring checkpoint, best network and train_batch.log to the folder a run begins or goes on in.
 
-    The best is the one that the `progress` of the checkpoint `resume` knows: the checkpoint itself,
-    or the one beside it if it is of that epoch. One of another past, or before a beginning, goes.
+    From then on it holds what is needed to go on, and nothing of another past: the checkpoint is
+    its latest and only one. The best is the one that `saved`, the content of the checkpoint
+    `resume`, knows: the checkpoint itself, or the one beside it if it is of that epoch.
     """
-    if resume is None or progress is None:
+    if resume is None or saved is None:
         (run_dir / BEST_NAME).unlink(missing_ok=True)
         return
-    path = Path(resume).resolve()
+    path, progress = Path(resume).resolve(), saved["progress"]
     beside = path.with_name(BEST_NAME)
-    itself = progress["epoch"] == progress["best_epoch"]
+    itself = progress["epoch"] == progress["best_epoch"] and saved["step"] == progress["step"]
     best = path if itself else beside if _is_best(beside, progress) else None
     _replace(run_dir / BEST_NAME, best)
+    if path != (run_dir / LATEST_NAME).resolve():
+        _replace(run_dir / LATEST_NAME, path)
+        (run_dir / PREVIOUS_NAME).unlink(missing_ok=True)
     _replace(run_dir / BATCH_LOG_NAME, path.with_name(BATCH_LOG_NAME))
 
 
@@ -176,16 +194,23 @@ def describe_device(device: torch.device) -> str:
 
 @contextmanager
 def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
-    """Turn Ctrl-C into one line that names the last checkpoint (None: none), and exit code 130."""
+    """Turn Ctrl-C and `Stopped` into one line that names the last checkpoint, and an exit code.
+
+    Args:
+        run_dir: None: say nothing.
+
+    Raises:
+        SystemExit: 130 after SIGINT, 143 after SIGTERM.
+    """
     try:
         yield
-    except KeyboardInterrupt:
-        if run_dir is None:
-            sys.exit(130)
-        path = run_dir / LATEST_NAME
-        hint = f"continue with --resume {path}" if path.exists() else "no epoch was finished"
-        print(f"\ninterrupted: {hint}", file=sys.stderr)
-        sys.exit(130)
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if run_dir is not None:
+            path = run_dir / LATEST_NAME
+            hint = f"continue with --resume {path}" if path.exists() else "nothing was saved yet"
+            print(f"\ninterrupted: {hint}", file=sys.stderr)
+        sys.exit(128 + number)
 
 
 def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:

@@ -96,10 +96,14 @@ class EpochBatches(Sampler[list[Key]]):
             raise ValueError(f"epoch and start_batch must be >= 0, got {epoch} and {start_batch}")
         self.epoch, self.start = epoch, start_batch
 
+    def pictures(self, batch: int) -> list[int]:
+        """The indices of a batch of this epoch, from 0, over all processes."""
+        return self._cut(self._order(), batch).tolist()
+
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self._order()
         for step in self._steps():
-            batch = order[step * self.batch_size : (step + 1) * self.batch_size]
+            batch = self._cut(order, step)
             mine = batch if self.whole else np.array_split(batch, self.processes)[self.rank]
             yield [(epoch, index) for index in mine.tolist()]
 
@@ -112,6 +116,9 @@ class EpochBatches(Sampler[list[Key]]):
         if not self.whole:
             return range(self.start, end)
         return range(self.start + (self.rank - self.start) % self.processes, end, self.processes)
+
+    def _cut(self, order: np.ndarray, batch: int) -> np.ndarray:
+        return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _order(self) -> np.ndarray:
         indices = np.arange(self.size)

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .checkpoint import LATEST_NAME, CheckpointError, check_compatible, load_checkpoint
+from .checkpoint import (
+    CheckpointError,
+    check_compatible,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+)
+from .console import say
 from .distributed import is_launched
 from .parser import Parser
 
@@ -35,7 +42,7 @@ OF_THIS_MACHINE = {
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "data", "out", "on_bad_image", "threads", "num_workers"),
-    *("checkpoint_epoch", "print_freq", "msg", "save_plot", "tensorboardX"),
+    *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
 # What must be as it was where a network is only tested.
@@ -80,11 +87,7 @@ def read_settings(
     """
     parser = script.parser
     typed = parser.parse_typed(argv)
-    if typed.get("resume") == "auto":
-        find_latest(parser, typed)
-    elif "resume" in typed and os.path.isdir(typed["resume"]):  # of a run
-        typed["resume"] = os.path.join(typed["resume"], LATEST_NAME)
-    saved = load_checkpoint(typed["resume"], "cpu") if "resume" in typed else None
+    saved = load_saved(parser, typed)
     defaults = parser.defaults()
     config = {
         name: defaults.get(name) if value is None else value
@@ -111,15 +114,34 @@ def read_settings(
     return flags, saved
 
 
-def find_latest(parser: Parser, typed: dict[str, Any]) -> None:
-    """Put the checkpoint of the run folder in the place of `--resume auto`; none: a fresh start."""
-    if "run_dir" not in typed:
-        parser.error("--resume auto needs --run-dir, the folder whose checkpoint it looks for")
-    latest = Path(typed["run_dir"]).expanduser() / LATEST_NAME
-    del typed["resume"]
-    if latest.exists():
-        typed["resume"] = str(latest)
+def load_saved(parser: Parser, typed: dict[str, Any]) -> dict[str, Any] | None:
+    """The checkpoint that --resume asks for, whose file takes its place; None for a fresh start.
+
+    A folder, that of a run, stands for its newest checkpoint that can be read; `auto` for the
+    folder of --run-dir, or a fresh start where that has none.
+
+    Raises:
+        SystemExit: code 2, `auto` without --run-dir.
+        CheckpointError: there is none that can be read.
+    """
+    asked = typed.get("resume")
+    if asked == "auto":
+        if "run_dir" not in typed:
+            parser.error("--resume auto needs --run-dir, the folder whose checkpoint it looks for")
+        asked = typed["run_dir"]
+        if not list_checkpoints(asked):
+            del typed["resume"]
+            return None
         typed.pop("start_epoch", None)  # of the first start
+    if asked is None or not os.path.isdir(asked):
+        return None if asked is None else load_checkpoint(asked, "cpu")
+    path, saved, faults = load_newest(asked)
+    typed["resume"] = str(path)
+    for fault in faults:
+        say(f"warning: {fault}")
+    if faults:
+        say(f"going on from {path}, step {saved['step']}")
+    return saved
 
 
 def _spell(parser: Parser, flags: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
@@ -260,6 +282,8 @@ def _output_rules(flags: Namespace) -> Rules:
     yield "out", cached or not placed, "does nothing beside --run-dir or --resume"
     never = flags.checkpoint_epoch > flags.epochs
     yield "checkpoint_epoch", not never, f"is after the end, --epochs {flags.epochs}"
+    beyond = flags.max_steps and flags.checkpoint_steps > flags.max_steps
+    yield "checkpoint_steps", not beyond, f"is after the end, --max-steps {flags.max_steps}"
 
 
 def describe_value(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -132,7 +133,41 @@ def load_standard(name: str, root: Path, image_size: int) -> tuple[DataSpec, Spl
         )
         for s in opened
     ]
+    for part, split in zip(("train", "test"), splits, strict=True):
+        check_labels(f"{name}, {part}, in {root / row.folder}", split, len(classes))
     return DataSpec(name, len(row.mean), image_size, classes, row.mean, row.std), *splits
+
+
+def check_labels(where: str, split: Split, classes: int) -> None:
+    """See that every picture has a label, and every label a class.
+
+    Raises:
+        DataError: naming `where`, and the first label that has none.
+    """
+    if len(split.targets) != len(split.source):
+        counts = f"{len(split.source)} pictures and {len(split.targets)} labels"
+        raise DataError(f"{where}: damaged files: {counts}")
+    wrong = (split.targets < 0) | (split.targets >= classes)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        label = int(split.targets[first])
+        raise DataError(f"{where}: picture {first} has the label {label}, of 0 to {classes - 1}")
+
+
+def find_torn_idx(folder: Path) -> str | None:
+    """The first of IDX_FILES whose length is not the one that its header tells; None if none is.
+
+    Source: http://yann.lecun.com/exdb/mnist, the IDX format: two zeros, the type, the number of
+    dimensions; each dimension as four bytes, the first byte the highest; the values, here bytes.
+    """
+    for path in (folder / name for name in IDX_FILES):
+        if not path.exists():
+            continue
+        content = path.read_bytes()
+        numbers = np.frombuffer(content[: 4 + 4 * content[3]] if len(content) > 3 else b"", ">u4")
+        if len(content) < 8 or len(content) != 4 * len(numbers) + math.prod(numbers[1:].tolist()):
+            return f"{path} has {len(content):,} bytes, not those that it announces"
+    return None
 
 
 def load_digits(image_size: int) -> tuple[DataSpec, Split, Split]:
@@ -187,7 +222,10 @@ def open_split(name: str, root: Path, part: str) -> datasets.VisionDataset:
     except Exception as error:  # parsers of foreign files raise anything
         if "not found" not in str(error):
             folder = root / row.folder
-            raise DataError(f"{name}: damaged files in {folder} ({one_line(error)})") from None
+            torn = row.files == IDX_FILES and find_torn_idx(folder)
+            raise DataError(
+                f"{name}: damaged files in {folder} ({torn or one_line(error)})"
+            ) from None
     try:
         with socket_timeout(TIMEOUT):
             return row.kind(root, download=True, **choice)

@@ -21,16 +21,18 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from . import run
-from .checkpoint import rng_state, set_rng_state
+from .checkpoint import set_rng_state
 from .compute import Compute
 from .console import say
 from .data import DataSpec
 from .distributed import World
-from .engine import evaluate, train_one_epoch
+from .engine import Meters
+from .epochs import Epochs
 from .loaders import PictureLoader
 from .optim import build_criterion, build_optimizer, build_scheduler
-from .progress import Progress, restore, snapshot
+from .progress import Progress, restore
 from .recorder import NullRecorder, Recorder
+from .signals import heed_signals
 
 
 @dataclass(frozen=True)
@@ -93,46 +95,39 @@ def fit(
     epoch_steps = min(len(train_loader), limit)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
     plan = Plan(epoch_steps, total_steps)
-    done = Progress(epoch=flags.start_epoch, step=flags.start_epoch * epoch_steps)
+    done, meters = Progress(flags.start_epoch, flags.start_epoch * epoch_steps), Meters()
     if saved:
-        done = restore(saved, model, optimizer, compute, spec=asdict(spec), **asdict(plan))
+        places = model, optimizer, compute
+        done, meters = restore(saved, *places, spec=asdict(spec), **asdict(plan))
     if done.step >= total_steps:
         say(f"{flags.resume or name} is finished: {done.step} steps of {total_steps} asked for")
         return
-    scheduler = choose_schedule(flags, optimizer, plan, done.step)
-    recorder = open_recorder(session, run_dir, name, kind, model, done, plan)
-    with run.tell_where_to_continue(recorder.run_dir), closing(recorder):
+    scheduler = choose_schedule(flags, optimizer, plan, done.step + meters.steps)
+    recorder = open_recorder(session, run_dir, name, kind, model, done, meters, plan)
+    ended = run.tell_where_to_continue(recorder.run_dir)
+    with ended, closing(recorder), heed_signals() as wish:
         seed_process(session)
-        network = compute.translate(model)
-        replica = world.replicate(network)
-        common = {
-            "criterion": build_criterion(flags.loss, spec.num_classes),
-            "compute": compute,
-            "world": world,
-        }
-        while done.step < total_steps:
-            train_loader.batch_sampler.set_epoch(done.epoch + 1)
-            trained = train_one_epoch(
-                replica,
-                train_loader,
-                optimizer=optimizer,
-                scheduler=scheduler,
-                max_steps=min(epoch_steps, total_steps - done.step),
-                on_batch=recorder.batch,
-                title=f"epoch {done.epoch + 1}/{plan.epochs}",
-                **common,
-            )
-            world.average_buffers(model)
-            tested = evaluate(network, test_loader, max_steps=world.deal(limit), **common)
-            done.finish_epoch(trained, tested)
-            state = {
-                **snapshot(done, model, optimizer, compute),
-                "config": vars(flags),
-                "spec": asdict(spec),
-                "rng": world.gather(rng_state()),
-            }
-            recorder.epoch(trained, tested, state)
-            recorder.skipped(list_skipped(world, train_loader, test_loader))
+        Epochs(
+            vars(flags),
+            spec,
+            world,
+            compute,
+            model,
+            build_criterion(flags.loss, spec.num_classes),
+            optimizer,
+            scheduler,
+            train_loader,
+            test_loader,
+            recorder,
+            done,
+            meters,
+            **asdict(plan),
+            epochs=plan.epochs,
+            test_batches=world.deal(limit),
+            save_every=flags.checkpoint_steps,
+            wish=wish,
+            own_buffers=saved.get("own_buffers", ()) if saved else (),
+        ).run()
 
 
 def open_recorder(
@@ -142,6 +137,7 @@ def open_recorder(
     kind: str,
     model: nn.Module,
     done: Progress,
+    meters: Meters,
     plan: Plan,
 ) -> Recorder | NullRecorder:
     """What keeps the run, in the first process; in the others what keeps nothing."""
@@ -156,6 +152,7 @@ def open_recorder(
         facts,
         model=model,
         done=done,
+        meters=meters,
         device=session.device,
         processes=session.world.size,
         epochs=plan.epochs,
@@ -172,12 +169,6 @@ def seed_process(session: Session) -> None:
         set_rng_state(saved["rng"][world.rank])
     else:
         run.seed_everything(session.flags.seed + world.rank)
-
-
-def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
-    """The bad files that any process has left out so far, in order."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    return sorted(set().union(*world.gather(mine)))
 
 
 def choose_compute(session: Session) -> Compute:

@@ -1,0 +1,179 @@
+"""One epoch after the other: train, test, keep; and how that ends before its time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from .checkpoint import rng_state
+from .compute import Compute
+from .data import DataError, DataSpec
+from .diagnosis import name_bad_place
+from .distributed import World
+from .engine import Figures, Meters, TrainingDiverged, evaluate, train_one_epoch
+from .loaders import PictureLoader
+from .optim import Criterion
+from .progress import Progress, snapshot
+from .recorder import NullRecorder, Recorder
+from .signals import Stopped, Wish
+
+
+@dataclass
+class Epochs:
+    """What a run trains, how far it has come, and where it is kept.
+
+    Attributes:
+        config: all settings, for the checkpoints.
+        model: what is saved; `network` is what is run, `replica` what is trained.
+        done, meters: the finished epochs, and the one under way.
+        epoch_steps, total_steps: optimizer steps.
+        test_batches: of this process, in a test.
+        save_every: optimizer steps between checkpoints within an epoch, 0: none.
+        wish: to stop.
+        own_buffers: of a checkpoint, see `World.gather_own_buffers`.
+    """
+
+    config: dict[str, Any]
+    spec: DataSpec
+    world: World
+    compute: Compute
+    model: nn.Module
+    criterion: Criterion
+    optimizer: Optimizer
+    scheduler: LRScheduler
+    train_loader: PictureLoader
+    test_loader: PictureLoader
+    recorder: Recorder | NullRecorder
+    done: Progress
+    meters: Meters
+    epoch_steps: int
+    total_steps: int
+    epochs: int
+    test_batches: int
+    save_every: int
+    wish: Wish
+    own_buffers: Sequence[Mapping[str, Tensor]] = ()
+    network: nn.Module = field(init=False)
+    replica: nn.Module = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.network = self.compute.translate(self.model)
+        self.replica = self.world.replicate(self.network)  # makes all as the first
+        self.world.take_own_buffers(self.model, self.own_buffers)
+
+    def run(self) -> None:
+        """Train to the end.
+
+        Raises:
+            Stopped, TrainingDiverged, DataError: before; what there is to keep has been kept.
+        """
+        while self.done.step < self.total_steps:
+            try:
+                if self.meters.steps < self.goal:  # else only the test is left
+                    self.train()
+                tested = self.test()
+            except Stopped:
+                self.world.first(partial(self.recorder.checkpoint, self.state(), last=True))
+                raise
+            except TrainingDiverged as error:
+                raise self.explain(error) from error
+            except DataError:
+                # Of several processes the others wait elsewhere, for this one.
+                if self.meters.steps and self.world.size == 1:
+                    self.recorder.checkpoint(self.state(), last=True)
+                raise
+            self.finish_epoch(tested)
+
+    @property
+    def goal(self) -> int:
+        """Steps of the epoch under way: fewer than usual where the run ends within it."""
+        return min(self.epoch_steps, self.total_steps - self.done.step)
+
+    def train(self) -> None:
+        """The epoch under way, from where it is."""
+        self.train_loader.batch_sampler.set_epoch(self.done.epoch + 1, self.meters.steps)
+        train_one_epoch(
+            self.replica,
+            self.train_loader,
+            self.criterion,
+            self.optimizer,
+            self.scheduler,
+            compute=self.compute,
+            world=self.world,
+            meters=self.meters,
+            max_steps=self.goal,
+            on_batch=self.after_batch,
+            wish=self.wish,
+            title=f"epoch {self.done.epoch + 1}/{self.epochs}",
+        )
+        self.world.average_buffers(self.model)
+        self.save_if_due()
+
+    def after_batch(self, batch: int, now: Figures) -> None:
+        self.recorder.batch(batch, now)
+        if batch < self.goal:  # the last waits for the average, which, taken twice, would round
+            self.save_if_due()
+
+    def save_if_due(self) -> None:
+        step = self.done.step + self.meters.steps
+        if self.save_every and step % self.save_every == 0:
+            self.recorder.checkpoint(self.state())
+
+    def test(self) -> Figures:
+        return evaluate(
+            self.network,
+            self.test_loader,
+            self.criterion,
+            compute=self.compute,
+            world=self.world,
+            max_steps=self.test_batches,
+            wish=self.wish,
+        )
+
+    def finish_epoch(self, tested: Figures) -> None:
+        trained = self.meters.training_figures()
+        self.done.finish_epoch(trained, tested)
+        self.meters = Meters()
+        last = self.done.step >= self.total_steps
+        self.recorder.epoch(trained, tested, self.state(), last=last)
+        loaders = self.train_loader, self.test_loader
+        self.recorder.skipped(list_skipped(self.world, *loaders))
+
+    def state(self) -> dict[str, Any]:
+        """All that a checkpoint holds; asked of all processes at once."""
+        return {
+            **snapshot(self.done, self.meters, self.model, self.optimizer, self.compute),
+            "config": self.config,
+            "spec": asdict(self.spec),
+            "rng": self.world.gather(rng_state()),
+            "own_buffers": self.world.gather_own_buffers(self.model),
+        }
+
+    def explain(self, error: TrainingDiverged) -> TrainingDiverged:
+        """The error with step, pictures and layer, which are also kept."""
+        found = self.world.gather(name_bad_place(self.model, self.compute, error.images))
+        report = {
+            "error": str(error),
+            "step": self.done.step + error.batch,
+            "first": next((place for place in found if place), "the loss itself"),
+            "pictures": self.train_loader.batch_sampler.pictures(error.batch - 1),
+        }
+        self.recorder.diverged(report)
+        some = ", ".join(map(str, report["pictures"][:8]))
+        more = ", ..." if len(report["pictures"]) > 8 else ""
+        text = (
+            f"{error} (step {report['step']}), first in {report['first']}, with training pictures"
+        )
+        return TrainingDiverged(f"{text} {some}{more}", error.batch, error.images)
+
+
+def list_skipped(world: World, *loaders: PictureLoader) -> list[str]:
+    """The bad files that any process has left out so far, in order."""
+    mine = set().union(*(loader.skipped for loader in loaders))
+    return sorted(set().union(*world.gather(mine)))
