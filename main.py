@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from deconv import batch_share
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
 from util import args, run
 from util.data import DATASETS, DataSpec, build_loaders
@@ -33,7 +34,7 @@ def train(session: Session) -> None:
     model = build_network(flags, spec)
     kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
     name = f"{flags.dataset}-{flags.arch}-{kind}"
-    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader)
+    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, share=batch_share)
 
 
 def build_script() -> Script:

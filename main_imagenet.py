@@ -10,6 +10,7 @@ from functools import partial
 
 from torch import nn
 
+from deconv import batch_share
 from models import (
     IMAGENET_ARCHITECTURES,
     Options,
@@ -49,9 +50,9 @@ def train(session: Session) -> None:
         test(session, spec, model, test_loader)
         return
     kind = describe_kind(flags)
-    limit = count_batches(flags)
+    more = {"limit": count_batches(flags), "share": batch_share}
     name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
-    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, limit=limit)
+    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
 
 
 def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoader) -> None:

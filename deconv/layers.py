@@ -315,7 +315,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        patches_per_feature: float = 4,
+        patches_per_feature: float = 0,
         root: str = "cholesky",
         layout: str = "interleaved",
         shared: bool = True,

@@ -83,7 +83,7 @@ def make_layers(
     batchnorm: bool = True,
     stem_iter: int | None = None,
     root: str = "cholesky",
-    patches_per_feature: float = 4,
+    patches_per_feature: float = 0,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.

@@ -9,6 +9,7 @@ import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
+from deconv import batch_share
 from models import build_model, make_layers
 from util.compute import Compute
 from util.data import build_loaders
@@ -42,6 +43,8 @@ def run_world(size, action, *args):
 
 
 def use_every_operation(world, folder):
+    first, total = world.locate((4, 0, 3)[world.rank], CPU)
+    assert (first, total) == ((0, 4, 4)[world.rank], 7)
     assert (world.rank, world.size, world.local_size) == (dist.get_rank(), 3, 3)
     mine = torch.full((2,), float(world.rank))
     assert world.sum(mine).tolist() == [3, 3]
@@ -118,7 +121,9 @@ def train_digits(world, batch_size):
     compute, args = Double(CPU), (criterion, optimizer, scheduler)
     train.batch_sampler.set_epoch(1, start_batch=len(train) - 3)
     replica = world.replicate(model)
-    trained = train_one_epoch(replica, train, *args, compute=compute, world=world)
+    trained = train_one_epoch(
+        replica, train, *args, compute=compute, world=world, share=batch_share
+    )
     tested = evaluate(model, test, criterion, compute=compute, world=world)
     state = [value.double() for value in model.state_dict().values()]
     for figures in (trained, tested):

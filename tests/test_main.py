@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import main
-from util import training
+from util import epochs
 from util.checkpoint import load_checkpoint
 from util.data import DataSpec
 from util.distributed import World
@@ -104,10 +104,10 @@ def test_sync_stats_false_reaches_every_layer_that_whitens():
 def test_processes_average_their_running_statistics_before_every_test(tmp_path, monkeypatch):
     """As they must with BatchNorm, and with --sync-stats False: each has seen its share only."""
     calls = []
-    average, test = World.average_buffers, training.evaluate
+    average, test = World.average_buffers, epochs.evaluate
     record = lambda action: lambda *args, **more: (calls.append(action), action(*args, **more))[1]
     monkeypatch.setattr(World, "average_buffers", record(average))
-    monkeypatch.setattr(training, "evaluate", record(test))
+    monkeypatch.setattr(epochs, "evaluate", record(test))
     train(f"--arch mlp --epochs 2 --batch-size 1437 {QUIET}", tmp_path / "run")
     assert calls == [average, test] * 2
 

@@ -114,9 +114,9 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     add(
         "--patches-per-feature",
         "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that there "
-        "are N for each feature of a matrix; 0: at all that --stride leaves, as published",
+        "are N for each feature of a matrix; 0: at all that --stride leaves",
         real(least=0),
-        4,
+        0,
         metavar="N",
     )
     text = "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's"

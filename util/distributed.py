@@ -75,6 +75,13 @@ class World:
             dist.all_reduce(values)
         return values
 
+    def locate(self, count: int, device: torch.device) -> tuple[int, int]:
+        """Of a batch of which this process has `count`: the number of its first, and all."""
+        counts = torch.zeros(self.size, dtype=torch.long, device=device)
+        counts[self.rank] = count
+        counts = self.sum(counts).tolist()
+        return sum(counts[: self.rank]), sum(counts)
+
     def gather(self, value: T) -> list[T]:
         """The plain values or CPU tensors of all processes, by rank, in every process."""
         if self.size == 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from itertools import islice
 from typing import Any
 
@@ -27,6 +27,13 @@ from .signals import Stopped, Wish, no_wish
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
 
 Figures = dict[str, float]
+# (number of this process's first picture in a batch, pictures of all) -> what the forward runs in
+Share = Callable[[int, int], AbstractContextManager[None]]
+
+
+def no_share(first: int, total: int) -> AbstractContextManager[None]:
+    """For layers that need not know the other processes."""
+    return nullcontext()
 
 
 class TrainingDiverged(RuntimeError):
@@ -55,6 +62,7 @@ def train_one_epoch(
     max_steps: int | None = None,
     on_batch: Callable[[int, Figures], None] = lambda batch, figures: None,
     wish: Wish = no_wish,
+    share: Share = no_share,
     title: str = "train",
 ) -> Figures:
     """Train on every batch once, or until the epoch has had `max_steps`.
@@ -72,6 +80,7 @@ def train_one_epoch(
             the epoch began.
         wish: read in every step; any process's stops all of them after it, but for the last of the
             epoch.
+        share: makes what the forward of one of several processes runs in.
         title: of the progress bar, which appears on a terminal only.
 
     Returns:
@@ -93,8 +102,10 @@ def train_one_epoch(
     with meters.timed(), progress_bar(batches, title, total=steps, initial=meters.steps) as bar:
         for step, batch in enumerate(bar, start=first):
             images, targets = compute.place_batch(*batch)
+            place = share(*world.locate(len(images), images.device)) if world.size > 1 else None
             try:
-                loss, row = _forward(model, criterion, compute, images, targets)
+                with place or nullcontext():
+                    loss, row = _forward(model, criterion, compute, images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -103,8 +114,8 @@ def train_one_epoch(
                     "another --batch-size"
                 ) from error
             row = world.sum(torch.cat([row, row.new_tensor([wish()])]))
-            share = len(targets) / row[0].clamp(min=1)  # of the whole batch
-            largest = compute.backward(loss * (share * world.size).to(loss.dtype), optimizer)
+            part = len(targets) / row[0].clamp(min=1)  # of the whole batch
+            largest = compute.backward(loss * (part * world.size).to(loss.dtype), optimizer)
             *row, asked, largest = torch.cat([row, largest.to(row)[None]]).cpu()  # waits for a GPU
             row = torch.stack(row)
             figures = _average([row])

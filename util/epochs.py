@@ -16,7 +16,7 @@ from .compute import Compute
 from .data import DataError, DataSpec
 from .diagnosis import name_bad_place
 from .distributed import World
-from .engine import Figures, Meters, TrainingDiverged, evaluate, train_one_epoch
+from .engine import Figures, Meters, Share, TrainingDiverged, evaluate, train_one_epoch
 from .loaders import PictureLoader
 from .optim import Criterion
 from .progress import Progress, snapshot
@@ -36,6 +36,7 @@ class Epochs:
         test_batches: of this process, in a test.
         save_every: optimizer steps between checkpoints within an epoch, 0: none.
         wish: to stop.
+        share: see `train_one_epoch`.
         own_buffers: of a checkpoint, see `World.gather_own_buffers`.
     """
 
@@ -58,6 +59,7 @@ class Epochs:
     test_batches: int
     save_every: int
     wish: Wish
+    share: Share
     own_buffers: Sequence[Mapping[str, Tensor]] = ()
     network: nn.Module = field(init=False)
     replica: nn.Module = field(init=False)
@@ -110,6 +112,7 @@ class Epochs:
             max_steps=self.goal,
             on_batch=self.after_batch,
             wish=self.wish,
+            share=self.share,
             title=f"epoch {self.done.epoch + 1}/{self.epochs}",
         )
         self.world.average_buffers(self.model)
