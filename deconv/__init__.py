@@ -14,7 +14,7 @@ correlated. The correlation acts like a blur that gradient descent must undo. Wh
 
     mu  = mean_p x_p
     Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I
-    D   ~ Cov^(-1/2)                                     its Cholesky factor, or Newton-Schulz
+    D   ~ Cov^(-1/2)                                     coupled Newton-Schulz, five steps
     y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into W and b
 
 Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
@@ -32,7 +32,7 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | G | | whitening matrices of the layer | `Blocks.matrices` |
 | mu | (C*T,) | mean patch | `average_patch` |
 | Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `measure_patches` |
-| D | (G, F, F) | its inverse root, with the floor of five steps | `inverse_sqrt` |
+| D | (G, F, F) | its inverse square root | `inverse_sqrt` |
 | W D | as weight | effective kernel | `fold`, `fuse` |
 
 The package imports nothing but torch and can be copied into another project unchanged.

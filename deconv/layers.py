@@ -278,8 +278,9 @@ class FastDeconv(_Whitening, nn.Conv2d):
             that a batch has about so many for each feature of a matrix; 0: at all that sampling
             leaves, as published. (Blocks that share a matrix see the same patches, which count
             once.)
-        root: "newton", the symmetric root, as published, or "cholesky", the inverse Cholesky
-            factor, with the floor of `n_iter` steps, see `inverse_sqrt`.
+        root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
+            floor of `n_iter` steps, see `inverse_sqrt`. Running averages of the latter need more
+            batches before they mean something.
         layout, shared: see `Blocks`.
         sync_stats: under torch.distributed, the statistics in training are those of the patches of
             all processes, so that N processes equal one with the whole batch, whatever each one's
@@ -316,7 +317,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         momentum: float = 0.1,
         sampling_stride: int = 3,
         patches_per_feature: float = 0,
-        root: str = "cholesky",
+        root: str = "newton",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,

@@ -82,7 +82,7 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
-    root: str = "cholesky",
+    root: str = "newton",
     patches_per_feature: float = 0,
     **layer_options: object,
 ) -> Layers:

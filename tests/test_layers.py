@@ -442,6 +442,6 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
 
 
 def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
-    assert "patches_per_feature=0, root=cholesky" in repr(FastDeconv(4, 8, 3))
-    shown = repr(FastDeconv(4, 8, 3, patches_per_feature=4, root="newton"))
-    assert "patches_per_feature=4, root=newton" in shown
+    assert "patches_per_feature=0, root=newton" in repr(FastDeconv(4, 8, 3))
+    shown = repr(FastDeconv(4, 8, 3, patches_per_feature=4, root="cholesky"))
+    assert "patches_per_feature=4, root=cholesky" in shown

@@ -120,7 +120,7 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         metavar="N",
     )
     text = "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's"
-    add("--root", text, None, "cholesky", choices=("newton", "cholesky"))
+    add("--root", text, None, "newton", choices=("newton", "cholesky"))
     text = "blocks of neighbouring channels, or channels dealt to them in turn"
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
