@@ -37,7 +37,7 @@ def test_the_table_compares_means_of_seconds():
 
 
 def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
-    line = "--target 15 --lr .03 .1 --seeds 0 --screen 6 --begin 6 6 --grain 6 --dataset digits"
+    line = "--target 1 --lr .03 --seeds 0 --screen 6 --begin 6 6 --grain 6 --dataset digits"
     line += f" --arch simple_v2 --use-gpu False --save-plot False --out {tmp_path}"
     time_to_accuracy.main(line.split())
     first = capfd.readouterr().out
