@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
@@ -135,7 +137,12 @@ class PictureLoader(DataLoader):
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with _tell_of_lost_workers():
-            for images, targets, skipped in super().__iter__():
+            batches = super().__iter__()
+            # Torch would raise the loss of a worker wherever this process is just then, in the
+            # middle of a step. Without its handler it is found where the next batch is waited for.
+            if self.num_workers and threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for images, targets, skipped in batches:
                 self.skipped.update(skipped)
                 yield images, targets
 
@@ -145,8 +152,10 @@ def _tell_of_lost_workers() -> Iterator[None]:
     """Turn PyTorch's error into one that says what can be done."""
     try:
         yield
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):
+    except (RuntimeError, EOFError, ConnectionError) as error:
+        # The latter two are of a batch that was on its way when its worker was killed.
+        cut = not isinstance(error, RuntimeError) and not str(error).startswith("Caught")
+        if not (cut or str(error).startswith("DataLoader worker (pid")):
             raise
         raise DataError(
             "a process that loads pictures was killed: is memory short, or shared memory "
