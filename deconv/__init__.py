@@ -27,7 +27,7 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | T | K * K | taps of the kernel | |
 | B | channels | `block`: channels whitened together | `divide_channels` |
 | F | B * T | features of a block | `Blocks.features` |
-| M | | patches looked at, `patches_per_feature` for each of F | `Window`, `Spots`, `gather` |
+| M | | patches looked at, every `sampling_stride`-th, or fewer | `Window`, `Spots`, `gather` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
 | mu | (C*T,) | mean patch | `average_patch` |

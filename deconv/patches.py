@@ -190,16 +190,8 @@ def _number_pixels(
     return tuple(each.flatten(1)[:, None] for each in found)
 
 
-@lru_cache(maxsize=128)
-@torch.inference_mode(False)  # a later backward may want to keep it
-def _cached_selection(
-    sampling: Sampling,
-    count: int,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Selection:
-    return _select(sampling, count, size, dtype, device)
+# Outside of inference mode, as a later backward may want to keep it.
+_cached_selection = lru_cache(maxsize=128)(torch.inference_mode(False)(_select))
 
 
 def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:

@@ -29,10 +29,8 @@ def _make_identity(side: int, dtype: torch.dtype, device: torch.device) -> torch
     return torch.eye(side, dtype=dtype, device=device)
 
 
-@lru_cache(maxsize=32)
-@torch.inference_mode(False)  # a later backward may want to keep it
-def _cached_identity(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    return _make_identity(side, dtype, device)
+# Outside of inference mode, as a later backward may want to keep it.
+_cached_identity = lru_cache(maxsize=32)(torch.inference_mode(False)(_make_identity))
 
 
 def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -102,9 +102,11 @@ def train_one_epoch(
     with meters.timed(), progress_bar(batches, title, total=steps, initial=meters.steps) as bar:
         for step, batch in enumerate(bar, start=first):
             images, targets = compute.place_batch(*batch)
-            place = share(*world.locate(len(images), images.device)) if world.size > 1 else None
+            within = nullcontext()
+            if world.size > 1:
+                within = share(*world.locate(len(images), images.device))
             try:
-                with place or nullcontext():
+                with within:
                     loss, row = _forward(model, criterion, compute, images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):

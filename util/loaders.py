@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TypeVar
 
 import numpy as np
@@ -136,7 +136,7 @@ class PictureLoader(DataLoader):
         self.skipped: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with _tell_of_lost_workers():
+        with _tell_of_lost_workers() if self.num_workers else nullcontext():
             batches = super().__iter__()
             # Torch would raise the loss of a worker wherever this process is just then, in the
             # middle of a step. Without its handler it is found where the next batch is waited for.
