@@ -9,10 +9,11 @@ from pathlib import Path
 
 from torch import nn
 
-from deconv import batch_share
+from deconv import batch_share, fuse
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
 from util import args, run
 from util.data import DATASETS, DataSpec, build_loaders
+from util.engine import Ways
 from util.launch import start
 from util.loaders import PictureLoader
 from util.parser import Parser
@@ -34,7 +35,8 @@ def train(session: Session) -> None:
     model = build_network(flags, spec)
     kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
     name = f"{flags.dataset}-{flags.arch}-{kind}"
-    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, share=batch_share)
+    ways = Ways(batch_share, fuse)
+    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, ways=ways)
 
 
 def build_script() -> Script:

@@ -10,7 +10,7 @@ from functools import partial
 
 from torch import nn
 
-from deconv import batch_share
+from deconv import batch_share, fuse
 from models import (
     IMAGENET_ARCHITECTURES,
     Options,
@@ -21,7 +21,7 @@ from models import (
 from util import args, run
 from util.console import say
 from util.data import DataSpec
-from util.engine import evaluate
+from util.engine import Ways, evaluate
 from util.epochs import list_skipped
 from util.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.launch import start
@@ -50,7 +50,7 @@ def train(session: Session) -> None:
         test(session, spec, model, test_loader)
         return
     kind = describe_kind(flags)
-    more = {"limit": count_batches(flags), "share": batch_share}
+    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse)}
     name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
 
@@ -64,7 +64,7 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoad
         restore_model(session.saved, model, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
     steps = world.deal(count_batches(flags))
-    network = compute.translate(model)
+    network = compute.translate(fuse(model.eval()))
     figures = evaluate(network, loader, criterion, compute=compute, world=world, max_steps=steps)
     for name in list_skipped(world, loader):
         say(f"left out: {name} cannot be decoded")

@@ -18,7 +18,7 @@ correlated. The correlation acts like a blur that gradient descent must undo. Wh
     y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into W and b
 
 Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
-In evaluation mu and D are running averages, and the layer is a plain convolution exactly.
+In evaluation mu and Cov are running averages, and the layer is a plain convolution exactly.
 Under torch.distributed mu and Cov are those of the patches of all processes (`sync_stats`).
 
 | symbol | shape or unit | meaning | where |

@@ -29,7 +29,19 @@ def inverse_cholesky(cov: torch.Tensor, n_iter: int = 5, eps: float = 0.0) -> to
     Returns:
         (G, F, F), lower triangular. NaN for a matrix that is not finite.
     """
-    return _InverseCholesky.apply(cov, 1.5 ** (-2 * n_iter), eps)
+    share = 1.5 ** (-2 * n_iter)
+    if cov.requires_grad:
+        return _InverseCholesky.apply(cov, share, eps)
+    return _invert(cov, share, eps)[0]  # what torch.func transforms as well
+
+
+def _invert(cov: torch.Tensor, share: float, eps: float) -> tuple[torch.Tensor, ...]:
+    """L^-1, and what its gradient is made of: A and |A|_F."""
+    unit = identity(cov)
+    cov = torch.add(cov, unit, alpha=eps)
+    norm = torch.linalg.matrix_norm(cov, keepdim=True)
+    factor = torch.linalg.cholesky_ex(cov.addcmul(unit, norm, value=share)).L
+    return torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False), cov, norm
 
 
 class _InverseCholesky(torch.autograd.Function):
@@ -37,11 +49,7 @@ class _InverseCholesky(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, cov: torch.Tensor, share: float, eps: float) -> torch.Tensor:
-        unit = identity(cov)
-        cov = torch.add(cov, unit, alpha=eps)
-        norm = torch.linalg.matrix_norm(cov, keepdim=True)
-        factor = torch.linalg.cholesky_ex(cov.addcmul(unit, norm, value=share)).L
-        inverse = torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False)
+        inverse, cov, norm = _invert(cov, share, eps)
         ctx.share = share
         ctx.save_for_backward(cov, norm, inverse)
         return inverse

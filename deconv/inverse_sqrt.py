@@ -10,7 +10,7 @@ import torch
 
 from .cholesky import inverse_cholesky
 from .products import identity
-from .spectrum import RootOfMatrix, RootOfRows
+from .spectrum import RootOfMatrix, RootOfRows, root_of_matrix
 
 MAX_STEPS = 15  # of Newton-Schulz, in float32
 ROOTS = ("newton", "cholesky")
@@ -61,9 +61,11 @@ def inverse_sqrt(
         return inverse_cholesky(cov, n_iter, eps)
     unit = identity(cov)
     cov = torch.add(cov, unit, alpha=eps)
-    if _decomposes(cov):
+    if not _decomposes(cov):
+        return newton_schulz(cov, n_iter)
+    if cov.requires_grad:
         return RootOfMatrix.apply(cov, n_iter)
-    return newton_schulz(cov, n_iter)
+    return root_of_matrix(cov, n_iter)[0]  # what torch.func transforms as well
 
 
 def newton_schulz(cov: torch.Tensor, n_iter: int) -> torch.Tensor:

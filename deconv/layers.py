@@ -20,9 +20,11 @@ from .covariance import (
     second_moment,
     several_processes,
 )
+from .earlier import rename_statistics
 from .fold import fold
 from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import Sampling, Spots, Window, gather
+from .products import identity
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
 MODES: dict[int, tuple[str, ...]] = {
@@ -33,6 +35,7 @@ MODES: dict[int, tuple[str, ...]] = {
     5: ("joint",),
 }
 LAYOUTS = ("contiguous", "interleaved")
+Matrices = dict[str, torch.Tensor]  # (G, d, d) by axis
 
 
 def _blocks(
@@ -65,9 +68,16 @@ class _Whitening(nn.Module):
     A layer adds `_sampling(x)`: which patches of x (N, C, *size) are looked at, and how they fall
     into blocks.
 
-    Buffers: `running_mean` (C*T,), for every axis of the mode one `running_<axis>` (G, d, d),
-    and `num_batches_tracked`. They start at mean 0 and D = I: a layer that has seen no batch yet
-    acts as the plain convolution. The first batch replaces that start instead of joining it.
+    Buffers: `running_mean` (C*T,), for every axis of the mode one `running_cov_<axis>` (G, d, d),
+    and `num_batches_tracked`. The first batch replaces their start instead of joining it, and a
+    layer that has seen no batch yet acts as the plain convolution, mean 0 and D = I.
+
+    As BatchNorm averages variances and not their roots, so are covariances averaged here, and D is
+    the root of their average. That costs evaluation a root, until `fuse` takes it once for all.
+
+    NOTE (differs from the published code): which averages D. While covariances move, as in the
+    first epoch, the mean of their roots whitens less well than the root of their mean (and the
+    Cholesky factor, which turns, less well than the symmetric root).
     """
 
     def _init_whitening(
@@ -93,7 +103,7 @@ class _Whitening(nn.Module):
         sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
         mean = torch.zeros(blocks.groups * blocks.channels * mean_taps)
         buffers = {"mean": mean} | {
-            axis: torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
+            f"cov_{axis}": torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
         }
         for name, start in buffers.items():
             self.register_buffer(f"running_{name}", start.to(self.weight))
@@ -103,53 +113,60 @@ class _Whitening(nn.Module):
     @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, D = I, and the next batch replaces them."""
-        mean, whiten = self._running_whitening()
-        mean.zero_()
-        for matrix in whiten.values():
-            matrix.copy_(torch.eye(matrix.shape[-1], device=matrix.device))
+        self.running_mean.zero_()
+        for cov in self._running_covariances().values():
+            cov.copy_(torch.eye(cov.shape[-1], device=cov.device))
         self.num_batches_tracked.zero_()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        rename_statistics(
+            state_dict, prefix, self.axes, n_iter=self.n_iter, root=self.root, eps=self.eps
+        )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
-            if not self.training:  # no version counter would tell a cache of all edits to a weight
-                return x, *self._fold(*self._evaluation_whitening())
-            x, count, mean, whiten = self._estimate_whitening(x, *self._sampling(x))
-            weight, bias = self._fold(mean, whiten)
-            self._update_running(count, mean, whiten, bias)
-            return x, weight, bias
+            if not self.training:  # no version counter would tell a cache of all edits to a buffer
+                return x, *self._fold(*self._running_whitening())
+            x, count, mean, cov, whiten = self._estimate_whitening(x, *self._sampling(x))
+            self._update_running(count, mean, cov)
+            return x, *self._fold(mean, whiten)
 
     def _estimate_whitening(
         self, x: torch.Tensor, sampling: Sampling, blocks: Blocks
-    ) -> tuple[torch.Tensor, int | torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """x, patches looked at, their mean (C*T,), and whitening matrices by axis."""
+    ) -> tuple[torch.Tensor, int | torch.Tensor, torch.Tensor, Matrices, Matrices]:
+        """x, patches looked at, their mean (C*T,), covariances and whitening matrices by axis."""
         together = self.sync_stats and several_processes()
         count = count_patches(x, sampling)
         if not together and self._has_few_rows(count):
             return x, count, *self._estimate_from_rows(gather(x, sampling))
-        whiten: dict[str, torch.Tensor] = {}
+        covs: Matrices = {}
+        whiten: Matrices = {}
         total, means, done = count, [], None
         for axis in self.axes:  # the second axis sees what the first has whitened
             x, mean, cov = measure_patches(x, sampling, blocks, axis, done)
             if together:
                 total, mean, cov = self._pool(count, mean, cov, axis, blocks, done)
+            covs[axis] = cov
             whiten[axis] = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
             means.append(mean)
             done = axis, whiten[axis]
-        return x, total, means[0], whiten
+        return x, total, means[0], covs, whiten
 
     def _has_few_rows(self, count: int) -> bool:
         """Whether the root is cheaper on the side of the rows than on that of the features."""
         newton = self.axes == ("joint",) and self.root == "newton"
         return newton and 0 < 2 * count * self.blocks.sharing < self.blocks.features
 
-    def _estimate_from_rows(
-        self, maps: torch.Tensor
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _estimate_from_rows(self, maps: torch.Tensor) -> tuple[torch.Tensor, Matrices, Matrices]:
         mean = maps.mean(dim=(0, 2), keepdim=True)
         vectors = self.blocks.along("joint", maps - mean)
         rows = vectors.unflatten(1, (self.blocks.matrices, -1)).permute(1, 0, 3, 2).flatten(1, 2)
-        return mean.flatten(), {"joint": inverse_sqrt_from_rows(rows, self.eps, self.n_iter)}
+        whiten = inverse_sqrt_from_rows(rows, self.eps, self.n_iter)
+        known = rows.detach()
+        cov = (known.mT @ known).div_(rows.shape[1])
+        return mean.flatten(), {"joint": cov}, {"joint": whiten}
 
     def _pool(
         self,
@@ -174,42 +191,38 @@ class _Whitening(nn.Module):
         mean = self.running_mean + shift.flatten()  # that of raw features, where nothing is done
         return total, mean, about - second_moment(shift, axis, blocks)
 
-    def _running_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        return self.running_mean, {axis: getattr(self, f"running_{axis}") for axis in self.axes}
+    def _running_covariances(self) -> Matrices:
+        return {axis: getattr(self, f"running_cov_{axis}") for axis in self.axes}
 
-    def _evaluation_whitening(self) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The running statistics; copies where a backward may still need them after an update."""
-        mean, whiten = self._running_whitening()
-        if not torch.is_grad_enabled():
-            return mean, whiten
-        return mean.clone(), {axis: matrix.clone() for axis, matrix in whiten.items()}
+    @torch.no_grad()
+    def _running_whitening(self) -> tuple[torch.Tensor, Matrices]:
+        """Mean and D of the running statistics: copies, which outlast an update of those."""
+        seen, whiten = self.num_batches_tracked > 0, {}
+        for axis, cov in self._running_covariances().items():
+            cov = cov.to(torch.promote_types(cov.dtype, torch.float32))
+            matrix = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
+            whiten[axis] = torch.where(seen, matrix, identity(cov))
+        return self.running_mean.clone(), whiten
 
     @torch.no_grad()
     def _update_running(
-        self,
-        count: int | torch.Tensor,
-        mean: torch.Tensor,
-        whiten: dict[str, torch.Tensor],
-        bias: torch.Tensor,
+        self, count: int | torch.Tensor, mean: torch.Tensor, covs: Matrices
     ) -> None:
         """Move the running statistics to the batch's; empty and non-finite ones leave no trace.
 
-        `bias`, the folded one, has sums over all of mean and D in it: it is finite if they are.
+        A mean that is not finite leaves no deviation from it finite, nor the first covariance.
         """
-        total = bias.sum()
+        total = covs[self.axes[0]].sum()
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
         usable = total - total == 0  # not for infinity, NaN, or anything divided by 0
         step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
-        running_mean, running = self._running_whitening()
-        pairs = zip([running_mean, *running.values()], [mean, *whiten.values()], strict=True)
-        for old, new in pairs:
+        running = self.running_mean, *self._running_covariances().values()
+        for old, new in zip(running, (mean, *covs.values()), strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
         self.num_batches_tracked += usable
 
-    def _fold(
-        self, mean: torch.Tensor, whiten: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    def _fold(self, mean: torch.Tensor, whiten: Matrices) -> tuple[torch.Tensor, torch.Tensor]:
         """Effective weight and bias, computed in the statistics' precision."""
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
@@ -257,9 +270,9 @@ class FastDeconv(_Whitening, nn.Conv2d):
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
 
-    In training mu and D come from the batch, and gradients flow through them; running averages are
-    kept for evaluation, where the layer is a plain convolution. Use it in place of a convolution
-    and the BatchNorm beside it.
+    In training mu and D come from the batch, and gradients flow through them; running averages of
+    mu and of the covariance are kept for evaluation, where the layer is a plain convolution. Use it
+    in place of a convolution and the BatchNorm beside it.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
@@ -279,8 +292,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
             leaves, as published. (Blocks that share a matrix see the same patches, which count
             once.)
         root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
-            floor of `n_iter` steps, see `inverse_sqrt`. Running averages of the latter need more
-            batches before they mean something.
+            floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
         sync_stats: under torch.distributed, the statistics in training are those of the patches of
             all processes, so that N processes equal one with the whole batch, whatever each one's

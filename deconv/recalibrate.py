@@ -18,7 +18,7 @@ def recalibrate(
 
     For a network after surgery, or whose weights are averages of several networks': nothing is
     learned, no weight changes. Each layer whitens by its batch, as in training, and in the end has
-    the plain mean of mu and of D over all batches, where training has one that forgets. All other
+    the plain mean of mu and of Cov over all batches, where training has one that forgets. All other
     layers work as in evaluation (dropout drops nothing).
 
     Args:

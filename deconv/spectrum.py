@@ -68,16 +68,22 @@ def _outer(column: torch.Tensor, row: torch.Tensor) -> torch.Tensor:
     return column[..., :, None] * row[..., None, :]
 
 
+def root_of_matrix(cov: torch.Tensor, n_iter: int) -> tuple[torch.Tensor, ...]:
+    """D of A (G, d, d), and what it was made of: x (G, d), U (G, d, d) and |A|_F (G, 1)."""
+    norm = torch.linalg.matrix_norm(cov)[:, None]
+    x, basis = torch.linalg.eigh(_scaled(cov, norm))
+    return (basis * (respond(x, n_iter) * norm.rsqrt())[:, None]) @ basis.mT, x, basis, norm
+
+
 class RootOfMatrix(torch.autograd.Function):
-    """D of A (G, d, d)."""
+    """`root_of_matrix` with a gradient."""
 
     @staticmethod
     def forward(ctx, cov: torch.Tensor, n_iter: int) -> torch.Tensor:
-        norm = torch.linalg.matrix_norm(cov)[:, None]
-        x, basis = torch.linalg.eigh(_scaled(cov, norm))
+        root, *parts = root_of_matrix(cov, n_iter)
         ctx.n_iter = n_iter
-        ctx.save_for_backward(x, basis, norm)
-        return (basis * (respond(x, n_iter) * norm.rsqrt())[:, None]) @ basis.mT
+        ctx.save_for_backward(*parts)
+        return root
 
     @staticmethod
     @once_differentiable

@@ -80,7 +80,7 @@ class Sizes:
         return self.maps // (side * self.matrices)
 
     def few(self, side: int) -> bool:
-        """Whether the root is taken on the side of the vectors, without a covariance."""
+        """Whether the root is taken on the side of the vectors, and not of the covariance."""
         return self.root != "cholesky" and 2 * self.vectors(side) < side
 
 
@@ -153,8 +153,8 @@ def statistics(s: Sizes) -> Both:
         for done in s.sides[:number]:  # the second axis sees what the first has whitened
             forward += multiply(done, done, s.vectors(done), s.matrices)
             backward += multiply(done, done, s.vectors(done), 3 * s.matrices)
-        if not s.few(side):
-            forward += multiply(side, s.vectors(side), side, s.matrices)
+        forward += multiply(side, s.vectors(side), side, s.matrices)
+        if not s.few(side):  # else the covariance is for the running average alone
             backward += multiply(side, side, s.vectors(side), s.matrices)
     return forward, backward
 

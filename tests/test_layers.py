@@ -217,11 +217,31 @@ def test_eval_after_one_batch_equals_training_on_it(mode):
 def test_later_batches_enter_with_the_momentum():
     layer = FastDeconv(4, 3, 3, momentum=0.25)
     layer(pictures())
-    first = layer.running_joint.clone()
+    first = layer.running_cov_joint.clone()
     other = FastDeconv(4, 3, 3)
     x = pictures() * 2
     layer(x), other(x)
-    torch.testing.assert_close(layer.running_joint, 0.75 * first + 0.25 * other.running_joint)
+    torch.testing.assert_close(
+        layer.running_cov_joint, 0.75 * first + 0.25 * other.running_cov_joint
+    )
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_evaluation_whitens_by_the_root_of_the_average_covariance(root):
+    layer = FastDeconv(4, 3, 3, root=root, momentum=0.25, bias=False)
+    for scale in 1, 3:
+        layer(scale * pictures())
+    whiten = inverse_sqrt(layer.running_cov_joint, layer.n_iter, root, layer.eps)
+    expected = layer.weight.detach().flatten(1) @ whiten[0]
+    torch.testing.assert_close(layer.whitened_weight().flatten(1), expected)
+
+
+def test_few_rows_leave_the_covariance_that_many_do():
+    x = torch.randn(7, 40)
+    few, many = Delinear(40, 2, block=40), Delinear(40, 2, block=40)
+    few(x), many(x.repeat(12, 1))
+    assert few._has_few_rows(7) and not many._has_few_rows(84)
+    torch.testing.assert_close(few.running_cov_joint, many.running_cov_joint)
 
 
 def test_statistics_survive_state_dict():
@@ -262,11 +282,11 @@ def test_odd_block_is_visible_and_mixes_no_blocks():
     assert "block=16" in repr(FastDeconv(32, 4, 3))
     x = pictures(c=20, n=30)
     layer(x)
-    whole = layer.running_joint[0].clone()
+    whole = layer.running_cov_joint[0].clone()
     x[:, 10:] = torch.randn_like(x[:, 10:])  # the second block must not reach the first
     layer.momentum = 1.0
     layer(x)
-    torch.testing.assert_close(layer.running_joint[0], whole)
+    torch.testing.assert_close(layer.running_cov_joint[0], whole)
 
 
 def test_groups_whiten_like_separate_layers():

@@ -82,7 +82,7 @@ def test_training_testing_and_resuming(pictures, tmp_path, capsys, line):
     run(f"--resume {checkpoint} --epochs 3", pictures)
     assert summary(tmp_path / "run")["epochs"] == 3
     state = load_checkpoint(checkpoint, "cpu")["model"]
-    whitened = any(name.endswith("running_joint") for name in state)
+    whitened = any(name.endswith("running_cov_joint") for name in state)
     assert whitened == ("deconv" in line)
 
 

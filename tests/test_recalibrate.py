@@ -28,10 +28,10 @@ def test_statistics_are_the_mean_over_batches(tuples):
         fresh = copy.deepcopy(model[0]).train()
         fresh.reset_running_stats()
         fresh(x)
-        means.append(torch.cat([fresh.running_mean, fresh.running_joint.flatten()]))
+        means.append(torch.cat([fresh.running_mean, fresh.running_cov_joint.flatten()]))
     given = [(x, torch.zeros(8)) for x in data] if tuples else data
     assert recalibrate(model, given) == 3
-    now = torch.cat([model[0].running_mean, model[0].running_joint.flatten()])
+    now = torch.cat([model[0].running_mean, model[0].running_cov_joint.flatten()])
     torch.testing.assert_close(now, torch.stack(means).mean(0), rtol=1e-5, atol=1e-6)
     assert model[0].num_batches_tracked == 3
 
@@ -48,7 +48,7 @@ def test_nothing_else_changes():
     moved = {
         name for name, value in model.state_dict().items() if not torch.equal(value, before[name])
     }
-    expected = {f"{i}.{name}" for i in (0, 5) for name in ("running_mean", "running_joint")}
+    expected = {f"{i}.{name}" for i in (0, 5) for name in ("running_mean", "running_cov_joint")}
     assert moved == expected | {"0.num_batches_tracked", "5.num_batches_tracked"}
     assert all(parameter.grad is None for parameter in model.parameters())
 

@@ -144,7 +144,7 @@ def whitening_far_from_zero(share):
     layer = FastDeconv(4, 6, 3, momentum=1.0)
     layer.running_mean.fill_(3000)
     layer((next(batches(layer)) + 3000)[share].float())
-    return layer.running_joint
+    return layer.running_cov_joint
 
 
 def experiments(share):
@@ -237,7 +237,7 @@ def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
 
 def documented_message(layer):
     """1 + C T + G d^2 for every whitened axis."""
-    matrices = [getattr(layer, f"running_{axis}").numel() for axis in layer.axes]
+    matrices = [getattr(layer, f"running_cov_{axis}").numel() for axis in layer.axes]
     if isinstance(layer, nn.Linear):
         return [1 + layer.in_features + matrix for matrix in matrices]
     taps = 1 if layer.mode == 3 else layer.kernel_size[0] * layer.kernel_size[1]
@@ -284,7 +284,9 @@ def test_float32_survives_an_offset_far_from_zero_once_the_running_mean_is_near(
     layer = FastDeconv(4, 6, 3).double()
     layer(next(batches(layer)))
     for part in found:
-        torch.testing.assert_close(part["far"], layer.running_joint.float(), rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(
+            part["far"], layer.running_cov_joint.float(), rtol=1e-3, atol=1e-3
+        )
 
 
 def test_a_torch_without_distributed_is_one_process(monkeypatch):

@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -27,13 +28,28 @@ from .signals import Stopped, Wish, no_wish
 SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
 
 Figures = dict[str, float]
-# (number of this process's first picture in a batch, pictures of all) -> what the forward runs in
+
+
 Share = Callable[[int, int], AbstractContextManager[None]]
 
 
 def no_share(first: int, total: int) -> AbstractContextManager[None]:
     """For layers that need not know the other processes."""
     return nullcontext()
+
+
+@dataclass(frozen=True)
+class Ways:
+    """How networks of these layers want to be run; by default as any network is.
+
+    Args:
+        share: (number of this process's first picture in a batch, pictures of all processes) ->
+            what the forward of a training step runs in.
+        settle: a network in evaluation -> what is tested in its place, and gives the same.
+    """
+
+    share: Share = no_share
+    settle: Callable[[nn.Module], nn.Module] = lambda model: model
 
 
 class TrainingDiverged(RuntimeError):

@@ -16,7 +16,7 @@ from .compute import Compute
 from .data import DataError, DataSpec
 from .diagnosis import name_bad_place
 from .distributed import World
-from .engine import Figures, Meters, Share, TrainingDiverged, evaluate, train_one_epoch
+from .engine import Figures, Meters, TrainingDiverged, Ways, evaluate, train_one_epoch
 from .loaders import PictureLoader
 from .optim import Criterion
 from .progress import Progress, snapshot
@@ -30,13 +30,13 @@ class Epochs:
 
     Attributes:
         config: all settings, for the checkpoints.
-        model: what is saved; `network` is what is run, `replica` what is trained.
+        model: what is saved, and tested as `ways` settle it; `replica` is what is trained.
         done, meters: the finished epochs, and the one under way.
         epoch_steps, total_steps: optimizer steps.
         test_batches: of this process, in a test.
         save_every: optimizer steps between checkpoints within an epoch, 0: none.
         wish: to stop.
-        share: see `train_one_epoch`.
+        ways: how the network wants to be run.
         own_buffers: of a checkpoint, see `World.gather_own_buffers`.
     """
 
@@ -59,14 +59,13 @@ class Epochs:
     test_batches: int
     save_every: int
     wish: Wish
-    share: Share
+    ways: Ways
     own_buffers: Sequence[Mapping[str, Tensor]] = ()
-    network: nn.Module = field(init=False)
     replica: nn.Module = field(init=False)
 
     def __post_init__(self) -> None:
-        self.network = self.compute.translate(self.model)
-        self.replica = self.world.replicate(self.network)  # makes all as the first
+        network = self.compute.translate(self.model)
+        self.replica = self.world.replicate(network)  # makes all as the first
         self.world.take_own_buffers(self.model, self.own_buffers)
 
     def run(self) -> None:
@@ -112,7 +111,7 @@ class Epochs:
             max_steps=self.goal,
             on_batch=self.after_batch,
             wish=self.wish,
-            share=self.share,
+            share=self.ways.share,
             title=f"epoch {self.done.epoch + 1}/{self.epochs}",
         )
         self.world.average_buffers(self.model)
@@ -130,7 +129,7 @@ class Epochs:
 
     def test(self) -> Figures:
         return evaluate(
-            self.network,
+            self.ways.settle(self.model.eval()),
             self.test_loader,
             self.criterion,
             compute=self.compute,

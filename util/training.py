@@ -26,7 +26,7 @@ from .compute import Compute
 from .console import say
 from .data import DataSpec
 from .distributed import World
-from .engine import Meters, Share, no_share
+from .engine import Meters, Ways
 from .epochs import Epochs
 from .loaders import PictureLoader
 from .optim import build_criterion, build_optimizer, build_scheduler
@@ -79,7 +79,7 @@ def fit(
     test_loader: PictureLoader,
     *,
     limit: int = sys.maxsize,
-    share: Share = no_share,
+    ways: Ways = Ways(),  # noqa: B008 - frozen
 ) -> None:
     """Train `model` to the end of the run, or take up its checkpoint and go on.
 
@@ -87,7 +87,7 @@ def fit(
         run_dir: where the run is kept; None: in a new folder under `name`.
         name, kind: of the run and of its layers, for those who read about it.
         limit: batches of an epoch, and of a test, at most.
-        share: tells the layers of several processes, see `train_one_epoch`.
+        ways: how the network wants to be run.
     """
     flags, saved, world = session.flags, session.saved, session.world
     run.check_last_batch(model, len(train_loader.dataset), flags.batch_size, world.size)
@@ -128,7 +128,7 @@ def fit(
             test_batches=world.deal(limit),
             save_every=flags.checkpoint_steps,
             wish=wish,
-            share=share,
+            ways=ways,
             own_buffers=saved.get("own_buffers", ()) if saved else (),
         ).run()
 
