@@ -287,10 +287,10 @@ class FastDeconv(_Whitening, nn.Conv2d):
         sampling_stride: every so-many-th patch in each direction is looked at, times the
             convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
             whatever this says.
-        patches_per_feature: modes 1, 2 and 5 look at so few patches of each picture, see `Spots`,
-            that a batch has about so many for each feature of a matrix; 0: at all that sampling
-            leaves, as published. (Blocks that share a matrix see the same patches, which count
-            once.)
+        rows_per_feature: modes 1, 2 and 5 look at so few patches of each picture, see `Spots`,
+            that a batch has about so many rows, vectors of a block, for each feature of a matrix;
+            0: at all that sampling leaves, as published. A patch has a row in each of the blocks
+            that share a matrix. One patch of each picture is the least.
         root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
             floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
@@ -328,7 +328,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        patches_per_feature: float = 0,
+        rows_per_feature: float = 0,
         root: str = "newton",
         layout: str = "interleaved",
         shared: bool = True,
@@ -343,9 +343,9 @@ class FastDeconv(_Whitening, nn.Conv2d):
                 f"sampling_stride must be a whole number of patches, at least 1, "
                 f"got {sampling_stride}"
             )
-        if not patches_per_feature >= 0:
+        if not rows_per_feature >= 0:
             raise ValueError(
-                f"patches_per_feature must be 0 (all) or a number, got {patches_per_feature}"
+                f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
             )
         if root not in ROOTS:
             raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
@@ -362,7 +362,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
             dtype=dtype,
         )
         self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
-        self.layout, self.shared, self.patches_per_feature = layout, shared, patches_per_feature
+        self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
         self.root = root
         channels = in_channels // groups
         taps = self.weight[0, 0].numel()
@@ -396,18 +396,18 @@ class FastDeconv(_Whitening, nn.Conv2d):
         stride = tuple(step * s for s in self.stride)
         padding = tuple(self._reversed_padding_repeated_twice)
         window = Window(self.kernel_size, stride, self.dilation, padding)
-        if self.mode == 4 or not self.patches_per_feature:
+        if self.mode == 4 or not self.rows_per_feature:
             return window, self.blocks
         return self._look_at_enough(x, window), self.blocks
 
     def _look_at_enough(self, x: torch.Tensor, window: Window) -> Sampling:
-        """So few patches that there are about `patches_per_feature` for each feature of a matrix.
+        """So few patches that there are about `rows_per_feature` rows for each feature of a matrix.
 
         Several processes look at the same ones as one would, see `batch_share`.
         """
         together = self.sync_stats and several_processes()
         first, total = find_share(len(x)) if together else (0, len(x))
-        patches = self.patches_per_feature * self.blocks.features
+        patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
         per_picture = max(round(patches / max(total, 1)), 1)
         if per_picture >= window.count(x.shape[2:]):
             return window
@@ -429,7 +429,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
         return (
             f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
             f"sampling_stride={self.sampling_stride}, "
-            f"patches_per_feature={self.patches_per_feature}, root={self.root}"
+            f"rows_per_feature={self.rows_per_feature}, root={self.root}"
         )
 
 

@@ -83,7 +83,7 @@ def make_layers(
     batchnorm: bool = True,
     stem_iter: int | None = None,
     root: str = "newton",
-    patches_per_feature: float = 0,
+    rows_per_feature: float = 0,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.
@@ -100,7 +100,7 @@ def make_layers(
         batchnorm: False leaves the normalisation out where deconv is False; deconvolution
             never has any.
         stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
-        root, patches_per_feature: of the FastDeconv layers, but for those of the methods.
+        root, rows_per_feature: of the FastDeconv layers, but for those of the methods.
         layer_options: further keywords of FastDeconv; those that Delinear knows go there too.
 
     Raises:
@@ -128,7 +128,7 @@ def make_layers(
             mode=mode,
             block=block,
             root=root,
-            patches_per_feature=patches_per_feature,
+            rows_per_feature=rows_per_feature,
         )
         conv, stem = partial(make, **options), partial(make, **first)
         head = {"linear": bool(final), "block_linear": final or 1}

@@ -66,7 +66,7 @@ def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
         block=block,
         block_final=final,
         shared=shared,
-        patches_per_feature=0,
+        rows_per_feature=0,
     )
     with torch.device("meta"):
         return (build_model if small else build_imagenet_model)(name, layers)

@@ -121,7 +121,7 @@ def test_choices_are_those_of_the_layers():
 def test_defaults_are_those_of_the_layers():
     ours, theirs = main.build_script().parser.defaults(), signature(FastDeconv).parameters
     names = {"share_blocks": "shared", "num_groups": "block", "deconv_iter": "n_iter"}
-    names |= {name: name for name in ("mode", "eps", "layout", "root", "patches_per_feature")}
+    names |= {name: name for name in ("mode", "eps", "layout", "root", "rows_per_feature")}
     names["stride"] = "sampling_stride"
     for flag, keyword in names.items():
         assert ours[flag] == theirs[keyword].default, flag

@@ -44,7 +44,7 @@ def flops_of_torch(call):
         {"mode": 3, "stride": 2},
         {"mode": 4, "bias": False, "dilation": 2},
         {"shared": False},
-        {"patches_per_feature": 2},
+        {"rows_per_feature": 2},
         {"n_iter": 2, "layout": "contiguous"},
     ],
     ids=str,

@@ -129,7 +129,7 @@ def exact_whitening(layer, parts):
 @pytest.mark.parametrize("root", ROOTS)
 def test_fold_then_convolve_equals_whiten_then_convolve(root, mode, geometry, layout, shared):
     options = dict(mode=mode, block=2, n_iter=15, eps=0.3, sampling_stride=2) | geometry
-    options |= dict(root=root, patches_per_feature={"newton": 0, "cholesky": 2}[root])
+    options |= dict(root=root, rows_per_feature={"newton": 0, "cholesky": 4}[root])
     layer = FastDeconv(4, 8, **options, layout=layout, shared=shared)
     x = pictures()
     torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)
@@ -187,7 +187,7 @@ def test_mode_5_with_stride_1_is_mode_4(layout, shared):
             mode=m,
             block=2,
             sampling_stride=1,
-            patches_per_feature=0,
+            rows_per_feature=0,
             layout=layout,
             shared=shared,
         )
@@ -396,7 +396,7 @@ def test_empty_batch_leaves_statistics_and_gradients_alone(layer, shape, out):
         (dict(block=2.5), "block.*whole.*2.5"),
         (dict(layout="diagonal"), "layout.*diagonal"),
         (dict(root="square"), "root.*square"),
-        (dict(patches_per_feature=-1), "patches_per_feature.*-1"),
+        (dict(rows_per_feature=-1), "rows_per_feature.*-1"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
@@ -438,11 +438,11 @@ def test_an_update_between_evaluation_and_its_backward_does_no_harm():
     assert layer.weight.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("shares", "per_feature"), [(1, 4), (2, 4), (3, 4), (2, 0), (2, 1e9)])
+@pytest.mark.parametrize(("shares", "per_feature"), [(1, 8), (2, 8), (3, 8), (2, 0), (2, 1e9)])
 def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
     monkeypatch, shares, per_feature
 ):
-    layer = FastDeconv(4, 8, 3, block=2, patches_per_feature=per_feature)
+    layer = FastDeconv(4, 8, 3, block=2, rows_per_feature=per_feature)
     x = torch.arange(24.0 * 81).reshape(24, 1, 9, 9).expand(24, 4, 9, 9)
 
     def seen(pictures):
@@ -457,11 +457,11 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
         monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
         parts.append(seen(share))
     torch.testing.assert_close(torch.cat(parts).sort(dim=0)[0], alone.sort(dim=0)[0])
-    # blocks of 18 features: 72 patches, so 24 pictures have 3 each of their 9
-    assert len(alone) == (72 if per_feature == 4 else 216)
+    # two blocks of 18 features: 72 patches, so 24 pictures have 3 each of their 9
+    assert len(alone) == (72 if per_feature == 8 else 216)
 
 
 def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
-    assert "patches_per_feature=0, root=newton" in repr(FastDeconv(4, 8, 3))
-    shown = repr(FastDeconv(4, 8, 3, patches_per_feature=4, root="cholesky"))
-    assert "patches_per_feature=4, root=cholesky" in shown
+    assert "rows_per_feature=0, root=newton" in repr(FastDeconv(4, 8, 3))
+    shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="cholesky"))
+    assert "rows_per_feature=4, root=cholesky" in shown

@@ -14,7 +14,7 @@ from deconv.covariance import several_processes
 
 PICTURES = 7
 SHARINGS = [(7,), (5, 2), (0, 7), (4, 0, 3), (1, 3, 3)]  # pictures of each process
-CONV = dict(kernel_size=3, padding=1, block=2, sampling_stride=2, patches_per_feature=0)
+CONV = dict(kernel_size=3, padding=1, block=2, sampling_stride=2, rows_per_feature=0)
 VARIANTS = product((1, 2, 3, 4, 5), ("contiguous", "interleaved"), (True, False))
 CASES = {
     f"mode {mode}, {layout}, {'shared' if shared else 'own'}": partial(
@@ -25,8 +25,8 @@ CASES = {
 CASES |= {
     "groups": partial(FastDeconv, 4, 6, **CONV, groups=2),
     "groups, mode 1": partial(FastDeconv, 4, 6, **CONV, groups=2, mode=1),
-    "few patches": partial(FastDeconv, 4, 6, **CONV | {"patches_per_feature": 1}),
-    "few patches, mode 1": partial(FastDeconv, 4, 6, **CONV | {"patches_per_feature": 1}, mode=1),
+    "few patches": partial(FastDeconv, 4, 6, **CONV | {"rows_per_feature": 2}),
+    "few patches, mode 1": partial(FastDeconv, 4, 6, **CONV | {"rows_per_feature": 2}, mode=1),
     "rectangular": partial(FastDeconv, 4, 6, (2, 3), (1, 2), (0, 1), bias=False),
     "linear": partial(Delinear, 12, 3, block=4),
     "linear, own": partial(Delinear, 12, 3, block=4, shared=False, bias=False),

@@ -112,9 +112,10 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         metavar="N",
     )
     add(
-        "--patches-per-feature",
-        "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that there "
-        "are N for each feature of a matrix; 0: at all that --stride leaves",
+        "--rows-per-feature",
+        "modes 1, 2 and 5: look at so few patches, spread over pictures and positions, that a "
+        "batch has N rows (of each block one) for each feature of a matrix; 0: at all that "
+        "--stride leaves",
         real(least=0),
         0,
         metavar="N",

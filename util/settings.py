@@ -49,7 +49,7 @@ MAY_CHANGE = OF_THIS_MACHINE | {
 OF_NETWORK = {
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
-    *("root", "patches_per_feature"),
+    *("root", "rows_per_feature"),
 }
 
 Rules = Iterator[tuple[str, bool, str]]  # flag, is it all right, else what is wrong with it
@@ -194,7 +194,7 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
         "layout": flags.layout,
         "shared": flags.share_blocks,
         "root": flags.root,
-        "patches_per_feature": flags.patches_per_feature,
+        "rows_per_feature": flags.rows_per_feature,
     }
 
 
@@ -210,10 +210,10 @@ def _network_rules(flags: Namespace, architectures: Architectures) -> Rules:
 
 
 def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
-    for name in ("mode", "num_groups", "stride", "stem_iter", "root", "patches_per_feature"):
+    for name in ("mode", "num_groups", "stride", "stem_iter", "root", "rows_per_feature"):
         yield name, flags.deconv, "needs --deconv True"
     sampled = flags.mode in (1, 2, 5)
-    yield "patches_per_feature", sampled, f"does nothing in --mode {flags.mode}, needs 1, 2 or 5"
+    yield "rows_per_feature", sampled, f"does nothing in --mode {flags.mode}, needs 1, 2 or 5"
     for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats"):
         some = flags.deconv or flags.num_groups_final
         yield name, some, "needs --deconv True, or --num-groups-final above 0"
@@ -231,7 +231,7 @@ def _method_rules(flags: Namespace) -> Rules:
     whitens, named = flags.method != 1, f"--method {flags.method}"
     for name, other in (("method", f"--deconv {flags.deconv}"), ("deconv", named)):
         yield name, flags.deconv == whitens, f"contradicts {other}"
-    for name in ("mode", "num_groups", "root", "patches_per_feature"):
+    for name in ("mode", "num_groups", "root", "rows_per_feature"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks --method decides"
     for name in ("eps", "deconv_iter", "sync_stats"):
         yield name, whitens or flags.num_groups_final, f"needs deconvolution, not {named}"

@@ -28,9 +28,9 @@ mode5-seed2 --deconv True --mode 5 --lr .1 --seed 2
 bn-seed0 --deconv False --lr .1 --seed 0
 bn-seed1 --deconv False --lr .1 --seed 1
 bn-seed2 --deconv False --lr .1 --seed 2
-mode5-few-seed0 --deconv True --root cholesky --patches-per-feature 4 --lr .1 --seed 0
-mode5-few-seed1 --deconv True --root cholesky --patches-per-feature 4 --lr .1 --seed 1
-mode5-few-seed2 --deconv True --root cholesky --patches-per-feature 4 --lr .1 --seed 2
+mode5-few-seed0 --deconv True --root cholesky --rows-per-feature 4 --lr .1 --seed 0
+mode5-few-seed1 --deconv True --root cholesky --rows-per-feature 4 --lr .1 --seed 1
+mode5-few-seed2 --deconv True --root cholesky --rows-per-feature 4 --lr .1 --seed 2
 mode5-cholesky-seed0 --deconv True --root cholesky --lr .1 --seed 0
 mode5-cholesky-seed1 --deconv True --root cholesky --lr .1 --seed 1
 mode5-cholesky-seed2 --deconv True --root cholesky --lr .1 --seed 2
