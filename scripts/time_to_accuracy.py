@@ -5,10 +5,11 @@
 
 The rate of each kind is the best of --lr after --screen steps with the first seed. Then the length
 of training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
-all seeds has reached the target. Every training is a run of main.py, a cosine over its own length,
-and counts with its own seconds of training, tests left out. Flags unknown here go to main.py. Runs
-stay in --out, and one that has finished is not run again. Seconds compare only where nothing else
-runs on the machine.
+all seeds has reached the target. Both are then trained once more, in turn, seed by seed, and these
+runs count with their seconds of training, tests left out. Every training is a run of main.py, a
+cosine over its own length. Flags unknown here go to main.py. Runs stay in --out, and one that has
+finished is not run again. The search may run beside other work; the seconds of --out/timed compare
+only where nothing else runs on the machine.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import mean
 
@@ -43,12 +46,12 @@ class Outcome:
     Args:
         screened: top-1 that each rate has reached.
         steps: of the shortest training that reaches the target at the best rate.
-        runs: those of that length, one for each seed.
+        runs: timed ones of that length, one for each seed.
     """
 
     screened: dict[float, float]
     steps: int
-    runs: list[Result]
+    runs: list[Result] = field(default_factory=list)
 
     @property
     def lr(self) -> float:
@@ -67,24 +70,33 @@ Train = Callable[[float, int, int], Result]  # learning rate, steps, seed
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags, more = parser.parse_known_args(argv)
-    outcomes = {}
-    for (kind, deconv), begin in zip(KINDS.items(), flags.begin, strict=True):
+    out = Path(flags.out)
 
-        def train(lr: float, steps: int, seed: int, deconv: str = deconv) -> Result:
-            own = {"deconv": deconv, "lr": lr, "max-steps": steps, "seed": seed}
-            return run(Path(flags.out), own, more)
+    def train(kind: str, out: Path, lr: float, steps: int, seed: int) -> Result:
+        own = {"deconv": KINDS[kind], "lr": lr, "max-steps": steps, "seed": seed}
+        return run(out, own, more)
 
-        screened = {lr: train(lr, flags.screen, flags.seeds[0]).top1 for lr in flags.lr}
-        best = max(screened, key=screened.__getitem__)
-        steps, runs = find_shortest(
-            lambda steps, lr=best, train=train: [train(lr, steps, seed) for seed in flags.seeds],
-            flags.target,
-            begin=begin,
-            grain=flags.grain,
-            longest=flags.longest,
-        )
-        outcomes[kind] = Outcome(screened, steps, runs)
+    outcomes = {
+        kind: search(partial(train, kind, out), flags, begin)
+        for kind, begin in zip(KINDS, flags.begin, strict=True)
+    }
+    for seed in flags.seeds:
+        for kind, outcome in outcomes.items():
+            timed = train(kind, out / "timed", outcome.lr, outcome.steps, seed)
+            outcome.runs.append(timed)
     print(format_outcomes(outcomes, flags.target))
+
+
+def search(train: Train, flags: Namespace, begin: int) -> Outcome:
+    """The best rate of a kind of network, and the length of its training; nothing timed yet."""
+    screened = {lr: train(lr, flags.screen, flags.seeds[0]).top1 for lr in flags.lr}
+    best = max(screened, key=screened.__getitem__)
+
+    def reach(steps: int) -> float:
+        return mean(train(best, steps, seed).top1 for seed in flags.seeds)
+
+    limits = {"begin": begin, "grain": flags.grain, "longest": flags.longest}
+    return Outcome(screened, find_shortest(reach, flags.target, **limits))
 
 
 def make_parser() -> Parser:
@@ -122,25 +134,24 @@ def run(out: Path, own: dict[str, object], more: Sequence[str]) -> Result:
 
 
 def find_shortest(
-    train: Callable[[int], list[Result]], target: float, *, begin: int, grain: int, longest: int
-) -> tuple[int, list[Result]]:
-    """The shortest length of training, a multiple of `grain`, whose mean reaches the target.
+    reach: Callable[[int], float], target: float, *, begin: int, grain: int, longest: int
+) -> int:
+    """The shortest length of training, a multiple of `grain`, that reaches the target.
+
+    Args:
+        reach: steps -> the accuracy that so many lead to.
 
     Raises:
         SystemExit: not even the longest does.
     """
-
-    def reaches(steps: int) -> bool:
-        return mean(run.top1 for run in train(steps)) >= target
-
     steps = max(begin // grain, 1) * grain
-    while not reaches(steps):
+    while reach(steps) < target:
         steps += grain
         if steps > longest:
             raise SystemExit(f"time_to_accuracy.py: {target:g} % not reached in {longest} steps")
-    while steps > grain and reaches(steps - grain):
+    while steps > grain and reach(steps - grain) >= target:
         steps -= grain
-    return steps, train(steps)
+    return steps
 
 
 def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
