@@ -10,7 +10,7 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
-from .patches import Sampling, Spots, gather, scatter, select_pixels
+from .patches import Sampling, Spots, Window, gather, match_taps, scatter, select_pixels
 from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
@@ -46,7 +46,8 @@ def measure_patches(
         x again, mean (C*T,) in float32 or float64, 0 for no patches at all, and covariance
         (G, d, d). Give this x, and not the argument, to the convolution: the gradient of the
         statistics is then added to that of the convolution where it lies, instead of filling a
-        feature map of its own with it.
+        feature map of its own with it. Of spots, the mean is that of the few patches; see
+        `average_patches` for that of all.
 
     Raises:
         ValueError: x is smaller than the kernel.
@@ -75,7 +76,8 @@ class _MeasurePatches(torch.autograd.Function):
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
         whole = gather(x, sampling, selection) if len(parts) == 1 else None
-        mean, cov = average_patch(x, sampling, whole)[:, None], None
+        mean = _average_window(x, sampling) if whole is None else _average(whole)
+        mean, cov = mean[:, None], None
         for part in parts:
             maps = gather(part, sampling, selection) if whole is None else whole
             maps = maps.sub_(mean)
@@ -121,15 +123,49 @@ def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
     return len(x) * sampling.count(x.shape[2:])
 
 
-def average_patch(
-    x: torch.Tensor, sampling: Sampling, maps: torch.Tensor | None = None
-) -> torch.Tensor:
-    """The mean (C*T,) of the patches of x, 0 for none: of `maps`, or else of summed pictures."""
-    if maps is not None and maps.numel():
-        return maps.mean((0, 2))
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    total = gather(x.sum(0, keepdim=True, dtype=dtype), sampling).sum((0, 2))
-    return total / max(count_patches(x, sampling), 1)
+def average_patches(x: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mean of all patches of a window: from one pass over x, without a patch.
+
+    A covariance has as many rows of a patch as blocks share it, a mean has one. So patches that
+    suffice for the one leave noise in the other, and that costs accuracy.
+
+    Args:
+        x: (N, C, *size).
+
+    Returns:
+        x again, to be used as that of `measure_patches`, and the mean (C*T,) in float32 or float64,
+        0 for no patches.
+    """
+    return _AveragePatches.apply(x, window)
+
+
+class _AveragePatches(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.window = window
+        return x, _average_window(x, window)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: torch.Tensor, grad_mean: torch.Tensor) -> tuple[torch.Tensor, None]:
+        if not _is_whole(grad):
+            grad = grad.contiguous()
+        met = match_taps(grad, ctx.window)
+        each = grad_mean.unflatten(0, (grad.shape[1], -1)) @ met
+        each = each.div_(max(count_patches(grad, ctx.window), 1))
+        return grad.add_(each.reshape(grad.shape[1:])), None
+
+
+def _average_window(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """The mean (C*T,) of the patches of x, 0 for none."""
+    met = match_taps(x, window)
+    total = x.sum(0, dtype=met.dtype).flatten(1) @ met.mT
+    return total.flatten().div_(max(count_patches(x, window), 1))
+
+
+def _average(maps: torch.Tensor) -> torch.Tensor:
+    """The mean (C*T,) of patches (N', C*T, P'), 0 for none."""
+    return maps.mean((0, 2)) if maps.numel() else maps.sum((0, 2))
 
 
 def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor:

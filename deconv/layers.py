@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from .blocks import Blocks, divide_channels, transform_along
 from .covariance import (
     average_across,
+    average_patches,
     count_patches,
     find_share,
     measure_patches,
@@ -143,16 +144,18 @@ class _Whitening(nn.Module):
             return x, count, *self._estimate_from_rows(gather(x, sampling))
         covs: Matrices = {}
         whiten: Matrices = {}
-        total, means, done = count, [], None
+        total, mean, done = count, None, None
+        x, *of_all = average_patches(x, sampling.window) if isinstance(sampling, Spots) else (x,)
         for axis in self.axes:  # the second axis sees what the first has whitened
-            x, mean, cov = measure_patches(x, sampling, blocks, axis, done)
+            x, centre, cov = measure_patches(x, sampling, blocks, axis, done)
+            means = [centre, *of_all] if mean is None else [centre]
             if together:
-                total, mean, cov = self._pool(count, mean, cov, axis, blocks, done)
+                total, cov, *means = self._pool(count, cov, axis, blocks, done, *means)
+            mean = means[-1] if mean is None else mean
             covs[axis] = cov
             whiten[axis] = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
-            means.append(mean)
             done = axis, whiten[axis]
-        return x, total, means[0], covs, whiten
+        return x, total, mean, covs, whiten
 
     def _has_few_rows(self, count: int) -> bool:
         """Whether the root is cheaper on the side of the rows than on that of the features."""
@@ -171,25 +174,26 @@ class _Whitening(nn.Module):
     def _pool(
         self,
         count: int,
-        mean: torch.Tensor,
         cov: torch.Tensor,
         axis: str,
         blocks: Blocks,
         done: tuple[str, torch.Tensor] | None,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Patches of all processes, their mean and covariance, from those of each one.
+        centre: torch.Tensor,
+        *means: torch.Tensor,
+    ) -> tuple[torch.Tensor, ...]:
+        """Of all processes, from those of each one: patches, covariance, its centre, other means.
 
         Second moments add up about any point that all processes agree on. The running mean is one,
         and so near the mean that little cancels when the shift between the two is taken out. (Not
         before the first batch, when it is 0: means of hundreds of standard deviations would.)
         """
-        offset = (mean - self.running_mean)[None, :, None]
+        offset = (centre - self.running_mean)[None, :, None]
         if done is not None:
             offset = transform_along(done[0], offset, done[1], blocks)
         about = cov + second_moment(offset, axis, blocks)
-        total, shift, about = average_across(count, offset, about)
-        mean = self.running_mean + shift.flatten()  # that of raw features, where nothing is done
-        return total, mean, about - second_moment(shift, axis, blocks)
+        total, shift, about, *means = average_across(count, offset, about, *means)
+        centre = self.running_mean + shift.flatten()  # of raw features, where nothing is done
+        return total, about - second_moment(shift, axis, blocks), centre, *means
 
     def _running_covariances(self) -> Matrices:
         return {axis: getattr(self, f"running_cov_{axis}") for axis in self.axes}
@@ -210,9 +214,9 @@ class _Whitening(nn.Module):
     ) -> None:
         """Move the running statistics to the batch's; empty and non-finite ones leave no trace.
 
-        A mean that is not finite leaves no deviation from it finite, nor the first covariance.
+        The first covariance tells of every patch looked at, the mean of all others.
         """
-        total = covs[self.axes[0]].sum()
+        total = covs[self.axes[0]].sum() + mean.sum()
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
         usable = total - total == 0  # not for infinity, NaN, or anything divided by 0
@@ -290,7 +294,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         rows_per_feature: modes 1, 2 and 5 look at so few patches of each picture, see `Spots`,
             that a batch has about so many rows, vectors of a block, for each feature of a matrix;
             0: at all that sampling leaves, as published. A patch has a row in each of the blocks
-            that share a matrix. One patch of each picture is the least.
+            that share a matrix. One patch of each picture is the least. The mean is that of all
+            patches in any case.
         root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
             floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
@@ -300,7 +305,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
             then run the layer equally often, and start from the same buffers (DDP sees to it). A
             layer sends one message forward and one backward, mode 1 two for its two axes, of
             1 + C T + G d^2 numbers each: C all channels, T the taps (1 in mode 3), G whitening
-            matrices of side d. Evaluation sends nothing.
+            matrices of side d. Where few patches are looked at, the first has another C T for the
+            mean of all. Evaluation sends nothing.
 
     Shape:
         (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
@@ -328,8 +334,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        rows_per_feature: float = 0,
-        root: str = "newton",
+        rows_per_feature: float = 32,
+        root: str = "cholesky",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,

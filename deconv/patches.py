@@ -194,6 +194,24 @@ def _number_pixels(
 _cached_selection = lru_cache(maxsize=128)(torch.inference_mode(False)(_select))
 
 
+def match_taps(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """1 where a tap meets a pixel of x (N, C, *size), else 0: (T, pixels), float32 at least."""
+    make = _match_taps if is_traced(x) else _cached_match
+    return make(window, tuple(x.shape[2:]), torch.promote_types(x.dtype, torch.float32), x.device)
+
+
+def _match_taps(
+    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> torch.Tensor:
+    met = torch.zeros(window.taps, *size, dtype=dtype, device=device)
+    for tap, _, pixels in window.split_taps(size):
+        met[(tap, *pixels)] = 1
+    return met.flatten(1)
+
+
+_cached_match = lru_cache(maxsize=128)(torch.inference_mode(False)(_match_taps))
+
+
 def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:
     """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
 

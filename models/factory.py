@@ -82,8 +82,8 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
-    root: str = "newton",
-    rows_per_feature: float = 0,
+    root: str = "cholesky",
+    rows_per_feature: float = 32,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.
@@ -170,9 +170,9 @@ def _make_methods(
     """The table of methods; `last` replaces the last linear layer of all of them unless None."""
 
     def deconvolve(in_channels: int, out: int, kernel_size: int, *, mode: int) -> nn.Module:
-        return FastDeconv(
-            in_channels, out, kernel_size, bias=bias, mode=mode, block=in_channels, **first
-        )
+        # A picture is a patch: fewer rows than features, which the symmetric root makes use of.
+        own = {"mode": mode, "block": in_channels, "root": "newton"}
+        return FastDeconv(in_channels, out, kernel_size, bias=bias, **own, **first)
 
     def joint(in_features: int, out: int) -> nn.Module:
         return _delinear(in_features, options)(in_features, out)

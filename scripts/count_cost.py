@@ -18,7 +18,7 @@ from torch.nn import functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deconv import Delinear, FastDeconv
 from deconv.covariance import count_patches, keeps_patches
-from deconv.patches import Window, select_pixels
+from deconv.patches import Spots, Window, select_pixels
 from scripts.profile_layer import CONVOLUTION, NAMES
 
 BYTES = 4  # of a float32 number
@@ -55,6 +55,8 @@ class Sizes:
         maps: numbers in all patches together.
         pixels: that a product takes each of them from, 0 where they are copied.
         kept: whether the backward finds them, instead of gathering again.
+        averaged: numbers of a picture times taps, where the mean is of more patches than that; 0
+            where it is of them.
         matrices: whitening matrices of an axis, G.
         sides: the side of these matrices, for each axis of the mode.
         root: "newton", "cholesky", or "spectrum" for the first by eigenvalues.
@@ -70,6 +72,7 @@ class Sizes:
     maps: int
     pixels: int
     kept: bool
+    averaged: int
     matrices: int
     sides: tuple[int, ...]
     root: str
@@ -111,6 +114,7 @@ def measure_sizes(
         maps=maps,
         pixels=len(selection[0]) if selection else 0,
         kept=keeps_patches(looked, sampling),
+        averaged=x[0].numel() * sampling.taps if isinstance(sampling, Spots) else 0,
         matrices=blocks.matrices,
         sides=tuple(side[axis] for axis in layer.axes),
         root="spectrum" if by_values else layer.root,
@@ -149,6 +153,9 @@ def patches(s: Sizes) -> Both:
 def statistics(s: Sizes) -> Both:
     """Mean, centring, and one product for each covariance and its gradient."""
     forward, backward = move(3 * s.maps), move(2 * s.maps)
+    if s.averaged:
+        forward += move(s.inputs) + Cost(2 * s.averaged)
+        backward += move(2 * s.inputs) + Cost(2 * s.averaged)
     for number, side in enumerate(s.sides):
         for done in s.sides[:number]:  # the second axis sees what the first has whitened
             forward += multiply(done, done, s.vectors(done), s.matrices)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deconv import covariance
 from deconv.blocks import Blocks, transform_along
-from deconv.covariance import measure_patches, second_moment
+from deconv.covariance import average_patches, measure_patches, second_moment
 from deconv.patches import SMALL, Spots, Window, gather
 
 WINDOW = Window((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
@@ -80,6 +80,30 @@ def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shar
     found = torch.autograd.grad((mean * a).sum() + (cov * b).sum() + (passed * c).sum(), wanted)
     loss = (expected[0] * a).sum() + (expected[1] * b).sum() + (x * c).sum()
     torch.testing.assert_close(found, torch.autograd.grad(loss, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_mean_of_all_patches_is_that_without_gathering_one(dtype):
+    x = pictures().to(dtype).requires_grad_()
+    passed, mean = average_patches(x, WINDOW)
+    expected = gather(x, WINDOW).mean((0, 2))
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(mean, expected)
+    a, b = torch.randn_like(mean), torch.randn_like(x)
+    found = torch.autograd.grad((mean * a).sum() + (passed * b).sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad((expected * a).sum() + (x * b).sum(), x))
+    passed, mean = average_patches(x, WINDOW)  # a gradient that is one number everywhere
+    found = torch.autograd.grad((mean * a).sum() + passed.sum(), x)
+    expected = torch.autograd.grad((gather(x, WINDOW).mean((0, 2)) * a).sum() + x.sum(), x)
+    torch.testing.assert_close(found, expected)
+
+
+def test_the_mean_of_no_patches_is_zero():
+    x = pictures(0).requires_grad_()
+    passed, mean = average_patches(x, WINDOW)
+    assert mean.shape == (24,) and not mean.any()
+    (mean.sum() + passed.sum()).backward()
+    assert x.grad.shape == x.shape
 
 
 def test_equals_numpy_for_every_group():

@@ -62,10 +62,12 @@ def brute_force(layer, x):
     if layer.mode == 3:  # single pixels of the raw picture, repeated for every tap
         sample = patches(x, 1, 1, layer.sampling_stride).flatten(0, 1)
         sample = sample.repeat_interleave(kernel[0][0] * kernel[0][1], dim=1)
+        mean = sample.mean(0)
     else:
         some = isinstance(sampling, Spots)
         window = sampling.window if some else sampling
         sample = patches(F.pad(x, window.padding), *kernel, window.stride)
+        mean = sample.mean((0, 1))  # of all, however few the covariance is of
         if some:
             numbers = sampling.choose(len(x), x.shape[2:], x.device)
             sample = torch.stack([rows[n] for rows, n in zip(sample, numbers, strict=True)])
@@ -74,7 +76,7 @@ def brute_force(layer, x):
     for blocks in columns_of(layer):  # one group
         parts = [sample[:, block] - sample[:, block].mean(0) for block in blocks]  # M B T
         for block, D in zip(blocks, exact_whitening(layer, parts), strict=True):
-            off_centre = seen[..., block] - sample[:, block].mean(0)
+            off_centre = seen[..., block] - mean[block]
             white[..., block.flatten()] = off_centre.flatten(-2) @ D.T
     out = [
         part @ weight.T
@@ -462,6 +464,6 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
 
 
 def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
-    assert "rows_per_feature=0, root=newton" in repr(FastDeconv(4, 8, 3))
-    shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="cholesky"))
-    assert "rows_per_feature=4, root=cholesky" in shown
+    assert "rows_per_feature=32, root=cholesky" in repr(FastDeconv(4, 8, 3))
+    shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="newton"))
+    assert "rows_per_feature=4, root=newton" in shown

@@ -117,11 +117,11 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "batch has N rows (of each block one) for each feature of a matrix; 0: at all that "
         "--stride leaves",
         real(least=0),
-        0,
+        32,
         metavar="N",
     )
     text = "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's"
-    add("--root", text, None, "newton", choices=("newton", "cholesky"))
+    add("--root", text, None, "cholesky", choices=("newton", "cholesky"))
     text = "blocks of neighbouring channels, or channels dealt to them in turn"
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
