@@ -16,14 +16,21 @@ from torch import nn
 
 from .architecture import Architecture, Options, build_from, describe, init_weights
 from .densenet import DenseNet
+from .dpn import DPN
 from .factory import Layers, make_layers
+from .gate import SqueezeExcitation
 from .imagenet import (
     IMAGENET_ARCHITECTURES,
     build_imagenet_model,
     describe_imagenet_architectures,
 )
+from .mobilenet import EFFICIENTNET_B0, GatedResidual, MobileNet
+from .pnasnet import CellA, CellB, PNASNet
+from .preact import PreActResNet
 from .resnet import ResNet
-from .simple import SimpleCNN, mlp, simple_v1
+from .resnext import ResNeXt
+from .simple import LeNet, SimpleCNN, mlp, simple_v1
+from .stem import small_stem
 from .vgg import VGG
 
 __all__ = [
@@ -66,6 +73,32 @@ ARCHITECTURES: dict[str, Architecture] = {
         partial(DenseNet, depth=121),
         "DenseNet-121: four dense blocks, 32 channels grown by each layer",
     ),
+    "preact": Architecture(
+        PreActResNet,
+        "Preact-ResNet-18: eight blocks of two 3 x 3 convolutions, norm and ReLU first",
+    ),
+    "senet": Architecture(
+        partial(PreActResNet, stem=small_stem, gate=SqueezeExcitation),
+        "SENet-18: the same with squeeze and excitation of each block",
+    ),
+    "resnext": Architecture(
+        ResNeXt, "ResNeXt-29 32x4d: nine bottlenecks, 3 x 3 convolutions in 32 groups"
+    ),
+    "mobilev2": Architecture(MobileNet, "MobileNet v2: seventeen inverted residuals, depthwise"),
+    "efficient": Architecture(
+        partial(MobileNet, block=GatedResidual, stages=EFFICIENTNET_B0, head=0),
+        "EfficientNet-B0: sixteen inverted residuals with squeeze and excitation",
+    ),
+    "dpn": Architecture(DPN, "DPN-92: thirty dual path blocks, 3 x 3 convolutions in 32 groups"),
+    "pnasnetA": Architecture(
+        partial(PNASNet, cell=CellA, width=44),
+        "PNASNet-A: twenty cells of a 7 x 7 depthwise convolution and a max-pool",
+    ),
+    "pnasnetB": Architecture(
+        partial(PNASNet, cell=CellB, width=32),
+        "PNASNet-B: twenty cells of three depthwise convolutions, a max-pool and a 1 x 1",
+    ),
+    "lenet": Architecture(LeNet, "LeNet-5: two 5 x 5 convolutions and three linear layers"),
     "simple_v1": Architecture(
         simple_v1,
         "linear or logistic regression: one layer on the whole picture (method 1 to 4)",

@@ -11,7 +11,7 @@ from torch import nn
 from .factory import Layers
 
 MIN_IMAGE_SIZE = 32  # pixels; five halvings leave one
-NAMES_SHOWN = 16  # in an error
+NAMES_SHOWN = 24  # in an error
 
 
 def init_weights(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bottleneck import make_shortcut
 from .factory import Layers
 from .stem import small_stem
 
@@ -27,7 +28,7 @@ class BasicBlock(nn.Module):
         self.norm1 = layers.norm(width)
         self.conv2 = layers.conv(width, width, 3, padding=1)
         self.norm2 = layers.norm(width)
-        self.shortcut = _make_shortcut(layers, channels, width, stride)
+        self.shortcut = make_shortcut(layers, channels, width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -52,7 +53,7 @@ class Bottleneck(nn.Module):
         self.norm2 = layers.norm(width)
         self.conv3 = layers.conv(width, out, 1)
         self.norm3 = layers.norm(out)
-        self.shortcut = _make_shortcut(layers, channels, out, stride)
+        self.shortcut = make_shortcut(layers, channels, out, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.norm1(self.conv1(x)))
@@ -69,12 +70,6 @@ DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
     50: (Bottleneck, (3, 4, 6, 3)),
     101: (Bottleneck, (3, 4, 23, 3)),
 }
-
-
-def _make_shortcut(layers: Layers, channels: int, out: int, stride: int) -> nn.Module:
-    if stride == 1 and channels == out:
-        return nn.Identity()
-    return nn.Sequential(layers.conv(channels, out, 1, stride=stride), layers.norm(out))
 
 
 def _make_stage(

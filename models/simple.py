@@ -1,4 +1,4 @@
-"""The small networks: linear regression, three convolutions, a multi-layer perceptron."""
+"""The small networks: linear regression, few convolutions, a multi-layer perceptron."""
 
 from __future__ import annotations
 
@@ -52,6 +52,33 @@ class SimpleCNN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.features(x)).flatten(1)
         return self.linear(self.dropout(x))
+
+
+class LeNet(nn.Module):
+    """LeNet-5 with ReLU and max-pool (LeCun et al., 1998): two 5 x 5 convolutions, three linear.
+
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes). The hidden linear layers are plain, as in
+    `VGG`.
+    """
+
+    def __init__(self, layers: Layers, *, in_channels: int = 3, num_classes: int = 10) -> None:
+        super().__init__()
+        modules: list[nn.Module] = []
+        for conv, channels, width in ((layers.stem, in_channels, 6), (layers.conv, 6, 16)):
+            modules += [conv(channels, width, 5), layers.norm(width)]
+            modules += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
+        self.features = nn.Sequential(*modules)
+        self.pool = nn.AdaptiveAvgPool2d(5)  # does nothing at 32
+        self.hidden = nn.Sequential(
+            nn.Linear(16 * 25, 120),
+            nn.ReLU(inplace=True),
+            nn.Linear(120, 84),
+            nn.ReLU(inplace=True),
+        )
+        self.linear = layers.linear(84, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.hidden(self.pool(self.features(x)).flatten(1)))
 
 
 def mlp(

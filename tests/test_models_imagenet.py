@@ -151,7 +151,8 @@ def test_initialisation_draws_every_parameter(arch, deconv):
             bound = own["weight"][0].numel() ** -0.5
             for parameter in own.values():
                 low, high = parameter.aminmax()
-                assert -bound <= low < high <= bound  # NaN is not
+                assert -bound <= low <= high <= bound  # NaN is not
+                assert low < high or parameter.numel() == 1
             rms, uncertainty = bound / 3**0.5, own["weight"].numel() ** -0.5
             assert own["weight"].square().mean().sqrt().item() == pytest.approx(
                 rms, rel=3 * uncertainty

@@ -1,0 +1,121 @@
+"""Inverted residuals: MobileNet v2 (Sandler et al., 2018), EfficientNet-B0 (Tan and Le, 2019).
+
+The forms for small pictures that are in common use. NOTE (differs from Tan and Le): EfficientNet-B0
+has 3 x 3 kernels and ReLU throughout, and its gates come last in a block, on its outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .bottleneck import make_bottleneck, make_shortcut
+from .factory import Layers
+from .gate import SqueezeExcitation
+from .stem import small_stem
+
+STEM_WIDTH = 32
+
+
+class Stage(NamedTuple):
+    """Inverted residuals of `out` channels, `expansion` times as many inside.
+
+    The first of the `depth` blocks takes the stride.
+    """
+
+    expansion: int
+    out: int
+    depth: int
+    stride: int
+
+
+MOBILENET_V2 = (
+    Stage(1, 16, 1, 1),
+    Stage(6, 24, 2, 1),  # 2 for large pictures
+    Stage(6, 32, 3, 2),
+    Stage(6, 64, 4, 2),
+    Stage(6, 96, 3, 1),
+    Stage(6, 160, 3, 2),
+    Stage(6, 320, 1, 1),
+)
+EFFICIENTNET_B0 = (
+    Stage(1, 16, 1, 2),
+    Stage(6, 24, 2, 1),
+    Stage(6, 40, 2, 2),
+    Stage(6, 80, 3, 2),
+    Stage(6, 112, 3, 1),
+    Stage(6, 192, 4, 2),
+    Stage(6, 320, 1, 2),
+)
+
+
+class InvertedResidual(nn.Module):
+    """x' + y, y = a wide depthwise bottleneck of x, x' = x or its projection; y where it strides.
+
+    (N, C, H, W) -> (N, out, H/stride, W/stride).
+    """
+
+    def __init__(
+        self, layers: Layers, channels: int, out: int, *, expansion: int, stride: int
+    ) -> None:
+        super().__init__()
+        width = expansion * channels
+        shape = (channels, width, out)
+        self.body = make_bottleneck(layers, *shape, stride=stride, groups=width)
+        self.shortcut = make_shortcut(layers, channels, out) if stride == 1 else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y if self.shortcut is None else y + self.shortcut(x)
+
+
+class GatedResidual(InvertedResidual):
+    """x' + gated y, y and x' as in `InvertedResidual`; y + gated y where it strides."""
+
+    def __init__(self, layers: Layers, channels: int, out: int, **options: int) -> None:
+        super().__init__(layers, channels, out, **options)
+        self.gate = SqueezeExcitation(out)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return self.gate(y) + (y if self.shortcut is None else self.shortcut(x))
+
+
+class MobileNet(nn.Module):
+    """Stem, stages of inverted residuals, a 1 x 1 convolution, global average, linear.
+
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    Args:
+        head: channels of the 1 x 1 convolution; 0 for none.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        *,
+        block: type[InvertedResidual] = InvertedResidual,
+        stages: Sequence[Stage] = MOBILENET_V2,
+        head: int = 1280,
+        in_channels: int = 3,
+        num_classes: int = 10,
+    ) -> None:
+        super().__init__()
+        self.stem = small_stem(layers, in_channels, STEM_WIDTH)
+        channels, modules = STEM_WIDTH, []
+        for expansion, out, depth, stride in stages:
+            for index in range(depth):
+                shape = {"expansion": expansion, "stride": stride if index == 0 else 1}
+                modules.append(block(layers, channels, out, **shape))
+                channels = out
+        if head:
+            modules += [layers.conv(channels, head, 1), layers.norm(head), nn.ReLU(inplace=True)]
+        self.features = nn.Sequential(*modules)
+        self.linear = layers.linear(head or channels, num_classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.features(self.stem(x))
+        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
