@@ -44,7 +44,7 @@ from util.compute import Compute
 from util.metrics import peak_memory_mb
 from util.optim import build_criterion, build_optimizer
 from util.parser import Parser, real, str2bool, whole
-from util.run import describe_device
+from util.run import describe_device, read_processor
 
 Step = Callable[[], None]
 
@@ -341,14 +341,6 @@ def describe_environment(device: torch.device) -> dict[str, str]:
         "torch": f"torch {torch.__version__}",
         "python": f"python {platform.python_version()}",
     }
-
-
-def read_processor() -> str:
-    try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        found = None
-    return found[1] if found else platform.machine()
 
 
 def format_head(flags: argparse.Namespace) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import platform
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -178,6 +179,7 @@ def write_record(
         "versions": {"python": platform.python_version(), **_installed_versions()},
         "commit": _git_commit(),
         "device": describe_device(device),
+        "processor": read_processor(),
         "processes": processes,
         "platform": platform.platform(),
     }
@@ -190,6 +192,15 @@ def describe_device(device: torch.device) -> str:
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
     return f"{device.type}, {torch.get_num_threads()} threads"
+
+
+def read_processor() -> str:
+    """The CPU's name where the system tells it, else its kind."""
+    try:
+        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        found = None
+    return found[1] if found else platform.machine()
 
 
 @contextmanager
