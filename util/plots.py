@@ -119,6 +119,31 @@ def plot_growth(panels: Mapping[str, tuple[Sequence[float], Columns]], path: str
     _save(figure, path)
 
 
+def plot_losses(
+    panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | Path
+) -> None:
+    """Training loss against optimizer steps, a panel for each title, logarithmic, as a PNG.
+
+    Args:
+        panels: by title, and in a panel by label, pairs of a step and a loss.
+    """
+    figure = Figure(figsize=(12, 7), layout="constrained")
+    grid = figure.subplots(2, math.ceil(len(panels) / 2), squeeze=False)
+    for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
+        axes.set_yscale("log")
+        for number, (label, points) in enumerate(lines.items()):
+            steps, losses = zip(*points, strict=True)
+            color = (BATCHNORM_COLOR, *DECONV_COLORS)[number]
+            axes.plot(steps, losses, label=label, color=color, linewidth=1.2)
+        axes.set_title(title, fontsize="medium")
+        _dress(axes, "step", "training loss")
+        if lines:
+            axes.legend(frameon=False, fontsize="small")
+    for axes in grid.flat[len(panels) :]:
+        axes.set_visible(False)
+    _save(figure, path)
+
+
 def draw_filters(weight: Tensor) -> Tensor:
     """A picture of convolution kernels, each stretched to black ... white, enlarged, in a grid.
 

@@ -1,0 +1,67 @@
+"""Batches of 2 to 512 pictures: VGG-11 on as many pictures of Fashion-MNIST, both kinds.
+
+python scripts/paper/batch_size.py --data DIR
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.paper.costs import estimate
+from scripts.paper.engine import Find, Recipe, Run, main
+from scripts.paper.records import Records
+from scripts.paper.tables import format_table, show_seconds, show_top1, wrap
+
+SIZES = (2, 8, 32, 128, 512)
+SEEN = 25_600  # pictures of a run
+KINDS = {"bn": "BatchNorm", "deconv": "deconvolution"}
+RATES = {"bn": 0.01, "deconv": 0.1}  # at 128; others in proportion
+BASE = "--arch vgg11 --epochs 1 --wd 5e-4 --seed 0"
+
+
+def plan(find: Find) -> list[Run]:
+    return [make_run(kind, size) for size in reversed(SIZES) for kind in KINDS]
+
+
+def make_run(kind: str, size: int) -> Run:
+    steps, deconv = SEEN // size, kind == "deconv"
+    flags = f"{BASE} --deconv {deconv} --batch-size {size} --lr {find_rate(kind, size):g}"
+    flags += f" --max-steps {steps}"
+    seconds = estimate("vgg11, blocks of 16", deconv, steps, size)
+    return Run(name_run(kind, size), "fashion", flags, steps, seconds)
+
+
+def find_rate(kind: str, size: int) -> float:
+    return RATES[kind] * size / 128
+
+
+def name_run(kind: str, size: int) -> str:
+    return f"{kind}-batch{size}"
+
+
+def page(records: Records) -> str:
+    header = ["batch", "steps"]
+    for title in KINDS.values():
+        header += [f"{title}: lr", "test top-1", "seconds of training"]
+    rows = []
+    for size in SIZES:
+        row = [size, f"{SEEN // size:,}"]
+        for kind in KINDS:
+            names = [name_run(kind, size)]
+            row += [f"{find_rate(kind, size):g}", show_top1(records, names)]
+            row.append(show_seconds(records, names))
+        rows.append(row)
+    text = f"""
+        Fashion-MNIST, VGG-11, {SEEN:,} pictures seen in every run, weight decay 5e-4, cosine, seed
+        0. The learning rate is in proportion to the batch, {RATES["bn"]:g} for BatchNorm and
+        {RATES["deconv"]:g} for deconvolution at 128, the better rates of either there.
+        """
+    return f"{wrap(text)}\n{format_table(header, rows)}"
+
+
+RECIPE = Recipe("batch_size", "Batch size", plan, page)
+
+if __name__ == "__main__":
+    main(RECIPE)

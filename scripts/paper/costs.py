@@ -1,0 +1,36 @@
+"""How long a training takes on one CPU thread, roughly: for planning, not for comparing."""
+
+from __future__ import annotations
+
+# Of a core of an Intel Xeon, torch 2.14.1, float32, blocks of 64: seconds of a step whatever its
+# batch, and milliseconds of each picture; BatchNorm, then deconvolution. By steps of 16 and of 48
+# pictures on a busy machine; DenseNet-121, DPN-92 and blocks of 16 are guessed.
+COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
+    "vgg11": ((0.05, 8.6), (0.49, 13.2)),
+    "vgg11, blocks of 16": ((0.05, 8.6), (0.12, 10.2)),
+    "vgg16": ((0.10, 15.9), (0.91, 26.8)),
+    "resnet18": ((0.11, 28.3), (0.80, 57.9)),
+    "preact": ((0.0, 34.3), (1.15, 46.5)),
+    "senet": ((0.0, 34.4), (1.10, 49.3)),
+    "densenet121": ((0.0, 100.0), (2.0, 130.0)),
+    "resnext": ((0.0, 97.5), (0.29, 118.1)),
+    "mobilev2": ((0.05, 23.6), (0.45, 30.2)),
+    "dpn": ((0.0, 250.0), (2.0, 350.0)),
+    "pnasnetA": ((0.31, 38.8), (0.61, 92.8)),
+    "efficient": ((0.18, 9.5), (0.44, 22.9)),
+}
+TESTED = 10_000  # pictures of a test, of CIFAR-10 and Fashion-MNIST
+FORWARD = 1 / 3  # of a picture in training is a picture in a test
+
+
+def estimate(
+    arch: str, deconv: bool, steps: int, batch_size: int, *, tests: int = 1, slower: float = 1
+) -> float:
+    """Seconds of a run of so many steps and tests.
+
+    Args:
+        slower: factor of its steps.
+    """
+    fixed, each = COSTS[arch][deconv]
+    training = slower * steps * (fixed + batch_size * each / 1000)
+    return training + tests * TESTED * FORWARD * each / 1000

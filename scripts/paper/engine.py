@@ -1,0 +1,242 @@
+"""What all recipes of this folder share: runs of main.py, each in its own folder, made once.
+
+A recipe plans runs. One that has finished or diverged is not run again, one that was interrupted
+goes on from its last checkpoint; a folder that is removed is run anew.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from argparse import Namespace
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from util.checkpoint import BEST_NAME, PREVIOUS_NAME
+from util.parser import Parser, place, whole
+from util.recorder import DIVERGED_NAME
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = ROOT / "runs" / "paper"
+PICTURES = {"cifar10": 50_000, "fashion": 60_000}  # of training
+CONSOLE_NAME = "console.txt"
+SAVE_EVERY = 100  # optimizer steps
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training.
+
+    Args:
+        name: of its folder.
+        pictures: a key of `PICTURES`.
+        flags: of main.py, but those about data, folders and threads.
+        steps: optimizer steps when it is finished.
+        seconds: estimated, for one CPU thread.
+    """
+
+    name: str
+    pictures: str
+    flags: str
+    steps: int
+    seconds: float
+
+
+# name -> test top-1 in percent; 0 where it has diverged, None where it has not finished.
+Find = Callable[[str], float | None]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A result: the runs it needs, and what is made of them.
+
+    Args:
+        name: of the folder of its runs, and of its file in results/.
+        title: one line.
+        plan: plan(find) -> all runs but those that depend on results not yet found.
+        page: page(records by name) -> its part of docs/results.md, see `paper_report.py`.
+        draw: draw(records by name, path) -> its picture; None where it has none.
+        after: after(folder of the runs) -> command lines, run when all runs are finished.
+    """
+
+    name: str
+    title: str
+    plan: Callable[[Find], list[Run]]
+    page: Callable[[dict[str, dict]], str]
+    draw: Callable[[dict[str, dict], Path], None] | None = None
+    after: Callable[[Path], list[list[str]]] = lambda folder: []
+
+
+def count_steps(pictures: str, batch_size: int) -> int:
+    """Optimizer steps of an epoch."""
+    return math.ceil(PICTURES[pictures] / batch_size)
+
+
+def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
+    """Make what a recipe needs. Exit: 1 where a run has failed, 130 or 143 where it was stopped."""
+    flags, more = make_parser(recipe).parse_known_args(argv)
+    folder = Path(flags.out) / recipe.name
+    if flags.dry_run:
+        print(describe_plan(recipe, folder, flags, more))
+        return
+    tried: set[str] = set()
+    while todo := [run for run in list_todo(recipe, folder, flags.only) if run.name not in tried]:
+        lines = {run.name: make_command(run, folder / run.name, flags, more) for run in todo}
+        run_all(lines, folder, flags.jobs)
+        tried |= lines.keys()
+    if failed := [run.name for run in list_todo(recipe, folder, flags.only)]:
+        names = ", ".join(failed)
+        raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
+    for line in recipe.after(folder) if flags.only is None else ():
+        subprocess.run(line, cwd=ROOT, check=True)
+
+
+def make_parser(recipe: Recipe) -> Parser:
+    parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Flags unknown here go to main.py.")
+    add = parser.add_group("runs")
+    text = "folder that holds CIFAR-10 as pictures, train/CLASS/* and test/CLASS/*"
+    add("--cifar10", text, absolute, shown="its binary files, in --data", metavar="DIR")
+    text = "where Fashion-MNIST and binary CIFAR-10 lie or are downloaded to"
+    add("--data", text, absolute, str(ROOT / "data"), "data", metavar="DIR")
+    text = f"runs go to DIR/{recipe.name}"
+    add("--out", text, absolute, str(RUNS), "runs/paper", metavar="DIR")
+    add("--only", "only runs whose name contains TEXT", shown="all", metavar="TEXT")
+    add("--jobs", "runs at a time", whole(1, 64), 1, metavar="N")
+    add("--threads", "CPU threads of each", whole(1, 1024), 1, metavar="N")
+    text = "say what would be run, and how long it would take"
+    add("--dry-run", text, action="store_true", default=False, shown="")
+    return parser
+
+
+def absolute(text: str) -> str:
+    """A place as main.py finds it, which is started in the project's folder."""
+    return str(Path(place(text)).resolve())
+
+
+def list_todo(recipe: Recipe, folder: Path, only: str | None) -> list[Run]:
+    """The runs that are neither finished nor diverged, as far as they can be planned by now."""
+    runs = list_runs(recipe, folder, only)
+    return [run for run in runs if find_state(run, folder / run.name) in ("begun", "to do")]
+
+
+def list_runs(
+    recipe: Recipe, folder: Path, only: str | None, unknown: float | None = None
+) -> list[Run]:
+    """Those planned, where results not yet found are taken to be `unknown`."""
+
+    def find(name: str) -> float | None:
+        if (folder / name / DIVERGED_NAME).exists():
+            return 0.0
+        summary = read_summary(folder / name)
+        return summary["test_top1"] if summary else unknown
+
+    return [run for run in recipe.plan(find) if only is None or only in run.name]
+
+
+def find_state(run: Run, folder: Path) -> str:
+    """finished, diverged, begun or to do."""
+    if (folder / DIVERGED_NAME).exists():
+        return "diverged"
+    summary = read_summary(folder)
+    if summary and summary["steps"] >= run.steps:
+        return "finished"
+    return "begun" if folder.exists() else "to do"
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    path = folder / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def make_command(run: Run, folder: Path, flags: Namespace, more: Sequence[str]) -> list[str]:
+    """The command line of a run, which goes on where it was begun."""
+    if run.pictures == "cifar10" and flags.cifar10:
+        data = ["--dataset", "folder", "--data", flags.cifar10, "--out", flags.out]
+    else:
+        data = ["--dataset", run.pictures, "--data", flags.data]
+    save = ["--checkpoint-steps", str(min(SAVE_EVERY, run.steps)), "--resume", "auto"]
+    where = ["--threads", str(flags.threads), "--run-dir", str(folder)]
+    return ["python", "main.py", *shlex.split(run.flags), *data, *where, *save, *more]
+
+
+def describe_plan(recipe: Recipe, folder: Path, flags: Namespace, more: Sequence[str]) -> str:
+    """A line for each run, with its minutes and its command, and how long all will take.
+
+    Rates that are still to be found are shown as the first of those to be tried.
+    """
+    lines, seconds = [], 0.0
+    for run in list_runs(recipe, folder, flags.only, unknown=0.0):
+        state = find_state(run, folder / run.name)
+        seconds += run.seconds if state in ("begun", "to do") else 0
+        command = shlex.join(make_command(run, folder / run.name, flags, more))
+        lines.append(f"{state:8} {run.seconds / 60:5.0f} min  {command}")
+    hours = seconds / 3600 / flags.jobs
+    return "\n".join([*lines, f"about {hours:.1f} hours to go, {flags.jobs} at a time"])
+
+
+def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None:
+    """Run commands, by the names of their folders; one that fails does not stop the others.
+
+    Raises:
+        SystemExit: interrupted; the runs under way have saved what they have.
+    """
+    waiting, running = list(lines), {}
+    before = signal.signal(signal.SIGTERM, _leave)
+    try:
+        while waiting or running:
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = start(lines[name], folder / name)
+            time.sleep(0.1)
+            for name in [name for name, process in running.items() if process.poll() is not None]:
+                finish(running.pop(name).returncode, folder / name)
+    except KeyboardInterrupt:
+        _leave(signal.SIGINT, None)
+    finally:
+        stop(running.values())
+        signal.signal(signal.SIGTERM, before)
+
+
+def start(line: Sequence[str], folder: Path) -> subprocess.Popen:
+    """Begin a run, or go on with it; what it says goes to its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    print(f"{time.strftime('%H:%M')} {folder.name}", flush=True)
+    with open(folder / CONSOLE_NAME, "a") as console:
+        command = [sys.executable, *line[1:]]
+        # In a session of its own, so that Ctrl-C comes once, from here.
+        more = {"stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command, cwd=ROOT, stdout=console, **more)
+
+
+def finish(code: int, folder: Path) -> None:
+    """Say how a run has ended, and drop the checkpoints but the last."""
+    summary = read_summary(folder)
+    if (folder / DIVERGED_NAME).exists():
+        told = "diverged"
+    elif code or summary is None:
+        told = f"failed with code {code}"
+    else:
+        told = f"test top-1 {summary['test_top1']:.2f} %"
+        for name in (PREVIOUS_NAME, BEST_NAME):
+            (folder / name).unlink(missing_ok=True)
+    print(f"{time.strftime('%H:%M')} {folder.name}: {told}", flush=True)
+
+
+def stop(processes: Collection[subprocess.Popen]) -> None:
+    """Let them save what they have, and wait for it."""
+    for process in processes:
+        process.terminate()
+    for process in processes:
+        process.wait()
+
+
+def _leave(number: int, frame: object) -> None:
+    raise SystemExit(128 + number)

@@ -1,0 +1,60 @@
+"""Markdown tables of records; what has not been run is a dash."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+from statistics import mean
+from typing import Any
+
+from scripts.paper.records import Records
+
+DASH = "-"
+
+
+def wrap(text: str) -> str:
+    """A paragraph of lines of up to 100 columns."""
+    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False) + "\n"
+
+
+def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """A Markdown table; None is a dash."""
+    lines = [header, ["---"] * len(header), *rows]
+    cells = [[DASH if cell is None else str(cell) for cell in line] for line in lines]
+    return "".join(f"| {' | '.join(line)} |\n" for line in cells)
+
+
+def top1_of(record: dict[str, Any] | None) -> float | None:
+    """Test top-1 in percent; None where it was not run, or has diverged."""
+    return None if record is None or "diverged" in record else record["test_top1"]
+
+
+def mean_top1(records: Records, names: Sequence[str]) -> float | None:
+    """Over those of the runs that came to an end; None where none did."""
+    found = [top1_of(records.get(name)) for name in names]
+    found = [value for value in found if value is not None]
+    return mean(found) if found else None
+
+
+def show_top1(records: Records, names: Sequence[str]) -> str:
+    """The mean, and where there are several the single ones; or at which step it diverged."""
+    shown = [_show(records[name]) for name in names if name in records]
+    if not shown:
+        return DASH
+    middle = mean_top1(records, names)
+    if len(shown) == 1 or middle is None:
+        return ", ".join(shown)
+    return f"**{middle:.2f}** ({', '.join(shown)})"
+
+
+def show_seconds(records: Records, names: Sequence[str]) -> str:
+    """Seconds of training, the mean over runs."""
+    found = [records[name]["train_seconds"] for name in names if name in records]
+    found = [value for value in found if value is not None]
+    return f"{mean(found):,.0f}" if found else DASH
+
+
+def _show(record: dict[str, Any]) -> str:
+    if "diverged" in record:
+        return f"diverged at step {record['diverged']}"
+    return f"{record['test_top1']:.2f}"

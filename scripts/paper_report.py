@@ -1,0 +1,121 @@
+"""Gather finished runs of scripts/paper/ into results/, and write docs/results.md from there.
+
+    python scripts/paper_report.py                # runs/paper -> results/*.json, docs/results.md
+    python scripts/paper_report.py --runs DIR     # runs that lie elsewhere
+
+Runs that are not in --runs keep their records, so those of several machines come together. The page
+and its pictures follow from results/ alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
+from scripts.paper.engine import ROOT, RUNS, Recipe
+from scripts.paper.records import RESULTS, Records, gather, load, save
+from scripts.paper.tables import format_table
+from util.checkpoint import atomic_write
+from util.parser import Parser, place
+
+RECIPES = tuple(
+    m.RECIPE for m in (table1, best_rates, filters, modes, regression, filters, batch_size)
+)
+PAGE = "results.md"
+INTRO = """\
+# Results
+
+Written by `python scripts/paper_report.py` from the records in `results/`: every figure measured
+here is of a run whose settings, seed, machine, versions and commit are there. Each section is one
+recipe; with `--dry-run` it says what it would run, and how long that takes. A dash: not run yet.
+Accuracy is test top-1 in percent after the last epoch, not the best. CIFAR-10 is its 60,000
+pictures as JPEG files where a record's `dataset` is `folder`, its binary files where it is
+`cifar10`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("paper_report.py", __doc__.splitlines()[0])
+    add = parser.add_group("folders")
+    add("--runs", "of the recipes' runs", place, str(RUNS), "runs/paper", metavar="DIR")
+    add("--results", "of the records", place, str(RESULTS), "results", metavar="DIR")
+    add("--docs", "of the page and its pictures", place, str(ROOT / "docs"), "docs", metavar="DIR")
+    flags = parser.parse_args(argv)
+    results, docs = Path(flags.results), Path(flags.docs)
+    for recipe in RECIPES:
+        if found := gather(recipe, Path(flags.runs) / recipe.name):
+            save(recipe.name, load(recipe.name, results) | found, results)
+    write_page(results, docs)
+
+
+def write_page(results: Path, docs: Path) -> None:
+    """The page and its pictures, from the records alone."""
+    parts = [INTRO]
+    for recipe in RECIPES:
+        records = load(recipe.name, results)
+        parts.append(format_section(recipe, records))
+        if recipe.draw and records:
+            recipe.draw(records, docs / name_picture(recipe))
+    with atomic_write(docs / PAGE) as file:
+        file.write("\n".join(parts).encode())
+
+
+def name_picture(recipe: Recipe) -> str:
+    return f"results_{recipe.name}.png"
+
+
+def format_section(recipe: Recipe, records: Records) -> str:
+    parts = [f"## {recipe.title}\n", f"```sh\npython scripts/paper/{recipe.name}.py\n```\n"]
+    parts.append(recipe.page(records))
+    if recipe.draw and records:
+        parts.append(f"![{recipe.title}]({name_picture(recipe)})\n")
+    if records:
+        parts += [describe_runs(records), list_runs(records)]
+    return "\n".join(parts)
+
+
+def describe_runs(records: Records) -> str:
+    """Where the runs were made, and how long they took."""
+    machines = Counter(describe_machine(record) for record in records.values())
+    seconds = sum(record.get("train_seconds") or 0 for record in records.values())
+    places = "; ".join(f"{count} on {machine}" for machine, count in sorted(machines.items()))
+    return f"Runs: {places}. {seconds / 3600:.1f} hours of training in all.\n"
+
+
+def describe_machine(record: dict[str, Any]) -> str:
+    versions = record["versions"]
+    return f"{record['processor']} ({record['device']}), torch {versions['torch']}"
+
+
+def list_runs(records: Records) -> str:
+    """Every run, folded away."""
+    header = ["run", "seed", "lr", "weight decay", "batch", "steps", "training loss"]
+    header += ["test top-1", "seconds of training", "commit"]
+    rows = [describe_run(name, record) for name, record in sorted(records.items())]
+    title = f"<details><summary>All {len(rows)} runs</summary>"
+    return f"{title}\n\n{format_table(header, rows)}\n</details>\n"
+
+
+def describe_run(name: str, record: dict[str, Any]) -> list[Any]:
+    made = [record["flags"][key] for key in ("seed", "lr", "weight_decay", "batch_size")]
+    commit = (record["commit"] or "-")[:9]
+    if "diverged" in record:
+        return [name, *made, f"diverged at {record['diverged']}", None, None, None, commit]
+    figures = [format_figure(record[key], form) for key, form in FORMS.items()]
+    return [name, *made, record["steps"], *figures, commit]
+
+
+FORMS = {"train_loss": ".4f", "test_top1": ".2f", "train_seconds": ",.0f"}
+
+
+def format_figure(value: float | None, form: str) -> str | None:
+    return None if value is None else format(value, form)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,255 @@
+"""The recipes of scripts/paper/: what they run, that they run it once, and the page made of it."""
+
+import json
+import os
+import signal
+import threading
+import time
+
+import pytest
+import torch
+from PIL import Image
+
+import main
+from scripts import paper_report
+from scripts.paper import best_rates, engine, records, regression, table1
+from scripts.paper.engine import Recipe, Run, make_command, make_parser
+from util.settings import read_settings
+
+FIGURES = {"test_top1": 50.0, "steps": 3}
+
+
+def by_name(recipe):
+    return pytest.param(recipe, id=recipe.name)
+
+
+@pytest.mark.parametrize("recipe", [*map(by_name, paper_report.RECIPES)])
+def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path):
+    flags, more = make_parser(recipe).parse_known_args(["--cifar10", "DIR", "--amp", "bf16"])
+    script, runs = main.build_script(), recipe.plan(lambda name: 0.0)
+    assert len({run.name for run in runs}) == len(runs) > 0
+    for run in runs:
+        words = make_command(run, tmp_path / run.name, flags, more)
+        read = read_settings(script, words[2:])[0]
+        steps = read.epochs * engine.count_steps(run.pictures, read.batch_size)
+        assert run.steps == min(read.max_steps or steps, steps), run.name
+        assert read.dataset == {"cifar10": "folder"}.get(run.pictures, run.pictures)
+        assert read.amp == "bf16" and 0 < run.seconds < 40 * 3600
+
+
+def test_table1_has_the_ten_networks_of_the_paper_both_ways():
+    runs = table1.plan(lambda name: None)
+    first = [run for run in runs if not run.name.startswith("vgg11")]
+    assert len(table1.NETWORKS) == 10 and len(first) == 2 * (8 + 2 * 3)
+    assert {run.name for run in first if run.steps != 391} == {
+        f"{arch}-{kind}-seed0" for arch in ("dpn", "densenet121") for kind in ("bn", "deconv")
+    }
+    assert sum(run.steps == 20 * 391 for run in runs) == 2
+
+
+def test_the_best_pair_is_chosen_only_when_all_are_known():
+    found = {run.name: 30.0 for run in best_rates.plan(lambda name: None)}
+    found["vgg16-bn-lr0.03-wd0.001"] = 40.0
+    later = [run for run in best_rates.plan(found.get) if run.name not in found]
+    assert len(later) == 2 * 2 * 3
+    (flags,) = {run.flags.partition(" --epochs")[0] for run in later if "vgg16-bn" in run.name}
+    assert flags.endswith("--lr 0.03 --wd 0.001")
+    found["vgg16-bn-lr0.01-wd0.002"] = None
+    later = [run.name for run in best_rates.plan(found.get) if run.name not in found]
+    assert len(later) == 3 * 3 and not any("vgg16-bn" in name for name in later)
+
+
+@pytest.fixture
+def stand_in(monkeypatch):
+    """Short programs in the place of main.py; returns their ends by name, and the names run."""
+    ends, ran = {}, []
+
+    def command(run, folder, flags, more):
+        ran.append(run.name)
+        end, text = ends.get(run.name, "summary.json"), json.dumps(FIGURES | {"step": 3})
+        if end == "fails":
+            return ["python", "-c", "raise SystemExit(2)"]
+        return ["python", "-c", f"open({str(folder / end)!r}, 'w').write({text!r})"]
+
+    monkeypatch.setattr(engine, "make_command", command)
+    return ends, ran
+
+
+def make_recipe(*names, later=()):
+    def plan(find):
+        known = names if None in map(find, names) else (*names, *later)
+        return [Run(name, "fashion", "", 3, 1.0) for name in known]
+
+    return Recipe("tiny", "Tiny", plan, page=lambda found: "")
+
+
+def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
+    ends, ran = stand_in
+    ends |= {"b": "fails", "c": "diverged.json"}
+    recipe, argv = make_recipe("a", "b", "c"), ["--out", str(tmp_path), "--jobs", "2"]
+    with pytest.raises(SystemExit, match=r"tiny: not finished, see console.txt in .*: b$"):
+        engine.main(recipe, argv)
+    assert ran == ["a", "b", "c"]
+    told = capsys.readouterr().out
+    for text in ("a: test top-1 50.00 %", "b: failed with code 2", "c: diverged"):
+        assert text in told
+    ends["b"] = "summary.json"
+    engine.main(recipe, argv)
+    engine.main(recipe, argv)
+    assert ran == ["a", "b", "c", "b"]
+
+
+def test_runs_that_depend_on_results_come_after_them(stand_in, tmp_path):
+    _, ran = stand_in
+    engine.main(make_recipe("a", "b", later=["best"]), ["--out", str(tmp_path)])
+    assert ran == ["a", "b", "best"]
+
+
+def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):
+    recipe, folder = make_recipe("a", "b", later=["best"]), tmp_path / "tiny"
+    (folder / "a").mkdir(parents=True)
+    (folder / "a" / "summary.json").write_text(json.dumps(FIGURES))
+    engine.main(recipe, ["--out", str(tmp_path), "--dry-run", "--jobs", "2"])
+    first, second, third, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("finished") and "python main.py" in first
+    assert second.startswith("to do") and "--resume auto" in second and third.startswith("to do")
+    assert last == "about 0.0 hours to go, 2 at a time"
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_longer_run_is_taken_up_again(tmp_path):
+    (tmp_path / "summary.json").write_text(json.dumps(FIGURES))
+    assert engine.find_state(Run("a", "fashion", "", 3, 1.0), tmp_path) == "finished"
+    assert engine.find_state(Run("a", "fashion", "", 60, 1.0), tmp_path) == "begun"
+
+
+def test_sigterm_reaches_the_runs_which_may_save(tmp_path):
+    saved, ready = tmp_path / "saved", tmp_path / "ready"
+    code = (
+        "import signal, time; from pathlib import Path\n"
+        f"signal.signal(signal.SIGTERM, lambda *_: Path({str(saved)!r}).touch())\n"
+        f"Path({str(ready)!r}).touch()\n"
+        f"while not Path({str(saved)!r}).exists(): time.sleep(0.05)\n"
+    )
+
+    def send():
+        while not ready.exists():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    thread = threading.Thread(target=send)
+    thread.start()
+    with pytest.raises(SystemExit) as end:
+        engine.run_all({"a": ["python", "-c", code], "b": ["python"]}, tmp_path, jobs=1)
+    thread.join()
+    assert end.value.code == 128 + signal.SIGTERM
+    assert saved.exists() and not (tmp_path / "b").exists()
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
+        folder = tmp_path / "pictures" / part / name
+        folder.mkdir(parents=True)
+        for number in range(6):
+            noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
+            Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
+    return tmp_path / "pictures"
+
+
+def test_a_run_of_the_main_script_becomes_a_record_without_paths(pictures, tmp_path, capsys):
+    flags = "--arch simple_v1 --epochs 1 --batch-size 4 --max-steps 2 --lr .01 --print-freq 1"
+    run = Run("a", "cifar10", f"{flags} --use-gpu False --save-plot False", 2, 1.0)
+    recipe = Recipe("tiny", "Tiny", lambda find: [run], page=lambda found: "")
+    out = tmp_path / "runs"
+    engine.main(recipe, ["--cifar10", str(pictures), "--out", str(out)])
+    assert "a: test top-1" in capsys.readouterr().out
+    assert not list((out / "tiny" / "a").glob("*previous*"))
+    found = records.gather(recipe, out / "tiny")
+    records.save("tiny", found, tmp_path / "results")
+    assert records.load("tiny", tmp_path / "results") == found
+    (record,) = found.values()
+    assert record["steps"] == 2 and record["flags"]["lr"] == 0.01
+    assert [step for step, _ in record["curve"]] == [1, 2] and len(record["epochs"]) == 1
+    assert record["processor"] and record["versions"]["torch"] == torch.__version__
+    assert str(tmp_path) not in (tmp_path / "results" / "tiny.json").read_text()
+
+
+def make_record(top1=50.0, **more):
+    """A record as `records.read_record` makes it."""
+    flags = {"seed": 0, "lr": 0.1, "weight_decay": 0.001, "batch_size": 128}
+    machine = {"versions": {"torch": "2"}, "commit": "c" * 40, "device": "cpu", "processor": "P"}
+    figures = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 391}
+    curve = [[1, 3.0], [2, 2.0], [391, 1.0]]
+    return {"flags": flags, **machine, **figures, "epochs": [], "curve": curve, **more}
+
+
+def test_table1_shows_means_gaps_and_dashes():
+    found = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
+    found["resnet18-bn-seed0"] = make_record(56.0)
+    found["dpn-bn-seed0"] = make_record(20.0)
+    lines = table1.page(found).splitlines()
+    rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
+            lines if line.startswith("| ")}  # fmt: skip
+    vgg16 = rows["VGG-16 (`vgg16`)"]
+    assert vgg16[:4] == ["14.71", "14.12", "14.38", "-"]
+    assert vgg16[4:7] == ["74.18", "74.20", "**71.00** (70.00, 71.00, 72.00)"]
+    assert vgg16[7:] == ["-, 90", "deconv -3.2: not explained yet"]
+    assert (
+        rows["ResNet-18 (`resnet18`)"][3] == "56.00" and rows["ResNet-18 (`resnet18`)"][-1] == "-"
+    )
+    assert rows["DPN-92 (`dpn`)"][3] == "½ 20.00"
+    assert rows["DPN-92 (`dpn`)"][-1] == "bn -14.0: half of the epoch here"
+    assert rows["SENet-18 (`senet`)"][3::3][:2] == ["-", "-"]
+
+
+def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
+    case = ("cifar10", "simple_v1", "L2")
+    name = regression.name_run
+    found = {
+        name(case, 1, 0.1): {**make_record(), "diverged": 12},
+        name(case, 1, 0.01): make_record(20.0, curve=[[1, 9.0]]),
+        name(case, 1, 0.001): make_record(30.0, curve=[[1, 4.0]]),
+    }
+    assert regression.choose_rate(case, 1, found) == 0.001
+    assert regression.choose_rate(case, 2, found) is None
+    row = "| 1 plain | diverged at step 12 | 9.000 | 4.000 | 30.00 |"
+    assert row in regression.page(found)
+    assert "| 2 whitened channels | - | - | - | - |" in regression.page(found)
+
+
+def test_page_and_pictures_follow_from_the_records_alone(tmp_path):
+    results, pages = tmp_path / "results", []
+    for recipe in paper_report.RECIPES:
+        names = [run.name for run in recipe.plan(lambda name: 0.0)]
+        records.save(recipe.name, {name: make_record() for name in names[:-1]}, results)
+    for docs in (tmp_path / "a", tmp_path / "b"):
+        docs.mkdir()
+        argv = ["--results", results, "--docs", docs, "--runs", tmp_path / "none"]
+        paper_report.main([str(word) for word in argv])
+        pages.append({path.name: path.read_bytes() for path in docs.iterdir()})
+    assert pages[0] == pages[1] and "results_regression.png" in pages[0]
+    text = pages[0]["results.md"].decode()
+    for recipe in paper_report.RECIPES:
+        assert f"## {recipe.title}" in text
+
+
+def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
+    paper_report.write_page(records.RESULTS, tmp_path)
+    page = (engine.ROOT / "docs" / paper_report.PAGE).read_bytes()
+    assert (tmp_path / paper_report.PAGE).read_bytes() == page
+
+
+def test_curves_longer_than_needed_are_averaged(tmp_path):
+    rows = [f"1\t{batch}\t{batch}\t0\t0\t0\t0" for batch in range(1, 242)]
+    text = "\n".join(["epoch\tbatch\tloss\ttop1\ttop5\tlr\tseconds", *rows])
+    (tmp_path / "train_batch.log").write_text(text + "\n")
+    curve = records._read_curve(tmp_path)
+    assert len(curve) <= records.CURVE_POINTS
+    assert curve[0] == [3, 2.0] and curve[-1] == [241, 241.0]
+
+
+def test_published_figures_are_whole():
+    for network in table1.NETWORKS.values():
+        assert set(network["paper"]) == {"1", "20", "100"} and "1" in network["reproduced"]
+        assert all(bn < deconv for bn, deconv in network["paper"].values())
