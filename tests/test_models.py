@@ -191,7 +191,7 @@ def test_grouped_layers_whiten_within_their_groups(arch, groups):
         layers = [m for m in build(arch, deconv=True).modules() if isinstance(m, FastDeconv)]
     assert {layer.groups for layer in layers} == groups
     for layer in layers:
-        assert len(layer.running_joint) == layer.groups == layer.blocks.groups
+        assert len(layer.running_cov_joint) == layer.groups == layer.blocks.groups
 
 
 def test_a_gate_scales_channels_by_what_the_whole_picture_says():
