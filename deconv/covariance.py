@@ -10,7 +10,7 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
-from .patches import Sampling, Spots, Window, gather, match_taps, scatter, select_pixels
+from .patches import Sampling, Spots, Window, gather, scatter, select_pixels, weigh_pixels
 from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
@@ -150,17 +150,14 @@ class _AveragePatches(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor, grad_mean: torch.Tensor) -> tuple[torch.Tensor, None]:
         if not _is_whole(grad):
             grad = grad.contiguous()
-        met = match_taps(grad, ctx.window)
-        each = grad_mean.unflatten(0, (grad.shape[1], -1)) @ met
-        each = each.div_(max(count_patches(grad, ctx.window), 1))
+        each = grad_mean.unflatten(0, (grad.shape[1], -1)) @ weigh_pixels(grad, ctx.window)
         return grad.add_(each.reshape(grad.shape[1:])), None
 
 
 def _average_window(x: torch.Tensor, window: Window) -> torch.Tensor:
     """The mean (C*T,) of the patches of x, 0 for none."""
-    met = match_taps(x, window)
-    total = x.sum(0, dtype=met.dtype).flatten(1) @ met.mT
-    return total.flatten().div_(max(count_patches(x, window), 1))
+    weights = weigh_pixels(x, window)
+    return (x.sum(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
 
 
 def _average(maps: torch.Tensor) -> torch.Tensor:

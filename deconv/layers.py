@@ -131,8 +131,9 @@ class _Whitening(nn.Module):
             if not self.training:  # no version counter would tell a cache of all edits to a buffer
                 return x, *self._fold(*self._running_whitening())
             x, count, mean, cov, whiten = self._estimate_whitening(x, *self._sampling(x))
-            self._update_running(count, mean, cov)
-            return x, *self._fold(mean, whiten)
+            weight, bias = self._fold(mean, whiten)
+            self._update_running(count, mean, cov, bias)
+            return x, weight, bias
 
     def _estimate_whitening(
         self, x: torch.Tensor, sampling: Sampling, blocks: Blocks
@@ -210,13 +211,14 @@ class _Whitening(nn.Module):
 
     @torch.no_grad()
     def _update_running(
-        self, count: int | torch.Tensor, mean: torch.Tensor, covs: Matrices
+        self, count: int | torch.Tensor, mean: torch.Tensor, covs: Matrices, bias: torch.Tensor
     ) -> None:
         """Move the running statistics to the batch's; empty and non-finite ones leave no trace.
 
-        The first covariance tells of every patch looked at, the mean of all others.
+        `bias`, the folded one, has sums over all of mean and D in it: it is finite if they are, and
+        D is NaN if a covariance is not.
         """
-        total = covs[self.axes[0]].sum() + mean.sum()
+        total = bias.sum()
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
         usable = total - total == 0  # not for infinity, NaN, or anything divided by 0

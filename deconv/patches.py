@@ -194,22 +194,27 @@ def _number_pixels(
 _cached_selection = lru_cache(maxsize=128)(torch.inference_mode(False)(_select))
 
 
-def match_taps(x: torch.Tensor, window: Window) -> torch.Tensor:
-    """1 where a tap meets a pixel of x (N, C, *size), else 0: (T, pixels), float32 at least."""
-    make = _match_taps if is_traced(x) else _cached_match
-    return make(window, tuple(x.shape[2:]), torch.promote_types(x.dtype, torch.float32), x.device)
+def weigh_pixels(x: torch.Tensor, window: Window) -> torch.Tensor:
+    """What each pixel of x (N, C, *size) adds to the mean of each tap over all patches.
+
+    Returns:
+        (T, pixels), float32 at least: 1 / (N P) where a tap meets a pixel, else 0.
+    """
+    make = _weigh_pixels if is_traced(x) else _cached_weights
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return make(window, len(x), tuple(x.shape[2:]), dtype, x.device)
 
 
-def _match_taps(
-    window: Window, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+def _weigh_pixels(
+    window: Window, count: int, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
 ) -> torch.Tensor:
-    met = torch.zeros(window.taps, *size, dtype=dtype, device=device)
+    weights = torch.zeros(window.taps, *size, dtype=dtype, device=device)
     for tap, _, pixels in window.split_taps(size):
-        met[(tap, *pixels)] = 1
-    return met.flatten(1)
+        weights[(tap, *pixels)] = 1 / max(count * window.count(size), 1)
+    return weights.flatten(1)
 
 
-_cached_match = lru_cache(maxsize=128)(torch.inference_mode(False)(_match_taps))
+_cached_weights = lru_cache(maxsize=128)(torch.inference_mode(False)(_weigh_pixels))
 
 
 def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:

@@ -72,7 +72,8 @@ def root_of_matrix(cov: torch.Tensor, n_iter: int) -> tuple[torch.Tensor, ...]:
     """D of A (G, d, d), and what it was made of: x (G, d), U (G, d, d) and |A|_F (G, 1)."""
     norm = torch.linalg.matrix_norm(cov)[:, None]
     x, basis = torch.linalg.eigh(_scaled(cov, norm))
-    return (basis * (respond(x, n_iter) * norm.rsqrt())[:, None]) @ basis.mT, x, basis, norm
+    scale = norm.rsqrt() + 0 * norm  # NaN, and not 0, for an infinite norm
+    return (basis * (respond(x, n_iter) * scale)[:, None]) @ basis.mT, x, basis, norm
 
 
 class RootOfMatrix(torch.autograd.Function):
