@@ -30,7 +30,7 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | M | | patches looked at, every `sampling_stride`-th, or fewer | `Window`, `Spots`, `gather` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
-| mu | (C*T,) | mean patch | `average_patch` |
+| mu | (C*T,) | mean patch | `measure_patches` |
 | Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `measure_patches` |
 | D | (G, F, F) | its inverse square root | `inverse_sqrt` |
 | W D | as weight | effective kernel | `fold`, `fuse` |

@@ -25,7 +25,7 @@ def measure_patches(
     blocks: Blocks,
     axis: str,
     before: tuple[str, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> tuple[torch.Tensor, ...]:
     """Mean of patches of x, and their covariance along an axis.
 
         mu = mean_p x_p,    Cov = mean v v^T  of the vectors v that `axis` makes of x_p - mu
@@ -46,8 +46,10 @@ def measure_patches(
         x again, mean (C*T,) in float32 or float64, 0 for no patches at all, and covariance
         (G, d, d). Give this x, and not the argument, to the convolution: the gradient of the
         statistics is then added to that of the convolution where it lies, instead of filling a
-        feature map of its own with it. Of spots, the mean is that of the few patches; see
-        `average_patches` for that of all.
+        feature map of its own with it. Of spots, unless `before` is given, the mean of all patches
+        of their window comes last, from one pass over x without gathering any: a covariance has as
+        many rows of a patch as blocks share it, a mean has one, so patches that suffice for the one
+        leave noise in the other, and that costs accuracy.
 
     Raises:
         ValueError: x is smaller than the kernel.
@@ -72,7 +74,7 @@ class _MeasurePatches(torch.autograd.Function):
         sampling: Sampling,
         blocks: Blocks,
         axis: str,
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, ...]:
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
         whole = gather(x, sampling, selection) if len(parts) == 1 else None
@@ -90,12 +92,18 @@ class _MeasurePatches(torch.autograd.Function):
         ctx.save_for_backward(x, matrix, mean, kept, *selection)
         ctx.settings = done, sampling, blocks, axis
         ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
-        return x, mean.flatten(), cov.div_(ctx.vectors)
+        of_all = isinstance(sampling, Spots) and matrix is None
+        means = (_average_window(x, sampling.window),) if of_all else ()
+        return x, mean.flatten(), cov.div_(ctx.vectors), *means
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx, grad: torch.Tensor, grad_mean: torch.Tensor, grad_cov: torch.Tensor
+        ctx,
+        grad: torch.Tensor,
+        grad_mean: torch.Tensor,
+        grad_cov: torch.Tensor,
+        *grad_of_all: torch.Tensor,
     ) -> tuple[torch.Tensor | None, ...]:
         x, matrix, mean, kept, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
@@ -115,43 +123,15 @@ class _MeasurePatches(torch.autograd.Function):
                 grad_matrix += outer_products(*pair, blocks.matrices)
                 slope = transform_along(done, slope, matrix.mT, blocks)
             scatter(slope.add_(grad_mean), grad_part, sampling, selection)
+        for each in grad_of_all:  # one at most
+            pixels = each.unflatten(0, (x.shape[1], -1)) @ weigh_pixels(x, sampling.window)
+            grad.add_(pixels.reshape(x.shape[1:]))
         return grad, grad_matrix, *(None,) * 4
 
 
 def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
     """Patches of x that are looked at, M."""
     return len(x) * sampling.count(x.shape[2:])
-
-
-def average_patches(x: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mean of all patches of a window: from one pass over x, without a patch.
-
-    A covariance has as many rows of a patch as blocks share it, a mean has one. So patches that
-    suffice for the one leave noise in the other, and that costs accuracy.
-
-    Args:
-        x: (N, C, *size).
-
-    Returns:
-        x again, to be used as that of `measure_patches`, and the mean (C*T,) in float32 or float64,
-        0 for no patches.
-    """
-    return _AveragePatches.apply(x, window)
-
-
-class _AveragePatches(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x: torch.Tensor, window: Window) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.window = window
-        return x, _average_window(x, window)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: torch.Tensor, grad_mean: torch.Tensor) -> tuple[torch.Tensor, None]:
-        if not _is_whole(grad):
-            grad = grad.contiguous()
-        each = grad_mean.unflatten(0, (grad.shape[1], -1)) @ weigh_pixels(grad, ctx.window)
-        return grad.add_(each.reshape(grad.shape[1:])), None
 
 
 def _average_window(x: torch.Tensor, window: Window) -> torch.Tensor:

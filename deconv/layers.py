@@ -14,7 +14,6 @@ from torch.nn import functional as F
 from .blocks import Blocks, divide_channels, transform_along
 from .covariance import (
     average_across,
-    average_patches,
     count_patches,
     find_share,
     measure_patches,
@@ -146,10 +145,9 @@ class _Whitening(nn.Module):
         covs: Matrices = {}
         whiten: Matrices = {}
         total, mean, done = count, None, None
-        x, *of_all = average_patches(x, sampling.window) if isinstance(sampling, Spots) else (x,)
         for axis in self.axes:  # the second axis sees what the first has whitened
-            x, centre, cov = measure_patches(x, sampling, blocks, axis, done)
-            means = [centre, *of_all] if mean is None else [centre]
+            x, centre, cov, *of_all = measure_patches(x, sampling, blocks, axis, done)
+            means = centre, *of_all
             if together:
                 total, cov, *means = self._pool(count, cov, axis, blocks, done, *means)
             mean = means[-1] if mean is None else mean

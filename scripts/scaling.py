@@ -75,7 +75,7 @@ def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
 def message_sizes(model: nn.Module) -> list[int]:
     """Numbers in each message of a forward: 1 + means + matrices, for every axis of a layer."""
     return [
-        1 + module.running_mean.numel() + getattr(module, f"running_{axis}").numel()
+        1 + module.running_mean.numel() + getattr(module, f"running_cov_{axis}").numel()
         for module in model.modules()
         for axis in getattr(module, "axes", ())
     ]

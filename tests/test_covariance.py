@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deconv import covariance
 from deconv.blocks import Blocks, transform_along
-from deconv.covariance import average_patches, measure_patches, second_moment
+from deconv.covariance import measure_patches, second_moment
 from deconv.patches import SMALL, Spots, Window, gather
 
 WINDOW = Window((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
@@ -29,7 +29,7 @@ def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
     x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
     assert x[0, 0].numel() > SMALL
     looks, blocks = LOOKS[looks], INTERLEAVED
-    found = measure_patches(x, looks, blocks, "joint")[1:]
+    found = measure_patches(x, looks, blocks, "joint")[1:3]
     rows = F.unfold(F.pad(x, WINDOW.padding), *GEOMETRY, stride=WINDOW.stride).transpose(1, 2)
     if looks is WINDOW:
         rows = rows.flatten(0, 1)
@@ -73,7 +73,7 @@ def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shar
         matrix = torch.randn(blocks.matrices, 2, 2, dtype=torch.float64, requires_grad=True)
         before = "channel", matrix
     wanted = [x] if before is None else [x, matrix]
-    passed, mean, cov = measure_patches(x, LOOKS[looks], blocks, axis, before)
+    passed, mean, cov, *_ = measure_patches(x, LOOKS[looks], blocks, axis, before)
     expected = plain(x, LOOKS[looks], blocks, axis, before)
     torch.testing.assert_close((mean, cov), expected)
     a, b, c = torch.randn_like(mean), torch.randn_like(cov), torch.randn_like(x)
@@ -83,27 +83,15 @@ def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shar
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_mean_of_all_patches_is_that_without_gathering_one(dtype):
+def test_of_few_patches_comes_the_mean_of_all(dtype):
     x = pictures().to(dtype).requires_grad_()
-    passed, mean = average_patches(x, WINDOW)
+    passed, _, _, mean = measure_patches(x, LOOKS["some"], INTERLEAVED, "joint")
     expected = gather(x, WINDOW).mean((0, 2))
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(mean, expected)
     a, b = torch.randn_like(mean), torch.randn_like(x)
     found = torch.autograd.grad((mean * a).sum() + (passed * b).sum(), x)
     torch.testing.assert_close(found, torch.autograd.grad((expected * a).sum() + (x * b).sum(), x))
-    passed, mean = average_patches(x, WINDOW)  # a gradient that is one number everywhere
-    found = torch.autograd.grad((mean * a).sum() + passed.sum(), x)
-    expected = torch.autograd.grad((gather(x, WINDOW).mean((0, 2)) * a).sum() + x.sum(), x)
-    torch.testing.assert_close(found, expected)
-
-
-def test_the_mean_of_no_patches_is_zero():
-    x = pictures(0).requires_grad_()
-    passed, mean = average_patches(x, WINDOW)
-    assert mean.shape == (24,) and not mean.any()
-    (mean.sum() + passed.sum()).backward()
-    assert x.grad.shape == x.shape
 
 
 def test_equals_numpy_for_every_group():
@@ -138,9 +126,9 @@ def test_float32_survives_an_offset_much_larger_than_the_spread():
 @pytest.mark.parametrize("looks", LOOKS)
 def test_no_patches_have_mean_and_covariance_zero(looks):
     x, blocks = pictures(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
-    passed, mean, cov = measure_patches(x, LOOKS[looks], blocks, "joint")
-    assert mean.shape == (24,) and not mean.any() and not cov.any()
-    (cov.sum() + mean.sum() + passed.sum()).backward()
+    passed, *found = measure_patches(x, LOOKS[looks], blocks, "joint")
+    assert found[0].shape == (24,) and not any(each.any() for each in found)
+    sum(each.sum() for each in (passed, *found)).backward()
     assert x.grad.shape == x.shape
 
 
@@ -149,10 +137,10 @@ def test_a_gradient_that_shares_its_memory_is_not_written_into(looks):
     x = pictures().requires_grad_()
     grads = []
     for weight in (torch.ones((), dtype=x.dtype), torch.ones_like(x)):  # expanded, and whole
-        passed, _, cov = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+        passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
         grads += torch.autograd.grad((passed * weight).sum() + cov.sum(), x)
     torch.testing.assert_close(*grads)
-    passed, _, cov = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+    passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
     torch.testing.assert_close(torch.autograd.grad(passed.sum() + cov.sum(), x)[0], grads[0])
 
 
