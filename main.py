@@ -18,6 +18,7 @@ from util.launch import start
 from util.loaders import PictureLoader
 from util.parser import Parser
 from util.settings import PRESETS, Rules, Script, choose_layers
+from util.standard_sets import STANDARD_SETS
 from util.training import Session, describe_kind, fit
 
 
@@ -56,6 +57,8 @@ def build_script() -> Script:
 def data_rules(flags: Namespace) -> Rules:
     """What is wrong with the flags about the pictures of this script."""
     yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
+    fetched = flags.dataset in STANDARD_SETS
+    yield "data_url", fetched, f"does not apply to {flags.dataset}, which is not downloaded"
     yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
 
 
@@ -71,6 +74,7 @@ def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader, PictureLoa
         cache_dir=Path(flags.out).expanduser(),
         device_type=session.device.type,
         on_bad_image=flags.on_bad_image,
+        mirror=flags.data_url,
         rank=world.rank,
         processes=world.size,
     )

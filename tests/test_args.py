@@ -125,3 +125,15 @@ def test_defaults_are_those_of_the_layers():
     names["stride"] = "sampling_stride"
     for flag, keyword in names.items():
         assert ours[flag] == theirs[keyword].default, flag
+
+
+def test_a_mirror_is_named_by_flag_or_variable(monkeypatch, capsys):
+    monkeypatch.setenv("DECONV_DATA_URL", "file:///data/archives")
+    assert main.build_script().parser.defaults()["data_url"] == "file:///data/archives"
+    assert typed("--data-url http://host/files") == {"data_url": "http://host/files"}
+    monkeypatch.setenv("DECONV_DATA_URL", "ftp://host")
+    assert "--data-url" in refusal(capsys, "") and "'ftp://host'" in refusal(capsys, "")
+    monkeypatch.setenv("DECONV_DATA_URL", "")
+    assert main.build_script().parser.defaults()["data_url"] is None
+    for wrong in ("host/files", "https://", "file://", "/data"):
+        assert f"got {wrong!r}" in refusal(capsys, f"--data-url {wrong}")

@@ -1,23 +1,32 @@
 """Every published data set is read from tiny files in its exact format on disk."""
 
+import gzip
+import multiprocessing
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
+import time
 from pathlib import Path
 from urllib.error import URLError
+from urllib.request import OpenerDirector
 
 import numpy as np
 import pytest
 import torch
 from scipy.io import savemat
 from torchvision import datasets
+from torchvision.datasets.utils import calculate_md5
 
-from util import standard_sets
+from util import download, published
 from util.data import DataError, build_loaders
+from util.published import list_archives
+from util.standard_sets import STANDARD_SETS, folder_of
 
 rng = np.random.default_rng(0)
+fork = multiprocessing.get_context("fork")
 IDX_NAMES = {"train": "train", "test": "t10k"}
 
 
@@ -116,10 +125,14 @@ WRITERS = {
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch):
-    def refuse(*args, **kwargs):
-        raise URLError("no network in tests")
+    def refuse(opener, request, **options):
+        if request.type != "file":
+            raise URLError("no network in tests")
+        return whole_open(opener, request, **options)
 
-    monkeypatch.setattr("urllib.request.urlopen", refuse)
+    whole_open = OpenerDirector.open
+    monkeypatch.setattr(OpenerDirector, "open", refuse)
+    monkeypatch.setattr(download, "PATIENCE", 1)
 
 
 def build(name, root, **options):
@@ -150,30 +163,37 @@ def test_batches_have_the_size_asked_for(tmp_path, monkeypatch, name, image_size
     assert spec.image_size == (image_size or 32)
 
 
+def files_of(name):
+    """The files that are read, and the published addresses."""
+    archives = list_archives(STANDARD_SETS[name].kind)
+    files = [path for archive in archives for path in archive.files]
+    return files, [url for archive in archives for url in archive.addresses(None)]
+
+
 @pytest.mark.parametrize("name", WRITERS)
 def test_a_failed_download_says_what_was_tried_and_where_files_go(tmp_path, name):
-    row = standard_sets.STANDARD_SETS[name]
     with pytest.raises(DataError) as caught:
         build(name, tmp_path)
-    message = str(caught.value)
-    for part in (name, row.url, "no network in tests", str(tmp_path / row.folder), *row.files):
+    message, (files, urls) = str(caught.value), files_of(name)
+    folder = str(folder_of(name, tmp_path))
+    for part in (name, urls[0], "no network in tests", folder, *(file.name for file in files)):
         assert part in message
+    assert "damaged" not in message and "--data-url" in message
     assert caught.value.__suppress_context__
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_files_put_where_the_message_says_are_found(tmp_path, monkeypatch, name):
     WRITERS[name](tmp_path, monkeypatch)
-    row = standard_sets.STANDARD_SETS[name]
-    assert all((tmp_path / row.folder / file).is_file() for file in row.files)
+    assert all((tmp_path / file).is_file() for file in files_of(name)[0])
 
 
 @pytest.mark.parametrize("name", WRITERS)
-def test_the_address_named_is_the_one_torchvision_tries(name):
-    row = standard_sets.STANDARD_SETS[name]
-    urls = [getattr(row.kind, "url", None), *getattr(row.kind, "mirrors", ())]
-    urls += [url for url, *_ in getattr(row.kind, "split_list", {}).values()]
-    assert any(url and url.startswith(row.url) for url in urls)
+def test_addresses_are_by_https_where_one_is_published(name):
+    insecure = {"fashion", "svhn", "stl10"}  # their checksums alone vouch for them
+    assert {url.partition(":")[0] for url in files_of(name)[1]} == {
+        "http" if name in insecure else "https"
+    }
 
 
 def test_a_download_is_tried_only_for_what_is_missing(tmp_path, monkeypatch):
@@ -190,10 +210,35 @@ def test_places_for_files_are_named_in_full(tmp_path, monkeypatch):
         build("cifar10", Path("data"))
 
 
-def test_damaged_files_are_an_error_that_names_the_folder(tmp_path):
+def test_a_torn_idx_file_is_named(tmp_path):
     write_idx(tmp_path, "MNIST", damage=100)
-    with pytest.raises(DataError, match=r"mnist: damaged files in .*MNIST/raw \(.*-ubyte has "):
+    path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    with pytest.raises(DataError, match=f"damaged: {path} has 3,836 bytes, not those that it"):
         build("mnist", tmp_path)
+
+
+def test_what_no_checksum_tells_is_named_by_its_folder(tmp_path, monkeypatch):
+    write_cifar10(tmp_path, monkeypatch)
+    path = tmp_path / "cifar-10-batches-py" / "data_batch_2"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(DataError, match="cifar10: damaged files in .*cifar-10-batches-py \\("):
+        build("cifar10", tmp_path)
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
+def test_a_damaged_file_or_archive_is_named(tmp_path, name):
+    """One of another checksum than the published one."""
+    archives = list_archives(STANDARD_SETS[name].kind)
+    places = {archives[0].path, list(archives[0].files)[-1]}
+    for path in places:
+        (tmp_path / path).parent.mkdir(exist_ok=True)
+        (tmp_path / path).write_bytes(b"some")
+    with pytest.raises(DataError) as caught:
+        build(name, tmp_path)
+    for path in places:
+        line = f"damaged: {tmp_path / path} has another checksum than the published one, and 4"
+        assert str(caught.value).count(line) == 1
+    assert str(caught.value).count("damaged: ") == len(places)
 
 
 @pytest.mark.parametrize("label", [10, 255])
@@ -230,8 +275,8 @@ def test_code_in_the_files_of_cifar_does_not_run(tmp_path):
     """They are pickles: torchvision compares their checksums first."""
     folder, trace = tmp_path / "cifar-10-batches-py", tmp_path / "trace"
     folder.mkdir()
-    for name in standard_sets.STANDARD_SETS["cifar10"].files:
-        (folder / name).write_bytes(pickle.dumps(Malicious(trace)))
+    for path in files_of("cifar10")[0]:
+        (tmp_path / path).write_bytes(pickle.dumps(Malicious(trace)))
     with pytest.raises(DataError, match="cifar10 is missing or incomplete"):
         build("cifar10", tmp_path)
     assert not trace.exists()
@@ -241,11 +286,97 @@ def test_an_archive_of_another_checksum_is_not_unpacked(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     for name in ("cifar10", "stl10"):
-        with tarfile.open(root / standard_sets.STANDARD_SETS[name].archive, "w:gz") as archive:
+        (published,) = list_archives(STANDARD_SETS[name].kind)
+        with tarfile.open(root / published.path, "w:gz") as archive:
             archive.addfile(tarfile.TarInfo("../outside"))
         with pytest.raises(DataError, match=f"{name} is missing or incomplete"):
             build(name, root)
     assert [path.name for path in tmp_path.iterdir()] == ["root"]
+
+
+def pack_cifar10(mirror, monkeypatch):
+    """Tiny files in an archive of the published name; returns what they hold."""
+    written = write_cifar10(mirror, monkeypatch)
+    archive = mirror / datasets.CIFAR10.filename
+    with tarfile.open(archive, "w:gz") as packed:
+        packed.add(mirror / "cifar-10-batches-py", "cifar-10-batches-py")
+    monkeypatch.setattr(datasets.CIFAR10, "tgz_md5", calculate_md5(archive))
+    return written
+
+
+def pack_mnist(mirror, monkeypatch):
+    written = write_idx(mirror, "MNIST")
+    resources = []
+    for name, _ in datasets.MNIST.resources:
+        archive = mirror / name
+        archive.write_bytes(
+            gzip.compress((mirror / "MNIST" / "raw" / name.removesuffix(".gz")).read_bytes())
+        )
+        resources.append((name, calculate_md5(archive)))
+    monkeypatch.setattr(datasets.MNIST, "resources", resources)
+    return written
+
+
+@pytest.fixture
+def mirror(tmp_path):
+    (tmp_path / "mirror").mkdir()
+    return tmp_path / "mirror"
+
+
+@pytest.mark.parametrize(("name", "pack"), [("cifar10", pack_cifar10), ("mnist", pack_mnist)])
+def test_a_mirror_stands_in_for_the_published_address(tmp_path, monkeypatch, mirror, name, pack):
+    written = pack(mirror, monkeypatch)
+    loaders = build(name, tmp_path / "root", mirror=mirror.as_uri())[1:]
+    for loader, (images, labels) in zip(loaders, written, strict=True):
+        assert np.array_equal(loader.dataset.split.source.images.numpy(), images)
+        assert loader.dataset.split.targets.tolist() == labels
+    shutil.rmtree(mirror)
+    build(name, tmp_path / "root", mirror=mirror.as_uri())  # nothing is asked for again
+
+
+def test_what_a_killed_process_had_unpacked_in_part_is_unpacked_again(
+    tmp_path, monkeypatch, mirror
+):
+    pack_mnist(mirror, monkeypatch)
+    root = tmp_path / "root"
+    build("mnist", root, mirror=mirror.as_uri())
+    shutil.rmtree(mirror)
+    torn = root / "MNIST" / "raw" / "train-images-idx3-ubyte"
+    whole = torn.read_bytes()
+    torn.write_bytes(whole[:-5])
+    build("mnist", root)
+    assert torn.read_bytes() == whole
+
+
+def test_a_mirror_with_another_file_is_refused_and_leaves_nothing(tmp_path, monkeypatch, mirror):
+    pack_cifar10(mirror, monkeypatch)
+    (mirror / datasets.CIFAR10.filename).write_bytes(b"another")
+    with pytest.raises(DataError, match=f"{mirror.as_uri()}.*another file than expected: 7 bytes"):
+        build("cifar10", tmp_path / "root", mirror=mirror.as_uri())
+    assert [path.name for path in (tmp_path / "root").iterdir()] == [".CIFAR10.lock"]
+
+
+def test_of_two_processes_one_downloads_and_one_waits(tmp_path, monkeypatch, mirror):
+    pack_cifar10(mirror, monkeypatch)
+    fetched, fetch = fork.SimpleQueue(), published.fetch
+
+    def slow_fetch(*args):
+        fetched.put(os.getpid())
+        time.sleep(0.5)
+        fetch(*args)
+
+    def obtain():
+        published.obtain(datasets.CIFAR10, tmp_path / "root", mirror.as_uri())
+
+    monkeypatch.setattr(published, "fetch", slow_fetch)
+    both = [fork.Process(target=obtain) for _ in range(2)]
+    for process in both:
+        process.start()
+    for process in both:
+        process.join()
+    assert [process.exitcode for process in both] == [0, 0]
+    assert fetched.get() in {process.pid for process in both} and fetched.empty()
+    build("cifar10", tmp_path / "root")
 
 
 def test_digits_are_split_by_class_and_always_alike(tmp_path):

@@ -10,8 +10,9 @@ from typing import Any
 from .compute import PRECISIONS
 from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
-from .parser import Parser, meeting_url, place, real, str2bool, whole
+from .parser import Parser, meeting_url, mirror_url, place, real, str2bool, whole
 
+MIRROR_VARIABLE = "DECONV_DATA_URL"
 YES = {"action": "store_true", "default": False, "shown": ""}  # a flag without a value
 
 
@@ -143,6 +144,15 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         place,
         "./data",
         metavar="DIR",
+    )
+    add(
+        "--data-url",
+        "the address of a folder that holds the archives of the data set by their published names, "
+        "to download them from there; checksums are compared all the same",
+        mirror_url,
+        os.environ.get(MIRROR_VARIABLE) or None,
+        shown=f"${MIRROR_VARIABLE}, or the published address",
+        metavar="URL",
     )
     add(
         "--image-size",

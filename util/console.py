@@ -42,7 +42,7 @@ def shows_bars() -> bool:
     return sys.stderr.isatty()
 
 
-def progress_bar(batches: Iterable, title: str, **more: Any) -> tqdm:
+def progress_bar(batches: Iterable | None, title: str, **more: Any) -> tqdm:
     """The batches again, with a bar and the time left; no bar where stderr is no terminal."""
     columns, lines = shutil.get_terminal_size((100, 24))  # tqdm draws none if it is unknown
     disable = True if _muted else None  # None: where stderr is no terminal

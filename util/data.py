@@ -41,6 +41,7 @@ def build_loaders(
     cache_dir: str | os.PathLike[str],
     device_type: str = "cpu",
     on_bad_image: str = "error",
+    mirror: str | None = None,
     rank: int = 0,
     processes: int = 1,
 ) -> tuple[DataSpec, PictureLoader, PictureLoader]:
@@ -54,6 +55,8 @@ def build_loaders(
         cache_dir: folder for the channel statistics of `folder`, which process 0 writes.
         on_bad_image: "error" stops at a picture that cannot be decoded; "skip" makes the batch
             smaller by it and names it in `PictureLoader.skipped`, which `folder` alone can do.
+        mirror: the address of a folder that holds the archives that would be downloaded, by their
+            published names, in place of the published address.
 
     Raises:
         ValueError: an unknown dataset, a number out of range, or what the dataset cannot do.
@@ -78,7 +81,7 @@ def build_loaders(
     elif dataset == "digits":
         spec, train, test = load_digits(image_size)
     else:
-        spec, train, test = load_standard(dataset, root, image_size)
+        spec, train, test = load_standard(dataset, root, image_size, mirror)
     loader = partial(
         PictureLoader,
         spec,

@@ -181,6 +181,17 @@ def real(
     return parse
 
 
+def mirror_url(text: str) -> str:
+    """The address of a folder: https://, http:// or file:///."""
+    url = urlsplit(text)
+    known = {"https": url.netloc, "http": url.netloc, "file": url.path.strip("/")}
+    if known.get(url.scheme) and text.isprintable() and " " not in text:
+        return text
+    raise argparse.ArgumentTypeError(
+        f"expected https://HOST/FOLDER, http:// or file:///FOLDER without blanks, got {text!r}"
+    )
+
+
 def meeting_url(text: str) -> str:
     """tcp://HOST:PORT or env://."""
     url = urlsplit(text)

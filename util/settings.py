@@ -36,7 +36,7 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What a continued run takes from its command line only, and what else may differ from before.
 OF_THIS_MACHINE = {
-    *("resume", "run_dir", "use_gpu", "gpu", "start_epoch"),
+    *("resume", "run_dir", "use_gpu", "gpu", "start_epoch", "data_url"),
     *("compile", "channels_last", "evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
