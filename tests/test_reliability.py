@@ -235,6 +235,25 @@ def test_a_signal_from_outside_ends_a_run_within_ten_seconds(tmp_path):
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] >= 3
 
 
+def test_of_runs_started_in_one_folder_at_once_one_writes(pictures, tmp_path):
+    words = f"--dataset folder --data {pictures} {LINE} --run-dir {tmp_path / 'run'}".split()
+    again = [*words, *ALONE, "--resume", "auto"]
+    places = [tmp_path / name for name in ("first", "second")]
+    for place in places:
+        place.mkdir()
+    waits = AFTER_STEP.format(act="if step == 2: time.sleep(60)")  # longer than the other takes
+    with spawn(places[0], again, waits) as one, spawn(places[1], again, waits) as other:
+        pid, status = os.waitpid(-1, 0)
+        lost, left = (one, other) if pid == one.pid else (other, one)
+        lost.pid = 0
+        assert os.waitstatus_to_exitcode(status) == 2
+        (told,) = lost.files[1].read_text().splitlines()
+        assert f"{tmp_path / 'run'}: process {left.pid} on " in told
+    train(tmp_path, *again)  # the owner is killed, and the folder free at once
+    train(tmp_path, *words, "--run-dir", tmp_path / "whole")
+    assert_same_run(tmp_path / "whole", tmp_path / "run")
+
+
 BAD_WEIGHT = "if step == 4: model.get_parameter('features.4.weight').data.fill_(float('inf'))"
 BAD_GRADIENT = (
     "if step == 4: model.get_parameter('features.4.weight').register_hook(lambda g: g * torch.inf)"
@@ -333,7 +352,7 @@ def test_no_space_for_a_while_costs_checkpoints_but_not_the_run(pictures, tmp_pa
         f"{tmp_path / 'run' / 'checkpoint.pth.tar'}: File too large (100,000 bytes were written)"
     )
     assert end.out.count(f"warning: {fault}; training goes on") == 1
-    assert not list((tmp_path / "run").glob(".*"))
+    assert not list((tmp_path / "run").glob(".*.tmp"))
     train(tmp_path, *words, "--run-dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

@@ -58,7 +58,7 @@ def test_seeding_repeats_all_generators():
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
-    folders = {run.open_run_dir(None, str(tmp_path), "digits-vgg11-bn") for _ in range(3)}
+    folders = {run.open_run_dir(None, str(tmp_path), "digits-vgg11-bn")[0] for _ in range(3)}
     assert len(folders) == 3
     assert all(folder.is_dir() and folder.parent.name == "digits-vgg11-bn" for folder in folders)
 
@@ -137,8 +137,20 @@ def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
 
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     (tmp_path / ".summary.json.77.tmp").touch()
-    assert run.open_run_dir(tmp_path, "", "") == tmp_path
-    assert not list(tmp_path.iterdir())
+    assert run.open_run_dir(tmp_path, "", "")[0] == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_run_that_another_process_has_gone_on_with_is_not_taken_up(tmp_path):
+    checkpoint = str(tmp_path / "checkpoint.pth.tar")
+    run.check_unchanged(tmp_path, None, None)
+    read = save(tmp_path, 1, best_epoch=1)
+    run.check_unchanged(tmp_path, checkpoint, read)
+    with pytest.raises(run.RunError, match="holds a run already"):
+        run.check_unchanged(tmp_path, None, None)
+    save(tmp_path, 2, best_epoch=1)
+    with pytest.raises(run.RunError, match="another process has trained on, from step 10 to 20"):
+        run.check_unchanged(tmp_path, checkpoint, read)
 
 
 def test_the_rows_of_earlier_batches_come_along(tmp_path):

@@ -60,7 +60,8 @@ class Recorder:
         self._told: set[str] = set()
         self.device, self.epochs = device, epochs
         self.facts = facts | {"device": run.describe_device(device), "processes": processes}
-        self.run_dir = run.open_run_dir(run_dir, flags.out, name)
+        self.run_dir, self._lock = run.open_run_dir(run_dir, flags.out, name)
+        run.check_unchanged(self.run_dir, flags.resume, saved)
         run.write_record(self.run_dir, vars(flags), device, processes)
         run.carry_over(flags.resume, saved, self.run_dir)
         say(
@@ -121,6 +122,7 @@ class Recorder:
     def close(self) -> None:
         with self._not_for_a_full_disk():
             self.logger.close()
+        self._lock.close()
 
     def _save(self, state: dict[str, Any], *, last: bool, **options: Any) -> None:
         state = {**state, "history": self.logger.history}

@@ -13,11 +13,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.metadata import PackageNotFoundError, version
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -34,9 +34,11 @@ from .checkpoint import (
     load_checkpoint,
     sync_folder,
 )
+from .lock import LockHeld, take_lock
 from .logger import BATCH_LOG_NAME
 from .signals import Stopped
 
+LOCK_NAME = ".lock"
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
 
@@ -110,24 +112,55 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     return path
 
 
-def open_run_dir(run_dir: Path | None, out: str, name: str) -> Path:
-    """Make `run_dir`, or a new folder out/name/<time> where that is None; clear what a kill left.
+def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[str]]:
+    """Make `run_dir`, or a new folder out/name/<time> where that is None, for this process alone.
+
+    What a killed process left in it is cleared.
+
+    Returns:
+        The folder, and a file to be closed when nothing more is written there.
 
     Raises:
-        RunError: the system does not let it be made.
+        RunError: the system does not let it be made, or another process writes there.
     """
-    if run_dir is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        candidates = (f"{stamp}-{number}" if number else stamp for number in count())
-        parent = Path(out).expanduser() / name
-        run_dir = next(parent / leaf for leaf in candidates if not (parent / leaf).exists())
     try:
+        if run_dir is None:
+            run_dir = _make_new(Path(out).expanduser() / name)
         run_dir.mkdir(parents=True, exist_ok=True)
         sync_folder(run_dir.parent)
+        lock = take_lock(run_dir / LOCK_NAME)
         clear_leftovers(run_dir)
     except OSError as error:
-        raise RunError(f"{run_dir} cannot be made: {error.strerror}") from error
-    return run_dir
+        raise RunError(f"{run_dir or out} cannot be made: {error.strerror}") from error
+    except LockHeld as owner:
+        raise RunError(f"{run_dir}: {owner} writes a run here; choose another folder") from owner
+    return run_dir, lock
+
+
+def _make_new(parent: Path) -> Path:
+    """A folder named by the time that no other process has made."""
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    for number in count():
+        path = parent / (f"{stamp}-{number}" if number else stamp)
+        with suppress(FileExistsError):
+            path.mkdir(parents=True)
+            return path
+    raise AssertionError("count() does not end")
+
+
+def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] | None) -> None:
+    """See that no other process has trained in `run_dir` since this one looked, before it owned it.
+
+    Raises:
+        RunError: it has.
+        CheckpointError: the checkpoint `resume`, with the content `saved`, is gone.
+    """
+    find_run_dir(str(run_dir), resume)
+    if resume and saved and (now := load_checkpoint(resume, "meta")["step"]) != saved["step"]:
+        raise RunError(
+            f"{resume}: another process has trained on, from step {saved['step']} to {now}; "
+            "start again to go on from there"
+        )
 
 
 def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: int = 1) -> None:
