@@ -17,6 +17,8 @@ from util import epochs
 from util.checkpoint import load_checkpoint
 from util.data import DataSpec
 from util.distributed import World
+from util.recorder import Recorder
+from util.run import choose_algorithms
 from util.sampling import EpochBatches
 from util.settings import read_settings
 
@@ -215,6 +217,33 @@ def test_same_seed_same_result_and_another_seed_another(tmp_path):
     line = f"--deconv True --max-steps 2 {QUIET}"
     runs = [train(f"{line} --seed {s}", tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))]
     assert runs[0]["train_loss"] == runs[1]["train_loss"] != runs[2]["train_loss"]
+
+
+@pytest.fixture
+def any_algorithms_afterwards(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", "")
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG")
+    yield
+    choose_algorithms(False)
+
+
+def test_deterministic_runs_use_operations_that_are(tmp_path, any_algorithms_afterwards):
+    line = f"--deconv True --max-steps 2 --threads 1 {QUIET}"
+    figures = train(f"{line} --deterministic", tmp_path / "one")
+    assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert train(line, tmp_path / "two")["test_loss"] == figures["test_loss"]  # on a CPU
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_an_operation_that_cannot_be_deterministic_is_named(
+    tmp_path, capsys, monkeypatch, any_algorithms_afterwards
+):
+    scatter = lambda *args: torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2))
+    monkeypatch.setattr(Recorder, "batch", scatter)
+    argv = ["--dataset", "digits", "--arch", "simple_v1", *QUIET.split(), "--deterministic"]
+    told = refusal(capsys, [*argv, "--run-dir", tmp_path / "run"])
+    assert told == "main.py: error: --deterministic: put_ can be computed only in another way"
 
 
 def rows(path):

@@ -264,6 +264,8 @@ def add_device_flags(parser: Parser) -> None:
     text = "pictures in memory pixel by pixel, faster on some devices"
     add("--channels-last", text, str2bool, False, **alone)
     add("--compile", "translate the network with torch.compile", str2bool, False, **alone)
+    text = "only operations that give the same bits each time, on GPUs too; slower"
+    add("--deterministic", text, str2bool, False, **alone)
     add(
         "--sync-stats",
         "whiten by the statistics of the whole batch; False: each device by those of its share",

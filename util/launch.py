@@ -50,6 +50,7 @@ def _run(file: str, script: Script, story: Callable[[Session], None], argv: Sequ
         processes = run.count_processes(flags.use_gpu, flags.gpu)
         if distributed.spread(file, argv, processes=processes, flags=flags):
             return
+        run.choose_algorithms(flags.deterministic)
         here = distributed.local_rank()
         device = run.choose_device(flags.use_gpu, flags.gpu, flags.threads, here)
         with distributed.join(device, flags.dist_backend) as world:
@@ -69,6 +70,9 @@ def _run(file: str, script: Script, story: Callable[[Session], None], argv: Sequ
         distributed.let_the_guilty_speak()
         _stop(parser, 1, "another process has failed")
     except RuntimeError as error:
+        name, is_missing, _ = str(error).partition(" does not have a deterministic implementation")
+        if is_missing:
+            parser.error(f"--deterministic: {name} can be computed only in another way")
         if not _is_lost_contact(error):
             raise
         distributed.let_the_guilty_speak()

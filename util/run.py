@@ -86,6 +86,18 @@ def choose_device(
     return torch.device("cuda", index)
 
 
+def choose_algorithms(deterministic: bool) -> None:
+    """Let PyTorch use only operations that give the same bits each time, or whichever is fastest.
+
+    Called before a GPU is used: cuBLAS reads once how much memory it may have.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.deterministic = deterministic
+    torch.backends.cudnn.benchmark = False
+
+
 def seed_everything(seed: int) -> None:
     """Seed every random generator in use, on all devices."""
     random.seed(seed)

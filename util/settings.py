@@ -42,6 +42,7 @@ OF_THIS_MACHINE = {
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "data", "out", "on_bad_image", "threads", "num_workers"),
+    "deterministic",
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
