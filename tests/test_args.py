@@ -66,7 +66,8 @@ def test_aliases(short, name, value):
         *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
         *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
         *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
-        *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9"),
+        *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9", "--multistep-gamma 1.5"),
+        *("--lr 1e+300", "--wd 1e+300", "--eps 1e+300"),  # which PyTorch takes for no float32
     ],
 )
 def test_values_out_of_range_are_refused_by_name(capsys, line):

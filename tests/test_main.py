@@ -438,6 +438,13 @@ def test_a_folder_of_pictures_is_trained_on(tmp_path):
     assert [p for p in sorted(tmp_path.rglob("*")) if "runs" not in p.parts] == before
 
 
+def test_a_run_that_would_end_before_it_starts_is_refused(tmp_path, capsys):
+    argv = ["--dataset", "digits", "--arch", "simple_v1", "--run-dir", tmp_path / "run"]
+    told = refusal(capsys, [*argv, "--start-epoch", 2, "--max-steps", 3])
+    assert "--start-epoch 2: its 6 steps are not before the end, --max-steps 3" in told
+    assert not (tmp_path / "run").exists()
+
+
 def test_divergence_is_an_error_that_names_the_step(tmp_path, capsys):
     line = f"--dataset digits --arch simple_v2 --batchnorm False --lr 1e30 {QUIET}"
     told = refusal(capsys, [*line.split(), "--run-dir", tmp_path / "run"], code=1)

@@ -12,6 +12,7 @@ from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
 from .parser import Parser, meeting_url, mirror_url, place, real, str2bool, whole
 
+HUGE = 1e36  # what PyTorch takes beside float32, whose numbers end at 3e38, and a factor of ten
 MIRROR_VARIABLE = "DECONV_DATA_URL"
 YES = {"action": "store_true", "default": False, "shown": ""}  # a flag without a value
 
@@ -101,7 +102,7 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     add(
         "--eps",
         "regularisation of the covariance, in units of variance",
-        real(least=1e-12),
+        real(least=1e-12, below=HUGE),
         1e-2,
         metavar="E",
     )
@@ -212,10 +213,11 @@ def add_training_flags(
     text = "cross-entropy, or half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
-    add("--lr --learning-rate", "learning rate at the start", real(above=0), 0.1, metavar="LR")
+    rate = real(above=0, below=HUGE)
+    add("--lr --learning-rate", "learning rate at the start", rate, 0.1, metavar="LR")
     add("--momentum", "of SGD", real(least=0, below=1), 0.9, metavar="M")
     decay = {"metavar": "W", "dest": "weight_decay"}
-    add("--wd --weight-decay", "weight decay", real(least=0), weight_decay, **decay)
+    add("--wd --weight-decay", "weight decay", real(least=0, below=HUGE), weight_decay, **decay)
     add(
         "--lr-scheduler",
         "cosine falls to 0 step by step over the run, multistep drops at the milestones, step "
@@ -234,7 +236,7 @@ def add_training_flags(
         nargs="+",
         metavar="M",
     )
-    add("--multistep-gamma", "factor at a drop", real(above=0), 0.1, metavar="G")
+    add("--multistep-gamma", "factor at a drop", real(above=0, most=1), 0.1, metavar="G")
     add("--scheduler-step-size", "of step: epochs between drops", whole(1), 30, metavar="N")
     add(
         "--warmup-epochs",

@@ -124,7 +124,7 @@ def _receive(url: str, part: Path) -> None:
     except HTTPError as error:  # 416: there is nothing behind what has come
         if error.headers.get("Content-Range") == f"bytes */{begun}":
             return
-        part.unlink()
+        part.unlink(missing_ok=True)
         raise _Interrupted("it is shorter than what had come") from None
     with answer:
         start, total = _read_extent(answer.headers, begun)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 
@@ -98,14 +99,14 @@ def build_scheduler(
 
 
 def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: int) -> list[int]:
-    """Steps at which the rate drops.
+    """Steps at which the rate drops, in order.
 
     A milestone from 1 upward is an epoch. One below 1 is a fraction of the run, and a single one
     repeats, as the published 0.4 does: at 40 % and at 80 %.
     """
     if len(milestones) == 1 and milestones[0] < 1:
         milestones = [k * milestones[0] for k in range(1, math.ceil(1 / milestones[0]))]
-    return [round(m * (total_steps if m < 1 else epoch_steps)) for m in milestones]
+    return sorted(round(m * (total_steps if m < 1 else epoch_steps)) for m in milestones)
 
 
 def _warm_up(warmup: int, factor: Callable[[int], float], step: int) -> float:
@@ -118,4 +119,4 @@ def _cosine(start: int, end: int, step: int) -> float:
 
 
 def _multistep(drops: Sequence[int], gamma: float, step: int) -> float:
-    return gamma ** sum(step >= drop for drop in drops)
+    return gamma ** bisect_right(drops, step)

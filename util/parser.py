@@ -163,18 +163,23 @@ def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
 
 
 def real(
-    *, least: float | None = None, above: float | None = None, below: float = math.inf
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> Callable[[str], float]:
-    """A finite number; `least` itself is allowed, `above` and `below` are not."""
+    """A finite number; `least` and `most` themselves are allowed, `above` and `below` are not."""
     bounds = f"of at least {least:g}" if above is None else f"above {above:g}"
-    bounds += " and finite" if math.isinf(below) else f" and below {below:g}"
+    end = f"below {below:g}" if most == math.inf else f"at most {most:g}"
+    bounds += " and finite" if below == most else f" and {end}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if (value >= least if above is None else value > above) and value < below:
+        if (value >= least if above is None else value > above) and value < below and value <= most:
             return value
         raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
 

@@ -101,6 +101,11 @@ def fit(
     if saved:
         places = model, optimizer, compute
         done, meters = restore(saved, *places, spec=asdict(spec), **asdict(plan))
+    if done.step >= total_steps and not saved:
+        raise run.RunError(
+            f"--start-epoch {flags.start_epoch}: its {done.step} steps are not before the end, "
+            f"--max-steps {flags.max_steps}"
+        )
     if done.step >= total_steps:
         say(f"{flags.resume or name} is finished: {done.step} steps of {total_steps} asked for")
         return
