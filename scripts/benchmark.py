@@ -10,7 +10,8 @@ turn in one process, in changing order, so that whatever else the machine does m
 is the median over the pairs of steps, its quartiles in brackets. A step is zero_grad, forward,
 loss, backward and SGD, on random pictures that lie in place; `eval` is a forward in evaluation,
 with --fuse of the networks as `deconv.fuse` makes them, whose convolutions then have biases like
-those of --against plain.
+those of --against plain. Gradients are looked at as in a run, but for --against unchecked: that is
+the network with deconvolution beside itself.
 Memory is the most that training steps take in a process of their own: on a GPU all tensors, on a
 CPU what the process has grown by since the imports (Linux only).
 """
@@ -48,8 +49,8 @@ from util.run import describe_device, read_processor
 
 Step = Callable[[], None]
 
-OURS = "deconv"
-TITLES = {"bn": "BatchNorm", "plain": "plain", OURS: "deconv"}
+OURS, UNCHECKED = "deconv", "unchecked"
+TITLES = {"bn": "BatchNorm", "plain": "plain", UNCHECKED: "deconv unchecked", OURS: "deconv"}
 AMP = {"float32": "off", "bf16": "bf16"}
 MEMORY_STEPS = 3
 # Keywords of FastDeconv that --option may set: those without a flag of their own.
@@ -109,7 +110,7 @@ def make_parser() -> Parser:
     add("--dtype", "bf16 is autocast", None, ["float32"], "float32", choices=tuple(AMP), **several)
     add("--mode", "of the deconvolution", whole(1, 5), [5], "5", metavar="M", **several)
     add("--block", "channels whitened together", whole(1), [16], "16", metavar="B", **several)
-    add("--against", "the network beside it", None, "bn", choices=("bn", "plain"))
+    add("--against", "the network beside it", None, "bn", choices=("bn", "plain", UNCHECKED))
     add_layer_flags(parser)
     add_run_flags(parser)
     add = parser.add_group("measuring")
@@ -187,18 +188,19 @@ def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> N
 
 
 def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
-    """The network of a case with layers of one kind: deconv, bn or plain.
+    """The network of a case with layers of one kind: deconv (also unchecked), bn or plain.
 
     Raises:
         ValueError: an unknown network, or one that does not take such layers or pictures.
         TypeError: an option of another type than the layer takes.
     """
+    ours = kind in (OURS, UNCHECKED)
     layers = make_layers(
-        deconv=kind == OURS,
+        deconv=ours,
         batchnorm=kind == "bn",
         mode=case.mode,
         block=case.block,
-        block_final=flags.block_fc if kind == OURS else None,
+        block_final=flags.block_fc if ours else None,
         eps=flags.eps,
         **dict(flags.option),
     )
@@ -228,7 +230,12 @@ def make_steps(
     def train() -> None:
         with compute.autocast():
             loss = criterion(network(images), targets)
-        compute.update(loss, optimizer)
+        if kind == UNCHECKED:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        else:
+            compute.update(loss, optimizer)
 
     def finish() -> Step:
         trained = fuse(model.eval()) if flags.fuse else model.eval()

@@ -89,6 +89,20 @@ def test_with_fuse_no_layer_of_ours_evaluates(flags, modes, monkeypatch, tmp_pat
     assert [len(row[part]["deconv_times"]) for part in ("train", "eval")] == [2, 3]
 
 
+def test_gradients_are_looked_at_but_for_those_unchecked(monkeypatch):
+    looked, look = [], benchmark.Compute.backward
+    monkeypatch.setattr(
+        benchmark.Compute, "backward", lambda *args: looked.append(1) or look(*args)
+    )
+    flags = benchmark.make_parser().parse_args(SMALL)
+    case = benchmark.Case("simple_v2", 5, 16, 2, "float32")
+    for kind, count in (("unchecked", 0), ("deconv", 1)):
+        train, finish = benchmark.make_steps(case, kind, flags, torch.device("cpu"))
+        train()
+        finish()()
+        assert len(looked) == count
+
+
 def test_memory_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**26)  # 256 MiB that the other process does not have
     case = benchmark.Case("simple_v2", 5, 16, 64, "float32")
