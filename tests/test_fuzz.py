@@ -35,7 +35,7 @@ VALUES = {
     "--deconv-iter": "1 15 16",
     "--stem-iter": "2 16",
     "--stride": "1 3 999999999",
-    "--patches-per-feature": "0 .1 2 1e300 nan",
+    "--rows-per-feature": "0 .1 2 1e300 nan",
     "--root": "newton cholesky none",
     "--layout": "contiguous interleaved",
     "--share-blocks": "True False",
