@@ -5,7 +5,7 @@ import torch
 
 from scripts import golden
 
-TOLERANCE = 1e-6  # relative; two threads were seen to change 14 losses of VGG-11 by up to 1e-12
+TOLERANCE = 1e-6  # relative; two threads were seen to change 14 losses of VGG-11 by up to 1e-11
 RECORDED = sorted(path.stem for path in golden.FOLDER.glob("*.txt"))
 
 
