@@ -4,6 +4,7 @@
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
+    up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # 1d, 3d: the same names
     network = convert(resnet18())               # in place of all of them, in any network
     print(plan(resnet18()))                     # what that does to each layer, and why
     recalibrate(network, loader)                # running statistics anew, of averaged weights, say
@@ -39,6 +40,14 @@ The package imports nothing but torch and can be copied into another project unc
 """
 
 from .convert import convert
+from .convolutions import (
+    FastDeconv1d,
+    FastDeconv2d,
+    FastDeconv3d,
+    FastDeconvTranspose1d,
+    FastDeconvTranspose2d,
+    FastDeconvTranspose3d,
+)
 from .covariance import batch_share
 from .fuse import fuse
 from .layers import Delinear, FastDeconv
@@ -48,6 +57,12 @@ from .recalibrate import recalibrate
 __all__ = [
     "Delinear",
     "FastDeconv",
+    "FastDeconv1d",
+    "FastDeconv2d",
+    "FastDeconv3d",
+    "FastDeconvTranspose1d",
+    "FastDeconvTranspose2d",
+    "FastDeconvTranspose3d",
     "batch_share",
     "convert",
     "fuse",

@@ -17,23 +17,30 @@ class ChannelAffine(nn.Module):
 
     Args:
         weight, bias: (C,), become parameters that need gradients as `learned` says.
+        dims: dimensions of a picture, 1 to 3.
 
     Shape:
-        (N, C, H, W) -> the same.
+        (N, C, *size) -> the same.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, learned: bool = True) -> None:
+    dims = 2  # of layers that were pickled before there were others
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor, learned: bool = True, dims: int = 2
+    ) -> None:
         super().__init__()
         self.weight, self.bias = nn.Parameter(weight, learned), nn.Parameter(bias, learned)
+        self.dims = dims
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x * self.weight[:, None, None] + self.bias[:, None, None]
+        shape = (-1, *(1,) * self.dims)
+        return x * self.weight.reshape(shape) + self.bias.reshape(shape)
 
-    def fuse(self) -> nn.Conv2d:
+    def fuse(self) -> nn.Module:
         """The same as a layer of torch: a convolution of single pixels and channels."""
-        channels = len(self.weight)
-        plain = nn.Conv2d(channels, channels, 1, groups=channels, device="meta")
-        weight = self.weight.detach().clone().reshape(-1, 1, 1, 1)
+        channels, kind = len(self.weight), (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dims - 1]
+        plain = kind(channels, channels, 1, groups=channels, device="meta")
+        weight = self.weight.detach().clone().reshape(-1, 1, *(1,) * self.dims)
         plain.weight = nn.Parameter(weight, self.weight.requires_grad)
         plain.bias = nn.Parameter(self.bias.detach().clone(), self.bias.requires_grad)
         return plain.train(self.training)
@@ -46,6 +53,13 @@ def is_batchnorm(module: nn.Module) -> bool:
     """Whether this is a BatchNorm, with running statistics or frozen, of whatever library."""
     frozen = any(kind.__name__ in _FROZEN for kind in type(module).__mro__)
     return isinstance(module, _BatchNorm) or frozen
+
+
+def count_dims(module: nn.Module) -> int:
+    """Dimensions of the pictures that a BatchNorm is made for; 2 where its class does not tell."""
+    if isinstance(module, nn.BatchNorm1d):
+        return 1
+    return 3 if isinstance(module, nn.BatchNorm3d) else 2
 
 
 def is_understood(module: nn.Module) -> bool:

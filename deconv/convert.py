@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batchnorm import ChannelAffine, find_affine, find_rest
+from .batchnorm import ChannelAffine, count_dims, find_affine, find_rest
 from .layers import _Whitening, forward_hooks
 from .plan import REPLACED, Row, plan
 
@@ -32,8 +32,9 @@ def convert(
 ) -> nn.Module:
     """A copy of a network with deconvolution in place of convolutions and BatchNorm.
 
-    Every `nn.Conv2d` becomes a FastDeconv with its weight and bias, every BatchNorm an `Identity`,
-    or what it does besides (the activation of timm's BatchNormAct2d). `plan` tells beforehand what
+    Every convolution of torch becomes the FastDeconv that stands for it (1-d to 3-d, transposed
+    ones too), with its weight and bias, every BatchNorm beside one an `Identity`, or what it does
+    besides (the activation of timm's BatchNormAct2d). `plan` tells beforehand what
     becomes of each layer: those of other classes stay, and a BatchNorm stays with a convolution
     that does. What occurs twice in the network is replaced once, and stays one. All else is what
     `copy.deepcopy` makes of it; of what is replaced, forward hooks come along, others do not.
@@ -95,9 +96,9 @@ def _fill(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
     new = row.layer
     weight, bias = _copy(row.module.weight, memo), _copy(row.module.bias, memo)
     if bias is None and (new.bias is not None or (pretrained and row.partner)):
-        bias = nn.Parameter(weight.new_zeros(len(weight)), weight.requires_grad)
+        bias = nn.Parameter(weight.new_zeros(len(new.turn(weight))), weight.requires_grad)
     if pretrained and row.partner:
-        weight, bias = _fold_batchnorm(weight, bias, *find_affine(row.partner))
+        weight, bias = _fold_batchnorm(new, weight, bias, *find_affine(row.partner))
     new.weight, new.bias = weight, bias
     for name, buffer in new.named_buffers():
         here = {"dtype": buffer.dtype, "device": weight.device}
@@ -117,10 +118,15 @@ def _copy(parameter: nn.Parameter | None, memo: Memo) -> nn.Parameter | None:
 
 @torch.no_grad()
 def _fold_batchnorm(
-    weight: nn.Parameter, bias: nn.Parameter, scale: torch.Tensor, shift: torch.Tensor
+    layer: _Whitening,
+    weight: nn.Parameter,
+    bias: nn.Parameter,
+    scale: torch.Tensor,
+    shift: torch.Tensor,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """weight (out, ...) and bias (out,) with the affine map (out,) after them, as new ones."""
-    scaled = weight.to(scale.dtype) * scale.reshape(-1, *[1] * (weight.dim() - 1))
+    """Weight and bias (out,) of the layer with the affine map (out,) after them, as new ones."""
+    rows = layer.turn(weight.to(scale.dtype))
+    scaled = layer.turn(rows * scale.reshape(-1, *[1] * (weight.dim() - 1)))
     shifted = bias.to(scale.dtype) * scale + shift
     return tuple(
         nn.Parameter(torch.empty_like(old).copy_(new), old.requires_grad)  # its memory format
@@ -135,7 +141,8 @@ def _stand_in(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
     if pretrained and not row.partner:
         scale, shift = find_affine(norm)
         like = norm.running_var if norm.weight is None else norm.weight
-        parts.insert(0, ChannelAffine(scale.to(like), shift.to(like), like.requires_grad))
+        affine = scale.to(like), shift.to(like), like.requires_grad
+        parts.insert(0, ChannelAffine(*affine, count_dims(norm)))
     hooked = any(forward_hooks(norm).values())
     if not parts:
         new = nn.Identity()

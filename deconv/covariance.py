@@ -154,7 +154,8 @@ def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor
 
 def _is_whole(x: torch.Tensor) -> bool:
     """Whether every element of a feature map has a place of its own, and spots find theirs."""
-    return x.is_contiguous() or x.is_contiguous(memory_format=torch.channels_last)
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
 
 
 def keeps_patches(x: torch.Tensor, sampling: Sampling) -> bool:

@@ -63,6 +63,26 @@ class Dataflow:
         once = producer is not None and self._find_call(producer) is call and len(call.users) == 1
         return producer if once else None
 
+    def find_targets(
+        self, module: nn.Module, kinds: tuple[type[nn.Module], ...]
+    ) -> list[nn.Module]:
+        """The first modules of some kinds on all ways that this one's output takes.
+
+        Within the code that calls it: none where it may also leave that.
+        """
+        targets, calls, seen = [], [self._find_call(module)], set()
+        while calls:
+            call = calls.pop()
+            if call is None or call.op == "output":
+                return []
+            for user in call.users.keys() - seen:
+                seen.add(user)
+                if isinstance(self._called.get(user), kinds):
+                    targets.append(self._called[user])
+                else:
+                    calls.append(user)
+        return targets
+
     def find_overwriter(self, module: nn.Module) -> str | None:
         """The function, if any, that works in place on this module's output.
 

@@ -24,13 +24,13 @@ def fuse(model: nn.Module) -> nn.Module:
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu)
 
-    Every FastDeconv becomes an `nn.Conv2d` and every Delinear an `nn.Linear` (`layer.fuse()` of
-    each) with W D as weight and b - W D mu as bias, mu and D the running statistics; ChannelAffine,
-    which `convert` leaves where it must, becomes a convolution of single pixels. Outputs are
-    those of `model.eval()` up to rounding. What occurs twice in the network is replaced once, and
-    everything else is what `copy.deepcopy` makes of it, hooks included. Of the layers that are
-    replaced, forward hooks come along, as they may change outputs; backward hooks and those of
-    state_dict do not. The input is left as it is.
+    Every FastDeconv becomes the convolution of torch that it stands for (an `nn.Conv2d`, say) and
+    every Delinear an `nn.Linear` (`layer.fuse()` of each), with W D as weight and b - W D mu as
+    bias, mu and D the running statistics; ChannelAffine, which `convert` leaves where it must,
+    becomes a convolution of single pixels. Outputs are those of `model.eval()` up to rounding. What
+    occurs twice in the network is replaced once, and everything else is what `copy.deepcopy` makes
+    of it, hooks included. Of the layers that are replaced, forward hooks come along, as they may
+    change outputs; backward hooks and those of state_dict do not. The input is left as it is.
 
     Args:
         model: in evaluation mode; may itself be a layer, and may have nothing to fuse.

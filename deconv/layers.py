@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from dataclasses import replace
@@ -231,8 +232,12 @@ class _Whitening(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         whiten = {axis: matrix.to(dtype) for axis, matrix in whiten.items()}
-        weight, bias = fold(weight, bias, mean.to(dtype), whiten, self.blocks)
-        return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
+        weight, bias = fold(self.turn(weight), bias, mean.to(dtype), whiten, self.blocks)
+        return self.turn(weight).to(self.weight.dtype), bias.to(self.weight.dtype)
+
+    def turn(self, weight: torch.Tensor) -> torch.Tensor:
+        """The weight as rows for each output channel, (out, C, *kernel), and back again."""
+        return weight
 
     @torch.no_grad()
     def _folded(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -269,7 +274,164 @@ class _Whitening(nn.Module):
         ) + ("" if self.sync_stats else ", sync_stats=False")
 
 
-class FastDeconv(_Whitening, nn.Conv2d):
+class _Convolution(_Whitening):
+    """Convolutions of any number of dimensions, see `FastDeconv`.
+
+    A layer is this and the class of torch that it stands for, `plain`, and adds `convolve`, the
+    function of torch that does its work.
+    """
+
+    plain: type[nn.Module]
+    convolve: Callable[..., torch.Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        mode: int = 5,
+        block: int = 16,
+        eps: float = 1e-2,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        sampling_stride: int = 3,
+        rows_per_feature: float = 32,
+        root: str = "cholesky",
+        layout: str = "interleaved",
+        shared: bool = True,
+        sync_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if sampling_stride < 1 or sampling_stride % 1:
+            raise ValueError(
+                f"sampling_stride must be a whole number of patches, at least 1, "
+                f"got {sampling_stride}"
+            )
+        if not rows_per_feature >= 0:
+            raise ValueError(
+                f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
+            )
+        if root not in ROOTS:
+            raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
+        self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
+        self.root = root
+        channels = in_channels // groups
+        taps = self.weight[0, 0].numel()
+        self._init_whitening(
+            MODES[mode],
+            _blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
+            mean_taps=1 if mode == 3 else taps,
+            eps=eps,
+            n_iter=n_iter,
+            momentum=momentum,
+            sync_stats=sync_stats,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_channels(x)
+        if x.dim() == len(self.kernel_size) + 1:  # one picture without a batch, as torch takes it
+            return self.forward(x.unsqueeze(0)).squeeze(0)
+        padding = self.padding
+        if self.padding_mode != "zeros":  # what the kernel sees is what is to be whitened
+            x = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
+            padding = 0
+        where = (self.stride, padding, self.dilation, self.groups)
+        return self.convolve(*self._whitened(x), *where)
+
+    def _check_channels(self, x: torch.Tensor) -> None:
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != self.in_channels:
+            raise ValueError(
+                f"input must have {self.in_channels} channels and {dims} dimensions of pixels, "
+                f"got shape {(*x.shape,)}"
+            )
+
+    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
+        """Which patches the mode looks at, and how they fall into blocks."""
+        if self.mode == 3:
+            unit = self.blocks.unit // self.blocks.taps
+            return self._see_pixels(), replace(self.blocks, taps=1, unit=unit)
+        window = self._see(1 if self.mode == 4 else self.sampling_stride)
+        if self.mode == 4 or not self.rows_per_feature:
+            return window, self.blocks
+        return self._look_at_enough(x, window), self.blocks
+
+    def _see(self, step: int) -> Window:
+        """Every `step`-th patch that the kernel sees in each direction."""
+        stride, padding = tuple(step * s for s in self.stride), (0, 0) * len(self.stride)
+        if self.padding_mode == "zeros":
+            padding = tuple(self._reversed_padding_repeated_twice)
+        return Window(self.kernel_size, stride, self.dilation, padding)
+
+    def _see_pixels(self) -> Window:
+        """Single pixels, without the padding that would pull them to zero."""
+        one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
+        return Window(one, step, one, (0, 0) * len(one))
+
+    def _look_at_enough(self, x: torch.Tensor, window: Window) -> Sampling:
+        """So few patches that there are about `rows_per_feature` rows for each feature of a matrix.
+
+        Several processes look at the same ones as one would, see `batch_share`.
+        """
+        together = self.sync_stats and several_processes()
+        first, total = find_share(len(x)) if together else (0, len(x))
+        patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
+        per_picture = max(round(patches / max(total, 1)), 1)
+        if per_picture >= window.count(x.shape[2:]):
+            return window
+        return Spots(window, per_picture, first)
+
+    def fuse(self) -> nn.Module:
+        """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
+
+        It may be asked of a layer in training as well, and is then in training mode itself.
+
+        Raises:
+            ValueError: a hook computes the weight or the bias.
+        """
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        return self._settle(self.plain(*shape, **find_geometry(self), device="meta"))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
+            f"sampling_stride={self.sampling_stride}, "
+            f"rows_per_feature={self.rows_per_feature}, root={self.root}"
+        )
+
+
+def find_geometry(conv: nn.Module) -> dict[str, Any]:
+    """What a convolution is told beside its shape, but for its bias: of torch's or of ours."""
+    names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] if conv.transposed else []
+    return {name: getattr(conv, name) for name in names}
+
+
+class FastDeconv(_Convolution, nn.Conv2d):
     """A 2-d convolution that whitens the patches its kernel sees, by folding the whitening into it.
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
@@ -281,6 +443,8 @@ class FastDeconv(_Whitening, nn.Conv2d):
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
             `torch.nn.Conv2d`. A grouped convolution whitens each group by itself.
+        padding_mode: as there. "reflect", "replicate" and "circular" fill the map first, and its
+            patches are then those that are whitened.
         mode: 1 separable (channels, then pixels), 2 pixels, 3 channels, 4 joint over every patch,
             5 joint over sampled patches.
         block: B, channels whitened together. A group's C channels form blocks of the largest
@@ -317,126 +481,7 @@ class FastDeconv(_Whitening, nn.Conv2d):
     Source: Ye et al., Network Deconvolution, ICLR 2020, algorithm 1.
     """
 
-    def __init__(
-        self,
-        in_channels: int,
-        out_channels: int,
-        kernel_size: int | tuple[int, int],
-        stride: int | tuple[int, int] = 1,
-        padding: int | tuple[int, int] | str = 0,
-        dilation: int | tuple[int, int] = 1,
-        groups: int = 1,
-        bias: bool = True,
-        *,
-        mode: int = 5,
-        block: int = 16,
-        eps: float = 1e-2,
-        n_iter: int = 5,
-        momentum: float = 0.1,
-        sampling_stride: int = 3,
-        rows_per_feature: float = 32,
-        root: str = "cholesky",
-        layout: str = "interleaved",
-        shared: bool = True,
-        sync_stats: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        if mode not in MODES:
-            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
-        if sampling_stride < 1 or sampling_stride % 1:
-            raise ValueError(
-                f"sampling_stride must be a whole number of patches, at least 1, "
-                f"got {sampling_stride}"
-            )
-        if not rows_per_feature >= 0:
-            raise ValueError(
-                f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
-            )
-        if root not in ROOTS:
-            raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
-        super().__init__(
-            in_channels,
-            out_channels,
-            kernel_size,
-            stride,
-            padding,
-            dilation,
-            groups,
-            bias,
-            device=device,
-            dtype=dtype,
-        )
-        self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
-        self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
-        self.root = root
-        channels = in_channels // groups
-        taps = self.weight[0, 0].numel()
-        self._init_whitening(
-            MODES[mode],
-            _blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
-            mean_taps=1 if mode == 3 else taps,
-            eps=eps,
-            n_iter=n_iter,
-            momentum=momentum,
-            sync_stats=sync_stats,
-        )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if x.dim() == len(self.kernel_size) + 1:  # one picture without a batch, as nn.Conv2d takes
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        if x.shape[1] != self.in_channels:
-            raise ValueError(
-                f"input must have {self.in_channels} channels, got shape {(*x.shape,)}"
-            )
-        return self._conv_forward(*self._whitened(x))
-
-    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
-        """Which patches the mode looks at, and how they fall into blocks."""
-        if self.mode == 3:  # single pixels, without the padding that would pull them to zero
-            one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
-            window = Window(one, step, one, (0, 0) * len(one))
-            unit = self.blocks.unit // self.blocks.taps
-            return window, replace(self.blocks, taps=1, unit=unit)
-        step = 1 if self.mode == 4 else self.sampling_stride
-        stride = tuple(step * s for s in self.stride)
-        padding = tuple(self._reversed_padding_repeated_twice)
-        window = Window(self.kernel_size, stride, self.dilation, padding)
-        if self.mode == 4 or not self.rows_per_feature:
-            return window, self.blocks
-        return self._look_at_enough(x, window), self.blocks
-
-    def _look_at_enough(self, x: torch.Tensor, window: Window) -> Sampling:
-        """So few patches that there are about `rows_per_feature` rows for each feature of a matrix.
-
-        Several processes look at the same ones as one would, see `batch_share`.
-        """
-        together = self.sync_stats and several_processes()
-        first, total = find_share(len(x)) if together else (0, len(x))
-        patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
-        per_picture = max(round(patches / max(total, 1)), 1)
-        if per_picture >= window.count(x.shape[2:]):
-            return window
-        return Spots(window, per_picture, first)
-
-    def fuse(self) -> nn.Conv2d:
-        """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
-
-        It may be asked of a layer in training as well, and is then in training mode itself.
-
-        Raises:
-            ValueError: a hook computes the weight or the bias.
-        """
-        shape = (self.in_channels, self.out_channels, self.kernel_size)
-        where = (self.stride, self.padding, self.dilation, self.groups)
-        return self._settle(nn.Conv2d(*shape, *where, device="meta"))
-
-    def extra_repr(self) -> str:
-        return (
-            f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
-            f"sampling_stride={self.sampling_stride}, "
-            f"rows_per_feature={self.rows_per_feature}, root={self.root}"
-        )
+    plain, convolve = nn.Conv2d, staticmethod(F.conv2d)
 
 
 class Delinear(_Whitening, nn.Linear):

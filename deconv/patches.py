@@ -28,12 +28,20 @@ class Window:
         dilation: distance of two taps, in input pixels.
         padding: pixels of zeros, as `torch.nn.functional.pad` takes them: before and after, for the
             last dimension first. Negative ones leave pixels out.
+        spread: distance of two pixels of the map in the map that is looked at, which has zeros
+            between them: what a transposed convolution sees. It has no divisor in common with the
+            stride. All of the above counts the pixels of this wider map.
     """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
+    spread: tuple[int, ...] = ()  # none: 1 along each dimension
+
+    def __post_init__(self) -> None:
+        if not self.spread:
+            object.__setattr__(self, "spread", (1,) * len(self.kernel_size))
 
     @property
     def taps(self) -> int:
@@ -49,7 +57,7 @@ class Window:
         found = []
         for d, n in enumerate(size):
             span = (self.kernel_size[d] - 1) * self.dilation[d] + 1
-            padded = n + sum(self.padding[-2 - 2 * d :][:2])
+            padded = max((n - 1) * self.spread[d] + 1, 0) + sum(self.padding[-2 - 2 * d :][:2])
             if padded < span:
                 raise ValueError(
                     f"input of {(*size,)} pixels, padding {self.padding}, is smaller "
@@ -72,20 +80,32 @@ class Window:
     def cut(self, dims: int) -> tuple[Window, Window]:
         """The window of the first `dims` dimensions and that of the others."""
         last = len(self.padding) - 2 * dims
-        outer = (each[:dims] for each in (self.kernel_size, self.stride, self.dilation))
-        inner = (each[dims:] for each in (self.kernel_size, self.stride, self.dilation))
-        return Window(*outer, self.padding[last:]), Window(*inner, self.padding[:last])
+        sides = self.kernel_size, self.stride, self.dilation
+        outer, inner = ([each[part] for each in sides] for part in (slice(dims), slice(dims, None)))
+        return (
+            Window(*outer, self.padding[last:], self.spread[:dims]),
+            Window(*inner, self.padding[:last], self.spread[dims:]),
+        )
 
     def _meet(self, d: int, pixels: int, positions: int) -> list[tuple[slice, slice]]:
         """Of each tap along dimension d: the positions within the map, and the pixels there."""
-        step, before = self.stride[d], self.padding[-2 - 2 * d]
+        step, spread, before = self.stride[d], self.spread[d], self.padding[-2 - 2 * d]
         met = []
         for k in range(self.kernel_size[d]):
-            first = k * self.dilation[d] - before  # the pixel that position 0 sees
+            first = k * self.dilation[d] - before  # what position 0 sees, in the wider map
             low = max(0, -(first // step))
-            high = max(low, min(positions, (pixels - 1 - first) // step + 1))
-            start = low * step + first
-            met.append((slice(low, high), slice(start, start + (high - low) * step, step)))
+            low += -(low * step + first) * pow(step, -1, spread) % spread if spread > 1 else 0
+            count = min(
+                (positions - 1 - low) // spread + 1,
+                (pixels - 1 - (low * step + first) // spread) // step + 1,
+            )
+            start, count = (low * step + first) // spread, max(count, 0)
+            met.append(
+                (
+                    slice(low, low + count * spread, spread),
+                    slice(start, start + count * step, step),
+                )
+            )
         return met
 
 
@@ -184,9 +204,12 @@ def _number_pixels(
     for d, (place, tap) in enumerate(zip(places, taps, strict=True)):
         before = window.padding[-2 - 2 * d]
         at = place * window.stride[d] + tap[:, None] * window.dilation[d] - before  # N T P
-        pixel, inside = pixel * size[d] + at, inside & (at >= 0) & (at < size[d])
+        inside = inside & (at >= 0) & (at < size[d] * window.spread[d])
+        at, between = at // window.spread[d], at % window.spread[d] > 0
+        pixel, inside = pixel * size[d] + at, inside & ~between
     found = torch.where(inside, pixel, 0), inside
-    found = found if any(pad > 0 for pad in window.padding) else found[:1]
+    always = not any(pad > 0 for pad in window.padding) and max(window.spread) == 1
+    found = found[:1] if always else found
     return tuple(each.flatten(1)[:, None] for each in found)
 
 

@@ -11,10 +11,11 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
 
-from .batchnorm import find_affine, find_rest, is_batchnorm, is_understood
+from .batchnorm import count_dims, find_affine, find_rest, is_batchnorm, is_understood
+from .convolutions import DECONVOLUTIONS
 from .dataflow import Dataflow
 from .fuse import refuse_wrapped
-from .layers import Delinear, FastDeconv, _Whitening
+from .layers import Delinear, FastDeconv, _Convolution, _Whitening, find_geometry
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
@@ -129,16 +130,14 @@ def _find_skipped(layers: Iterable[str], patterns: Iterable[str]) -> dict[str, s
 
 
 def _plan_convolution(name: str, conv: nn.Module, options: Mapping[str, object]) -> Row:
-    if type(conv) is not nn.Conv2d:
+    if type(conv) not in DECONVOLUTIONS:
         return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_kind(conv)}")
-    if conv.padding_mode != "zeros":
-        return Row(name, conv, SKIPPED, reason=f"padding_mode={conv.padding_mode!r} is not zeros")
     if "weight" in vars(conv) or "bias" in vars(conv):  # what a hook set
         return Row(name, conv, SKIPPED, reason="a hook computes its weight or its bias")
-    where = (conv.stride, conv.padding, conv.dilation, conv.groups, conv.bias is not None)
     shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
+    where = {**find_geometry(conv), "bias": conv.bias is not None}
     on = {"device": "meta", "dtype": conv.weight.dtype}
-    return _replace(name, conv, FastDeconv(*shape, *where, **options, **on))
+    return _replace(name, conv, DECONVOLUTIONS[type(conv)](*shape, **where, **options, **on))
 
 
 def _plan_linear(name: str, linear: nn.Module, options: Mapping[str, object] | None) -> Row:
@@ -151,7 +150,7 @@ def _plan_linear(name: str, linear: nn.Module, options: Mapping[str, object] | N
     return _replace(name, linear, Delinear(*shape, **options, **on))
 
 
-def _replace(name: str, module: nn.Module, layer: FastDeconv | Delinear) -> Row:
+def _replace(name: str, module: nn.Module, layer: _Whitening) -> Row:
     becomes = f"{type(layer).__name__}, blocks of {layer.blocks.size}"
     return Row(name, module, REPLACED, becomes, layer=layer)
 
@@ -175,7 +174,10 @@ def _plan_batchnorms(
             continue
         source = flow.find_source(norm)
         before = None if source is None or is_batchnorm(source) else rows.get(id(source))
-        rows[id(norm)] = row = _plan_batchnorm(name, norm, before, flow, pretrained)
+        # BatchNorm1d is for vectors as well, which nothing may whiten.
+        after = [rows.get(id(layer)) for layer in flow.find_targets(norm, (_ConvNd, nn.Linear))]
+        whitened = count_dims(norm) > 1 or bool(after and all(row and row.layer for row in after))
+        rows[id(norm)] = row = _plan_batchnorm(name, norm, before, flow, pretrained, whitened)
         if row.partner is not None:
             rows[id(source)] = replace(before, partner=norm)
 
@@ -183,15 +185,25 @@ def _plan_batchnorms(
 def _give_biases(rows: dict[int, Row]) -> None:
     """To new convolutions that have none: BatchNorm's shift stood for it."""
     for key, row in rows.items():
-        if isinstance(row.layer, FastDeconv) and row.layer.bias is None:
+        if isinstance(row.layer, _Convolution) and row.layer.bias is None:
             row.layer.bias = nn.Parameter(row.layer.weight.new_empty(row.layer.out_channels))
             rows[key] = replace(row, becomes=f"{row.becomes}, with a bias")
 
 
 def _plan_batchnorm(
-    name: str, norm: nn.Module, before: Row | None, flow: Dataflow, pretrained: bool
+    name: str,
+    norm: nn.Module,
+    before: Row | None,
+    flow: Dataflow,
+    pretrained: bool,
+    whitened: bool,
 ) -> Row:
-    """`before`: what becomes of the layer whose output it gets; None where that is none of ours."""
+    """What becomes of a BatchNorm.
+
+    Args:
+        before: what becomes of the layer whose output it gets; None where that is none of ours.
+        whitened: that what follows it whitens is known, or to be taken for granted.
+    """
     if not is_understood(norm):
         return Row(name, norm, SKIPPED, reason=f"what {_name_kind(norm)} does is not known")
     if before is not None and before.action != REPLACED:
@@ -203,8 +215,8 @@ def _plan_batchnorm(
         becomes = ", ".join(rest) or "Identity"
         reason = f"folded into {before.name}" if pretrained else f"follows {before.name}"
         return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
-    if isinstance(norm, nn.BatchNorm1d | nn.BatchNorm3d):
-        return Row(name, norm, KEPT, reason="is not of the output of a convolution in 2-d")
+    if not whitened:
+        return Row(name, norm, KEPT, reason="neither follows a convolution nor comes before one")
     if pretrained:
         becomes = ", ".join(["ChannelAffine", *rest])
         return Row(name, norm, REPLACED, becomes, "no layer before it can take it in")
