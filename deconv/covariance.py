@@ -107,8 +107,7 @@ class _MeasurePatches(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         x, matrix, mean, kept, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
-        if not _is_whole(grad):
-            grad = grad.contiguous()
+        grad = _make_own(grad)
         symmetric = (grad_cov + grad_cov.mT) / ctx.vectors
         grad_mean = grad_mean[:, None] / ctx.patches
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
@@ -158,6 +157,13 @@ def _is_whole(x: torch.Tensor) -> bool:
     return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
 
 
+def _make_own(grad: torch.Tensor) -> torch.Tensor:
+    """A gradient to write to: itself, where that can be. A compiler needs no thrift of ours."""
+    if _is_whole(grad) and not torch.compiler.is_compiling():
+        return grad
+    return grad.clone(memory_format=torch.contiguous_format)
+
+
 def keeps_patches(x: torch.Tensor, sampling: Sampling) -> bool:
     """Whether patches are so few that the backward finds them kept, and need not gather again."""
     return isinstance(sampling, Spots) or len(x) * _measure_picture(x, sampling) <= FEW
@@ -168,7 +174,8 @@ def _split(x: torch.Tensor, sampling: Sampling) -> Sequence[torch.Tensor]:
     if isinstance(sampling, Spots):  # few
         return (x,)
     part = CPU_PART if x.device.type == "cpu" else PART
-    return x.split(max(part // max(_measure_picture(x, sampling), 1), 1))
+    count = max(part // max(_measure_picture(x, sampling), 1), 1)
+    return [x[first : first + count] for first in range(0, max(len(x), 1), count)]
 
 
 def _measure_picture(x: torch.Tensor, sampling: Sampling) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .blocks import Blocks
 from .spectrum import respond
 
 STEPS = 500  # the smallest eigenvalues, which matter least, are the slowest to settle
@@ -52,3 +53,21 @@ def rename_statistics(
         if whiten is not None:
             cov = covariance_behind(whiten, **how)
             state[f"{prefix}running_cov_{axis}"] = cov.to(whiten.dtype)
+
+
+def deal_back_mean(state: dict[str, torch.Tensor], prefix: str, blocks: Blocks) -> None:
+    """Bring `state`, of a version that kept the mean by blocks, up to date, in place.
+
+    It was (G, S, 1, F) or (G, 1, S, F), features of the S blocks that share each matrix; (..., B)
+    in mode 3. Now it has the order of the weight's features, (C*T,) or (C,).
+
+    Args:
+        prefix: of the layer's keys.
+        blocks: of the layer.
+    """
+    mean = state.get(f"{prefix}running_mean")
+    if mean is None or mean.dim() == 1:
+        return
+    mean = mean.reshape(blocks.groups, blocks.count, -1)
+    unit = blocks.unit * mean.shape[2] // blocks.features  # of channels alone in mode 3
+    state[f"{prefix}running_mean"] = mean.unflatten(2, (-1, unit)).transpose(1, 2).flatten()

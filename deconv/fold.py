@@ -41,7 +41,9 @@ def fold(
     mean = mean.reshape(groups, -1, 1)
     if mean.shape[1] != rows.shape[2]:
         mean = mean.repeat_interleave(blocks.taps, dim=1)
-    rows, shift = _Shift.apply(rows, mean)
+    # A compiler adds the two gradients of rows as it likes.
+    compiled = torch.compiler.is_compiling()
+    rows, shift = (rows, rows @ mean) if compiled else _Shift.apply(rows, mean)
     shift = shift.flatten()
     bias = -shift if bias is None else bias - shift
     return rows.reshape(weight.shape), bias
@@ -54,16 +56,21 @@ class _Shift(torch.autograd.Function):
     where it lies instead of filling a second weight.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.save_for_backward(weight, mean)
-        return weight, weight @ mean
+    def forward(weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return weight.view_as(weight), weight @ mean
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: object) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(
         ctx, grad: torch.Tensor, grad_shift: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         weight, mean = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a graph of this backward is wanted: it may need `grad` as is
-            grad = grad.clone()
-        return grad.baddbmm_(grad_shift, mean.mT), weight.mT @ grad_shift
+        # Where a graph of this backward is wanted, it may need `grad` as it is.
+        add = torch.baddbmm if torch.is_grad_enabled() else torch.Tensor.baddbmm_
+        return add(grad, grad_shift, mean.mT), weight.mT @ grad_shift

@@ -21,7 +21,7 @@ from .covariance import (
     second_moment,
     several_processes,
 )
-from .earlier import rename_statistics
+from .earlier import deal_back_mean, rename_statistics
 from .fold import fold
 from .inverse_sqrt import MAX_STEPS, ROOTS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import Sampling, Spots, Window, gather
@@ -58,6 +58,17 @@ def _full_precision(device: torch.device) -> AbstractContextManager:
     return nullcontext()
 
 
+def _in_backward() -> bool:
+    """Whether a backward is under way: what runs a layer then is gradient checkpointing, again.
+
+    Both kinds of `torch.utils.checkpoint` forget what the forward computed, and run it once more
+    within the backward. The engine itself tells, which needs no word from the user (`context_fn`
+    is for one of the two kinds), and no guess at whether this input was seen before. A graph that
+    torch.compile has made cannot ask: compile what checkpoints, not what is checkpointed.
+    """
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def forward_hooks(module: nn.Module) -> dict[str, Any]:
     """Copies of the attributes that hold a module's hooks before and after forward."""
     return {name: copy(value) for name, value in vars(module).items() if "_forward_" in name}
@@ -66,12 +77,13 @@ def forward_hooks(module: nn.Module) -> dict[str, Any]:
 class _Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
-    A layer adds `_sampling(x)`: which patches of x (N, C, *size) are looked at, and how they fall
-    into blocks.
+    A layer adds `_present(x)`: its input as (N, C, *size), as the kernel sees it; and of that
+    `_sampling(x)`: which patches are looked at, and how they fall into blocks.
 
     Buffers: `running_mean` (C*T,), for every axis of the mode one `running_cov_<axis>` (G, d, d),
-    and `num_batches_tracked`. The first batch replaces their start instead of joining it, and a
-    layer that has seen no batch yet acts as the plain convolution, mean 0 and D = I.
+    and `num_batches_tracked`; float32 in networks of half precision, too. The first batch replaces
+    their start instead of joining it, and a layer that has seen no batch yet acts as the plain
+    convolution, mean 0 and D = I.
 
     As BatchNorm averages variances and not their roots, so are covariances averaged here, and D is
     the root of their average. That costs evaluation a root, until `fuse` takes it once for all.
@@ -91,6 +103,7 @@ class _Whitening(nn.Module):
         n_iter: int,
         momentum: float,
         sync_stats: bool,
+        track_running_stats: bool,
     ) -> None:
         if not eps > 0:
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
@@ -100,26 +113,43 @@ class _Whitening(nn.Module):
             raise ValueError(f"momentum must be in (0, 1], got {momentum}")
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
-        self.sync_stats = sync_stats
+        self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
         sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
         mean = torch.zeros(blocks.groups * blocks.channels * mean_taps)
         buffers = {"mean": mean} | {
             f"cov_{axis}": torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
         }
-        for name, start in buffers.items():
-            self.register_buffer(f"running_{name}", start.to(self.weight))
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)
+        on = {"device": self.weight.device, "dtype": dtype}
+        buffers = {f"running_{name}": start.to(**on) for name, start in buffers.items()}
         count = torch.tensor(0, dtype=torch.long, device=self.weight.device)
-        self.register_buffer("num_batches_tracked", count)
+        for name, start in {**buffers, "num_batches_tracked": count}.items():
+            self.register_buffer(name, start if track_running_stats else None)
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, D = I, and the next batch replaces them."""
+        if not self.track_running_stats:
+            return
         self.running_mean.zero_()
         for cov in self._running_covariances().values():
             cov.copy_(torch.eye(cov.shape[-1], device=cov.device))
         self.num_batches_tracked.zero_()
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> nn.Module:
+        """As torch's, for `to`, `half` and their like, but statistics stay float32 at least.
+
+        Variances of half precision overflow, and averages of it stand still.
+        """
+        before = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, new in self._buffers.items():
+            if new is not None and new.is_floating_point() and new.dtype.itemsize < 4:
+                self._buffers[name] = before[name].to(new.device, torch.float32)
+        return self
+
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        deal_back_mean(state_dict, prefix, self.blocks)
         rename_statistics(
             state_dict, prefix, self.axes, n_iter=self.n_iter, root=self.root, eps=self.eps
         )
@@ -128,11 +158,13 @@ class _Whitening(nn.Module):
     def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with _full_precision(x.device):
-            if not self.training:  # no version counter would tell a cache of all edits to a buffer
+            if not self.training and self.track_running_stats:
+                # Not kept for later: no version counter would tell of all edits to a buffer.
                 return x, *self._fold(*self._running_whitening())
             x, count, mean, cov, whiten = self._estimate_whitening(x, *self._sampling(x))
             weight, bias = self._fold(mean, whiten)
-            self._update_running(count, mean, cov, bias)
+            if self.track_running_stats and not _in_backward():
+                self._update_running(count, mean, cov, bias)
             return x, weight, bias
 
     def _estimate_whitening(
@@ -187,12 +219,13 @@ class _Whitening(nn.Module):
         and so near the mean that little cancels when the shift between the two is taken out. (Not
         before the first batch, when it is 0: means of hundreds of standard deviations would.)
         """
-        offset = (centre - self.running_mean)[None, :, None]
+        agreed = torch.zeros_like(centre) if self.running_mean is None else self.running_mean
+        offset = (centre - agreed)[None, :, None]
         if done is not None:
             offset = transform_along(done[0], offset, done[1], blocks)
         about = cov + second_moment(offset, axis, blocks)
         total, shift, about, *means = average_across(count, offset, about, *means)
-        centre = self.running_mean + shift.flatten()  # of raw features, where nothing is done
+        centre = agreed + shift.flatten()  # of raw features, where nothing is done
         return total, about - second_moment(shift, axis, blocks), centre, *means
 
     def _running_covariances(self) -> Matrices:
@@ -200,7 +233,13 @@ class _Whitening(nn.Module):
 
     @torch.no_grad()
     def _running_whitening(self) -> tuple[torch.Tensor, Matrices]:
-        """Mean and D of the running statistics: copies, which outlast an update of those."""
+        """Mean and D of the running statistics: copies, which outlast an update of those.
+
+        Raises:
+            ValueError: there are none.
+        """
+        if not self.track_running_stats:
+            raise ValueError(f"{self} has no running statistics: no plain layer does what it does")
         seen, whiten = self.num_batches_tracked > 0, {}
         for axis, cov in self._running_covariances().items():
             cov = cov.to(torch.promote_types(cov.dtype, torch.float32))
@@ -249,6 +288,19 @@ class _Whitening(nn.Module):
         """W D with the running statistics: the kernel as raw input sees it, of weight's shape."""
         return self._folded()[0]
 
+    @torch.no_grad()
+    def whitening_kernels(self) -> torch.Tensor:
+        """D with the running statistics, as kernels (groups * C*T, C, *kernel).
+
+        The n-th is what, laid on raw input, makes the n-th feature of a patch white; features are
+        numbered as in `weight.flatten(1)`, group by group.
+        """
+        rows, (mean, whiten) = self.turn(self.weight), self._running_whitening()
+        whiten = {axis: matrix.to(mean) for axis, matrix in whiten.items()}
+        single = torch.eye(rows[0].numel()).to(mean).reshape(-1, *rows.shape[1:])
+        single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))
+        return fold(single, None, mean, whiten, self.blocks)[0]
+
     def _settle(self, plain: nn.Module) -> nn.Module:
         """`plain` with the folded weight and bias, and with the mode and forward hooks of this."""
         if {"weight", "bias"} & vars(self).keys():  # what a hook set, perhaps long ago
@@ -271,7 +323,9 @@ class _Whitening(nn.Module):
         return (
             f"block={block}, layout={self.layout}, shared={self.shared}, "
             f"eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"
-        ) + ("" if self.sync_stats else ", sync_stats=False")
+            + ("" if self.sync_stats else ", sync_stats=False")
+            + ("" if self.track_running_stats else ", track_running_stats=False")
+        )
 
 
 class _Convolution(_Whitening):
@@ -307,6 +361,7 @@ class _Convolution(_Whitening):
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -349,18 +404,25 @@ class _Convolution(_Whitening):
             n_iter=n_iter,
             momentum=momentum,
             sync_stats=sync_stats,
+            track_running_stats=track_running_stats,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         self._check_channels(x)
-        if x.dim() == len(self.kernel_size) + 1:  # one picture without a batch, as torch takes it
-            return self.forward(x.unsqueeze(0)).squeeze(0)
-        padding = self.padding
-        if self.padding_mode != "zeros":  # what the kernel sees is what is to be whitened
-            x = F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-            padding = 0
+        padding = self.padding if self.padding_mode == "zeros" else 0
         where = (self.stride, padding, self.dilation, self.groups)
-        return self.convolve(*self._whitened(x), *where)
+        y = self.convolve(*self._whitened(self._present(x)), *where)
+        return y if self._is_batch(x) else y.squeeze(0)
+
+    def _is_batch(self, x: torch.Tensor) -> bool:
+        """As torch, a convolution takes one picture without a batch, too."""
+        return x.dim() == len(self.kernel_size) + 2
+
+    def _present(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self._is_batch(x) else x.unsqueeze(0)
+        if self.padding_mode == "zeros":
+            return x
+        return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
 
     def _check_channels(self, x: torch.Tensor) -> None:
         dims = len(self.kernel_size)
@@ -471,6 +533,8 @@ class FastDeconv(_Convolution, nn.Conv2d):
             1 + C T + G d^2 numbers each: C all channels, T the taps (1 in mode 3), G whitening
             matrices of side d. Where few patches are looked at, the first has another C T for the
             mean of all. Evaluation sends nothing.
+        track_running_stats: False: none are kept, for what cannot write to buffers; the layer then
+            whitens by its batch in evaluation as well, and `fuse` refuses it.
 
     Shape:
         (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
@@ -490,7 +554,7 @@ class Delinear(_Whitening, nn.Linear):
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
         block: features whitened together: the largest divisor of `in_features` up to this.
-        eps, n_iter, momentum, layout, shared, sync_stats: as in `FastDeconv`.
+        eps, n_iter, momentum, layout, shared, sync_stats, track_running_stats: as in `FastDeconv`.
 
     Shape:
         (..., in_features) -> (..., out_features); all leading dimensions count as rows.
@@ -512,6 +576,7 @@ class Delinear(_Whitening, nn.Linear):
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
+        track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -526,11 +591,15 @@ class Delinear(_Whitening, nn.Linear):
             n_iter=n_iter,
             momentum=momentum,
             sync_stats=sync_stats,
+            track_running_stats=track_running_stats,
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        rows, weight, bias = self._whitened(x.reshape(-1, self.in_features, 1))
+        rows, weight, bias = self._whitened(self._present(x))
         return F.linear(rows.reshape(x.shape), weight, bias)
+
+    def _present(self, x: torch.Tensor) -> torch.Tensor:
+        return x.reshape(-1, self.in_features, 1)
 
     def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
         return Window((1,), (1,), (1,), (0, 0)), self.blocks

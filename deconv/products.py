@@ -58,10 +58,15 @@ def outer_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torc
 
 
 class _Transform(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(matrices, maps)
+    def forward(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
         return _multiply(matrices, maps)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -74,10 +79,15 @@ class _Transform(torch.autograd.Function):
 
 
 class _OuterProducts(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
-        ctx.save_for_backward(left, right)
+    def forward(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
         return _sum_products(left, right, groups)
+
+    @staticmethod
+    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
+        ctx.save_for_backward(*inputs[:2])
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:

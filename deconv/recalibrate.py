@@ -31,9 +31,14 @@ def recalibrate(
         How many were.
 
     Raises:
-        ValueError: there is no deconvolution layer, no batch, or `limit` is below 1.
+        ValueError: no deconvolution layer has running statistics, there is no batch, or `limit` is
+            below 1.
     """
-    layers = [module for module in model.modules() if isinstance(module, _Whitening)]
+    layers = [
+        module
+        for module in model.modules()
+        if isinstance(module, _Whitening) and module.track_running_stats
+    ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no deconvolution layer to recalibrate")
     if limit < 1:

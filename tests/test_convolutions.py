@@ -77,7 +77,8 @@ def brute_force(layer, x, steps):
 
 
 def make(kind, *args, **options):
-    options = dict(block=4, eps=0.3, n_iter=15) | options
+    exact = dict(eps=0.3, n_iter=15, root="newton", rows_per_feature=0)
+    options = dict(block=4) | exact | options
     return DECONVOLUTIONS[kind](*args, **options)
 
 
