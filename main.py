@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
-from deconv import batch_share, fuse
+from deconv import batch_share, fuse, whiteness
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
 from util import args, run
 from util.data import DATASETS, DataSpec, build_loaders
@@ -36,8 +36,13 @@ def train(session: Session) -> None:
     model = build_network(flags, spec)
     kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
     name = f"{flags.dataset}-{flags.arch}-{kind}"
-    ways = Ways(batch_share, fuse)
+    ways = Ways(batch_share, fuse, judge_layers)
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, ways=ways)
+
+
+def judge_layers(network: nn.Module, pictures: Tensor) -> dict[str, float]:
+    """How white the input of each layer is, before and after."""
+    return whiteness(network, pictures).scalars()
 
 
 def build_script() -> Script:

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
-from deconv import batch_share, fuse
+from deconv import batch_share, fuse, whiteness
 from models import (
     IMAGENET_ARCHITECTURES,
     Options,
@@ -50,9 +50,14 @@ def train(session: Session) -> None:
         test(session, spec, model, test_loader)
         return
     kind = describe_kind(flags)
-    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse)}
+    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse, judge_layers)}
     name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
+
+
+def judge_layers(network: nn.Module, pictures: Tensor) -> dict[str, float]:
+    """How white the input of each layer is, before and after."""
+    return whiteness(network, pictures).scalars()
 
 
 def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoader) -> None:

@@ -1,6 +1,7 @@
 """Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
 
-    from deconv import Delinear, FastDeconv, convert, fuse, plan, recalibrate
+    from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
+    from deconv import convert, fuse, plan, recalibrate, whiteness
 
     conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
     head = Delinear(512, 10)                    # in place of Linear
@@ -8,6 +9,7 @@
     network = convert(resnet18())               # in place of all of them, in any network
     print(plan(resnet18()))                     # what that does to each layer, and why
     recalibrate(network, loader)                # running statistics anew, of averaged weights, say
+    print(whiteness(network, images))           # before and after whitening, layer by layer
     served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
 
 A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
@@ -53,6 +55,7 @@ from .fuse import fuse
 from .layers import Delinear, FastDeconv
 from .plan import plan
 from .recalibrate import recalibrate
+from .whiteness import whiteness
 
 __all__ = [
     "Delinear",
@@ -68,5 +71,6 @@ __all__ = [
     "fuse",
     "plan",
     "recalibrate",
+    "whiteness",
 ]
 __version__ = "1.0.0"

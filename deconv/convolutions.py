@@ -85,13 +85,12 @@ class _Transposed(_Convolution):
 
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         self._check_channels(x)
+        sides = (self.stride, self.padding)
         dims = len(self.kernel_size)
-        if x.dim() == dims + 1:
-            size = None if output_size is None else output_size[-dims:]
-            return self.forward(x.unsqueeze(0), size).squeeze(0)
-        where = (self.stride, self.padding)
-        more = self._output_padding(x, output_size, *where, self.kernel_size, dims, self.dilation)
-        return self.convolve(*self._whitened(x), *where, more, self.groups, self.dilation)
+        more = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
+        where = (*sides, more, self.groups, self.dilation)
+        y = self.convolve(*self._whitened(self._present(x)), *where)
+        return y if self._is_batch(x) else y.squeeze(0)
 
     def turn(self, weight: torch.Tensor) -> torch.Tensor:
         """(groups * C, out / groups, *kernel) as (out, C, *kernel) turned round, and back again."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from inspect import signature
@@ -56,13 +56,17 @@ class Plan(tuple[Row, ...]):
         for row in self:
             kind = type(row.module).__name__
             lines.append((row.name or "(all)", kind, row.action, row.becomes, row.reason))
-        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-        table = ["  ".join(map(str.ljust, line, widths)).rstrip() for line in lines]
         counts = [
             f"{sum(row.action == action for row in self)} {action}"
             for action in (REPLACED, KEPT, SKIPPED)
         ]
-        return "\n".join([*table, ", ".join(counts)])
+        return f"{align(lines)}\n{', '.join(counts)}"
+
+
+def align(lines: Sequence[Sequence[str]]) -> str:
+    """A table of cells, its columns under each other."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 
 
 def plan(

@@ -156,6 +156,15 @@ def test_without_tensorboard_and_plot_only_logs_are_left(tmp_path):
     assert (tmp_path / "TrainingPlots.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_tensorboard_has_the_figures_of_layers_after_the_last_epoch(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=True, plot=False)
+    log_epoch(logger, 1)
+    logger.layers({"after/conv1": 0.5})
+    logger.close()
+    (event,) = read_events(tmp_path).Scalars("layers/after/conv1")
+    assert (event.step, event.value) == (STEPS, 0.5)
+
+
 def test_filters_can_be_left_out_but_not_come_before_their_epoch(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=False)
     logger.filters(0, torch.randn(8, 3, 3, 3), None)

@@ -44,7 +44,7 @@ def here(tmp_path, monkeypatch):
 
 
 def test_every_section_has_code():
-    assert len(sections()) == 5 and all(sections().values())
+    assert len(sections()) == 6 and all(sections().values())
 
 
 @pytest.mark.parametrize("title", sections())

@@ -46,10 +46,12 @@ class Ways:
         share: (number of this process's first picture in a batch, pictures of all processes) ->
             what the forward of a training step runs in.
         settle: a network in evaluation -> what is tested in its place, and gives the same.
+        judge: (network, pictures) -> figures about its layers by names, for TensorBoard.
     """
 
     share: Share = no_share
     settle: Callable[[nn.Module], nn.Module] = lambda model: model
+    judge: Callable[[nn.Module, Tensor], Mapping[str, float]] = lambda model, images: {}
 
 
 class TrainingDiverged(RuntimeError):
@@ -150,6 +152,21 @@ def train_one_epoch(
             if asked and step < steps:
                 raise Stopped(wish())
     return meters.training_figures()
+
+
+@contextmanager
+def first_input(network: nn.Module) -> Iterator[list[Tensor]]:
+    """A list that will hold the first batch that the network is given in the block, if any."""
+    kept: list[Tensor] = []
+
+    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
+        kept.extend(given[: 1 - len(kept)])
+
+    hook = network.register_forward_pre_hook(keep)
+    try:
+        yield kept
+    finally:
+        hook.remove()
 
 
 @torch.no_grad()

@@ -16,7 +16,15 @@ from .compute import Compute
 from .data import DataError, DataSpec
 from .diagnosis import name_bad_place
 from .distributed import World
-from .engine import Figures, Meters, TrainingDiverged, Ways, evaluate, train_one_epoch
+from .engine import (
+    Figures,
+    Meters,
+    TrainingDiverged,
+    Ways,
+    evaluate,
+    first_input,
+    train_one_epoch,
+)
 from .loaders import PictureLoader
 from .optim import Criterion
 from .progress import Progress, snapshot
@@ -62,6 +70,7 @@ class Epochs:
     ways: Ways
     own_buffers: Sequence[Mapping[str, Tensor]] = ()
     replica: nn.Module = field(init=False)
+    pictures: list[Tensor] = field(init=False)  # a batch that was tested, or none
 
     def __post_init__(self) -> None:
         network = self.compute.translate(self.model)
@@ -128,15 +137,17 @@ class Epochs:
             self.recorder.checkpoint(self.state())
 
     def test(self) -> Figures:
-        return evaluate(
-            self.ways.settle(self.model.eval()),
-            self.test_loader,
-            self.criterion,
-            compute=self.compute,
-            world=self.world,
-            max_steps=self.test_batches,
-            wish=self.wish,
-        )
+        network = self.ways.settle(self.model.eval())
+        with first_input(network) as self.pictures:
+            return evaluate(
+                network,
+                self.test_loader,
+                self.criterion,
+                compute=self.compute,
+                world=self.world,
+                max_steps=self.test_batches,
+                wish=self.wish,
+            )
 
     def finish_epoch(self, tested: Figures) -> None:
         trained = self.meters.training_figures()
@@ -144,6 +155,7 @@ class Epochs:
         self.meters = Meters()
         last = self.done.step >= self.total_steps
         self.recorder.epoch(trained, tested, self.state(), last=last)
+        self.recorder.layers(partial(self.ways.judge, self.model), *self.pictures)
         loaders = self.train_loader, self.test_loader
         self.recorder.skipped(list_skipped(self.world, *loaders))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, TextIO
@@ -120,6 +120,11 @@ class RunLogger:
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
             if weight is not None:
                 self._events.image(f"filters/{tag}", draw_filters(weight), steps[epoch])
+
+    def layers(self, figures: Mapping[str, float]) -> None:
+        """Figures about layers, by names, after the last epoch."""
+        for name, value in figures.items():
+            self._events.scalar(f"layers/{name}", value, self._finished_steps)
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write `summary.json`; NaN and infinity, which JSON does not have, become null."""

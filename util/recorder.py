@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from argparse import Namespace
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -103,6 +103,14 @@ class Recorder:
         if every and epoch % every == 0:
             self._save(state, last=False, filename=f"checkpoint_{epoch}.pth.tar")
         self._save(state, last=last, is_best=self.done.is_best)
+
+    def layers(
+        self, judge: Callable[[torch.Tensor], Mapping[str, float]], *pictures: torch.Tensor
+    ) -> None:
+        """Called after `epoch`, with a batch that was tested: figures about layers, if wanted."""
+        with self._not_for_a_full_disk():
+            for batch in pictures if self.flags.tensorboardX else ():
+                self.logger.layers(judge(batch))
 
     def diverged(self, report: dict[str, Any]) -> None:
         """Called when training ends for numbers that are not finite: keeps what is known of it."""
