@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from .batchnorm import ChannelAffine, count_dims, find_affine, find_rest
-from .layers import _Whitening, forward_hooks
 from .plan import REPLACED, Row, plan
+from .whitening import Whitening, forward_hooks
 
 Memo = dict[int, Any]  # of copy.deepcopy: what is in it counts as copied already
 
@@ -75,7 +75,7 @@ def convert(
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
     choice = {"linear": linear, "block_linear": block_linear, "pretrained": pretrained}
     rows = plan(model, **choice, bias=bias, skip=skip, **options)
-    if not any(row.layer or isinstance(row.module, _Whitening) for row in rows):
+    if not any(row.layer or isinstance(row.module, Whitening) for row in rows):
         raise ValueError(f"nothing in {type(model).__name__} can be replaced:\n{rows}")
     replaced = [row for row in rows if row.action == REPLACED]
     memo: Memo = {}
@@ -118,7 +118,7 @@ def _copy(parameter: nn.Parameter | None, memo: Memo) -> nn.Parameter | None:
 
 @torch.no_grad()
 def _fold_batchnorm(
-    layer: _Whitening,
+    layer: Whitening,
     weight: nn.Parameter,
     bias: nn.Parameter,
     scale: torch.Tensor,

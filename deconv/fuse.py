@@ -7,7 +7,7 @@ import copy
 from torch import nn
 
 from .batchnorm import ChannelAffine
-from .layers import _Whitening, forward_hooks
+from .whitening import Whitening, forward_hooks
 
 # Modules that are set up for the very layers of the network in them, and where they keep it. By
 # name: importing the classes would take longer than this package does.
@@ -45,12 +45,12 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     refuse_wrapped(model, "Fuse")
     for name, module in model.named_modules():
-        if module.training and (not name or isinstance(module, _Whitening)):
+        if module.training and (not name or isinstance(module, Whitening)):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}) is in training mode; fused "
                 "layers have the running statistics, as in evaluation: call eval() first"
             )
-    kinds = (_Whitening, ChannelAffine)
+    kinds = (Whitening, ChannelAffine)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     copies = {id(layer): layer.fuse() for layer in layers}
     fused = copy.deepcopy(model, copies)  # which takes what is in `copies` for copied already

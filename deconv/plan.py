@@ -15,7 +15,8 @@ from .batchnorm import count_dims, find_affine, find_rest, is_batchnorm, is_unde
 from .convolutions import DECONVOLUTIONS
 from .dataflow import Dataflow
 from .fuse import refuse_wrapped
-from .layers import Delinear, FastDeconv, _Convolution, _Whitening, find_geometry
+from .layers import Delinear, FastDeconv, _Convolution, find_geometry
+from .whitening import Whitening
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
@@ -100,7 +101,7 @@ def plan(
     for name, module in layers.items():
         if name in skipped:
             rows[id(module)] = Row(name, module, SKIPPED, reason=f"as {skipped[name]!r} asks")
-        elif isinstance(module, _Whitening):
+        elif isinstance(module, Whitening):
             rows[id(module)] = Row(name, module, KEPT, reason="is a deconvolution already")
         elif isinstance(module, _ConvNd):
             rows[id(module)] = _plan_convolution(name, module, options)
@@ -154,7 +155,7 @@ def _plan_linear(name: str, linear: nn.Module, options: Mapping[str, object] | N
     return _replace(name, linear, Delinear(*shape, **options, **on))
 
 
-def _replace(name: str, module: nn.Module, layer: _Whitening) -> Row:
+def _replace(name: str, module: nn.Module, layer: Whitening) -> Row:
     becomes = f"{type(layer).__name__}, blocks of {layer.blocks.size}"
     return Row(name, module, REPLACED, becomes, layer=layer)
 

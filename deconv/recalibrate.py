@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import nn
 
-from .layers import _Whitening
+from .whitening import Whitening
 
 
 @torch.no_grad()
@@ -37,7 +37,7 @@ def recalibrate(
     layers = [
         module
         for module in model.modules()
-        if isinstance(module, _Whitening) and module.track_running_stats
+        if isinstance(module, Whitening) and module.track_running_stats
     ]
     if not layers:
         raise ValueError(f"{type(model).__name__} has no deconvolution layer to recalibrate")

@@ -10,8 +10,8 @@ from torch import nn
 
 from .blocks import Blocks
 from .covariance import count_patches, measure_patches
-from .layers import Matrices, _full_precision, _Whitening
 from .plan import align
+from .whitening import Matrices, Whitening, full_precision
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,12 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
         is not finite are NaN.
     """
     found: dict[str, LayerWhiteness] = {}
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, _Whitening)}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, Whitening)}
     before = [(module, module.training) for module in model.modules()]
     if not layers:
         return Whiteness()
 
-    def look(name: str, layer: _Whitening, x: torch.Tensor) -> None:
+    def look(name: str, layer: Whitening, x: torch.Tensor) -> None:
         if name not in found:
             found[name] = _judge(name, layer, x)
 
@@ -104,9 +104,9 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
     return Whiteness(found[name] for name in layers if name in found)
 
 
-def _judge(name: str, layer: _Whitening, x: torch.Tensor) -> LayerWhiteness:
+def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
     """`x`: as the layer's forward takes it."""
-    with _full_precision(x.device):
+    with full_precision(x.device):
         x = layer._present(x)
         sampling, blocks = layer._sampling(x)
         _, _, cov, *_ = measure_patches(x, sampling, blocks, "joint")

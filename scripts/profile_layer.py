@@ -5,11 +5,11 @@
     python scripts/profile_layer.py --arch vgg11 --batch-size 128 --by-layer
 
 Times are of forward and backward, without loss and optimizer, medians over the rounds. A step's
-forward is that of the functions by whose names `deconv.layers` calls it; its backward runs from the
-last gradient that arrives at their results to the last that leaves for their arguments; patches are
-gathered and scattered inside the second step, and taken out of it here. What a layer takes beyond
-its steps counts as convolution. On a GPU the clock runs between CUDA events,
-gaps included in which the GPU waits for work.
+forward is that of the functions by whose names `deconv.whitening` calls it; its backward runs from
+the last gradient that arrives at their results to the last that leaves for their arguments; patches
+are gathered and scattered inside the second step, and taken out of it here. What a layer takes
+beyond its steps counts as convolution. On a GPU the clock runs between CUDA events, gaps included
+in which the GPU waits for work.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ import torch
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deconv import Delinear, FastDeconv, covariance, layers
+from deconv import Delinear, FastDeconv, covariance, whitening
 from scripts import benchmark
 from util.compute import Compute
 from util.parser import Parser, whole
 
-# The names of deconv.layers and their steps.
+# The names of deconv.whitening and their steps.
 PATCHES, STATISTICS = "patches", "mean and covariance"
 STEPS = {
     "gather": PATCHES,
@@ -125,8 +125,8 @@ class Stopwatch:
                     parameter.register_post_accumulate_grad_hook(stop)
         with ExitStack() as stack:
             for name, step in STEPS.items():
-                timed = self.timed(getattr(layers, name), step)
-                stack.enter_context(patch.object(layers, name, timed))
+                timed = self.timed(getattr(whitening, name), step)
+                stack.enter_context(patch.object(whitening, name, timed))
             for name in PARTS:
                 timed = self.timed_inside(getattr(covariance, name))
                 stack.enter_context(patch.object(covariance, name, timed))

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from deconv import layers
+from deconv import FastDeconv, whitening
 from scripts import profile_layer
 from scripts.profile_layer import CONVOLUTION, DIRECTIONS, NAMES, REST, WHOLE
 from util.compute import Compute
@@ -58,8 +58,8 @@ class _Slow(torch.autograd.Function):
 
 
 def test_time_is_counted_where_it_is_spent(monkeypatch):
-    root = layers.inverse_sqrt
-    monkeypatch.setattr(layers, "inverse_sqrt", lambda cov, *more: _Slow.apply(root(cov, *more)))
+    root = whitening.inverse_sqrt
+    monkeypatch.setattr(whitening, "inverse_sqrt", lambda cov, *more: _Slow.apply(root(cov, *more)))
     rounds = profile("--layer", "8,8,16", "--batch-size", "8")  # rows enough for that root
     assert profile_layer.find(rounds, step="root", direction="forward") >= 50
     assert profile_layer.find(rounds, step="root", direction="backward") >= 100
@@ -67,8 +67,8 @@ def test_time_is_counted_where_it_is_spent(monkeypatch):
 
 
 def test_profiling_leaves_the_functions_and_the_result_alone():
-    before = {name: getattr(layers, name) for name in profile_layer.STEPS if hasattr(layers, name)}
-    layer, images = layers.FastDeconv(4, 4, 3), torch.randn(2, 4, 8, 8, requires_grad=True)
+    before = {name: getattr(whitening, name) for name in profile_layer.STEPS}
+    layer, images = FastDeconv(4, 4, 3), torch.randn(2, 4, 8, 8, requires_grad=True)
     layer(images).sum().backward()
     expected, grad = layer.weight.grad.clone(), images.grad.clone()
     layer.zero_grad()
@@ -76,7 +76,7 @@ def test_profiling_leaves_the_functions_and_the_result_alone():
     with profile_layer.Stopwatch(torch.device("cpu")).attached(layer):
         layer(images).sum().backward()
     assert torch.equal(layer.weight.grad, expected) and torch.equal(images.grad, grad)
-    assert all(getattr(layers, name) is function for name, function in before.items())
+    assert all(getattr(whitening, name) is function for name, function in before.items())
 
 
 def test_tables(capsys):
