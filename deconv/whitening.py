@@ -232,7 +232,7 @@ class Whitening(nn.Module):
         `bias`, the folded one, has sums over all of mean and D in it: it is finite if they are, and
         D is NaN if a covariance is not.
         """
-        total = bias.sum()
+        total = bias.sum(dtype=mean.dtype)  # which half precision may be too narrow for
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
         usable = total - total == 0  # not for infinity, NaN, or anything divided by 0

@@ -54,3 +54,7 @@ def test_a_matrix_that_is_not_finite_gives_nan_and_no_error():
     A[0, 1, 1] = torch.nan
     D = inverse_cholesky(A)
     assert D[0].isnan().any() and D[1].isfinite().all()
+
+
+def test_an_infinite_matrix_of_one_number_gives_nan_and_not_zero():
+    assert inverse_cholesky(torch.full((1, 1, 1), torch.inf)).isnan().all()

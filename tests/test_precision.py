@@ -141,3 +141,10 @@ def test_a_step_on_a_fake_gpu_mixes_no_devices(name):
         y = layer(x)
         assert y.device.type == "cuda" and layer.eval()(x).shape == y.shape
         assert {value.device.type for value in layer.buffers()} == {"cuda"}
+
+
+def test_a_sum_beyond_half_precision_is_no_reason_to_forget_a_batch():
+    layer = FastDeconv(3, 512, 3).half()
+    nn.init.constant_(layer.bias, 200)  # 512 of which are more than 65504
+    layer(torch.randn(2, 3, 8, 8).half())
+    assert layer.num_batches_tracked == 1
