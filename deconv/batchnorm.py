@@ -55,8 +55,10 @@ def is_batchnorm(module: nn.Module) -> bool:
     return isinstance(module, _BatchNorm) or frozen
 
 
-def count_dims(module: nn.Module) -> int:
-    """Dimensions of the pictures that a BatchNorm is made for; 2 where its class does not tell."""
+def count_dims(module: nn.Module, of_any: int = 2) -> int:
+    """Dimensions of the pictures that a BatchNorm is made for; `of_any`: those of SyncBatchNorm."""
+    if isinstance(module, nn.SyncBatchNorm):
+        return of_any
     if isinstance(module, nn.BatchNorm1d):
         return 1
     return 3 if isinstance(module, nn.BatchNorm3d) else 2

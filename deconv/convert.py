@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .batchnorm import ChannelAffine, count_dims, find_affine, find_rest
+from .batchnorm import ChannelAffine, find_affine, find_rest
 from .plan import REPLACED, Row, plan
 from .whitening import Whitening, forward_hooks
 
@@ -142,7 +142,7 @@ def _stand_in(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
         scale, shift = find_affine(norm)
         like = norm.running_var if norm.weight is None else norm.weight
         affine = scale.to(like), shift.to(like), like.requires_grad
-        parts.insert(0, ChannelAffine(*affine, count_dims(norm)))
+        parts.insert(0, ChannelAffine(*affine, row.dims))
     hooked = any(forward_hooks(norm).values())
     if not parts:
         new = nn.Identity()

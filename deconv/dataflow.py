@@ -33,6 +33,9 @@ class Dataflow:
             if node.op == "call_module":
                 self._called[node] = module = owner.get_submodule(node.target)
                 self._calls.setdefault(id(module), []).append(node)
+            elif node.op == "get_attr" and "." in node.target:  # a weight, used without its module
+                module = owner.get_submodule(node.target.rpartition(".")[0])
+                self._calls.setdefault(id(module), []).append(None)
 
     def _find_call(self, module: nn.Module) -> fx.Node | None:
         """The one call of the module; None if there are several, or maybe others."""

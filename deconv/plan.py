@@ -36,6 +36,7 @@ class Row:
         layer: of a convolution or linear layer, what replaces it, on the meta device.
         partner: of a convolution the BatchNorm that alone gets its output, and the reverse, where
             both are replaced.
+        dims: of a BatchNorm, dimensions of the pictures that it sees.
     """
 
     name: str
@@ -45,6 +46,7 @@ class Row:
     reason: str = ""
     layer: nn.Module | None = field(default=None, repr=False)
     partner: nn.Module | None = field(default=None, repr=False)
+    dims: int = field(default=2, repr=False)
 
 
 class Plan(tuple[Row, ...]):
@@ -174,15 +176,20 @@ def _plan_batchnorms(
     layers: Mapping[str, nn.Module], rows: dict[int, Row], flow: Dataflow, pretrained: bool
 ) -> None:
     """Add the rows of the BatchNorms, and pair those of convolutions whose output they get."""
+    # One class of SyncBatchNorm is for pictures of all dimensions: those of the network's.
+    seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
+    of_any = seen.pop() if len(seen) == 1 else 2
     for name, norm in layers.items():
         if id(norm) in rows:
             continue
+        dims = count_dims(norm, of_any)
         source = flow.find_source(norm)
         before = None if source is None or is_batchnorm(source) else rows.get(id(source))
         # BatchNorm1d is for vectors as well, which nothing may whiten.
         after = [rows.get(id(layer)) for layer in flow.find_targets(norm, (_ConvNd, nn.Linear))]
-        whitened = count_dims(norm) > 1 or bool(after and all(row and row.layer for row in after))
-        rows[id(norm)] = row = _plan_batchnorm(name, norm, before, flow, pretrained, whitened)
+        whitened = dims > 1 or bool(after and all(row and row.layer for row in after))
+        row = _plan_batchnorm(name, norm, before, flow, pretrained, whitened)
+        rows[id(norm)] = replace(row, dims=dims)
         if row.partner is not None:
             rows[id(source)] = replace(before, partner=norm)
 

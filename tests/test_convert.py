@@ -559,3 +559,29 @@ def test_statistics_can_be_forgotten():
 def test_public_names():
     assert {"convert", "plan", "fuse", "FastDeconv", "Delinear"} <= set(deconv.__all__)
     assert all(callable(getattr(deconv, name)) for name in deconv.__all__)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_synchronised_batchnorm_before_a_convolution_is_for_all_dimensions(dims):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
+    model = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), conv(4, 6, 3)).eval()
+    nn.init.normal_(model[0].running_mean)
+    x = torch.randn(4, 4, *(7,) * dims)  # as many pictures as channels: no shape would tell
+    converted = convert(model, pretrained=True)
+    torch.testing.assert_close(converted(x), model(x))
+    torch.testing.assert_close(fuse(converted)(x), model(x))
+
+
+class TwoUses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
+def test_pretrained_folds_nothing_into_a_weight_that_is_used_elsewhere():
+    model, x = TwoUses().eval(), torch.randn(2, 4, 7, 7)
+    nn.init.normal_(model.norm.weight)
+    torch.testing.assert_close(convert(model, pretrained=True)(x), model(x))
