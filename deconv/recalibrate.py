@@ -18,7 +18,8 @@ def recalibrate(
 
     For a network after surgery, or whose weights are averages of several networks': nothing is
     learned, no weight changes. Each layer whitens by its batch, as in training, and in the end has
-    the plain mean of mu and of Cov over all batches, where training has one that forgets. All other
+    the plain mean of mu and of Cov over all batches that are finite, or over all its runs where it
+    has several of each, while training has a mean that forgets. All other
     layers work as in evaluation (dropout drops nothing).
 
     Args:
@@ -52,7 +53,7 @@ def recalibrate(
             for layer in layers:
                 if count == 0:  # not before: an empty loader must leave the network as it is
                     layer.reset_running_stats()
-                layer.training, layer.momentum = True, 1 / (count + 1)
+                layer.training, layer.momentum = True, None
             model((batch if isinstance(batch, torch.Tensor) else batch[0]).to(device))
             count += 1
             if count == limit:

@@ -121,6 +121,7 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
         after = matrix @ cov @ matrix.mT
     values = spectrum.clamp(min=0) + layer.eps
     floor = 1.5 ** (-2 * layer.n_iter) * values.norm(dim=-1, keepdim=True)
+    under = torch.where(values.isnan(), torch.nan, (values < floor).double())
     return LayerWhiteness(
         name,
         blocks.features,
@@ -128,7 +129,7 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
         before=_measure(cov),
         after=_measure(after),
         condition=(values[:, -1] / values[:, 0]).max().item(),
-        under_floor=(values < floor).double().mean().item(),
+        under_floor=under.mean().item(),
         spectrum=spectrum.cpu(),
     )
 

@@ -102,6 +102,12 @@ class Whitening(nn.Module):
         for name, start in {**buffers, "num_batches_tracked": count}.items():
             self.register_buffer(name, start if track_running_stats else None)
 
+    def reset_parameters(self) -> None:
+        """As torch's layers; statistics start anew, too: `to_empty` gives any numbers."""
+        super().reset_parameters()
+        if hasattr(self, "track_running_stats"):  # not yet when torch's constructor asks
+            self.reset_running_stats()
+
     @torch.no_grad()
     def reset_running_stats(self) -> None:
         """Forget all batches: mean 0, D = I, and the next batch replaces them."""
@@ -236,7 +242,10 @@ class Whitening(nn.Module):
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
         usable = total - total == 0  # not for infinity, NaN, or anything divided by 0
-        step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
+        if self.momentum is None:  # the plain mean of all batches, see `recalibrate`
+            step = 1 / (self.num_batches_tracked + 1)
+        else:
+            step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
         running = self.running_mean, *self._running_covariances().values()
         for old, new in zip(running, (mean, *covs.values()), strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))

@@ -148,3 +148,13 @@ def test_a_sum_beyond_half_precision_is_no_reason_to_forget_a_batch():
     nn.init.constant_(layer.bias, 200)  # 512 of which are more than 65504
     layer(torch.randn(2, 3, 8, 8).half())
     assert layer.num_batches_tracked == 1
+
+
+def test_a_layer_made_without_memory_can_start_anew():
+    layer = FastDeconv(3, 4, 3, device="meta").to_empty(device="cpu")
+    for buffer in layer.buffers():
+        buffer.fill_(7)  # whatever was there
+    layer.reset_parameters()
+    x = torch.randn(2, 3, 8, 8)
+    plain = nn.functional.conv2d(x, layer.weight, layer.bias)
+    torch.testing.assert_close(layer.eval()(x), plain)

@@ -78,3 +78,24 @@ def test_bad_input_is_refused_and_leaves_the_network_alone(model, data, options,
         recalibrate(model, data, **options)
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
     assert model.training
+
+
+def test_runs_count_alike_where_a_layer_has_several_and_bad_batches_do_not():
+    layer = FastDeconv(3, 3, 3, padding=1, mode=4)
+    good = batches(3)
+    recalibrate(layer, [*good[:2], good[0] / 0, good[2]])
+    mean = torch.stack([x.mean((0, 2, 3)) for x in good]).mean(0)
+    torch.testing.assert_close(layer.running_mean[4::9], mean)  # the middle tap sees all pixels
+    twice = copy.deepcopy(layer)
+    recalibrate(_Twice(twice), good)
+    torch.testing.assert_close(twice.running_mean[4::9], mean * 2)
+    assert twice.num_batches_tracked == 6 and twice.momentum == 0.1
+
+
+class _Twice(nn.Module):
+    def __init__(self, layer):
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x):
+        return self.layer(x) + self.layer(3 * x)

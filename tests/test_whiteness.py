@@ -102,4 +102,5 @@ def test_constant_input_is_white_and_what_is_not_finite_is_not_a_number():
     assert (row.before, row.after, row.condition) == (1, 1, 1)
     (row,) = whiteness(FastDeconv(2, 2, 1), torch.full((3, 2, 5, 5), torch.inf))
     assert math.isnan(row.before) and math.isnan(row.after) and math.isnan(row.condition)
+    assert math.isnan(row.under_floor)
     assert whiteness(nn.Conv2d(2, 2, 1), torch.ones(3, 2, 5, 5)) == ()
