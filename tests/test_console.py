@@ -2,6 +2,8 @@
 
 import io
 import os
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -38,3 +40,12 @@ def test_names_command_no_terminal_and_make_no_lines(capsys):
     name = "a\x1b[2Jb\nc\udcffd \u202e é"
     console.say(name)
     assert capsys.readouterr().out == "a\\x1b[2Jb\\nc\\udcffd \\u202e é\n"
+
+
+@pytest.mark.parametrize("shell", [">/dev/full", "| true", ">&- 2>&-"])
+def test_a_line_that_cannot_be_written_ends_nothing(shell):
+    lines = "console.answer(); [console.say('x' * 9999) for _ in range(20)]; console.hang_up()"
+    code = f"from util import console; {lines}"
+    words = ["bash", "-c", f'"$0" -c "$1" {shell}; exit $PIPESTATUS', sys.executable, code]
+    ended = subprocess.run(words, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

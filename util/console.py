@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sys
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -27,9 +29,28 @@ def visible(text: str) -> str:
 
 
 def say(text: str) -> None:
-    """A line on stdout, above the progress bar if there is one."""
+    """A line on stdout, above the progress bar if there is one.
+
+    Where a terminal has gone, nobody reads a pipe or a disk is full it is lost, and nothing else.
+    """
     if not _muted:
-        tqdm.write(visible(text))
+        with suppress(OSError):
+            tqdm.write(visible(text))
+
+
+def answer() -> None:
+    """Let what is said go nowhere where the process was started with stdout or stderr closed."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+
+
+def hang_up() -> None:
+    """Drop what stdout still holds and cannot write: Python would exit with code 120 for it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
 
 
 def speaks() -> bool:

@@ -37,8 +37,12 @@ def start(
             after SIGTERM.
     """
     argv = sys.argv[1:] if argv is None else argv
-    with distributed.tell_if_it_fails():
-        _run(file, script, story, argv)
+    console.answer()
+    try:
+        with distributed.tell_if_it_fails():
+            _run(file, script, story, argv)
+    finally:
+        console.hang_up()
 
 
 def _run(file: str, script: Script, story: Callable[[Session], None], argv: Sequence[str]) -> None:
