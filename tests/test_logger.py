@@ -1,8 +1,10 @@
+import gc
 import json
 import math
 
 import pytest
 import torch
+from matplotlib.backends.backend_agg import RendererAgg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from util.logger import RunLogger, read_log
@@ -154,6 +156,15 @@ def test_without_tensorboard_and_plot_only_logs_are_left(tmp_path):
     assert {path.suffix for path in tmp_path.iterdir()} == {".log"}
     log_run(tmp_path, [1], plot=True)
     assert (tmp_path / "TrainingPlots.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_no_drawing_waits_for_the_collector(tmp_path):
+    gc.disable()  # that which comes by itself
+    try:
+        log_run(tmp_path, [1], plot=True)
+        assert not any(type(thing) is RendererAgg for thing in gc.get_objects())
+    finally:
+        gc.enable()
 
 
 def test_tensorboard_has_the_figures_of_layers_after_the_last_epoch(tmp_path):

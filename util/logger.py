@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
@@ -107,6 +108,7 @@ class RunLogger:
         if self._plot:
             title = "/".join(self.run_dir.resolve().parts[-2:])
             plot_training(self.history, self.run_dir / PLOT_NAME, title=title)
+            gc.collect()  # parts of a figure know each other, and its pixels: megabytes would wait
 
     def filters(self, epoch: int, raw: Tensor | None, whitened: Tensor | None) -> None:
         """Pictures of the first layer's filters (O C h w) after `epoch` (0: before training).

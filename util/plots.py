@@ -240,4 +240,3 @@ def _dress(axes: Axes, x: str, y: str) -> None:
 def _save(figure: Figure, path: str | Path) -> None:
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)
-    figure.clear()  # its parts know each other: megabytes that would wait for Python's collector
