@@ -79,7 +79,7 @@ def test_every_mode_learns(tmp_path, mode):
 )
 def test_other_ways_to_compute_learn_as_well(tmp_path, line, flag):
     figures = train(f"--deconv True --epochs 2 {line} {QUIET}", tmp_path / "run")
-    assert figures["test_top1"] > 90
+    assert figures["test_top1"] > 85
     record = json.loads((tmp_path / "run" / "args.json").read_text())
     assert record["flags"][flag[0]] == flag[1]
 
