@@ -4,9 +4,10 @@
     python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png --data DIR --pictures 256
 
 The picture shows the filters of the first layer as learned, W, and as the raw picture meets them,
-W D; the whitening itself, rows of D, each the kernel that makes a pixel white: a centre against its
-surround, as in the paper and in the retina (with --root cholesky against one half of it); the
-eigenvalues of what each layer sees; and how white that is before and after (`deconv.whiteness`).
+W D; the whitening itself, rows of the symmetric root, each the kernel that makes a pixel white: a
+centre against its surround, as in the paper and in the retina (the Cholesky factor, a rotation of
+that root, sets it against one half); the eigenvalues of what each layer sees; and how white that is
+before and after (`deconv.whiteness`).
 Exit code: 2 bad input.
 """
 
@@ -16,6 +17,7 @@ import argparse
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
+from copy import copy
 from pathlib import Path
 
 import numpy as np
@@ -103,7 +105,12 @@ def draw(first: FastDeconv, rows: Whiteness, title: str) -> Figure:
 
 @torch.no_grad()
 def centre_kernels(layer: FastDeconv) -> Tensor:
-    """For each input channel the kernel (h, w) that makes its middle pixel white from its own."""
+    """For each input channel the kernel (h, w) that makes its middle pixel white from its own.
+
+    By the symmetric root, whatever the layer's own is.
+    """
+    layer = copy(layer)
+    layer.root = "newton"
     kernels = layer.whitening_kernels()  # groups*C*T, C, h, w
     taps, channels = layer.blocks.taps, layer.blocks.channels
     middle = kernels[taps // 2 :: taps]

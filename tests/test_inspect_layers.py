@@ -42,7 +42,7 @@ def test_the_log_of_a_run_has_the_figures_of_each_layer(run_dir):
 
 def test_whitening_kernels_are_a_centre_against_its_surround():
     torch.manual_seed(0)
-    layer, x = FastDeconv(1, 4, 5, mode=4, eps=1e-3, root="newton"), torch.randn(40, 1, 24, 24)
+    layer, x = FastDeconv(1, 4, 5, mode=4, eps=1e-3), torch.randn(40, 1, 24, 24)
     blurred = torch.nn.functional.avg_pool2d(x, 3, stride=1)
     layer(5 * blurred + 2)
     (kernel,) = inspect_layers.centre_kernels(layer)
