@@ -173,10 +173,9 @@ class _Convolution(Whitening):
         together = self.sync_stats and several_processes()
         first, total = find_share(len(x)) if together else (0, len(x))
         patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
-        per_picture = max(round(patches / max(total, 1)), 1)
-        if per_picture >= window.count(x.shape[2:]):
-            return window
-        return Spots(window, per_picture, first)
+        every = window.count(x.shape[2:])
+        per_picture = max(round(min(patches / max(total, 1), every)), 1)
+        return window if per_picture >= every else Spots(window, per_picture, first)
 
     def fuse(self) -> nn.Module:
         """The plain convolution that this layer is in evaluation; see `deconv.fuse`.
@@ -232,7 +231,7 @@ class FastDeconv(_Convolution, nn.Conv2d):
             that a batch has about so many rows, vectors of a block, for each feature of a matrix;
             0: at all that sampling leaves, as published. A patch has a row in each of the blocks
             that share a matrix. One patch of each picture is the least. The mean is that of all
-            patches in any case.
+            that sampling leaves in any case.
         root: "newton", the symmetric root, or "cholesky", the inverse Cholesky factor, with the
             floor of `n_iter` steps, see `inverse_sqrt`.
         layout, shared: see `Blocks`.
@@ -306,6 +305,10 @@ class Delinear(Whitening, nn.Linear):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[-1:] != (self.in_features,):
+            raise ValueError(
+                f"input must have {self.in_features} features, got shape {(*x.shape,)}"
+            )
         rows, weight, bias = self._whitened(self._present(x))
         return F.linear(rows.reshape(x.shape), weight, bias)
 

@@ -21,7 +21,7 @@ from .covariance import (
 from .earlier import deal_back_mean, rename_statistics
 from .fold import fold
 from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
-from .patches import Sampling, gather
+from .patches import Sampling, Window, gather
 from .products import identity
 
 Matrices = dict[str, torch.Tensor]  # (G, d, d) by axis
@@ -155,7 +155,8 @@ class Whitening(nn.Module):
         """x, patches looked at, their mean (C*T,), covariances and whitening matrices by axis."""
         together = self.sync_stats and several_processes()
         count = count_patches(x, sampling)
-        if not together and self._has_few_rows(count):
+        alone = not together and isinstance(sampling, Window)
+        if alone and self._has_few_rows(count):
             return x, count, *self._estimate_from_rows(gather(x, sampling))
         covs: Matrices = {}
         whiten: Matrices = {}

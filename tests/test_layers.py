@@ -246,6 +246,27 @@ def test_few_rows_leave_the_covariance_that_many_do():
     torch.testing.assert_close(few.running_cov_joint, many.running_cov_joint)
 
 
+@pytest.mark.parametrize("root", ROOTS)
+def test_even_of_fewer_patches_than_features_the_mean_is_that_of_all(root):
+    layer = FastDeconv(4, 3, 3, root=root, rows_per_feature=0.1)
+    x = pictures()
+    layer(x)
+    window = layer._sampling(x)[0].window
+    torch.testing.assert_close(layer.running_mean, gather(x, window).mean((0, 2)))
+
+
+def test_endless_rows_are_all_there_are():
+    layer = FastDeconv(4, 3, 3, rows_per_feature=float("inf"))
+    assert not isinstance(layer._sampling(pictures())[0], Spots)
+
+
+def test_input_of_other_features_is_refused_before_it_counts():
+    layer = Delinear(8, 2)
+    with pytest.raises(ValueError, match=r"8 features, got shape \(4, 6\)"):
+        layer(torch.randn(4, 6))
+    assert layer.num_batches_tracked == 0
+
+
 def test_statistics_survive_state_dict():
     layer = FastDeconv(4, 3, 3, mode=1)
     layer(pictures())
