@@ -9,6 +9,8 @@ direction by more than 1.5^n / sqrt(|A|_F), and neither does the inverse root of
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -40,7 +42,7 @@ def _invert(cov: torch.Tensor, share: float, eps: float) -> tuple[torch.Tensor, 
     unit = identity(cov)
     cov = torch.add(cov, unit, alpha=eps)
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    norm = norm + 0 * norm  # NaN for infinity, of which the inverse of a single number would be 0
+    norm = norm.fmod(math.inf)  # NaN for infinity, of which a single number's inverse would be 0
     factor = torch.linalg.cholesky_ex(cov.addcmul(unit, norm, value=share)).L
     return torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False), cov, norm
 

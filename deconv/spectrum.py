@@ -15,6 +15,8 @@ the distance of two eigenvalues.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch.autograd.function import once_differentiable
 
@@ -72,7 +74,7 @@ def root_of_matrix(cov: torch.Tensor, n_iter: int) -> tuple[torch.Tensor, ...]:
     """D of A (G, d, d), and what it was made of: x (G, d), U (G, d, d) and |A|_F (G, 1)."""
     norm = torch.linalg.matrix_norm(cov)[:, None]
     x, basis = torch.linalg.eigh(_scaled(cov, norm))
-    scale = norm.rsqrt() + 0 * norm  # NaN, and not 0, for an infinite norm
+    scale = norm.fmod(math.inf).rsqrt()  # NaN, and not 0, for an infinite norm
     return (basis * (respond(x, n_iter) * scale)[:, None]) @ basis.mT, x, basis, norm
 
 
