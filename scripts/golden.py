@@ -36,8 +36,8 @@ LAYERS = {
     "eps": 1e-2,
     "n_iter": 5,
     "sampling_stride": 3,
-    "root": "newton",
-    "rows_per_feature": 0,
+    "root": "cholesky",
+    "rows_per_feature": 32,
     "layout": "interleaved",
     "shared": True,
 }
