@@ -27,7 +27,7 @@ def divide_channels(channels: int, block: int) -> int:
     """
     if block < 1 or block % 1:
         raise ValueError(f"block must be a whole number of channels, at least 1, got {block}")
-    return next(size for size in range(min(block, channels), 0, -1) if channels % size == 0)
+    return next(size for size in range(int(min(block, channels)), 0, -1) if channels % size == 0)
 
 
 @dataclass(frozen=True)

@@ -79,9 +79,9 @@ class _Transposed(_Convolution):
     ) -> None:
         where = (stride, padding, dilation, groups, bias, padding_mode)
         super().__init__(in_channels, out_channels, kernel_size, *where, **options)
-        several = isinstance(output_padding, tuple)
+        several = not isinstance(output_padding, int)
         dims = len(self.kernel_size)
-        self.output_padding = output_padding if several else (output_padding,) * dims
+        self.output_padding = tuple(output_padding) if several else (output_padding,) * dims
 
     def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
         self._check_channels(x)

@@ -102,7 +102,7 @@ class _Convolution(Whitening):
             device=device,
             dtype=dtype,
         )
-        self.mode, self.block, self.sampling_stride = mode, block, sampling_stride
+        self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
         self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
         self.root = root
         channels = in_channels // groups

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import deconv
-from deconv import FastDeconv, convert, fuse, plan
+from deconv import FastDeconv, FastDeconvTranspose2d, convert, fuse, plan
 from deconv.convolutions import DECONVOLUTIONS
 
 SIZES = {1: (11,), 2: (6, 7), 3: (5, 4, 5)}
@@ -253,3 +253,10 @@ def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
     assert rows["maps"][0] == "kept"  # its output goes past the convolution as well
     ordered = plan(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)))
     assert ordered[0].action == "replaced"
+
+
+def test_output_padding_may_be_a_list_as_torch_takes_it():
+    layer = FastDeconvTranspose2d(3, 4, 3, stride=2, output_padding=[1, 0])
+    like = nn.ConvTranspose2d(3, 4, 3, stride=2, output_padding=[1, 0])
+    x = torch.randn(2, 3, 5, 6)
+    assert layer(x).shape == like(x).shape

@@ -255,6 +255,13 @@ def test_even_of_fewer_patches_than_features_the_mean_is_that_of_all(root):
     torch.testing.assert_close(layer.running_mean, gather(x, window).mean((0, 2)))
 
 
+def test_whole_numbers_may_be_floats():
+    layer, same = (FastDeconv(8, 3, 3, block=of(4), sampling_stride=of(2)) for of in (float, int))
+    same.load_state_dict(layer.state_dict())
+    x = pictures(c=8)
+    torch.testing.assert_close(layer(x), same(x), rtol=0, atol=0)
+
+
 def test_endless_rows_are_all_there_are():
     layer = FastDeconv(4, 3, 3, rows_per_feature=float("inf"))
     assert not isinstance(layer._sampling(pictures())[0], Spots)
