@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dis
 import inspect
 import warnings
 
@@ -13,7 +14,8 @@ class Dataflow:
     """The calls of modules in a network, as far as the code of those that call them tells.
 
     The forward of each module is traced by itself, and everything that it calls is opaque. Where
-    that is impossible (forward looks at values or shapes), nothing is known of its children.
+    that is impossible (forward looks at values or shapes), nothing is known of its children, nor of
+    what is within them under names that its code mentions.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -26,8 +28,11 @@ class Dataflow:
     def _read(self, owner: nn.Module) -> None:
         graph = _trace(owner)
         if graph is None:
-            for child in owner.children():
-                self._calls.setdefault(id(child), []).append(None)
+            mentioned = _find_names(type(owner))
+            for path, module in owner.named_modules():
+                first, *deeper = path.split(".")
+                if first and mentioned.issuperset("[]" if d.isdecimal() else d for d in deeper):
+                    self._calls.setdefault(id(module), []).append(None)
             return
         for node in graph.nodes:
             if node.op == "call_module":
@@ -113,6 +118,22 @@ def _get_forward(module: nn.Module) -> object:
 def _has_forward(module: nn.Module) -> bool:
     """Lists and dicts of modules have none: others call what is in them."""
     return _get_forward(module) is not nn.Module.forward
+
+
+def _find_names(kind: type[nn.Module]) -> set[str]:
+    """The names in the methods of a class and of its bases; "[]" where they index anything."""
+    names, codes = set(), []
+    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
+        codes += [f.__code__ for f in vars(base).values() if inspect.isfunction(f)]
+    while codes:
+        code = codes.pop()
+        names.update(code.co_names)
+        codes += [const for const in code.co_consts if inspect.iscode(const)]
+        if any(
+            "SUBSCR" in step.opname or step.argrepr == "[]" for step in dis.get_instructions(code)
+        ):
+            names.add("[]")
+    return names
 
 
 def _trace(owner: nn.Module) -> fx.Graph | None:

@@ -33,7 +33,8 @@ def fuse(model: nn.Module) -> nn.Module:
     change outputs; backward hooks and those of state_dict do not. The input is left as it is.
 
     Args:
-        model: in evaluation mode; may itself be a layer, and may have nothing to fuse.
+        model: in evaluation mode; may itself be a layer, and may have nothing to fuse. Code that
+            reads a layer's weight in any other way than by calling the layer finds W D there.
 
     Returns:
         The copy, in evaluation mode, with the devices, dtypes, memory formats and `requires_grad`

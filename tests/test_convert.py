@@ -585,3 +585,37 @@ def test_pretrained_folds_nothing_into_a_weight_that_is_used_elsewhere():
     model, x = TwoUses().eval(), torch.randn(2, 4, 7, 7)
     nn.init.normal_(model.norm.weight)
     torch.testing.assert_close(convert(model, pretrained=True)(x), model(x))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class ByName(nn.Module):
+    """Code that no trace goes through, and that calls what lies within its child."""
+
+    def __init__(self, child):
+        super().__init__()
+        self.child = child
+
+    def forward(self, x):
+        y = self.child.conv(x)
+        return y if x.sum() > 1e9 else self.child.norm(y) + y
+
+
+class ByNumber(ByName):
+    def forward(self, x):
+        y = self.child[0](x)
+        return y if x.sum() > 1e9 else self.child[1](y) + y
+
+
+@pytest.mark.parametrize("model", [ByName(Pair()), ByNumber(nn.Sequential(*Pair().children()))])
+def test_pretrained_folds_nothing_that_code_without_a_trace_reaches_into(model):
+    nn.init.normal_(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
+    x = torch.randn(2, 4, 7, 7)
+    torch.testing.assert_close(convert(model.eval(), pretrained=True)(x), model(x))
