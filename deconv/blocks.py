@@ -75,6 +75,10 @@ class Blocks:
         """Blocks that share one whitening matrix."""
         return self.count if self.shared else 1
 
+    def side(self, axis: str) -> int:
+        """Features of a vector along an axis, d, see `along`."""
+        return {"joint": self.features, "channel": self.size, "pixel": self.taps}[axis]
+
     def along(self, axis: str, x: torch.Tensor) -> torch.Tensor:
         """The vectors that an axis whitens: (R, groups * C*T, P) -> (R', G * d, L).
 

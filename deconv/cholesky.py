@@ -42,7 +42,8 @@ def _invert(cov: torch.Tensor, share: float, eps: float) -> tuple[torch.Tensor, 
     unit = identity(cov)
     cov = torch.add(cov, unit, alpha=eps)
     norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    norm = norm.fmod(math.inf)  # NaN for infinity, of which a single number's inverse would be 0
+    if cov.shape[-1] == 1:  # elsewhere infinity times the zeros beside the diagonal is NaN
+        norm = norm.fmod(math.inf)  # so is this, where the inverse would be 0
     factor = torch.linalg.cholesky_ex(cov.addcmul(unit, norm, value=share)).L
     return torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False), cov, norm
 

@@ -80,21 +80,21 @@ class _MeasurePatches(torch.autograd.Function):
         whole = gather(x, sampling, selection) if len(parts) == 1 else None
         mean = _average_window(x, sampling) if whole is None else _average(whole)
         mean, cov = mean[:, None], None
+        ctx.vectors = ctx.patches * len(mean) // (blocks.matrices * blocks.side(axis))
         for part in parts:
             maps = gather(part, sampling, selection) if whole is None else whole
             maps = maps.sub_(mean)
             if matrix is not None:
                 maps = transform_along(done, maps, matrix, blocks)
             vectors = blocks.along(axis, maps)
-            products = outer_products(vectors, vectors, blocks.matrices)
+            products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.vectors)
             cov = products if cov is None else cov.add_(products)
         kept = whole if keeps_patches(x, sampling) else None
         ctx.save_for_backward(x, matrix, mean, kept, *selection)
         ctx.settings = done, sampling, blocks, axis
-        ctx.vectors = ctx.patches * mean.numel() // (cov.shape[0] * cov.shape[1])
         of_all = isinstance(sampling, Spots) and matrix is None
         means = (_average_window(x, sampling.window),) if of_all else ()
-        return x, mean.flatten(), cov.div_(ctx.vectors), *means
+        return x, mean.flatten(), cov, *means
 
     @staticmethod
     @once_differentiable
@@ -148,7 +148,7 @@ def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor
     """Mean v v^T of the vectors along an axis of maps (R, groups * C*T, P): (G, d, d)."""
     vectors = blocks.along(axis, maps)
     count = vectors.shape[0] * vectors.shape[2]
-    return outer_products(vectors, vectors, blocks.matrices) / max(count, 1)
+    return outer_products(vectors, vectors, blocks.matrices, 1 / max(count, 1))
 
 
 def _is_whole(x: torch.Tensor) -> bool:

@@ -49,6 +49,27 @@ def fold(
     return rows.reshape(weight.shape), bias
 
 
+def whiten_pixels(
+    x: torch.Tensor, mean: torch.Tensor, whiten: Mapping[str, torch.Tensor], blocks: Blocks
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """D x and D mu, where channels alone are whitened: nothing but D mu is left to be folded.
+
+        y = (W D) x + (b - W D mu) = W (D x) + (b - W (D mu))
+
+    Zeros stay zeros, so padding stays what it is. For maps that are smaller than the weight.
+
+    Args:
+        x: (N, C, *size).
+        mean: (C,).
+        whiten: one matrix (G, d, d) for each axis, in the order in which they act.
+        blocks: the view of x as blocks, of one tap.
+    """
+    maps, means = x.to(mean.dtype).flatten(2), mean[None, :, None]
+    for axis, matrix in whiten.items():
+        maps, means = (transform_along(axis, each, matrix, blocks) for each in (maps, means))
+    return maps.reshape(x.shape).to(x.dtype), means.flatten()
+
+
 class _Shift(torch.autograd.Function):
     """What the mean adds to the outputs, W D mu (groups, out, 1), and W D itself.
 

@@ -48,13 +48,15 @@ def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return _multiply_rows(matrices, maps)  # a view of its product, which no Function may return
 
 
-def outer_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
-    """The sum of u v^T over the pairs of vectors of each group, (groups, d, d).
+def outer_products(
+    left: torch.Tensor, right: torch.Tensor, groups: int, scale: float = 1.0
+) -> torch.Tensor:
+    """The sum of u v^T over the pairs of vectors of each group, times `scale`, (groups, d, d).
 
     Args:
         left, right: (R, groups * d, L).
     """
-    return _OuterProducts.apply(left, right, groups)
+    return _OuterProducts.apply(left, right, groups, scale)
 
 
 class _Transform(torch.autograd.Function):
@@ -82,20 +84,23 @@ class _OuterProducts(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
-        return _sum_products(left, right, groups)
+    def forward(left: torch.Tensor, right: torch.Tensor, groups: int, scale: float) -> torch.Tensor:
+        return _sum_products(left, right, groups, scale)
 
     @staticmethod
     def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs[:2])
+        *factors, _, ctx.scale = inputs
+        ctx.save_for_backward(*factors)
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None, None]:
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         left, right = ctx.saved_tensors
-        to_left, to_right, _ = ctx.needs_input_grad
+        to_left, to_right, *_ = ctx.needs_input_grad
+        grad = grad if ctx.scale == 1 else grad * ctx.scale
         return (
             transform(grad, right) if to_left else None,
             transform(grad.mT, left) if to_right else None,
+            None,
             None,
         )
 
@@ -116,11 +121,14 @@ def _multiply_rows(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     return rows.permute(1, 0, 3, 2).reshape(maps.shape)
 
 
-def _sum_products(left: torch.Tensor, right: torch.Tensor, groups: int) -> torch.Tensor:
+def _sum_products(
+    left: torch.Tensor, right: torch.Tensor, groups: int, scale: float
+) -> torch.Tensor:
     side, length = left.shape[1] // groups, left.shape[2]
     pair = (left,) if left is right else (left, right)
     pair = [x.unflatten(1, (groups, side)) for x in pair]  # R, G, d, L
     if left.device.type == "cpu" and 2 * length >= side:  # products no larger than the vectors
-        return (pair[0] @ pair[-1].mT).sum(0)
+        return (pair[0] @ pair[-1].mT).sum(0).mul_(scale)
     columns = [x.permute(1, 2, 0, 3).flatten(2) for x in pair]  # G, d, R*L
-    return columns[0] @ columns[-1].mT
+    result = left.new_empty(groups, side, side)
+    return result.baddbmm_(columns[0], columns[-1].mT, beta=0, alpha=scale)

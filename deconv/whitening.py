@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
@@ -19,7 +20,7 @@ from .covariance import (
     several_processes,
 )
 from .earlier import deal_back_mean, rename_statistics
-from .fold import fold
+from .fold import fold, whiten_pixels
 from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
 from .patches import Sampling, Window, gather
 from .products import identity
@@ -90,10 +91,10 @@ class Whitening(nn.Module):
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter, self.momentum = eps, n_iter, momentum
         self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
-        sides = {"joint": blocks.features, "channel": blocks.size, "pixel": blocks.taps}
         mean = torch.zeros(blocks.groups * blocks.channels * mean_taps)
         buffers = {"mean": mean} | {
-            f"cov_{axis}": torch.eye(sides[axis]).repeat(blocks.matrices, 1, 1) for axis in axes
+            f"cov_{axis}": torch.eye(blocks.side(axis)).repeat(blocks.matrices, 1, 1)
+            for axis in axes
         }
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         on = {"device": self.weight.device, "dtype": dtype}
@@ -143,8 +144,12 @@ class Whitening(nn.Module):
             if not self.training and self.track_running_stats:
                 # Not kept for later: no version counter would tell of all edits to a buffer.
                 return x, *self._fold(*self._running_whitening())
-            x, count, mean, cov, whiten = self._estimate_whitening(x, *self._sampling(x))
-            weight, bias = self._fold(mean, whiten)
+            sampling, blocks = self._sampling(x)
+            x, count, mean, cov, whiten = self._estimate_whitening(x, sampling, blocks)
+            shift, left = mean, whiten
+            if sampling.taps == 1 and x.numel() < self.weight.numel():  # whichever is smaller
+                x, shift, left = *whiten_pixels(x, mean, whiten, blocks), {}
+            weight, bias = self._fold(shift, left)
             if self.track_running_stats and not _in_backward():
                 self._update_running(count, mean, cov, bias)
             return x, weight, bias
@@ -239,10 +244,10 @@ class Whitening(nn.Module):
         `bias`, the folded one, has sums over all of mean and D in it: it is finite if they are, and
         D is NaN if a covariance is not.
         """
-        total = bias.sum(dtype=mean.dtype)  # which half precision may be too narrow for
+        total = torch.linalg.vector_norm(bias, 1, dtype=mean.dtype)
         if not (isinstance(count, int) and count):  # none, or perhaps none in all processes
             total = total / count
-        usable = total - total == 0  # not for infinity, NaN, or anything divided by 0
+        usable = total < math.inf  # not for NaN either, or for anything divided by 0
         if self.momentum is None:  # the plain mean of all batches, see `recalibrate`
             step = 1 / (self.num_batches_tracked + 1)
         else:

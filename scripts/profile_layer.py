@@ -43,6 +43,7 @@ STEPS = {
     "inverse_sqrt": "root",
     "inverse_sqrt_from_rows": "root",
     "fold": "fold",
+    "whiten_pixels": "fold",
 }
 # The names of deconv.covariance that are patches' part of the second step.
 INSIDE, PARTS = "patches inside", ("gather", "scatter", "select_pixels")

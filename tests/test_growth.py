@@ -10,6 +10,7 @@ from deconv.patches import Window, gather
 from scripts import count_cost, count_launches, estimate_gpu, growth, growth_page
 from scripts.count_cost import Cost
 from scripts.estimate_gpu import Gpu
+from scripts.profile_layer import CONVOLUTION
 from scripts.time_layer import STEPS, Times, plain_twin
 
 CPU, CUDA, META = torch.device("cpu"), torch.device("cuda"), torch.device("meta")
@@ -123,6 +124,11 @@ def test_launches_add_up_and_the_watch_adds_none(root):
     assert counts["", "whole", "backward"] == launches.count
     for way in ("forward", "backward"):
         assert sum(counts["", step, way] for step in steps) == counts["", "whole", way]
+
+
+def test_whitening_launches_at_most_25_kernels_beside_those_of_the_convolution():
+    counts = count_launches.count_on_paper(FastDeconv(128, 128, 3, padding=1), (64, 128, 16, 16))
+    assert counts["", "whole", "forward"] - counts["", CONVOLUTION, "forward"] <= 25
 
 
 @pytest.mark.parametrize("training", [True, False])

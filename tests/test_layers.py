@@ -1,13 +1,14 @@
 """FastDeconv and Delinear against brute force, eigenvalues and finite differences."""
 
 import itertools
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deconv import Delinear, FastDeconv
+from deconv import Delinear, FastDeconv, FastDeconvTranspose2d, whitening
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
 from deconv.patches import Spots, gather
@@ -495,3 +496,37 @@ def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
     assert "rows_per_feature=32, root=cholesky" in repr(FastDeconv(4, 8, 3))
     shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="newton"))
     assert "rows_per_feature=4, root=newton" in shown
+
+
+@pytest.mark.parametrize("kind", [FastDeconv, FastDeconvTranspose2d])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(mode=3, kernel_size=3, padding=1, groups=2, stride=2),
+        dict(mode=3, kernel_size=3, layout="contiguous", shared=False),
+        dict(mode=1, kernel_size=1),
+        dict(mode=5, kernel_size=1, root="newton", groups=2),
+    ],
+)
+def test_whitening_the_map_or_the_weight_is_the_same(kind, settings):
+    """Of two layers with the same outputs, one has so many more that its map is the smaller."""
+    torch.manual_seed(0)
+    groups, x = settings.get("groups", 1), pictures(n=3, c=8, h=4, w=4)
+    few, many = (kind(8, outputs * groups, block=4, **settings) for outputs in (1, 64))
+    outputs = dict(
+        dim=1 if many.transposed else 0, index=torch.arange(1 if many.transposed else groups) * 64
+    )
+    with torch.no_grad():
+        few.weight.copy_(many.weight.index_select(**outputs))
+        few.bias.copy_(many.bias[::64])
+    found = []
+    for layer in (few, many):
+        x = x.detach().requires_grad_()
+        with patch.object(whitening, "whiten_pixels", wraps=whitening.whiten_pixels) as used:
+            y = layer(x)[:, :: layer.out_channels // groups]
+        assert used.called == (layer is many)
+        y.square().sum().backward()
+        grad = layer.weight.grad
+        found.append((y, x.grad, grad if layer is few else grad.index_select(**outputs)))
+    for each in zip(*found, strict=True):
+        torch.testing.assert_close(*each)
