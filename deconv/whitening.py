@@ -147,12 +147,16 @@ class Whitening(nn.Module):
             sampling, blocks = self._sampling(x)
             x, count, mean, cov, whiten = self._estimate_whitening(x, sampling, blocks)
             shift, left = mean, whiten
-            if sampling.taps == 1 and x.numel() < self.weight.numel():  # whichever is smaller
+            if sampling.taps == 1 and self._is_larger_than(x):
                 x, shift, left = *whiten_pixels(x, mean, whiten, blocks), {}
             weight, bias = self._fold(shift, left)
             if self.track_running_stats and not _in_backward():
                 self._update_running(count, mean, cov, bias)
             return x, weight, bias
+
+    def _is_larger_than(self, x: torch.Tensor) -> bool:
+        """Whether the weight is more than the map, which then is cheaper to whiten, as it lies."""
+        return x.is_contiguous() and x.numel() < self.weight.numel()
 
     def _estimate_whitening(
         self, x: torch.Tensor, sampling: Sampling, blocks: Blocks

@@ -530,3 +530,10 @@ def test_whitening_the_map_or_the_weight_is_the_same(kind, settings):
         found.append((y, x.grad, grad if layer is few else grad.index_select(**outputs)))
     for each in zip(*found, strict=True):
         torch.testing.assert_close(*each)
+
+
+def test_small_maps_keep_their_memory_format():
+    layer = FastDeconv(8, 64, 3, mode=3).to(memory_format=torch.channels_last)
+    x = pictures(n=3, c=8, h=4, w=4).contiguous(memory_format=torch.channels_last)
+    assert x.numel() < layer.weight.numel()
+    assert layer(x).is_contiguous(memory_format=torch.channels_last)
