@@ -511,7 +511,7 @@ def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
 def test_whitening_the_map_or_the_weight_is_the_same(kind, settings):
     """Of two layers with the same outputs, one has so many more that its map is the smaller."""
     torch.manual_seed(0)
-    groups, x = settings.get("groups", 1), pictures(n=3, c=8, h=4, w=4)
+    groups, x = settings.get("groups", 1), pictures(n=3, c=8, h=4, w=4).contiguous()
     few, many = (kind(8, outputs * groups, block=4, **settings) for outputs in (1, 64))
     outputs = dict(
         dim=1 if many.transposed else 0, index=torch.arange(1 if many.transposed else groups) * 64
