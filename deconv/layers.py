@@ -67,7 +67,7 @@ class _Convolution(Whitening):
         n_iter: int = 5,
         momentum: float = 0.1,
         sampling_stride: int = 3,
-        rows_per_feature: float = 32,
+        rows_per_feature: float = 24,
         root: str = "cholesky",
         layout: str = "interleaved",
         shared: bool = True,

@@ -83,7 +83,7 @@ def make_layers(
     batchnorm: bool = True,
     stem_iter: int | None = None,
     root: str = "cholesky",
-    rows_per_feature: float = 32,
+    rows_per_feature: float = 24,
     **layer_options: object,
 ) -> Layers:
     """Bind every choice about layers once, into the bundle that `build_model` takes.

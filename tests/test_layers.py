@@ -493,7 +493,7 @@ def test_processes_with_equal_shares_look_at_the_pictures_that_one_would(
 
 
 def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
-    assert "rows_per_feature=32, root=cholesky" in repr(FastDeconv(4, 8, 3))
+    assert "rows_per_feature=24, root=cholesky" in repr(FastDeconv(4, 8, 3))
     shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="newton"))
     assert "rows_per_feature=4, root=newton" in shown
 

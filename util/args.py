@@ -119,7 +119,7 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "batch has N rows (of each block one) for each feature of a matrix; 0: at all that "
         "--stride leaves",
         real(least=0),
-        32,
+        24,
         metavar="N",
     )
     text = "inverse root of the covariance: symmetric by Newton-Schulz, or the Cholesky factor's"
