@@ -66,7 +66,7 @@ def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoad
     compute = choose_compute(session)
     compute.place(model)
     if session.saved:
-        restore_model(session.saved, model, spec=asdict(spec))
+        restore_model(session.saved, model, file=flags.resume, spec=asdict(spec))
     criterion = build_criterion(flags.loss, spec.num_classes)
     steps = world.deal(count_batches(flags))
     network = compute.translate(fuse(model.eval()))

@@ -37,6 +37,7 @@ from util.data import DataError, DataSpec, build_loaders
 from util.imagenet import build_imagenet_loaders
 from util.progress import restore_model
 from util.run import RunError
+from util.settings import check_config
 
 Run = Callable[[Tensor], Tensor]  # pictures (N, C, H, W) -> scores (N, classes)
 BATCH = "batch"  # the dimension whose size is left open
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         saved = load_checkpoint(args.checkpoint, "cpu")
-        flags, network = rebuild(saved)
+        flags, network = rebuild(saved, args.checkpoint)
         pictures = read_pictures(flags, args.data, args.pictures)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = WRITERS[args.to](fuse(network), pictures[:2], args.out, describe(saved))
@@ -93,13 +94,14 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     return args
 
 
-def rebuild(saved: dict[str, Any]) -> tuple[Namespace, nn.Module]:
-    """The flags of a run, and its network in evaluation."""
+def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:
+    """The flags of a run, whose checkpoint is `file`, and its network in evaluation."""
     script = small_pictures if "dataset" in saved["config"] else large_pictures
-    defaults = script.build_script().parser.defaults()
-    flags = Namespace(**{**defaults, **saved["config"], "pretrained": False})
+    built = script.build_script()
+    check_config(built, saved["config"], file)
+    flags = Namespace(**{**built.parser.defaults(), **saved["config"], "pretrained": False})
     network = script.build_network(flags, DataSpec(**saved["spec"]))
-    restore_model(saved, network, spec=saved["spec"])
+    restore_model(saved, network, file=file, spec=saved["spec"])
     return flags, network.eval()
 
 

@@ -43,7 +43,7 @@ KERNELS = 3  # whitening kernels drawn: of so many input channels
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        flags, network = rebuild(load_checkpoint(args.checkpoint, "cpu"))
+        flags, network = rebuild(load_checkpoint(args.checkpoint, "cpu"), args.checkpoint)
         first = find_first(network)
         pictures = read_pictures(flags, args.data, args.pictures)
         rows = whiteness(network, pictures)

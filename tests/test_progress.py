@@ -68,13 +68,14 @@ def test_restore_takes_up_what_snapshot_kept():
         **snapshot(done, under_way, model, optimizer, COMPUTE),
         "spec": {"classes": ("a", "b")},
     }
+    asked = {"file": "FILE", "spec": saved["spec"]}
     other, others_optimizer = make_parts()
     again, meters = restore(
         saved,
         other,
         others_optimizer,
         COMPUTE,
-        spec={"classes": ("a", "b")},
+        **asked,
         epoch_steps=5,
         total_steps=10,
     )
@@ -89,31 +90,32 @@ def test_restore_takes_up_what_snapshot_kept():
             other,
             others_optimizer,
             COMPUTE,
+            file="FILE",
             spec={"classes": ("a", "c")},
             epoch_steps=5,
             total_steps=10,
         )
-    with pytest.raises(CheckpointError, match="--max-steps, at step 5 in the middle of 4"):
+    with pytest.raises(CheckpointError, match="--max-steps, at step 5 in the middle of 6"):
         restore(
             saved,
             other,
             others_optimizer,
             COMPUTE,
-            spec=saved["spec"],
-            epoch_steps=4,
+            **asked,
+            epoch_steps=6,
             total_steps=10,
         )
     finished, _ = restore(
-        saved, other, others_optimizer, COMPUTE, spec=saved["spec"], epoch_steps=4, total_steps=5
+        saved, other, others_optimizer, COMPUTE, **asked, epoch_steps=6, total_steps=5
     )
     assert finished == done
-    with pytest.raises(CheckpointError, match="does not fit: .*size mismatch"):
+    with pytest.raises(CheckpointError, match="FILE does not fit: .*size mismatch"):
         restore(
             saved,
             nn.Linear(3, 2),
             optimizer,
             COMPUTE,
-            spec=saved["spec"],
+            **asked,
             epoch_steps=5,
             total_steps=9,
         )

@@ -6,10 +6,11 @@ from contextlib import nullcontext
 import numpy as np
 import pytest
 import torch
+from states import make_state
 from torch import nn
 
 from util import run
-from util.checkpoint import REQUIRED_KEYS, load_checkpoint, save_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.signals import Stopped
 
 
@@ -89,10 +90,7 @@ def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
 def save(folder, epoch, best_epoch, batches=0):
     """A checkpoint of `epoch`, when `best_epoch` was the best; returns what it knows."""
     folder.mkdir(exist_ok=True)
-    progress = {"epoch": epoch, "best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
-    progress |= {"step": 10 * epoch}
-    state = dict.fromkeys(REQUIRED_KEYS) | {"epoch": epoch, "best_top1": progress["best_top1"]}
-    state |= {"step": 10 * epoch + batches, "progress": progress}
+    state = make_state(epoch=epoch, best_epoch=best_epoch, batches=batches)
     save_checkpoint(state, folder, is_best=epoch == best_epoch and not batches)
     return state
 
@@ -149,7 +147,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_not_taken_up(tmp_path):
     with pytest.raises(run.RunError, match="holds a run already"):
         run.check_unchanged(tmp_path, None, None)
     save(tmp_path, 2, best_epoch=1)
-    with pytest.raises(run.RunError, match="another process has trained on, from step 10 to 20"):
+    with pytest.raises(run.RunError, match="another process has trained on, from step 5 to 10"):
         run.check_unchanged(tmp_path, checkpoint, read)
 
 

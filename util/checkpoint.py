@@ -12,7 +12,7 @@ import re
 import shutil
 import textwrap
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -20,22 +20,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from .content import ContentError, check_content, describe
+
 FORMAT_VERSION = 3
-REQUIRED_KEYS = (
-    "epoch",
-    "step",
-    "config",
-    "spec",
-    "progress",
-    "meters",
-    "model",
-    "optimizer",
-    "scheduler",
-    "scaler",
-    "rng",
-    "history",
-    "best_top1",
-)
 ABSENT = object()
 LATEST_NAME = "checkpoint.pth.tar"
 PREVIOUS_NAME = "checkpoint_previous.pth.tar"
@@ -60,13 +47,13 @@ def save_checkpoint(
     as well, as PREVIOUS_NAME.
 
     Args:
-        state: tensors and plain values with at least `REQUIRED_KEYS`; nested dicts, lists, tuples.
+        state: what `content.CONTENT` tells: tensors and plain values in dicts, lists and tuples.
 
     Returns:
         The path written.
 
     Raises:
-        CheckpointError: `state` lacks a key or holds something that would not load again.
+        CheckpointError: `state` lacks something or holds something that would not load again.
         OSError: it cannot be written; see `atomic_write`.
     """
     path = Path(run_dir) / filename
@@ -84,7 +71,7 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict[str, A
     """Read a checkpoint with its tensors on `device`, never running code from the file.
 
     Raises:
-        CheckpointError: missing, damaged, not written by `save_checkpoint`, or of another format.
+        CheckpointError: missing, damaged, of another format, or with content that no run has.
     """
     return _read(Path(path), device, shown=Path(path))
 
@@ -97,8 +84,13 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
     return [path for path in (*usual, *numbered) if path.exists()]
 
 
-def load_newest(run_dir: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
+def load_newest(
+    run_dir: str | Path, load: Callable[[Path], dict[str, Any]]
+) -> tuple[Path, dict[str, Any], list[str]]:
     """The checkpoint of a run's folder that can be read and had come farthest.
+
+    Args:
+        load: reads one, its tensors to the CPU.
 
     Returns:
         Its path, its content with tensors on the CPU, and what is wrong with those that cannot be
@@ -110,7 +102,7 @@ def load_newest(run_dir: str | Path) -> tuple[Path, dict[str, Any], list[str]]:
     found, faults = [], []
     for path in list_checkpoints(run_dir):
         try:
-            found.append((path, load_checkpoint(path, "cpu")))
+            found.append((path, load(path)))
         except CheckpointError as error:
             faults.append(str(error))
         if found and not faults and path.name != BEST_NAME:
@@ -268,7 +260,7 @@ def _read(path: Path, device: torch.device | str, *, shown: Path) -> dict[str, A
         raise CheckpointError(f"{shown}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may upset the reader in any way at all
         raise CheckpointError(f"{shown}: {_explain(error)}") from error
-    _check_keys(state, shown)
+    _check_format(state, shown)
     return state
 
 
@@ -282,8 +274,8 @@ def _check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
 
 
-def _check_keys(state: Any, shown: Path) -> None:
-    version = state.get("format_version") if isinstance(state, dict) else None
+def _check_format(state: Any, shown: Path) -> None:
+    version = state.get("format_version") if type(state) is dict else None
     if version == 2:  # which knew whole epochs only
         version = state["format_version"] = FORMAT_VERSION
         state["meters"] = None
@@ -291,11 +283,12 @@ def _check_keys(state: Any, shown: Path) -> None:
         raise CheckpointError(f"{shown}: not a checkpoint of this program (no format_version)")
     if version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{shown}: format_version is {version!r}, this program reads {FORMAT_VERSION}"
+            f"{shown}: format_version is {describe(version)}, this program reads {FORMAT_VERSION}"
         )
-    missing = [key for key in REQUIRED_KEYS if key not in state]
-    if missing:
-        raise CheckpointError(f"{shown}: the checkpoint lacks {', '.join(missing)}")
+    try:
+        check_content(state)
+    except ContentError as error:
+        raise CheckpointError(f"{shown}: damaged or foreign content: {error}") from error
 
 
 def _explain(error: Exception) -> str:

@@ -13,10 +13,10 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from util.checkpoint import atomic_write
+from util.content import HISTORY, VALUES
 from util.events import Events, NullEvents
 from util.plots import draw_filters, plot_training
 
-VALUES = ("loss", "top1", "top5", "lr", "seconds")
 EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
 BATCH_LOG_NAME = "train_batch.log"
@@ -56,8 +56,7 @@ class RunLogger:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._plot, self._start_epoch, self._start_step = plot, start_epoch, start_step
-        keys = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
-        self.history = {key: list(history[key]) if history else [] for key in keys}
+        self.history = {key: list(history[key]) if history else [] for key in HISTORY}
         self._logs = {part: self._open_epoch_log(part) for part in ("train", "test")}
         self._batch_log = self._open_batch_log(batches)
         first = self._finished_steps + batches + 1

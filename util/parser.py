@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from .console import visible
+from .content import describe
 from .distributed import let_the_guilty_speak, speaks
 
 _NOT_TYPED = object()
@@ -97,6 +98,13 @@ class Parser(argparse.ArgumentParser):
             taker = takes.get(word, taker if fits and taker.nargs == "+" else None)
         return first + rest
 
+    def find_misfit(self, name: str, value: Any) -> str:
+        """What is wrong with a flag's value that was not typed; nothing if it could have been."""
+        action = next(action for action in self._actions if action.dest == name)
+        if action.nargs == "+" and type(value) is list and value:
+            return next(filter(None, (_find_misfit(action, item) for item in value)), "")
+        return _find_misfit(action, value)
+
     def add_group(self, title: str) -> Callable[..., None]:
         """The function add(flags, text, kind, default, shown=, ...) for the flags of one group.
 
@@ -122,6 +130,20 @@ class Parser(argparse.ArgumentParser):
             self.spelling[action.dest] = names[0] if names else more["metavar"]
 
         return add
+
+
+def _find_misfit(action: argparse.Action, value: Any) -> str:
+    shown = f"is {describe(value)}"
+    if type(value) not in ((bool,) if action.nargs == 0 else (bool, int, float, str)):
+        return f"{shown}, which cannot be typed"
+    try:
+        same = value if action.nargs == 0 else (action.type or str)(str(value))
+    except (argparse.ArgumentTypeError, ValueError) as error:  # ValueError: thousands of digits
+        return f"{shown}: {error}"
+    if type(same) is not type(value) and not (type(same) is float and type(value) is int):
+        return f"{shown}, not of type {type(same).__name__}"
+    lost = action.choices and same not in action.choices
+    return f"{shown}, not one of {', '.join(action.choices)}" if lost else ""
 
 
 def _is_fit(kind: Callable[[str], Any], word: str) -> bool:

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from .checkpoint import CheckpointError, check_compatible
 from .compute import Compute
+from .content import ContentError, describe
 from .engine import Figures, Meters
 
 
@@ -91,46 +93,108 @@ def restore(
     optimizer: Optimizer,
     compute: Compute,
     *,
+    file: str,
     spec: dict[str, Any],
     epoch_steps: int,
     total_steps: int,
 ) -> tuple[Progress, Meters]:
     """Put a checkpoint's weights and optimizer state in place; returns how far it had come.
 
+    Args:
+        saved: the content of `file`.
+
     Raises:
         CheckpointError: it was trained on other data than `spec` describes, is of another network,
             or its last epoch was cut short by --max-steps, and some of `total_steps` are to go.
     """
     done, meters = Progress(**saved["progress"]), Meters(saved["meters"])
+    for name, steps, most in (
+        ("progress.step", done.step, done.epoch * epoch_steps),
+        ("meters.rows", meters.steps, epoch_steps),
+    ):
+        if steps > most:
+            raise CheckpointError(
+                f"cannot resume: {file}: {name} has {steps} steps, in {done.epoch} epochs of "
+                f"{epoch_steps} there are {most}"
+            )
     if done.step < total_steps and done.step != done.epoch * epoch_steps:
         raise CheckpointError(
             f"cannot resume: epoch {done.epoch} of the checkpoint was ended by --max-steps, at "
             f"step {done.step} in the middle of {epoch_steps}; continue one of before"
         )
-    restore_model(saved, model, spec=spec)
-    with _fitting():
-        optimizer.load_state_dict(saved["optimizer"])
+    restore_model(saved, model, file=file, spec=spec)
+    with _fitting(file):
+        _check_state(saved["optimizer"], optimizer)
+        buffers = dict(model.named_buffers())
+        for rank, own in enumerate(saved.get("own_buffers", ())):
+            _check_tensors(f"own_buffers[{rank}]", own, buffers)
+        # Only the state: settings are those of the flags, the rate is a closed form of the step.
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
         compute.load_state_dict(saved["scaler"])
     return done, meters
 
 
-def restore_model(saved: dict[str, Any], model: nn.Module, *, spec: dict[str, Any]) -> None:
-    """Put a checkpoint's weights in place.
+def restore_model(
+    saved: dict[str, Any], model: nn.Module, *, file: str, spec: dict[str, Any]
+) -> None:
+    """Put the weights of a checkpoint, the content of `file`, in place.
 
     Raises:
         CheckpointError: it was trained on other data than `spec` describes, or is of another
             network.
     """
     check_compatible(saved["spec"], spec)
-    with _fitting():
+    with _fitting(file):
+        for name, current in model.state_dict().items():
+            found = saved["model"].get(name, current)
+            if found.dtype != current.dtype:  # it would be rounded; shapes torch looks at
+                raise ContentError(f"model.{name} is {describe(found)}, not {describe(current)}")
         model.load_state_dict(saved["model"])
 
 
+def _check_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
+    """See that the state of an optimizer is one that this one could have come to."""
+    groups = [list(group["params"]) for group in saved["param_groups"]]
+    mine = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if groups != mine:
+        sizes = " and ".join(str([len(group) for group in one]) for one in (groups, mine))
+        raise ContentError(f"optimizer.param_groups differ, of sizes {sizes} here")
+    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for number, state in saved["state"].items():
+        if number not in range(len(params)):
+            raise ContentError(f"optimizer.state.{number} is of no parameter")
+        state = {name: value for name, value in state.items() if value is not None}
+        kept = _try_step(optimizer, params[number])
+        if state and state.keys() != kept.keys():
+            names = " and ".join(f"({', '.join(one)})" for one in (state, kept))
+            raise ContentError(f"optimizer.state.{number} differs, of {names} here")
+        _check_tensors(f"optimizer.state.{number}", state, kept)
+
+
+def _try_step(optimizer: Optimizer, like: nn.Parameter) -> dict[str, Tensor]:
+    """What an optimizer of this kind keeps for a parameter: of its shape, but on no device."""
+    parameter = nn.Parameter(torch.zeros_like(like, device="meta"))
+    parameter.grad = torch.zeros_like(parameter)
+    twin = type(optimizer)([parameter], **optimizer.defaults)
+    twin.step()
+    return twin.state[parameter]
+
+
+def _check_tensors(place: str, found: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
+    """See that all are known by name, and of the shape and type of those that are known."""
+    for name, value in found.items():
+        if name not in known:
+            raise ContentError(f"{place}.{name} is not known")
+        if (value.shape, value.dtype) != (known[name].shape, known[name].dtype):
+            raise ContentError(f"{place}.{name} is {describe(value)}, not {describe(known[name])}")
+
+
 @contextmanager
-def _fitting() -> Iterator[None]:
+def _fitting(file: str) -> Iterator[None]:
     """Turn what PyTorch says about state that does not fit into one line."""
     try:
         yield
     except (RuntimeError, ValueError) as error:
         reason = textwrap.shorten(str(error), 200)
-        raise CheckpointError(f"cannot resume: the checkpoint does not fit: {reason}") from error
+        raise CheckpointError(f"cannot resume: {file} does not fit: {reason}") from error

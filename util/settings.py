@@ -9,6 +9,7 @@ import os
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from .checkpoint import (
     load_newest,
 )
 from .console import say
+from .content import describe
 from .distributed import is_launched
 from .parser import Parser
 
@@ -88,7 +90,7 @@ def read_settings(
     """
     parser = script.parser
     typed = parser.parse_typed(argv)
-    saved = load_saved(parser, typed)
+    saved = load_saved(script, typed)
     defaults = parser.defaults()
     config = {
         name: defaults.get(name) if value is None else value
@@ -101,8 +103,6 @@ def read_settings(
         inherited.pop("max_steps", None)
     preset = PRESETS[typed["preset"]] if "preset" in typed else {}
     flags = Namespace(**{**defaults, **inherited, **preset, **typed})
-    if flags.arch not in script.architectures:
-        raise CheckpointError(f"{flags.resume}: {flags.arch!r} is no architecture of {parser.prog}")
     resolve_flags(flags, typed, script)
     if fault := find_fault(flags, typed, script):
         name, text = fault
@@ -115,7 +115,7 @@ def read_settings(
     return flags, saved
 
 
-def load_saved(parser: Parser, typed: dict[str, Any]) -> dict[str, Any] | None:
+def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
     """The checkpoint that --resume asks for, whose file takes its place; None for a fresh start.
 
     A folder, that of a run, stands for its newest checkpoint that can be read; `auto` for the
@@ -128,21 +128,46 @@ def load_saved(parser: Parser, typed: dict[str, Any]) -> dict[str, Any] | None:
     asked = typed.get("resume")
     if asked == "auto":
         if "run_dir" not in typed:
-            parser.error("--resume auto needs --run-dir, the folder whose checkpoint it looks for")
+            script.parser.error(
+                "--resume auto needs --run-dir, the folder whose checkpoint it looks for"
+            )
         asked = typed["run_dir"]
         if not list_checkpoints(asked):
             del typed["resume"]
             return None
         typed.pop("start_epoch", None)  # of the first start
     if asked is None or not os.path.isdir(asked):
-        return None if asked is None else load_checkpoint(asked, "cpu")
-    path, saved, faults = load_newest(asked)
+        return None if asked is None else _load(script, asked)
+    path, saved, faults = load_newest(asked, partial(_load, script))
     typed["resume"] = str(path)
     for fault in faults:
         say(f"warning: {fault}")
     if faults:
         say(f"going on from {path}, step {saved['step']}")
     return saved
+
+
+def _load(script: Script, path: str | Path) -> dict[str, Any]:
+    """The checkpoint at `path`, with settings that could have been typed."""
+    saved = load_checkpoint(path, "cpu")
+    check_config(script, saved["config"], path)
+    return saved
+
+
+def check_config(script: Script, config: Mapping[str, Any], file: str | Path) -> None:
+    """See that the settings in a checkpoint, the content of `file`, could have been typed.
+
+    Raises:
+        CheckpointError: naming the first that could not.
+    """
+    parser = script.parser
+    for name, value in config.items():
+        known = name in parser.spelling and name not in OF_THIS_MACHINE
+        if known and value is not None and (fault := parser.find_misfit(name, value)):
+            raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {fault}")
+    if (arch := config.get("arch")) not in script.architectures:
+        fault = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
+        raise CheckpointError(f"{file}: damaged or foreign content: {fault}")
 
 
 def _spell(parser: Parser, flags: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:

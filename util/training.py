@@ -100,7 +100,7 @@ def fit(
     done, meters = Progress(flags.start_epoch, flags.start_epoch * epoch_steps), Meters()
     if saved:
         places = model, optimizer, compute
-        done, meters = restore(saved, *places, spec=asdict(spec), **asdict(plan))
+        done, meters = restore(saved, *places, file=flags.resume, spec=asdict(spec), **asdict(plan))
     if done.step >= total_steps and not saved:
         raise run.RunError(
             f"--start-epoch {flags.start_epoch}: its {done.step} steps are not before the end, "

@@ -1,0 +1,39 @@
+"""The content of checkpoints, as runs write it, without a run."""
+
+import torch
+
+from util.checkpoint import rng_state
+from util.compute import Compute
+from util.content import HISTORY
+from util.engine import Meters
+from util.optim import build_optimizer
+from util.progress import Progress, snapshot
+
+
+def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
+    """Of a run after `epoch` epochs, which had `step` steps, and so many batches of the next."""
+    model = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    step = 5 * epoch if step is None else step
+    best = {"best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
+    done, meters = Progress(epoch, step, 4 * step, **best if best_epoch else {}), Meters()
+    for _ in range(batches):
+        meters.add(torch.tensor([4.0, 2.0, 1.0, 3.0], dtype=torch.float64), lr=0.1)
+    past = {"epoch": list(range(1, epoch + 1)), "step": [step] * epoch}
+    return {
+        **snapshot(done, meters, model, optimizer, Compute(torch.device("cpu"))),
+        "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "epochs": 1000},
+        "spec": {
+            "name": "digits",
+            "in_channels": 1,
+            "image_size": 32,
+            "classes": ("0", "1"),
+            "mean": (0.5,),
+            "std": (0.5,),
+        },
+        "rng": [rng_state()],
+        "history": dict.fromkeys(HISTORY, [float("nan")] * epoch) | past,
+        **changes,
+    }
