@@ -37,7 +37,7 @@ from util.data import DataError, DataSpec, build_loaders
 from util.imagenet import build_imagenet_loaders
 from util.progress import restore_model
 from util.run import RunError
-from util.settings import check_config
+from util.settings import OF_THIS_MACHINE, check_config
 
 Run = Callable[[Tensor], Tensor]  # pictures (N, C, H, W) -> scores (N, classes)
 BATCH = "batch"  # the dimension whose size is left open
@@ -77,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of main.py or main_imagenet.py")
     parser.add_argument("--to", choices=WRITERS, required=True, help="the format")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
-    parser.add_argument("--data", metavar="DIR", help="the pictures (where the run found them)")
+    parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
     parser.add_argument("--pictures", type=int, default=32, help="to compare with, at least 4 (32)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference / largest score (1e-4)"
@@ -99,7 +99,9 @@ def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:
     script = small_pictures if "dataset" in saved["config"] else large_pictures
     built = script.build_script()
     check_config(built, saved["config"], file)
-    flags = Namespace(**{**built.parser.defaults(), **saved["config"], "pretrained": False})
+    known = saved["config"].keys() - OF_THIS_MACHINE  # places among them
+    inherited = {name: saved["config"][name] for name in known}
+    flags = Namespace(**{**built.parser.defaults(), **inherited})
     network = script.build_network(flags, DataSpec(**saved["spec"]))
     restore_model(saved, network, file=file, spec=saved["spec"])
     return flags, network.eval()
@@ -115,7 +117,7 @@ def read_pictures(flags: Namespace, data: str | None, count: int) -> Tensor:
         with tempfile.TemporaryDirectory() as cache:
             *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
     elif data is None:
-        raise ValueError("the run had no pictures: name the folder of some with --data DIR")
+        raise ValueError("name the folder of pictures with --data DIR")
     else:
         *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
     batches = list(islice((images for images, _ in loader), count))

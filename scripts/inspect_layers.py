@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(prog="inspect_layers.py", description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of main.py or main_imagenet.py")
     parser.add_argument("out", metavar="OUT", type=Path, help="the picture to write, .png or .pdf")
-    parser.add_argument("--data", metavar="DIR", help="the pictures (where the run found them)")
+    parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
     parser.add_argument("--pictures", type=int, default=128, help="to look at (128)")
     args = parser.parse_args(argv)
     if args.pictures < 4:

@@ -330,7 +330,7 @@ def test_a_killed_loading_process_costs_no_step(pictures, tmp_path):
     assert "a process that loads pictures was killed" in told
     assert "/dev/shm" in told and "-j 0" in told
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] >= 4
-    train(tmp_path, "--resume", tmp_path / "run", "-j", 0)
+    train(tmp_path, "--resume", tmp_path / "run", "--data", pictures, "-j", 0)
     train(tmp_path, *words, "--run-dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
 

@@ -1,9 +1,13 @@
 """Presets, defaults that follow from other flags, and flags that would do nothing."""
 
 import pytest
+from states import make_state
 
 import main
-from util.settings import PRESETS, read_settings
+import main_imagenet
+from util.checkpoint import save_checkpoint
+from util.parser import meeting_url, mirror_url, place
+from util.settings import OF_THIS_MACHINE, PRESETS, read_settings
 
 
 def read(line):
@@ -133,3 +137,24 @@ def test_machines_that_torchrun_has_not_started_are_not_waited_for(capsys, monke
     with pytest.raises(SystemExit):
         read(line)
     assert "--world-size 2 contradicts torchrun's --nnodes 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [main, main_imagenet])
+def test_no_flag_that_names_a_place_is_inherited(script):
+    actions = script.build_script().parser._actions
+    places = {action.dest for action in actions if action.type in (place, mirror_url, meeting_url)}
+    assert {"data", "out", "run_dir", "resume", "dist_url"} <= places <= OF_THIS_MACHINE
+
+
+def test_a_checkpoint_chooses_neither_what_is_read_nor_where_is_written(tmp_path, capsys):
+    state = make_state()
+    far = str(tmp_path / "far")
+    state["config"] |= {"data": far, "out": far, "run_dir": far, "data_url": f"file://{far}"}
+    state["config"] |= {"resume": far, "milestone": [0.5]}
+    path = save_checkpoint(state, tmp_path)
+    flags, _ = read_settings(main.build_script(), ["--resume", str(path)])
+    assert far not in vars(flags).values() and not (tmp_path / "far").exists()
+    assert (flags.data, flags.out) == ("./data", str(tmp_path.parent))
+    assert f"was trained with --data {far}; places are not taken" in capsys.readouterr().out
+    flags, _ = read_settings(main.build_script(), ["--resume", str(path), "--data", far])
+    assert flags.data == far and not capsys.readouterr().out

@@ -290,7 +290,7 @@ def add_output_flags(parser: Parser) -> None:
         "--out",
         "runs go to DIR/<dataset>-<arch>-<kind>/<time>/, cached statistics of data sets to DIR",
         place,
-        shown="./runs, or the parent of --run-dir",
+        shown="./runs, or the parent of the run's folder",
         metavar="DIR",
     )
     add("--run-dir", "the run goes exactly here instead", place, metavar="DIR")
@@ -298,7 +298,7 @@ def add_output_flags(parser: Parser) -> None:
         "--resume",
         "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
         "folder unless --run-dir is given; auto: from that of --run-dir, if there is one yet. "
-        "Flags left out are the checkpoint's, but for those about GPUs and machines, and "
+        "Flags left out are the checkpoint's, but for places and those about GPUs and machines; "
         "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
         "that of the new total, so the rate rises to its curve",
         place,

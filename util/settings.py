@@ -38,12 +38,13 @@ PRESETS: dict[str, dict[str, Any]] = {
 }
 # What a continued run takes from its command line only, and what else may differ from before.
 OF_THIS_MACHINE = {
-    *("resume", "run_dir", "use_gpu", "gpu", "start_epoch", "data_url"),
+    *("resume", "run_dir", "data", "data_url", "out"),  # a file must not say what is touched
+    *("use_gpu", "gpu", "start_epoch"),
     *("compile", "channels_last", "evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
-    *("epochs", "max_steps", "preset", "data", "out", "on_bad_image", "threads", "num_workers"),
+    *("epochs", "max_steps", "preset", "on_bad_image", "threads", "num_workers"),
     "deterministic",
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
@@ -108,6 +109,7 @@ def read_settings(
         name, text = fault
         parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
     if saved:
+        tell_other_data(flags, config, parser)
         # A flag that is younger than the checkpoint has nothing to be compared with.
         current = {name: value for name, value in vars(flags).items() if name in config}
         only = OF_NETWORK if typed.get("evaluate") else parser.spelling.keys() - MAY_CHANGE
@@ -170,6 +172,17 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
         raise CheckpointError(f"{file}: damaged or foreign content: {fault}")
 
 
+def tell_other_data(flags: Namespace, config: Mapping[str, Any], parser: Parser) -> None:
+    """Say where the pictures were, if that is elsewhere: it has to be typed to be used."""
+    before = config.get("data")
+    if type(before) is str and before != flags.data and not getattr(flags, "dummy", False):
+        where = f"in {flags.data}" if flags.data else "nowhere"
+        say(
+            f"{flags.resume}: was trained with {parser.spelling['data']} {before}; places are "
+            f"not taken from a checkpoint, pictures are looked for {where}"
+        )
+
+
 def _spell(parser: Parser, flags: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
     """Those of the flags that `names` has and the parser knows, as they are typed."""
     return {spelt: flags.get(name) for name, spelt in parser.spelling.items() if name in names}
@@ -188,7 +201,8 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
     if flags.bias is None:
         flags.bias = by_method or not flags.batchnorm
     if flags.out is None:
-        flags.out = str(Path(flags.run_dir).parent) if flags.run_dir else "./runs"
+        run_dir = flags.run_dir or (flags.resume and Path(flags.resume).resolve().parent)
+        flags.out = str(Path(run_dir).parent) if run_dir else "./runs"
 
 
 def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tuple[str, str] | None:
