@@ -23,7 +23,7 @@ from util.training import Session, describe_kind, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says. Exit: 2 bad input, 1 diverged, 130 SIGINT, 143 SIGTERM."""
+    """Do what the command line says. Exit: 2 bad input, 1 diverged, 128 + signal."""
     start(__file__, build_script(), train, argv)
 
 

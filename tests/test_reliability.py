@@ -199,6 +199,7 @@ def test_killed_at_any_step_a_run_goes_on_bit_for_bit(
     ("name", "code", "step", "processes"),
     [
         ("SIGTERM", 143, 4, 1),
+        ("SIGHUP", 129, 9, 1),
         ("SIGINT", 130, 6, 1),  # before the test of the first epoch, which is given up
         pytest.param("SIGTERM", 1, 3, 2, marks=pytest.mark.slow),  # 1: torchrun's
     ],

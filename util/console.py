@@ -46,11 +46,12 @@ def answer() -> None:
 
 
 def hang_up() -> None:
-    """Drop what stdout still holds and cannot write: Python would exit with code 120 for it."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - as long as the process
+    """Drop what is still held and cannot be written: Python would exit with code 120 for it."""
+    for name in ("stdout", "stderr"):
+        try:
+            getattr(sys, name).flush()
+        except OSError:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def speaks() -> bool:

@@ -34,7 +34,7 @@ def start(
 
     Raises:
         SystemExit: code 2 bad input, 1 diverged or another process lost, 130 after SIGINT, 143
-            after SIGTERM.
+            after SIGTERM, 129 after SIGHUP.
     """
     argv = sys.argv[1:] if argv is None else argv
     console.answer()

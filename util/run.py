@@ -256,7 +256,7 @@ def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
         run_dir: None: say nothing.
 
     Raises:
-        SystemExit: 130 after SIGINT, 143 after SIGTERM.
+        SystemExit: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
     """
     try:
         yield
@@ -265,7 +265,8 @@ def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
         if run_dir is not None:
             path = run_dir / LATEST_NAME
             hint = f"continue with --resume {path}" if path.exists() else "nothing was saved yet"
-            print(f"\ninterrupted: {hint}", file=sys.stderr)
+            with suppress(OSError):  # the terminal may have gone
+                print(f"\ninterrupted: {hint}", file=sys.stderr)
         sys.exit(128 + number)
 
 

@@ -1,15 +1,19 @@
-"""SIGTERM and SIGINT as a wish: the step under way is finished and saved before the run ends."""
+"""Signals as a wish: the step under way is finished and saved before the run ends.
+
+SIGTERM; SIGINT, of Ctrl-C; SIGHUP, of a terminal that is closed or a connection that is lost.
+"""
 
 from __future__ import annotations
 
 import os
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from .console import speaks
 
+HANGUP = getattr(signal, "SIGHUP", None)  # Windows has none
 Wish = Callable[[], int]  # the number of the signal that asks to stop, 0 as long as none does
 
 
@@ -31,21 +35,28 @@ class Stopped(Exception):
 
 @contextmanager
 def heed_signals() -> Iterator[Wish]:
-    """Within the block the first SIGTERM or SIGINT is a wish; a SIGINT after it ends the process.
+    """Within the block the first signal is a wish; a SIGINT after it ends the process.
 
     That one is left to the system, which asks nobody: the process may be waiting for another one.
+    A SIGHUP that is ignored, as below nohup, stays so.
     """
-    heard = 0
+    heard, owner = 0, os.getpid()
 
     def hear(number: int, frame: FrameType | None) -> None:
         nonlocal heard
         heard = heard or number
         signal.signal(signal.SIGINT, signal.SIG_DFL)
-        if speaks():  # by the system's own write: the signal may have come in the middle of a print
+        # Not in children that load pictures. By the system's own write: the signal may have come
+        # in the middle of a print.
+        if speaks() and os.getpid() == owner:
             name = signal.Signals(number).name
-            os.write(2, f"\n{name}: stopping after this step; Ctrl-C: at once\n".encode())
+            with suppress(OSError):  # the terminal may have gone
+                os.write(2, f"\n{name}: stopping after this step; Ctrl-C: at once\n".encode())
 
-    before = {number: signal.signal(number, hear) for number in (signal.SIGTERM, signal.SIGINT)}
+    heeded = [signal.SIGTERM, signal.SIGINT]
+    if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:
+        heeded.append(HANGUP)
+    before = {number: signal.signal(number, hear) for number in heeded}
     try:
         yield lambda: heard
     finally:
