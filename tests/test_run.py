@@ -1,5 +1,7 @@
+import errno
 import json
 import random
+import shutil
 import signal
 from contextlib import nullcontext
 
@@ -10,7 +12,7 @@ from states import make_state
 from torch import nn
 
 from util import run
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from util.signals import Stopped
 
 
@@ -120,6 +122,41 @@ def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_pla
     assert best_epoch(new) == 3  # the one beside it, not itself
     run.carry_over(None, None, new)
     assert best_epoch(new) is None
+
+
+def test_the_last_best_stays_where_a_better_one_found_the_disk_full(tmp_path, monkeypatch):
+    save(tmp_path, 1, best_epoch=1)
+
+    def refuse(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left"):
+        full.setattr(shutil, "copyfileobj", refuse)
+        save(tmp_path, 2, best_epoch=2)
+    third, latest = save(tmp_path, 3, best_epoch=2), str(tmp_path / "checkpoint.pth.tar")
+    run.carry_over(latest, third, tmp_path)
+    assert best_epoch(tmp_path) == 1
+
+
+@pytest.mark.parametrize("broken", ["copyfileobj", "load_checkpoint"])
+def test_a_fault_of_the_disk_takes_no_checkpoint_away(tmp_path, monkeypatch, broken):
+    save(tmp_path, 1, best_epoch=1)
+    known = save(tmp_path, 2, best_epoch=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(*files):
+        fault = OSError(errno.EIO, "Input/output error", str(files[0]))
+        if broken == "load_checkpoint":
+            raise CheckpointError("cannot be read") from fault
+        raise fault
+
+    monkeypatch.setattr(shutil if broken == "copyfileobj" else run, broken, refuse)
+    resume = str(tmp_path / "checkpoint_previous.pth.tar")
+    if broken == "copyfileobj":
+        known = load_checkpoint(resume, "cpu")
+    with pytest.raises(OSError, match="Input/output error"):
+        run.carry_over(resume, known, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
 def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):

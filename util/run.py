@@ -199,7 +199,11 @@ def carry_over(resume: str | None, saved: Mapping[str, Any] | None, run_dir: Pat
 
     From then on it holds what is needed to go on, and nothing of another past: the checkpoint is
     its latest and only one. The best is the one that `saved`, the content of the checkpoint
-    `resume`, knows: the checkpoint itself, or the one beside it if it is of that epoch.
+    `resume`, knows: the checkpoint itself, or the one beside it if it is of that epoch, or of one
+    before where the disk was full when that was to be kept.
+
+    Raises:
+        OSError: something cannot be read or written; what was there stays.
     """
     if resume is None or saved is None:
         (run_dir / BEST_NAME).unlink(missing_ok=True)
@@ -271,13 +275,17 @@ def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
 
 
 def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
-    """Whether `path` is the checkpoint that `progress` remembers as the best."""
+    """Whether `path` is the checkpoint that `progress` remembers as the best, or one before it."""
     try:
         state = load_checkpoint(path, "meta")
-    except CheckpointError:
+    except CheckpointError as error:
+        if isinstance(error.__cause__, OSError) and path.exists():
+            raise error.__cause__ from None  # it may be good
         return False
     known = progress["best_epoch"], progress["best_top1"]
-    return (state["epoch"], state["best_top1"]) == known
+    return (state["epoch"], state["best_top1"]) == known or (
+        state["epoch"] < known[0] and state["best_top1"] < known[1]
+    )
 
 
 def _replace(path: Path, source: Path | None) -> None:
