@@ -62,10 +62,15 @@ class Answer(BaseHTTPRequestHandler):
         if how == "other range":
             more = {"Content-Range": f"bytes 7-{len(content) - 1}/{len(content)}"}
         more = (more if start else {}) | {"Content-Length": length}
-        self.tell(206 if start else 200, {} if how == "tells no length" else more)
+        self.tell(206 if start else 200, {} if how in ("tells no length", "never ends") else more)
         part = content[start:]
         self.wfile.write(part[: {"drops": 100_000, "stalls": 1000}.get(how, len(part))])
         self.wfile.flush()
+        while how == "never ends":
+            try:
+                self.wfile.write(content)
+            except OSError:  # nobody listens any longer
+                return
         if how == "stalls":
             self.server.held.wait(20)
 
@@ -137,6 +142,16 @@ def test_a_download_is_given_up(server, tmp_path, monkeypatch, plan, told, reque
     assert told in str(caught.value) and server.url in str(caught.value)
     assert not (tmp_path / "file.bin").exists()
     assert len(server.asked) == requests
+
+
+@pytest.mark.parametrize("plan", [["never ends"], ["drops", "never ends"]], ids=str)
+def test_a_server_that_never_ends_fills_no_disk(server, tmp_path, plan):
+    server.plan, most = plan, 1_000_000
+    with pytest.raises(DownloadError, match="it sends more than 1,000,000 bytes, another file"):
+        fetch(tmp_path / "file.bin", MD5, [server.url], most)
+    assert not list(tmp_path.iterdir()) and len(server.asked) == len(plan)
+    server.plan = ["good"]
+    fetch(tmp_path / "file.bin", MD5, [server.url], len(CONTENT))
 
 
 def test_attempts_are_further_and_further_apart(server, tmp_path, monkeypatch):

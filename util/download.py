@@ -25,6 +25,7 @@ PATIENCE = 5  # attempts in a row that bring nothing
 PAUSE = 1.0  # seconds after the first of them; twice as long after each further one
 LONGEST_PAUSE = 60.0  # seconds that a server may ask for
 CHUNK = 2**16  # bytes
+LARGEST = 2**33  # bytes of any file
 BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
 
 
@@ -49,7 +50,7 @@ class _StaySecure(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(path: Path, md5: str, urls: Sequence[str]) -> None:
+def fetch(path: Path, md5: str, urls: Sequence[str], most: int = LARGEST) -> None:
     """Bring the file with this checksum to `path`, from the first of `urls` that gives it.
 
     What has come so far is in `path`.part, where this call goes on after a fault, and a later one
@@ -59,6 +60,8 @@ def fetch(path: Path, md5: str, urls: Sequence[str]) -> None:
         md5: of the content, in hexadecimal. It decides, not the address: somebody on the way, or
             the owner of a mirror, cannot make another file of the same one.
         urls: https, http or file. None is replaced by one that is less secure.
+        most: bytes that the file can have. A server that sends more, as one can that does not tell
+            how many, is not listened to any longer, and what it sent is removed.
 
     Raises:
         DownloadError: none gives it; says why, for each.
@@ -67,17 +70,17 @@ def fetch(path: Path, md5: str, urls: Sequence[str]) -> None:
     faults = []
     for url in urls:
         try:
-            _fetch_from(url, path, md5)
+            _fetch_from(url, path, md5, most)
             return
         except DownloadError as error:
             faults.append(f"{url}: {error}")
     raise DownloadError("; ".join(faults))
 
 
-def _fetch_from(url: str, path: Path, md5: str) -> None:
+def _fetch_from(url: str, path: Path, md5: str, most: int) -> None:
     part = path.with_name(f"{path.name}.part")
     for _ in range(2):  # parts need not be of one file: once more, then from its beginning
-        _complete(url, part)
+        _complete(url, part, most)
         found = calculate_md5(part)
         if found == md5:
             with open(part, "rb+") as file:
@@ -90,13 +93,13 @@ def _fetch_from(url: str, path: Path, md5: str) -> None:
     raise DownloadError(f"another file than expected: {size:,} bytes of md5 {found}, not {md5}")
 
 
-def _complete(url: str, part: Path) -> None:
+def _complete(url: str, part: Path, limit: int) -> None:
     """Get what `part` lacks. Connections may break as often as they like while bytes come."""
     most, idle = _size(part), 0
     patience = 1 if url.startswith("file:") else PATIENCE
     while True:
         try:
-            _receive(url, part)
+            _receive(url, part, limit)
             return
         except _Interrupted as fault:
             idle = 1 if _size(part) > most else idle + 1
@@ -108,7 +111,7 @@ def _complete(url: str, part: Path) -> None:
             time.sleep(pause)
 
 
-def _receive(url: str, part: Path) -> None:
+def _receive(url: str, part: Path, limit: int) -> None:
     """One connection: append to `part`, or begin it anew where the server knows no ranges.
 
     Raises:
@@ -135,6 +138,9 @@ def _receive(url: str, part: Path) -> None:
                 file.write(chunk)
                 file.flush()  # to the system, which keeps it when this process is killed
                 bar.update(len(chunk))
+                if file.tell() > limit:
+                    part.unlink()
+                    raise DownloadError(f"it sends more than {limit:,} bytes, another file")
     if total is not None and _size(part) < total:
         raise _Interrupted(f"the connection ended after {_size(part):,} of {total:,} bytes")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,12 +28,14 @@ class Archive:
         md5: published.
         urls: published addresses.
         files: -> their checksums, None where none is published; only itself if it is not packed.
+        most: bytes that it can have, above what it has.
     """
 
     path: Path
     md5: str | None
     urls: tuple[str, ...]
     files: Mapping[Path, str | None]
+    most: int = 2**28  # CIFAR and SVHN have up to 182,040,794
 
     def addresses(self, mirror: str | None) -> list[str]:
         """Where to get it: from the mirror, else as published, by https if that is offered."""
@@ -52,6 +54,7 @@ def list_archives(kind: Kind) -> list[Archive]:
                 md5,
                 tuple(mirror + name for mirror in kind.mirrors),
                 {raw / name.removesuffix(".gz"): None},
+                2**26,  # up to 26,421,880
             )
             for name, md5 in kind.resources
         ]
@@ -62,7 +65,8 @@ def list_archives(kind: Kind) -> list[Archive]:
     if meta := getattr(kind, "meta", None):
         files[meta["filename"]] = meta["md5"]
     below = {Path(kind.base_folder, name): md5 for name, md5 in files.items()}
-    return [Archive(Path(kind.filename), kind.tgz_md5, (kind.url,), below)]
+    packed = Archive(Path(kind.filename), kind.tgz_md5, (kind.url,), below)
+    return [replace(packed, most=2**32) if issubclass(kind, datasets.STL10) else packed]
 
 
 def find_faults(archive: Archive, root: Path) -> dict[Path, str]:
@@ -108,7 +112,7 @@ def _obtain_one(archive: Archive, root: Path, mirror: str | None) -> None:
     path = root / archive.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if not check_integrity(path, archive.md5):
-        fetch(path, archive.md5, archive.addresses(mirror))
+        fetch(path, archive.md5, archive.addresses(mirror), archive.most)
     if archive.path not in archive.files:
         extract_archive(str(path), str(path.parent))
 
