@@ -1,6 +1,7 @@
 import gc
 import json
 import math
+import os
 
 import pytest
 import torch
@@ -193,3 +194,13 @@ def test_a_log_that_is_no_table_of_numbers_is_refused_by_file_and_line(tmp_path)
     path.write_text("epoch\tloss\nx\t0.5\n")
     with pytest.raises(ValueError, match=r"train\.log, line 2: .*'x'"):
         read_log(path)
+
+
+def test_what_is_no_log_is_replaced_and_not_waited_for(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    os.mkfifo(tmp_path / "train_batch.log")
+    (tmp_path / "train.log").symlink_to(tmp_path / "precious")
+    RunLogger(tmp_path, tensorboard=False, plot=False, batches=1).close()
+    for name in ("train.log", "train_batch.log"):
+        assert (tmp_path / name).read_text().startswith("epoch\t")
+    assert (tmp_path / "precious").read_text() == "precious"

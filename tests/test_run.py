@@ -1,5 +1,6 @@
 import errno
 import json
+import os
 import random
 import shutil
 import signal
@@ -170,6 +171,14 @@ def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
     assert best_epoch(tmp_path) == 1
 
 
+def test_a_link_in_the_place_of_the_lock_empties_no_other_file(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(run.RunError, match=r"\.lock cannot be made: Too many levels of symbolic"):
+        run.open_run_dir(tmp_path, "", "")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
 def test_what_a_killed_process_left_is_cleared(tmp_path):
     (tmp_path / ".summary.json.77.tmp").touch()
     assert run.open_run_dir(tmp_path, "", "")[0] == tmp_path
@@ -192,8 +201,13 @@ def test_the_rows_of_earlier_batches_come_along(tmp_path):
     known = save(tmp_path / "old", 1, best_epoch=1)
     (tmp_path / "old" / "train_batch.log").write_text("rows")
     (tmp_path / "new").mkdir()
-    run.carry_over(str(tmp_path / "old" / "checkpoint.pth.tar"), known, tmp_path / "new")
+    resume = str(tmp_path / "old" / "checkpoint.pth.tar")
+    run.carry_over(resume, known, tmp_path / "new")
     assert (tmp_path / "new" / "train_batch.log").read_text() == "rows"
+    (tmp_path / "old" / "train_batch.log").unlink()
+    os.mkfifo(tmp_path / "old" / "train_batch.log")  # nobody writes there
+    run.carry_over(resume, known, tmp_path / "new")
+    assert not (tmp_path / "new" / "train_batch.log").exists()
 
 
 @pytest.mark.parametrize(

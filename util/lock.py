@@ -27,7 +27,8 @@ def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[st
     The lock is one of POSIX: this process's alone, so that children which it forks, as loaders of
     pictures do, cannot keep it when it is killed; and known to other machines where the file system
     is. Where that knows no locks there is none. The file stays: were it removed, a process that
-    waits for it and one that makes it anew could both own it.
+    waits for it and one that makes it anew could both own it. A link in its place is refused, as it
+    would have its target emptied.
 
     Args:
         on_wait: told once who has the lock, before it is waited for; None: do not wait.
@@ -36,7 +37,8 @@ def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[st
         LockHeld: another process has it.
         OSError: the file cannot be made.
     """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 - open as long as the lock is held
+    flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+    file = open(os.open(path, flags, 0o666), "a+", encoding="utf-8")  # noqa: SIM115 - held open
     try:
         if not _try(file, wait=False):
             file.seek(0)

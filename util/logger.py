@@ -187,7 +187,9 @@ def _parse_row(line: str, columns: Sequence[str]) -> list[float]:
 def _whole_rows(path: Path) -> list[list[float]]:
     """The rows of `train_batch.log`, up to a line that a crash has torn."""
     rows: list[list[float]] = []
-    with suppress(ValueError, FileNotFoundError), open(path, encoding="utf-8") as lines:
+    if not path.is_file():  # a pipe would be waited for
+        return rows
+    with suppress(ValueError), open(path, encoding="utf-8") as lines:
         next(lines, None)  # the header
         for line in lines:
             if not line.endswith("\n"):

@@ -143,7 +143,8 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[st
         lock = take_lock(run_dir / LOCK_NAME)
         clear_leftovers(run_dir)
     except OSError as error:
-        raise RunError(f"{run_dir or out} cannot be made: {error.strerror}") from error
+        name = error.filename or run_dir or out
+        raise RunError(f"{name} cannot be made: {error.strerror}") from error
     except LockHeld as owner:
         raise RunError(f"{run_dir}: {owner} writes a run here; choose another folder") from owner
     return run_dir, lock
@@ -290,7 +291,7 @@ def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
 
 def _replace(path: Path, source: Path | None) -> None:
     """Make `path` a copy of `source`, and remove it where there is none."""
-    if source is None or not source.exists():
+    if source is None or not source.is_file():  # a pipe would be waited for
         path.unlink(missing_ok=True)
     elif path.resolve() != source:
         with atomic_write(path) as copy, open(source, "rb") as file:
