@@ -79,6 +79,7 @@ def test_values_out_of_range_are_refused_by_name(capsys, line):
 @pytest.mark.parametrize("flag", ["--data", "--out", "--run-dir", "--resume"])
 def test_places_without_a_name_are_refused(capsys, flag):
     assert flag in refusal(capsys, f"{flag}=")
+    assert flag in refusal(capsys, f"{flag}=a\0b")
 
 
 def test_unknown_and_shortened_flags_are_refused(capsys):

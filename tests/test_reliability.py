@@ -309,11 +309,25 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(pictures, tmp
 def test_where_every_checkpoint_is_damaged_nothing_is_begun_anew(tmp_path, capsys):
     for name in ("checkpoint.pth.tar", "model_best.pth.tar"):
         (tmp_path / name).write_bytes(b"damaged")
+    (tmp_path / "checkpoint_1.pth.tar").mkdir()
+    (tmp_path / "checkpoint_previous.pth.tar").symlink_to(tmp_path / "a disk that is not there")
     with pytest.raises(SystemExit) as refused:
         train(tmp_path, "--dataset", "digits", "--run-dir", tmp_path, "--resume", "auto")
     assert refused.value.code == 2
-    assert capsys.readouterr().err.count("damaged, or not a checkpoint") == 2
+    told = capsys.readouterr().err
+    assert told.count("damaged, or not a checkpoint") == 2 and told.count("\n") == 1
+    assert "checkpoint_1.pth.tar: Is a directory" in told
+    assert "checkpoint_previous.pth.tar: No such file or directory" in told
     assert (tmp_path / "checkpoint.pth.tar").read_bytes() == b"damaged"
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_link_to_a_checkpoint_that_is_not_there_now_is_not_begun_anew(tmp_path, capsys):
+    (tmp_path / "checkpoint.pth.tar").symlink_to(tmp_path / "a disk that is not there")
+    with pytest.raises(SystemExit):
+        train(tmp_path, "--dataset", "digits", "--run-dir", tmp_path, "--resume", "auto")
+    assert "checkpoint.pth.tar: No such file or directory" in capsys.readouterr().err
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 LOSE_WORKER = """

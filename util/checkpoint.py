@@ -77,11 +77,14 @@ def load_checkpoint(path: str | Path, device: torch.device | str) -> dict[str, A
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoints in the folder of a run: the latest, the one before, the best, then others."""
+    """The checkpoints in the folder of a run: the latest, the one before, the best, then others.
+
+    A link that leads nowhere, as to a disk that is not there now, is one that cannot be read.
+    """
     run_dir = Path(run_dir)
     usual = [run_dir / name for name in (LATEST_NAME, PREVIOUS_NAME, BEST_NAME)]
     numbered = sorted(set(run_dir.glob("checkpoint_*.pth.tar")) - set(usual))
-    return [path for path in (*usual, *numbered) if path.exists()]
+    return [path for path in (*usual, *numbered) if os.path.lexists(path)]
 
 
 def load_newest(

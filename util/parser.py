@@ -156,7 +156,7 @@ def _is_fit(kind: Callable[[str], Any], word: str) -> bool:
 
 def place(text: str) -> str:
     """The name of a file or folder, with ~ for the user's own."""
-    if not text.strip():
+    if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected the name of a file or folder, got {text!r}")
     return os.path.expanduser(text)
 
