@@ -207,6 +207,15 @@ def check_foreign(runs, tmp_path, script, place, value, told):
     refuse(script, path, told.format(**names))
 
 
+@pytest.mark.filterwarnings("error")
+def test_what_nobody_reads_costs_no_run(runs, tmp_path):
+    """Sparse tensors, for one, have no place on the device "meta", where a file is looked at."""
+    state = change(runs(main), "scheduler", torch.eye(2).to_sparse())
+    path = keep(state, tmp_path / "checkpoint.pth.tar")
+    assert resume(main, path)[0] == 0
+    assert load_checkpoint(path, "cpu")["step"] == 4
+
+
 def test_what_would_not_be_read_is_not_saved(runs, tmp_path):
     state = runs(main)
     with pytest.raises(CheckpointError, match="step is -1"):

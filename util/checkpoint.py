@@ -11,6 +11,7 @@ import random
 import re
 import shutil
 import textwrap
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -258,7 +259,9 @@ def _read(path: Path, device: torch.device | str, *, shown: Path) -> dict[str, A
     """Read and check `path`; errors speak of `shown`."""
     try:
         _check_archive(path)
-        state = torch.load(path, map_location=device, weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about kinds of files that are not ours
+            state = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{shown}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may upset the reader in any way at all

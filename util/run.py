@@ -169,7 +169,7 @@ def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] 
         CheckpointError: the checkpoint `resume`, with the content `saved`, is gone.
     """
     find_run_dir(str(run_dir), resume)
-    if resume and saved and (now := load_checkpoint(resume, "meta")["step"]) != saved["step"]:
+    if resume and saved and (now := load_checkpoint(resume, "cpu")["step"]) != saved["step"]:
         raise RunError(
             f"{resume}: another process has trained on, from step {saved['step']} to {now}; "
             "start again to go on from there"
