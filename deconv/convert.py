@@ -70,12 +70,12 @@ def convert(
         ValueError: there is nothing to replace; a part of the model is wrapped
             (DistributedDataParallel, torch.compile); an option is out of range; a pattern of `skip`
             names no layer.
-        TypeError: FastDeconv has no such option.
+        TypeError: there is no such option.
     """
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
     choice = {"linear": linear, "block_linear": block_linear, "pretrained": pretrained}
     rows = plan(model, **choice, bias=bias, skip=skip, **options)
-    if not any(row.layer or isinstance(row.module, Whitening) for row in rows):
+    if not any(row.action == REPLACED or isinstance(row.module, Whitening) for row in rows):
         raise ValueError(f"nothing in {type(model).__name__} can be replaced:\n{rows}")
     replaced = [row for row in rows if row.action == REPLACED]
     memo: Memo = {}

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import FastDeconv, _Convolution
+from .layers import FastDeconv, _Convolution, refuse_unknown
 from .patches import Window
 
 
@@ -75,10 +75,15 @@ class _Transposed(_Convolution):
         bias: bool = True,
         dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        where = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(in_channels, out_channels, kernel_size, *where, **options)
+        refuse_unknown(options, f"{type(self).__name__}.__init__()")
+        shape, where = (in_channels, out_channels, kernel_size), (stride, padding, dilation)
+        where += groups, bias, padding_mode
+        super().__init__(*shape, *where, device=device, dtype=dtype, **options)
         several = not isinstance(output_padding, int)
         dims = len(self.kernel_size)
         self.output_padding = tuple(output_padding) if several else (output_padding,) * dims

@@ -9,6 +9,10 @@ import warnings
 
 from torch import fx, nn
 
+# Files of torch.nn, and functions.
+_SHAPELESS_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
+_SHAPELESS_FUNCTIONS = {"dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh"}
+
 
 class Dataflow:
     """The calls of modules in a network, as far as the code of those that call them tells.
@@ -60,7 +64,7 @@ class Dataflow:
         while (producer := self._find_producer(source)) is not None:
             if producer._forward_hooks:
                 return None
-            if _get_forward(producer) is not nn.Sequential.forward or len(producer) == 0:
+            if not _is_sequence(producer):
                 return producer
             source = self._find_call(producer[-1])
         return None
@@ -70,6 +74,20 @@ class Dataflow:
         producer = self._called.get(call)
         once = producer is not None and self._find_call(producer) is call and len(call.users) == 1
         return producer if once else None
+
+    def find_maker(self, module: nn.Module) -> nn.Module | None:
+        """The module that this one's input comes from, through layers that leave a map a map.
+
+        None: the code does not tell.
+        """
+        call = self._find_call(module)
+        while call is not None and len(call.all_input_nodes) == 1:
+            (call,) = call.all_input_nodes
+            while _is_sequence(maker := self._called.get(call)):
+                call = self._find_call(maker[-1])
+            if not _leaves_a_map(call, maker):
+                return maker
+        return None
 
     def find_targets(
         self, module: nn.Module, kinds: tuple[type[nn.Module], ...]
@@ -113,6 +131,20 @@ class _Tracer(fx.Tracer):
 def _get_forward(module: nn.Module) -> object:
     """The function of the class; None where it has a forward that is no Python (torch.jit)."""
     return getattr(type(module), "forward", None)
+
+
+def _is_sequence(module: nn.Module | None) -> bool:
+    """Whether its output is that of the last module in it."""
+    return module is not None and _get_forward(module) is nn.Sequential.forward and len(module) > 0
+
+
+def _leaves_a_map(call: fx.Node | None, module: nn.Module | None) -> bool:
+    """Whether what a call gives is a map if its input is one, and a vector if that is one."""
+    if module is not None:
+        home, _, kind = type(module).__module__.rpartition(".")
+        return home == "torch.nn.modules" and kind in _SHAPELESS_LAYERS
+    name = None if call is None else getattr(call.target, "__name__", call.target)
+    return name in _SHAPELESS_FUNCTIONS
 
 
 def _has_forward(module: nn.Module) -> bool:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import update_wrapper
+from inspect import signature
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -39,6 +42,21 @@ def _blocks(
     return Blocks(groups, channels, size, taps, unit, shared)
 
 
+def _refuse_none_of(**counts: int) -> None:
+    """Raise ValueError where there is nothing to whiten, or to give."""
+    for name, count in counts.items():
+        if not count >= 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _name_after(kind: type, init: FunctionType) -> FunctionType:
+    """The same function under the name that it has in a class which inherits it."""
+    parts = init.__code__, init.__globals__, init.__name__, init.__defaults__, init.__closure__
+    named = update_wrapper(FunctionType(*parts), init)
+    named.__kwdefaults__, named.__qualname__ = init.__kwdefaults__, f"{kind.__qualname__}.__init__"
+    return named
+
+
 class _Convolution(Whitening):
     """Convolutions of any number of dimensions, see `FastDeconv`.
 
@@ -48,6 +66,12 @@ class _Convolution(Whitening):
 
     plain: type[nn.Module]
     convolve: Callable[..., torch.Tensor]
+
+    def __init_subclass__(cls, **options: Any) -> None:
+        """Errors about the arguments of a layer name its class, not the one that has the code."""
+        super().__init_subclass__(**options)
+        if "__init__" not in vars(cls):
+            cls.__init__ = _name_after(cls, cls.__init__)
 
     def __init__(
         self,
@@ -76,6 +100,7 @@ class _Convolution(Whitening):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _refuse_none_of(in_channels=in_channels, out_channels=out_channels)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
         if sampling_stride < 1 or sampling_stride % 1:
@@ -102,6 +127,8 @@ class _Convolution(Whitening):
             device=device,
             dtype=dtype,
         )
+        for name in ("kernel_size", "stride", "dilation"):
+            _refuse_none_of(**{name: min(getattr(self, name))})
         self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
         self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
         self.root = root
@@ -194,6 +221,14 @@ class _Convolution(Whitening):
             f"sampling_stride={self.sampling_stride}, "
             f"rows_per_feature={self.rows_per_feature}, root={self.root}"
         )
+
+
+def refuse_unknown(options: Mapping[str, object], who: str) -> None:
+    """Raise TypeError for what is no option of whitening that all convolutions take by keyword."""
+    parameters = signature(_Convolution).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    for name in sorted(options.keys() - (known - {"device", "dtype"})):
+        raise TypeError(f"{who} got an unexpected keyword argument {name!r}")
 
 
 def find_geometry(conv: nn.Module) -> dict[str, Any]:
@@ -290,6 +325,7 @@ class Delinear(Whitening, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        _refuse_none_of(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block, self.layout, self.shared = block, layout, shared
         self.root = "newton"

@@ -15,7 +15,7 @@ from .batchnorm import count_dims, find_affine, find_rest, is_batchnorm, is_unde
 from .convolutions import DECONVOLUTIONS
 from .dataflow import Dataflow
 from .fuse import refuse_wrapped
-from .layers import Delinear, FastDeconv, _Convolution, find_geometry
+from .layers import Delinear, _Convolution, find_geometry, refuse_unknown
 from .whitening import Whitening
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
@@ -93,7 +93,7 @@ def plan(
         ValueError, TypeError: as `convert`, but having nothing to replace is no error here.
     """
     refuse_wrapped(model, "Convert")
-    signature(FastDeconv).bind_partial(**options)  # a TypeError that names what it does not know
+    refuse_unknown(options, "convert()")
     layers = {name: module for name, module in model.named_modules() if _is_concerned(module)}
     skipped = _find_skipped(layers, skip)
     shared = signature(Delinear).parameters.keys() & options.keys() - {"block"}
@@ -139,8 +139,8 @@ def _find_skipped(layers: Iterable[str], patterns: Iterable[str]) -> dict[str, s
 def _plan_convolution(name: str, conv: nn.Module, options: Mapping[str, object]) -> Row:
     if type(conv) not in DECONVOLUTIONS:
         return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_kind(conv)}")
-    if "weight" in vars(conv) or "bias" in vars(conv):  # what a hook set
-        return Row(name, conv, SKIPPED, reason="a hook computes its weight or its bias")
+    if reason := _find_obstacle(conv):
+        return Row(name, conv, SKIPPED, reason=reason)
     shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
     where = {**find_geometry(conv), "bias": conv.bias is not None}
     on = {"device": "meta", "dtype": conv.weight.dtype}
@@ -150,11 +150,20 @@ def _plan_convolution(name: str, conv: nn.Module, options: Mapping[str, object])
 def _plan_linear(name: str, linear: nn.Module, options: Mapping[str, object] | None) -> Row:
     if options is None:
         return Row(name, linear, KEPT, reason="linear=True takes the last linear layer only")
-    if "weight" in vars(linear) or "bias" in vars(linear):
-        return Row(name, linear, SKIPPED, reason="a hook computes its weight or its bias")
+    if reason := _find_obstacle(linear):
+        return Row(name, linear, SKIPPED, reason=reason)
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     on = {"device": "meta", "dtype": linear.weight.dtype}
     return _replace(name, linear, Delinear(*shape, **options, **on))
+
+
+def _find_obstacle(module: nn.Module) -> str:
+    """Why a layer of a class that can be replaced cannot, or nothing."""
+    if "weight" in vars(module) or "bias" in vars(module):  # what a hook set
+        return "a hook computes its weight or its bias"
+    if not module.weight.is_floating_point():
+        return f"only real numbers are whitened, not {module.weight.dtype}"
+    return ""
 
 
 def _replace(name: str, module: nn.Module, layer: Whitening) -> Row:
@@ -176,22 +185,36 @@ def _plan_batchnorms(
     layers: Mapping[str, nn.Module], rows: dict[int, Row], flow: Dataflow, pretrained: bool
 ) -> None:
     """Add the rows of the BatchNorms, and pair those of convolutions whose output they get."""
+    whitens = any(row.layer or isinstance(row.module, Whitening) for row in rows.values())
     # One class of SyncBatchNorm is for pictures of all dimensions: those of the network's.
     seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
     of_any = seen.pop() if len(seen) == 1 else 2
     for name, norm in layers.items():
         if id(norm) in rows:
             continue
-        dims = count_dims(norm, of_any)
         source = flow.find_source(norm)
         before = None if source is None or is_batchnorm(source) else rows.get(id(source))
-        # BatchNorm1d is for vectors as well, which nothing may whiten.
         after = [rows.get(id(layer)) for layer in flow.find_targets(norm, (_ConvNd, nn.Linear))]
-        whitened = dims > 1 or bool(after and all(row and row.layer for row in after))
-        row = _plan_batchnorm(name, norm, before, flow, pretrained, whitened)
-        rows[id(norm)] = replace(row, dims=dims)
+        if after and all(row and row.layer for row in after):
+            goes, why = True, "what follows it whitens"
+        elif whitens and _is_of_maps(norm, flow):
+            goes, why = True, "every BatchNorm of maps does"
+        elif whitens:
+            goes, why = False, "may be of vectors, which nothing after it whitens"
+        else:
+            goes, why = False, "no layer of the network whitens"
+        row = _plan_batchnorm(name, norm, before, flow, pretrained, goes, why)
+        rows[id(norm)] = replace(row, dims=count_dims(norm, of_any))
         if row.partner is not None:
             rows[id(source)] = replace(before, partner=norm)
+
+
+def _is_of_maps(norm: nn.Module, flow: Dataflow) -> bool:
+    """Whether a BatchNorm sees maps: two classes are for vectors as well, which nothing whitens."""
+    maker = flow.find_maker(norm)
+    if isinstance(norm, nn.BatchNorm1d):
+        return isinstance(maker, _ConvNd)
+    return not (isinstance(norm, nn.SyncBatchNorm) and isinstance(maker, nn.Linear | nn.Flatten))
 
 
 def _give_biases(rows: dict[int, Row]) -> None:
@@ -208,13 +231,14 @@ def _plan_batchnorm(
     before: Row | None,
     flow: Dataflow,
     pretrained: bool,
-    whitened: bool,
+    goes: bool,
+    why: str,
 ) -> Row:
     """What becomes of a BatchNorm.
 
     Args:
         before: what becomes of the layer whose output it gets; None where that is none of ours.
-        whitened: that what follows it whitens is known, or to be taken for granted.
+        goes, why: whether it does, and the reason, where `before` is None.
     """
     if not is_understood(norm):
         return Row(name, norm, SKIPPED, reason=f"what {_name_kind(norm)} does is not known")
@@ -227,12 +251,12 @@ def _plan_batchnorm(
         becomes = ", ".join(rest) or "Identity"
         reason = f"folded into {before.name}" if pretrained else f"follows {before.name}"
         return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
-    if not whitened:
-        return Row(name, norm, KEPT, reason="neither follows a convolution nor comes before one")
+    if not goes:
+        return Row(name, norm, KEPT, reason=why)
     if pretrained:
         becomes = ", ".join(["ChannelAffine", *rest])
         return Row(name, norm, REPLACED, becomes, "no layer before it can take it in")
     if function := None if rest else flow.find_overwriter(norm):
         return Row(name, norm, SKIPPED, reason=f"{function} after it would overwrite its input")
     becomes = ", ".join(rest) or "Identity"
-    return Row(name, norm, REPLACED, becomes, "what follows it whitens")
+    return Row(name, norm, REPLACED, becomes, why)

@@ -82,6 +82,8 @@ class Whitening(nn.Module):
         sync_stats: bool,
         track_running_stats: bool,
     ) -> None:
+        if not self.weight.is_floating_point():
+            raise ValueError(f"dtype must be one of real numbers, got {self.weight.dtype}")
         if not eps > 0:
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
         if n_iter not in range(1, MAX_STEPS + 1):

@@ -381,6 +381,7 @@ class Own(nn.Conv2d):
         (nn.LazyConv2d(8, 1), "there is no deconvolution for LazyConv2d"),
         (Own(4, 8, 1), r"there is no deconvolution for \S*test_convert\.Own"),
         (parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), "no deconvolution for .*Parametrized"),
+        (nn.Conv2d(4, 8, 1, dtype=torch.complex64), "only real numbers .*, not torch.complex64"),
         (prune.identity(nn.Conv2d(4, 8, 1), "weight"), "a hook computes its weight or its bias"),
     ],
 )
@@ -524,6 +525,12 @@ def test_draws_no_random_numbers_and_makes_what_pickles():
     ("model", "options", "message"),
     [
         (nn.Linear(2, 2), {}, "nothing in Linear can be replaced:\n.*"),
+        (
+            nn.BatchNorm2d(2),
+            {},
+            r"nothing in BatchNorm2d can .*\n.*\n.* kept .* no layer .* whitens",
+        ),
+        (pair(), {"skip": ["0"]}, r"nothing in Sequential can .*\n.*\n.*\n.* kept .* 0, which"),
         (pair(), {"mode": 6}, "mode must be .*6"),
         (pair(), {"block": 0}, "block must be .*0"),
         (pair(), {"skip": ["layer5.*"]}, "skip: no layer of the model is called 'layer5.*'"),
@@ -543,8 +550,9 @@ def test_compiled_parts_are_refused():
 
 def test_unknown_options_are_refused():
     for function in (plan, convert):
-        with pytest.raises(TypeError, match="blocks"):
-            function(pair(), blocks=16)
+        for name in ("blocks", "stride", "dtype"):
+            with pytest.raises(TypeError, match=rf"convert\(\) .*'{name}'"):
+                function(pair(), **{name: 16})
 
 
 def test_statistics_can_be_forgotten():

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 import deconv
 from deconv import FastDeconv, FastDeconvTranspose2d, convert, fuse, plan
+from deconv.batchnorm import ChannelAffine
 from deconv.convolutions import DECONVOLUTIONS
 
 SIZES = {1: (11,), 2: (6, 7), 3: (5, 4, 5)}
@@ -192,6 +193,16 @@ def test_bad_arguments_of_transposed_layers_are_named(given, message):
         deconv.FastDeconvTranspose2d(4, 8, 3, **given)
 
 
+@pytest.mark.parametrize("name", [name for name in deconv.__all__ if name.startswith("FastDeconv")])
+def test_errors_about_arguments_name_the_class_that_was_called(name):
+    kind = getattr(deconv, name)
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}.__init__\(\) got .*'bloc'"):
+        kind(4, 8, 3, bloc=2)
+    with pytest.raises(TypeError, match=rf"^{kind.__name__}.__init__\(\) missing"):
+        kind(4)
+    assert kind(4, 8, 3, block=2, device="meta", dtype=torch.float32).weight.is_meta
+
+
 @pytest.mark.parametrize("shape", [(2, 4, 9), (2, 3, 9, 9), (2, 4, 9, 9, 9)])
 def test_input_of_another_kind_is_named(shape):
     for layer in (FastDeconv(4, 8, 3), deconv.FastDeconvTranspose2d(4, 8, 3)):
@@ -249,10 +260,37 @@ def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
             return self.head(self.vectors(x))
 
     rows = {row.name: (row.action, row.reason) for row in plan(Both())}
-    assert rows["vectors"] == ("kept", "neither follows a convolution nor comes before one")
+    assert rows["vectors"] == ("kept", "may be of vectors, which nothing after it whitens")
     assert rows["maps"][0] == "kept"  # its output goes past the convolution as well
     ordered = plan(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)))
     assert ordered[0].action == "replaced"
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("inner", [False, True])
+def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
+    """A convolution's maps are maps behind layers that leave them so, whatever follows."""
+    conv, pool = CONVOLUTIONS[dims - 1](4, 4, 2), [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d]
+    before = [conv, nn.ReLU(), pool[dims - 1](2), nn.Dropout()]
+    before = [nn.Sequential(*before)] if inner else before
+    model = nn.Sequential(*before, NORMS[dims](4), nn.Flatten(), nn.LazyLinear(2)).eval()
+    model(make_maps(dims))
+    nn.init.normal_(model[-3].running_mean)
+    row = next(row for row in plan(model) if isinstance(row.module, NORMS[dims]))
+    assert (row.action, row.reason) == ("replaced", "every BatchNorm of maps does")
+    kept, x = convert(model, pretrained=True), make_maps(dims)
+    assert type(kept[-3]) is ChannelAffine
+    torch.testing.assert_close(kept(x), model(x))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("last", [nn.Flatten, lambda: nn.Linear(4, 4)])
+def test_a_batchnorm_that_sees_vectors_for_certain_stays(norm, last):
+    pool = [nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*pool, last(), nn.ReLU(), norm(4), nn.Linear(4, 2)).eval()
+    new, x = convert(model, pretrained=True), make_maps(2)
+    assert type(new[5]) is norm
+    torch.testing.assert_close(new(x), model(x))
 
 
 def test_output_padding_may_be_a_list_as_torch_takes_it():

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deconv import Delinear, FastDeconv, FastDeconvTranspose2d, whitening
+from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, FastDeconvTranspose2d, whitening
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
 from deconv.patches import Spots, gather
@@ -428,11 +428,24 @@ def test_empty_batch_leaves_statistics_and_gradients_alone(layer, shape, out):
         (dict(layout="diagonal"), "layout.*diagonal"),
         (dict(root="square"), "root.*square"),
         (dict(rows_per_feature=-1), "rows_per_feature.*-1"),
+        (dict(stride=(1, 0)), "stride.*0"),
+        (dict(dilation=0), "dilation.*0"),
+        (dict(dtype=torch.complex64), "dtype .* real numbers, .*complex64"),
     ],
 )
 def test_bad_arguments_are_named(options, message):
     with pytest.raises(ValueError, match=message):
         FastDeconv(4, 8, 3, **options)
+
+
+@pytest.mark.parametrize("kind", [FastDeconv, FastDeconvTranspose1d, Delinear])
+@pytest.mark.parametrize("wrong", [0, 1])
+def test_layers_of_nothing_are_refused_by_name(kind, wrong):
+    side, sizes = ("in", "out")[wrong], [4, 4]
+    sizes[wrong] = 0
+    name = f"{side}_features" if kind is Delinear else f"{side}_channels"
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        kind(*sizes, *(() if kind is Delinear else (3,)))
 
 
 def test_wrong_number_of_channels_is_named():
