@@ -118,6 +118,7 @@ class RootOfRows(torch.autograd.Function):
         trace = gram.diagonal(dim1=-2, dim2=-1).sum(-1, keepdim=True)
         square = gram.square().sum((-2, -1))[:, None]
         norm = (features * eps**2 + 2 * eps * trace + square).sqrt()  # |A|_F
+        norm = norm.fmod(math.inf)  # NaN for infinity, which would make D 0
         x, basis = torch.linalg.eigh(_scaled(gram, norm))
         least = eps / norm
         x = torch.cat([x.clamp(min=0) + least, least], dim=-1)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from deconv import Delinear, FastDeconv, FastDeconvTranspose1d
+from deconv import Delinear, FastDeconv
+from deconv.convolutions import DECONVOLUTIONS
 
 FEW_ROWS = dict(mode=5, rows_per_feature=1)
 OTHERS = [dict(mode=5, root="newton"), dict(mode=1, root="newton"), dict(mode=3, shared=False)]
@@ -75,8 +76,10 @@ def test_the_network_in_evaluation_is_exported_for_any_batch(options):
     torch.testing.assert_close(program.module()(x), network(x))
 
 
-def test_a_transposed_layer_in_evaluation_is_exported():
-    layer, x = FastDeconvTranspose1d(4, 2, 4, stride=2), torch.randn(3, 4, 9)
+@pytest.mark.parametrize("kind", DECONVOLUTIONS)
+def test_every_kind_of_layer_in_evaluation_is_exported(kind):
+    layer = DECONVOLUTIONS[kind](4, 2, 4, stride=2, groups=2)
+    x = torch.randn(3, 4, *(7,) * (layer.weight.dim() - 2))
     layer(x)
     program = torch.export.export(layer.eval(), (x,))
     torch.testing.assert_close(program.module()(x), layer(x))

@@ -11,6 +11,7 @@ import deconv
 from deconv import FastDeconv, FastDeconvTranspose2d, convert, fuse, plan
 from deconv.batchnorm import ChannelAffine
 from deconv.convolutions import DECONVOLUTIONS
+from deconv.patches import Spots
 
 SIZES = {1: (11,), 2: (6, 7), 3: (5, 4, 5)}
 CONVOLUTIONS = [nn.Conv1d, nn.Conv2d, nn.Conv3d]
@@ -146,14 +147,22 @@ def test_outputs_of_a_transposed_layer_are_white_over_all_phases():
     torch.testing.assert_close(rows @ rows.T / rows.shape[1], torch.eye(36), atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("rows_per_feature", [0, 0.5])  # all patches, some of them
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("mode", [1, 2, 3, 5])
+@pytest.mark.parametrize("root", ["newton", "cholesky"])
 @pytest.mark.parametrize("kind", [*CONVOLUTIONS, *TRANSPOSED])
-def test_gradients_match_finite_differences(kind):
-    layer = make(kind, 2, 2, 2, stride=2, n_iter=5, sampling_stride=1)
+def test_gradients_match_finite_differences(kind, root, mode, groups, rows_per_feature):
+    options = dict(stride=2, n_iter=5, sampling_stride=1, rows_per_feature=rows_per_feature)
+    layer = make(kind, 4, 2, 2, mode=mode, root=root, groups=groups, block=2, **options)
 
     def f(x, weight, bias):
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
 
-    x = make_maps(layer.weight.dim() - 2, 2)[:, :2].requires_grad_()
+    x = make_maps(layer.weight.dim() - 2, 2)
+    some = isinstance(layer._sampling(x)[0], Spots)
+    assert some == (rows_per_feature > 0 and mode != 3)
+    x.requires_grad_()
     assert torch.autograd.gradcheck(f, (x, *layer.parameters()), fast_mode=True)
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deconv import Delinear, FastDeconv
+from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
 
 BLOCK = 8
 
@@ -65,3 +65,37 @@ def test_squares_beyond_float32_leave_running_statistics_alone(mode):
     assert all(buffer.isfinite().all() for buffer in after.values())
     if not y.isfinite().all():
         assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+
+
+# Patches of 2 x 2 pixels at every sixth pixel: most pixels are read by none, or by the mean alone.
+LOOKS = {
+    "window": dict(rows_per_feature=0),
+    "spots": dict(rows_per_feature=0.1, block=1, shared=False),
+    "newton": dict(rows_per_feature=0, root="newton"),
+    "pixels": dict(mode=3),
+    "two axes": dict(mode=1, rows_per_feature=1),
+    "other kind": dict(rows_per_feature=1),
+}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("side", [7, 13])  # a small map and a large one, see `patches.SMALL`
+def test_no_pixel_anywhere_gets_what_is_not_finite_into_running_statistics(side, look, poison):
+    kind = FastDeconvTranspose2d if look == "other kind" else FastDeconv
+    layer = kind(4, 3, 2, stride=2, **LOOKS[look])
+    torch.nn.init.zeros_(layer.weight)  # which a sum of products must not hide behind
+    good = torch.randn(2, 4, side, side)
+    layer(good)
+    for row in range(side):
+        bad = good.clone()
+        bad[1, 2, row, row // 2] = poison
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        layer(bad)
+        after = dict(layer.named_buffers())
+        assert all(buffer.isfinite().all() for buffer in after.values())
+        counted = after["num_batches_tracked"] > before["num_batches_tracked"]
+        moved = not all(torch.equal(after[name], before[name]) for name in before)
+        assert counted == moved
+    layer(good)
+    assert layer.num_batches_tracked > before["num_batches_tracked"]

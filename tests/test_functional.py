@@ -8,17 +8,39 @@ import torch
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
-from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, fuse, recalibrate
+from deconv import (
+    Delinear,
+    FastDeconv,
+    FastDeconv1d,
+    FastDeconv3d,
+    FastDeconvTranspose1d,
+    FastDeconvTranspose2d,
+    FastDeconvTranspose3d,
+    fuse,
+    recalibrate,
+)
 from deconv.blocks import Blocks
+
+FEW_ROWS = dict(block=2, rows_per_feature=1)  # some of the patches, see Spots
 
 LAYERS = {
     "joint": lambda **more: FastDeconv(4, 3, 3, padding=1, block=2, **more),
     "separable": lambda **more: FastDeconv(4, 2, 2, mode=1, groups=2, shared=False, **more),
     "cholesky": lambda **more: FastDeconv(4, 3, 2, root="cholesky", **more),
+    "line": lambda **more: FastDeconv1d(4, 3, 2, **FEW_ROWS, **more),
+    "volume": lambda **more: FastDeconv3d(4, 2, 2, groups=2, **FEW_ROWS, **more),
     "transposed": lambda **more: FastDeconvTranspose1d(4, 3, 4, stride=2, **more),
+    "up": lambda **more: FastDeconvTranspose2d(4, 4, 3, 2, groups=4, **FEW_ROWS, **more),
+    "volume up": lambda **more: FastDeconvTranspose3d(4, 2, 2, mode=1, bias=False, **more),
     "linear": lambda **more: Delinear(6, 3, **more),
 }
-SHAPES = {"transposed": (5, 4, 6), "linear": (7, 6)}
+SHAPES = {
+    "line": (5, 4, 20),
+    "volume": (5, 4, 6, 5, 4),
+    "transposed": (5, 4, 6),
+    "volume up": (3, 4, 3, 2, 3),
+    "linear": (7, 6),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -84,7 +106,9 @@ def test_functional_call_in_training_uses_what_it_is_given():
 @pytest.mark.parametrize("name", LAYERS)
 def test_without_running_statistics_evaluation_uses_the_batch(name):
     layer, x = make(name, track_running_stats=False)
-    assert not list(layer.buffers()) and set(layer.state_dict()) == {"weight", "bias"}
+    assert not list(layer.buffers()) and set(layer.state_dict()) == {
+        *dict(layer.named_parameters())
+    }
     torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
     layer.reset_running_stats()
     assert "track_running_stats=False" in repr(layer)

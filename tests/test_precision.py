@@ -132,14 +132,19 @@ def test_layers_made_without_memory_take_up_a_state(kind):
     torch.testing.assert_close(blank.eval()(x), layer.eval()(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("name", ["up", "volume"])  # the others: test_layers.py
-def test_a_step_on_a_fake_gpu_mixes_no_devices(name):
+@pytest.mark.parametrize("options", [{}, dict(rows_per_feature=1, groups=2, bias=False)])
+@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+@pytest.mark.parametrize("kind", DECONVOLUTIONS)
+def test_a_forward_on_a_fake_gpu_mixes_no_devices(kind, mode, options):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    with FakeTensorMode():
-        layer, x = LAYERS[name][0](device="cuda"), torch.randn(LAYERS[name][1], device="cuda")
-        y = layer(x)
-        assert y.device.type == "cuda" and layer.eval()(x).shape == y.shape
+    make_layer = DECONVOLUTIONS[kind]
+    with FakeTensorMode(allow_non_fake_inputs=False):
+        layer = make_layer(4, 6, 3, 2, 1, mode=mode, block=2, **options, device="cuda")
+        x = torch.randn(3, 4, *(6,) * (layer.weight.dim() - 2), device="cuda")
+        for training in (True, False):
+            y = layer.train(training)(x)
+            assert y.device.type == "cuda" and y.shape == kind.forward(layer, x).shape
         assert {value.device.type for value in layer.buffers()} == {"cuda"}
 
 
