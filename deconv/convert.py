@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .batchnorm import ChannelAffine, find_affine, find_rest
+from .fuse import copy_around
 from .plan import REPLACED, Row, plan
 from .whitening import Whitening, forward_hooks
 
@@ -82,7 +83,7 @@ def convert(
     for row in replaced:
         make = _fill if row.layer else _stand_in
         memo[id(row.module)] = make(row, memo, pretrained)
-    converted = copy.deepcopy(model, memo)
+    converted = copy_around(model, memo)
     for row in replaced:  # a hook that is a method of the model becomes one of its copy
         if any((hooks := forward_hooks(row.module)).values()):
             vars(memo[id(row.module)]).update(copy.deepcopy(hooks, memo))

@@ -25,6 +25,7 @@ class Dataflow:
     def __init__(self, model: nn.Module) -> None:
         self._calls: dict[int, list[fx.Node | None]] = {}  # None: nobody knows how often and where
         self._called: dict[fx.Node, nn.Module] = {}
+        self._readers: dict[int, nn.Module] = {}
         for owner in model.modules():
             if next(owner.children(), None) is not None and _has_forward(owner):
                 self._read(owner)
@@ -45,6 +46,11 @@ class Dataflow:
             elif node.op == "get_attr" and "." in node.target:  # a weight, used without its module
                 module = owner.get_submodule(node.target.rpartition(".")[0])
                 self._calls.setdefault(id(module), []).append(None)
+                self._readers[id(module)] = owner
+
+    def find_reader(self, module: nn.Module) -> nn.Module | None:
+        """The module whose code uses tensors of this one by themselves, if any is known to."""
+        return self._readers.get(id(module))
 
     def _find_call(self, module: nn.Module) -> fx.Node | None:
         """The one call of the module; None if there are several, or maybe others."""

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
+import torch
 from torch import nn
 
 from .batchnorm import ChannelAffine
@@ -54,10 +56,20 @@ def fuse(model: nn.Module) -> nn.Module:
     kinds = (Whitening, ChannelAffine)
     layers = [module for module in model.modules() if isinstance(module, kinds)]
     copies = {id(layer): layer.fuse() for layer in layers}
-    fused = copy.deepcopy(model, copies)  # which takes what is in `copies` for copied already
+    fused = copy_around(model, copies)
     for layer in layers:  # a hook that is a method of the model becomes one of its copy
         vars(copies[id(layer)]).update(copy.deepcopy(forward_hooks(layer), copies))
     return fused
+
+
+def copy_around(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
+    """A deep copy of a model in which what `copies` has by its id counts as copied already."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                # Of an old weight_norm or of pruning, whose hook will compute it anew.
+                copies.setdefault(id(value), value.detach().clone())
+    return copy.deepcopy(model, copies)
 
 
 def refuse_wrapped(model: nn.Module, what: str) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from inspect import signature
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.modules.conv import _ConvNd
@@ -103,6 +104,9 @@ def plan(
     for name, module in layers.items():
         if name in skipped:
             rows[id(module)] = Row(name, module, SKIPPED, reason=f"as {skipped[name]!r} asks")
+        elif isinstance(module, torch.jit.ScriptModule):
+            reason = "is TorchScript: convert the network before torch.jit.script"
+            rows[id(module)] = Row(name, module, SKIPPED, reason=reason)
         elif isinstance(module, Whitening):
             rows[id(module)] = Row(name, module, KEPT, reason="is a deconvolution already")
         elif isinstance(module, _ConvNd):
@@ -119,6 +123,8 @@ def plan(
 
 
 def _is_concerned(module: nn.Module) -> bool:
+    if isinstance(module, torch.jit.ScriptModule):  # has no class of torch's
+        return next(module.parameters(recurse=False), None) is not None
     kinds = (_ConvNd, nn.Linear, *_OTHER_NORMS)
     return isinstance(module, kinds) or is_batchnorm(module)
 
@@ -192,6 +198,9 @@ def _plan_batchnorms(
     for name, norm in layers.items():
         if id(norm) in rows:
             continue
+        if reason := _find_tie(name, norm, layers, flow):
+            rows[id(norm)] = Row(name, norm, KEPT, reason=reason)
+            continue
         source = flow.find_source(norm)
         before = None if source is None or is_batchnorm(source) else rows.get(id(source))
         after = [rows.get(id(layer)) for layer in flow.find_targets(norm, (_ConvNd, nn.Linear))]
@@ -207,6 +216,15 @@ def _plan_batchnorms(
         rows[id(norm)] = replace(row, dims=count_dims(norm, of_any))
         if row.partner is not None:
             rows[id(source)] = replace(before, partner=norm)
+
+
+def _find_tie(name: str, norm: nn.Module, layers: Mapping[str, nn.Module], flow: Dataflow) -> str:
+    """Why code of the network cannot do without a BatchNorm, or nothing."""
+    owner = name.rpartition(".")[0]
+    if owner in layers and layers[owner] is not norm:
+        return f"is a part of {owner or 'the model'}, {_name_kind(layers[owner])}"
+    reader = flow.find_reader(norm)
+    return "" if reader is None else f"{_name_kind(reader)} uses more than its output"
 
 
 def _is_of_maps(norm: nn.Module, flow: Dataflow) -> bool:

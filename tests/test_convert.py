@@ -8,6 +8,8 @@ from contextlib import nullcontext
 import pytest
 import torch
 from torch import nn
+from torch.ao.nn.intrinsic.qat import ConvBn2d
+from torch.ao.quantization import default_qat_qconfig
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 from torchvision.ops import FrozenBatchNorm2d
@@ -300,6 +302,10 @@ def test_parts_that_are_no_python_stay_as_they_are():
     scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
     model = stir(nn.Sequential(pair(), nn.Conv2d(8, 4, 1), scripted, nn.BatchNorm2d(4)))
     new = convert(model, pretrained=True)
+    assert (
+        reasons(model)["2.0"]
+        == "skipped: is TorchScript: convert the network before torch.jit.script"
+    )
     assert isinstance(new[2], torch.jit.ScriptModule)
     assert_kept(model, new, torch.randn(2, 4, 5, 5))
 
@@ -382,6 +388,7 @@ class Own(nn.Conv2d):
         (Own(4, 8, 1), r"there is no deconvolution for \S*test_convert\.Own"),
         (parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), "no deconvolution for .*Parametrized"),
         (nn.Conv2d(4, 8, 1, dtype=torch.complex64), "only real numbers .*, not torch.complex64"),
+        (torch.ao.nn.qat.Conv2d(4, 8, 1, qconfig=default_qat_qconfig), r"torch\.ao\.nn\.qat"),
         (prune.identity(nn.Conv2d(4, 8, 1), "weight"), "a hook computes its weight or its bias"),
     ],
 )
@@ -392,8 +399,6 @@ def test_what_cannot_be_replaced_keeps_its_batchnorm(conv, reason):
     assert second.action == "skipped"
     assert re.search(reason, second.reason)
     assert (third.action, third.reason) == ("kept", "follows 1, which is skipped")
-    if hasattr(conv, "weight_orig"):  # what prune computes cannot be copied
-        return
     new = convert(model)
     assert type(new[1]).__name__ == type(conv).__name__ and type(new[2]) is nn.BatchNorm2d
 
@@ -627,3 +632,51 @@ def test_pretrained_folds_nothing_that_code_without_a_trace_reaches_into(model):
     nn.init.normal_(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
     x = torch.randn(2, 4, 7, 7)
     torch.testing.assert_close(convert(model.eval(), pretrained=True)(x), model(x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.nn.utils:FutureWarning")
+@pytest.mark.parametrize(
+    "hook",
+    [nn.utils.weight_norm, nn.utils.spectral_norm, lambda conv: prune.identity(conv, "bias")],
+)
+def test_weights_that_hooks_compute_are_copied_and_learn(hook):
+    model = nn.Sequential(pair(), hook(nn.Conv2d(8, 4, 1)), nn.BatchNorm2d(4))
+    x = torch.randn(2, 4, 5, 5)
+    assert_kept(model, convert(stir(model), pretrained=True), x)
+    new = convert(model)
+    new(x).square().mean().backward()
+    assert all(p.grad is not None for p in new.parameters())
+    assert_kept(new, fuse(new.eval()), x)
+
+
+class WithNorm(nn.Conv2d):
+    """A convolution with a BatchNorm of its own, as some libraries have."""
+
+    def __init__(self):
+        super().__init__(4, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class ByHand(Pair):
+    def forward(self, x):
+        norm = self.norm
+        return F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "reason"),
+    [
+        (WithNorm(), "1.norm", r"is a part of 1, \S*test_convert.WithNorm"),
+        (ByHand(), "1.norm", r"\S*test_convert.ByHand uses more than its output"),
+        (ConvBn2d(4, 4, 3, qconfig=default_qat_qconfig), "1.bn", r"is a part of 1, \S*ConvBn2d"),
+    ],
+)
+def test_a_batchnorm_stays_with_code_that_cannot_do_without_it(part, name, reason):
+    model = stir(nn.Sequential(nn.Conv2d(4, 4, 1), part))
+    row = next(row for row in plan(model) if row.name == name)
+    assert row.action == "kept" and re.match(reason, row.reason)
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
+    convert(model).train()(torch.randn(2, 4, 5, 5))
