@@ -1,12 +1,14 @@
 """`pip install .`: the folder deconv/ alone, which needs nothing but torch."""
 
 import importlib.metadata
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import deconv
 
@@ -43,6 +45,17 @@ def installed(tmp_path_factory):
     offline = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
     run("-m", "pip", "install", *offline, "--target", str(target), ".", cwd=source)
     return target
+
+
+def test_every_public_name_has_an_example_in_the_readme_that_runs():
+    torchvision = pytest.importorskip("torchvision")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
+    images = torch.randn(2, 3, 32, 32)
+    names = {"torchvision": torchvision, "images": images, "loader": [images]}
+    exec(code, names | {"first": 0, "total": 2})
+    used = re.findall(r"\w+", re.sub("from deconv import.*", "", code))
+    assert set(deconv.__all__) <= set(used)
 
 
 def test_the_package_alone_is_installed(installed):
