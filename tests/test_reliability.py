@@ -212,7 +212,8 @@ def test_a_signal_saves_the_step_under_way_and_a_run_goes_on_bit_for_bit(
     end = run(tmp_path, *parts, act=KILL.format(step=step, name=name), processes=processes)
     checkpoint = tmp_path / "parts" / "checkpoint.pth.tar"
     assert end.code == code, end.err
-    assert end.err.count(f"interrupted: continue with --resume {checkpoint}") == 1
+    again = f"--resume {checkpoint} --data {pictures}"
+    assert end.err.count(f"interrupted: continue with {again}\n") == 1
     stopped = load_checkpoint(checkpoint, "cpu")["step"]
     assert stopped == 6 if step == 6 else stopped in (step, step + 1)
     train(tmp_path, *parts, processes=processes)

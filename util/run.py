@@ -7,6 +7,7 @@ import os
 import platform
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -254,11 +255,12 @@ def read_processor() -> str:
 
 
 @contextmanager
-def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
+def tell_where_to_continue(run_dir: Path | None, pictures: str = "") -> Iterator[None]:
     """Turn Ctrl-C and `Stopped` into one line that names the last checkpoint, and an exit code.
 
     Args:
         run_dir: None: say nothing.
+        pictures: what names them on the command line, which --resume does not know.
 
     Raises:
         SystemExit: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
@@ -269,7 +271,8 @@ def tell_where_to_continue(run_dir: Path | None) -> Iterator[None]:
         number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
         if run_dir is not None:
             path = run_dir / LATEST_NAME
-            hint = f"continue with --resume {path}" if path.exists() else "nothing was saved yet"
+            again = " ".join(["--resume", shlex.quote(str(path)), *filter(None, [pictures])])
+            hint = f"continue with {again}" if path.exists() else "nothing was saved yet"
             with suppress(OSError):  # the terminal may have gone
                 print(f"\ninterrupted: {hint}", file=sys.stderr)
         sys.exit(128 + number)

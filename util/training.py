@@ -7,6 +7,7 @@ values.
 from __future__ import annotations
 
 import math
+import shlex
 import sys
 from argparse import Namespace
 from contextlib import closing
@@ -111,7 +112,7 @@ def fit(
         return
     scheduler = choose_schedule(flags, optimizer, plan, done.step + meters.steps)
     recorder = open_recorder(session, run_dir, name, kind, model, done, meters, plan)
-    ended = run.tell_where_to_continue(recorder.run_dir)
+    ended = run.tell_where_to_continue(recorder.run_dir, name_pictures(flags))
     with ended, closing(recorder), heed_signals() as wish:
         seed_process(session)
         Epochs(
@@ -197,6 +198,12 @@ def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
         momentum=flags.momentum,
         weight_decay=flags.weight_decay,
     )
+
+
+def name_pictures(flags: Namespace) -> str:
+    """The words of the command line that tell where the pictures are: --data DIR, or DIR alone."""
+    words = [] if flags.data is None else [flags.data]
+    return shlex.join(["--data", *words] if hasattr(flags, "dataset") else words)
 
 
 def choose_schedule(
