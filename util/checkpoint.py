@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
-from .content import ContentError, check_content, describe
+from .content import check_content
+from .rules import ContentError, describe
 
 FORMAT_VERSION = 3
 ABSENT = object()

@@ -14,8 +14,8 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from .console import visible
-from .content import describe
 from .distributed import let_the_guilty_speak, speaks
+from .rules import describe
 
 _NOT_TYPED = object()
 

@@ -15,8 +15,8 @@ from torch.optim import Optimizer
 
 from .checkpoint import CheckpointError, check_compatible
 from .compute import Compute
-from .content import ContentError, describe
 from .engine import Figures, Meters
+from .rules import ContentError, describe
 
 
 @dataclass

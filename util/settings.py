@@ -21,9 +21,9 @@ from .checkpoint import (
     load_newest,
 )
 from .console import say
-from .content import describe
 from .distributed import is_launched
 from .parser import Parser
+from .rules import describe
 
 # The settings of the paper's tables. Flags typed beside `--preset` win.
 PRESETS: dict[str, dict[str, Any]] = {
