@@ -89,7 +89,8 @@ def test_compiling_changes_no_figure(tmp_path, monkeypatch):
     line = f"--deconv True --max-steps 3 --threads 1 {QUIET}"
     plain = train(line, tmp_path / "plain")
     compiled = train(f"{line} --compile", tmp_path / "compiled")
-    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-5)
+    # Other roundings, which three steps multiply; of single layers see test_compile.py.
+    assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-4)
     states = [tmp_path / name / "checkpoint.pth.tar" for name in ("plain", "compiled")]
     plain, compiled = (load_checkpoint(path, "cpu")["model"] for path in states)
     assert plain.keys() == compiled.keys()  # a compiled network is continued as a plain one
