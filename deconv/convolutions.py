@@ -9,23 +9,23 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from .layers import FastDeconv, _Convolution, refuse_unknown
+from .layers import Convolution, FastDeconv
 from .patches import Window
 
 
-class FastDeconv1d(_Convolution, nn.Conv1d):
+class FastDeconv1d(Convolution, nn.Conv1d):
     """`FastDeconv` in place of `nn.Conv1d`: (N, C, L) -> as that."""
 
     plain, convolve = nn.Conv1d, staticmethod(F.conv1d)
 
 
-class FastDeconv3d(_Convolution, nn.Conv3d):
+class FastDeconv3d(Convolution, nn.Conv3d):
     """`FastDeconv` in place of `nn.Conv3d`: (N, C, D, H, W) -> as that."""
 
     plain, convolve = nn.Conv3d, staticmethod(F.conv3d)
 
 
-class _Transposed(_Convolution):
+class _Transposed(Convolution):
     """A transposed convolution that whitens the patches its kernel sees.
 
     A transposed convolution of stride s is the ordinary convolution, of stride 1 and with the
@@ -75,15 +75,10 @@ class _Transposed(_Convolution):
         bias: bool = True,
         dilation: int | tuple[int, ...] = 1,
         padding_mode: str = "zeros",
-        *,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
         **options: Any,
     ) -> None:
-        refuse_unknown(options, f"{type(self).__name__}.__init__()")
-        shape, where = (in_channels, out_channels, kernel_size), (stride, padding, dilation)
-        where += groups, bias, padding_mode
-        super().__init__(*shape, *where, device=device, dtype=dtype, **options)
+        where = (stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *where, **options)
         several = not isinstance(output_padding, int)
         dims = len(self.kernel_size)
         self.output_padding = tuple(output_padding) if several else (output_padding,) * dims
@@ -140,7 +135,7 @@ class FastDeconvTranspose3d(_Transposed, nn.ConvTranspose3d):
 
 FastDeconv2d = FastDeconv
 # What stands for each convolution of torch.
-DECONVOLUTIONS: dict[type[nn.Module], type[_Convolution]] = {
+DECONVOLUTIONS: dict[type[nn.Module], type[Convolution]] = {
     kind.plain: kind
     for kind in (
         FastDeconv1d,

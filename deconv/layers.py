@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from functools import update_wrapper
-from inspect import signature
-from types import FunctionType
 from typing import Any
 
 import torch
@@ -49,15 +46,7 @@ def _refuse_none_of(**counts: int) -> None:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
-def _name_after(kind: type, init: FunctionType) -> FunctionType:
-    """The same function under the name that it has in a class which inherits it."""
-    parts = init.__code__, init.__globals__, init.__name__, init.__defaults__, init.__closure__
-    named = update_wrapper(FunctionType(*parts), init)
-    named.__kwdefaults__, named.__qualname__ = init.__kwdefaults__, f"{kind.__qualname__}.__init__"
-    return named
-
-
-class _Convolution(Whitening):
+class Convolution(Whitening):
     """Convolutions of any number of dimensions, see `FastDeconv`.
 
     A layer is this and the class of torch that it stands for, `plain`, and adds `convolve`, the
@@ -66,12 +55,6 @@ class _Convolution(Whitening):
 
     plain: type[nn.Module]
     convolve: Callable[..., torch.Tensor]
-
-    def __init_subclass__(cls, **options: Any) -> None:
-        """Errors about the arguments of a layer name its class, not the one that has the code."""
-        super().__init_subclass__(**options)
-        if "__init__" not in vars(cls):
-            cls.__init__ = _name_after(cls, cls.__init__)
 
     def __init__(
         self,
@@ -223,14 +206,6 @@ class _Convolution(Whitening):
         )
 
 
-def refuse_unknown(options: Mapping[str, object], who: str) -> None:
-    """Raise TypeError for what is no option of whitening that all convolutions take by keyword."""
-    parameters = signature(_Convolution).parameters.values()
-    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
-    for name in sorted(options.keys() - (known - {"device", "dtype"})):
-        raise TypeError(f"{who} got an unexpected keyword argument {name!r}")
-
-
 def find_geometry(conv: nn.Module) -> dict[str, Any]:
     """What a convolution is told beside its shape, but for its bias: of torch's or of ours."""
     names = ["stride", "padding", "dilation", "groups", "padding_mode"]
@@ -238,7 +213,7 @@ def find_geometry(conv: nn.Module) -> dict[str, Any]:
     return {name: getattr(conv, name) for name in names}
 
 
-class FastDeconv(_Convolution, nn.Conv2d):
+class FastDeconv(Convolution, nn.Conv2d):
     """A 2-d convolution that whitens the patches its kernel sees, by folding the whitening into it.
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)

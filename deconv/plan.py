@@ -16,7 +16,7 @@ from .batchnorm import count_dims, find_affine, find_rest, is_batchnorm, is_unde
 from .convolutions import DECONVOLUTIONS
 from .dataflow import Dataflow
 from .fuse import refuse_wrapped
-from .layers import Delinear, _Convolution, find_geometry, refuse_unknown
+from .layers import Convolution, Delinear, find_geometry
 from .whitening import Whitening
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
@@ -94,7 +94,7 @@ def plan(
         ValueError, TypeError: as `convert`, but having nothing to replace is no error here.
     """
     refuse_wrapped(model, "Convert")
-    refuse_unknown(options, "convert()")
+    _refuse_unknown(options)
     layers = {name: module for name, module in model.named_modules() if _is_concerned(module)}
     skipped = _find_skipped(layers, skip)
     shared = signature(Delinear).parameters.keys() & options.keys() - {"block"}
@@ -120,6 +120,14 @@ def plan(
     if bias and any(row.action == REPLACED and row.layer is None for row in rows.values()):
         _give_biases(rows)
     return Plan(rows[id(module)] for module in layers.values())
+
+
+def _refuse_unknown(options: Mapping[str, object]) -> None:
+    """Raise TypeError for what is no option of whitening that all convolutions take by keyword."""
+    parameters = signature(Convolution).parameters.values()
+    known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
+    for name in sorted(options.keys() - (known - {"device", "dtype"})):
+        raise TypeError(f"convert() got an unexpected keyword argument {name!r}")
 
 
 def _is_concerned(module: nn.Module) -> bool:
@@ -238,7 +246,7 @@ def _is_of_maps(norm: nn.Module, flow: Dataflow) -> bool:
 def _give_biases(rows: dict[int, Row]) -> None:
     """To new convolutions that have none: BatchNorm's shift stood for it."""
     for key, row in rows.items():
-        if isinstance(row.layer, _Convolution) and row.layer.bias is None:
+        if isinstance(row.layer, Convolution) and row.layer.bias is None:
             row.layer.bias = nn.Parameter(row.layer.weight.new_empty(row.layer.out_channels))
             rows[key] = replace(row, becomes=f"{row.becomes}, with a bias")
 

@@ -8,7 +8,7 @@ import pytest
 import torchvision
 from PIL import Image
 
-from deconv.layers import _Convolution
+from deconv.layers import Convolution
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "use_the_layer.md"
 SMALLER = {
@@ -55,9 +55,9 @@ def test_a_section_runs(title, here):
         code = code.replace(large, small)
     names = {"__name__": "page"}
     exec(compile(code, f"{PAGE.name}: {title}", "exec"), names)
-    layers = [m for m in names["network"].modules() if isinstance(m, _Convolution)]
+    layers = [m for m in names["network"].modules() if isinstance(m, Convolution)]
     assert layers
     if "served" in names:
-        assert not any(isinstance(m, _Convolution) for m in names["served"].modules())
+        assert not any(isinstance(m, Convolution) for m in names["served"].modules())
     elif "optimizer" not in names:  # the last one of that section is not trained
         assert all(layer.weight.grad is not None for layer in layers)
