@@ -17,6 +17,7 @@ from .whitening import Whitening, forward_hooks
 Memo = dict[int, Any]  # of copy.deepcopy: what is in it counts as copied already
 
 
+@torch.inference_mode(False)  # what it makes may be trained later
 def convert(
     model: nn.Module,
     *,

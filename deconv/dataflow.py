@@ -6,12 +6,15 @@ import copy
 import dis
 import inspect
 import warnings
+from itertools import pairwise
+from types import CodeType
 
 from torch import fx, nn
 
 # Files of torch.nn, and functions.
 _SHAPELESS_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
 _SHAPELESS_FUNCTIONS = {"dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh"}
+_TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of a BatchNorm
 
 
 class Dataflow:
@@ -19,7 +22,7 @@ class Dataflow:
 
     The forward of each module is traced by itself, and everything that it calls is opaque. Where
     that is impossible (forward looks at values or shapes), nothing is known of its children, nor of
-    what is within them under names that its code mentions.
+    what is within them under names that its code mentions, but whose tensors it reads by name.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -33,11 +36,13 @@ class Dataflow:
     def _read(self, owner: nn.Module) -> None:
         graph = _trace(owner)
         if graph is None:
-            mentioned = _find_names(type(owner))
+            mentioned, read = _find_names(type(owner)), _find_read(type(owner))
             for path, module in owner.named_modules():
                 first, *deeper = path.split(".")
                 if first and mentioned.issuperset("[]" if d.isdecimal() else d for d in deeper):
                     self._calls.setdefault(id(module), []).append(None)
+                    if path.rpartition(".")[2] in read:
+                        self._readers[id(module)] = owner
             return
         for node in graph.nodes:
             if node.op == "call_module":
@@ -158,15 +163,40 @@ def _has_forward(module: nn.Module) -> bool:
     return _get_forward(module) is not nn.Module.forward
 
 
+def _find_methods(kind: type[nn.Module]) -> list[CodeType]:
+    """The code of all methods of a class and of its bases."""
+    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
+    methods = [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
+    return [method.__code__ for method in methods]
+
+
+def _with_inner(code: CodeType) -> list[CodeType]:
+    """A function's code, and that of the functions and comprehensions in it."""
+    inner = [const for const in code.co_consts if inspect.iscode(const)]
+    return [code, *(each for one in inner for each in _with_inner(one))]
+
+
+def _find_read(kind: type[nn.Module]) -> set[str]:
+    """Names of modules whose tensors forward, or a method that it mentions, reads: `NAME.weight`.
+
+    Not in other methods, as many a one fills the weights of its modules at the start.
+    """
+    read, mentioned, methods = set(), {"forward"}, _find_methods(kind)
+    while now := [code for code in methods if code.co_name in mentioned]:
+        methods = [code for code in methods if code not in now]
+        for code in (each for method in now for each in _with_inner(method)):
+            mentioned.update(code.co_names)
+            steps = [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
+            loads = [step.argval if step.opname == "LOAD_ATTR" else None for step in steps]
+            read.update(name for name, of_it in pairwise(loads) if name and of_it in _TENSORS)
+    return read
+
+
 def _find_names(kind: type[nn.Module]) -> set[str]:
     """The names in the methods of a class and of its bases; "[]" where they index anything."""
-    names, codes = set(), []
-    for base in kind.__mro__[: kind.__mro__.index(nn.Module)]:
-        codes += [f.__code__ for f in vars(base).values() if inspect.isfunction(f)]
-    while codes:
-        code = codes.pop()
+    names = set()
+    for code in (each for method in _find_methods(kind) for each in _with_inner(method)):
         names.update(code.co_names)
-        codes += [const for const in code.co_consts if inspect.iscode(const)]
         if any(
             "SUBSCR" in step.opname or step.argrepr == "[]" for step in dis.get_instructions(code)
         ):

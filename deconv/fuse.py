@@ -21,6 +21,7 @@ _WRAPPERS = {
 }
 
 
+@torch.inference_mode(False)  # what it makes may be trained later
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of a trained network in which deconvolution is folded into plain layers.
 

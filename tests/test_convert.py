@@ -666,11 +666,44 @@ class ByHand(Pair):
         return F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight)
 
 
+class Filled(ByName):
+    def __init__(self, child):
+        super().__init__(child)
+        nn.init.constant_(self.child.norm.weight, 2)
+
+
+class ByScale(Filled):
+    """Reads a scale where no trace tells, in a method of its forward."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.sum() > 1e9 else self.scale(y)
+
+    def scale(self, y):
+        return y * sum(self.child.norm.weight[c] for c in range(4))
+
+
+def test_filling_the_scale_at_the_start_is_no_use_of_it():
+    assert plan(Filled(Pair()))[1].action == "replaced"
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_what_is_made_in_inference_mode_can_be_trained(pretrained):
+    model = stir(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
+    with torch.inference_mode():
+        new = convert(model, pretrained=pretrained)
+        fused = fuse(new.eval())
+    for network in (new.train(), fused):
+        network(torch.randn(2, 4, 7, 7)).sum().backward()
+        assert all(p.grad is not None for p in network.parameters())
+
+
 @pytest.mark.parametrize(
     ("part", "name", "reason"),
     [
         (WithNorm(), "1.norm", r"is a part of 1, \S*test_convert.WithNorm"),
         (ByHand(), "1.norm", r"\S*test_convert.ByHand uses more than its output"),
+        (ByScale(Pair()), "1.child.norm", r"\S*test_convert.ByScale uses more than its output"),
         (ConvBn2d(4, 4, 3, qconfig=default_qat_qconfig), "1.bn", r"is a part of 1, \S*ConvBn2d"),
     ],
 )
