@@ -3,6 +3,8 @@
     python scripts/export.py RUN/checkpoint.pth.tar --to onnx network.onnx
     python scripts/export.py RUN/checkpoint.pth.tar --to safetensors network.safetensors --data DIR
 
+A checkpoint names no folder: where the pictures are not in ./data, --data says so again.
+
 Deconvolution is folded into plain layers (`deconv.fuse`). onnx and torch-export take pictures
 (N, C, H, W), float32 normalised, for any N, and give the scores of the classes (N, classes);
 safetensors has the weights of the fused network. What was written is read again, and its scores of
@@ -114,8 +116,11 @@ def read_pictures(flags: Namespace, data: str | None, count: int) -> Tensor:
     if "dataset" in flags:
         if flags.dataset == "digits" and data != flags.data:
             raise ValueError(f"--data {data} does not apply to digits, which are embedded")
-        with tempfile.TemporaryDirectory() as cache:
-            *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
+        try:
+            with tempfile.TemporaryDirectory() as cache:
+                *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
+        except DataError as error:
+            raise DataError(f"--data {data}: {error}") from error
     elif data is None:
         raise ValueError("name the folder of pictures with --data DIR")
     else:

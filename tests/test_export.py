@@ -2,6 +2,7 @@
 
 import json
 import re
+from argparse import Namespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 import main
 import main_imagenet
 from scripts import export
+from util.data import DataError
 
 FORMATS = ["onnx", "torch-export", "safetensors"]
 LINE = "--use-gpu False --tensorboardX False --save-plot False --batch-size 8 --epochs 1 --lr .01"
@@ -105,6 +107,12 @@ def test_bad_input_is_refused(words, message, run_dir, tmp_path, capsys):
         export_to("torch-export", run_dir, tmp_path / "out", *words)
     assert stop.value.code == 2 and message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_pictures_that_are_not_there_are_named_with_the_flag_that_says_where(tmp_path):
+    flags = Namespace(dataset="folder", data=str(tmp_path), image_size=32)
+    with pytest.raises(DataError, match=f"--data {tmp_path}: no folder"):
+        export.read_pictures(flags, None, 8)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, capsys):
