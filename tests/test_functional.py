@@ -27,6 +27,7 @@ LAYERS = {
     "joint": lambda **more: FastDeconv(4, 3, 3, padding=1, block=2, **more),
     "separable": lambda **more: FastDeconv(4, 2, 2, mode=1, groups=2, shared=False, **more),
     "cholesky": lambda **more: FastDeconv(4, 3, 2, root="cholesky", **more),
+    "small map": lambda **more: FastDeconv(4, 64, 3, padding=1, mode=3, block=2, **more),
     "line": lambda **more: FastDeconv1d(4, 3, 2, **FEW_ROWS, **more),
     "volume": lambda **more: FastDeconv3d(4, 2, 2, groups=2, **FEW_ROWS, **more),
     "transposed": lambda **more: FastDeconvTranspose1d(4, 3, 4, stride=2, **more),
