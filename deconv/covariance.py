@@ -178,6 +178,8 @@ def _split(x: torch.Tensor, sampling: Sampling) -> Sequence[torch.Tensor]:
         return (x,)
     part = CPU_PART if x.device.type == "cpu" else PART
     count = max(part // max(_measure_picture(x, sampling), 1), 1)
+    if len(x) <= count:  # as below, but a compiler need not know how many there are
+        return (x,)
     return [x[first : first + count] for first in range(0, max(len(x), 1), count)]
 
 

@@ -60,6 +60,22 @@ def test_a_compiled_network_learns_the_same_in_one_graph(options):
     assert compare_over_20_steps(make_network(**options), "aot_eager") <= 2
 
 
+def test_batches_of_many_sizes_are_compiled_a_few_times():
+    layer, count = FastDeconv(4, 4, 3, mode=3), 0
+
+    def count_only(graph, inputs):
+        nonlocal count
+        count += 1
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(copy.deepcopy(layer), fullgraph=True, backend=count_only)
+    for size in (8, 3, 10, 11, 12):
+        x = torch.randn(size, 4, 8, 8)
+        torch.testing.assert_close(run(x), layer(x))
+    assert count <= 3
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_generated_code_learns_the_same(options):
