@@ -23,7 +23,7 @@ FAMILIES = [
     "shufflenet_v2_x0_5",
     "squeezenet1_0",
 ]
-OTHER_SIZES = {"maxvit_t": 224, "vit_h_14": 28}
+OTHER_SIZES = {"maxvit_t": 224, "vit_h_14": 42}  # of patches of 14
 # Of two pictures with a pixel or four each in the last stages, which the smallest are, covariances
 # are of rank one, and gradients of the deepest networks overflow float32.
 OTHER_SIZES |= {"resnet152": 64, "wide_resnet101_2": 64}
