@@ -158,3 +158,14 @@ def test_a_checkpoint_chooses_neither_what_is_read_nor_where_is_written(tmp_path
     assert f"was trained with --data {far}; places are not taken" in capsys.readouterr().out
     flags, _ = read_settings(main.build_script(), ["--resume", str(path), "--data", far])
     assert flags.data == far and not capsys.readouterr().out
+
+
+def test_how_a_step_is_computed_is_inherited(tmp_path):
+    """It changes bits; a machine that cannot do the same has to be told."""
+    state = make_state()
+    state["config"] |= {"channels_last": True, "compile": True, "milestone": [0.5]}
+    line = ["--resume", str(save_checkpoint(state, tmp_path))]
+    flags, _ = read_settings(main.build_script(), line)
+    assert flags.channels_last and flags.compile
+    flags, _ = read_settings(main.build_script(), [*line, "--compile", "False"])
+    assert flags.channels_last and not flags.compile

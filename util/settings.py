@@ -40,12 +40,12 @@ PRESETS: dict[str, dict[str, Any]] = {
 OF_THIS_MACHINE = {
     *("resume", "run_dir", "data", "data_url", "out"),  # a file must not say what is touched
     *("use_gpu", "gpu", "start_epoch"),
-    *("compile", "channels_last", "evaluate", "pretrained"),
+    *("evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "on_bad_image", "threads", "num_workers"),
-    "deterministic",
+    *("deterministic", "compile", "channels_last"),
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
