@@ -91,6 +91,7 @@ ANY = [
     *(None, True, -1, 10**6, HUGE, ENDLESS, "1", "a\0b", "gone", NAN, 1e300, -0.5),
     *([], [1], {}, {1: 2}, [[[]]], (1, 2)),
     *(torch.zeros(2), torch.zeros(1, dtype=torch.int64), torch.eye(2).to_sparse()),
+    torch.zeros(5056, dtype=torch.uint8, device="meta"),
 ]
 # What is put where, and what is told of it. A function makes it from what was there.
 ODD = [
@@ -119,6 +120,7 @@ ODD = [
     ("history/test_top1", ["99"], "history.test_top1[0] is '99', not a number"),
     ("rng", [], "rng is a list of 0, not a list of 1 or more"),
     ("rng/0/torch", torch.zeros(5056, dtype=torch.uint8), "rng[0].torch is a tensor of uint8"),
+    ("rng/0/torch", lambda value: value.to("meta"), "rng[0].torch is a tensor of uint8 (5056,) wi"),
     ("rng/0/numpy/state/pos", 10**6, "rng[0].numpy.state.pos is 1000000"),
     ("rng/0/numpy/bit_generator", "PCG64", "rng[0].numpy.bit_generator is 'PCG64', not"),
     ("rng/0/python", (3, (1, 2), None), "rng[0].python[1] is a tuple of 2, not a state"),
@@ -134,7 +136,9 @@ ODD = [
     ("config/milestone", [0.4, "x"], "config.milestone is 'x': expected a number"),
     ("spec/classes", ("a", 2), "spec.classes[1] is 2, not a word"),
     ("spec/mean", [0.5, NAN], "spec.mean[1] is nan"),
+    ("spec/in_channels", 2**40, "spec.in_channels is 1099511627776, not a whole number from 1"),
     ("scaler", [1], "scaler is a list of 1, not a dict"),
+    ("scaler", torch.zeros(3), "scaler is a tensor of float32 (3,), not a dict"),
     ("scaler", {"scale": 2.0}, "scaler.growth_factor is missing"),
     ("model", [1], "model is a list of 1, not a dict"),
     ("model", stands_apart, "model is a OrderedDict of"),

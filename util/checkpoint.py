@@ -267,7 +267,7 @@ def _read(path: Path, device: torch.device | str, *, shown: Path) -> dict[str, A
         raise CheckpointError(f"{shown}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may upset the reader in any way at all
         raise CheckpointError(f"{shown}: {_explain(error)}") from error
-    _check_format(state, shown)
+    _check_format(state, shown, has_values=str(device) != "meta")
     return state
 
 
@@ -281,7 +281,7 @@ def _check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
 
 
-def _check_format(state: Any, shown: Path) -> None:
+def _check_format(state: Any, shown: Path, *, has_values: bool) -> None:
     version = state.get("format_version") if type(state) is dict else None
     if version == 2:  # which knew whole epochs only
         version = state["format_version"] = FORMAT_VERSION
@@ -293,7 +293,7 @@ def _check_format(state: Any, shown: Path) -> None:
             f"{shown}: format_version is {describe(version)}, this program reads {FORMAT_VERSION}"
         )
     try:
-        check_content(state)
+        check_content(state, has_values=has_values)
     except ContentError as error:
         raise CheckpointError(f"{shown}: damaged or foreign content: {error}") from error
 

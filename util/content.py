@@ -6,14 +6,17 @@ A checksum tells that a file is as it was written, not that this program wrote i
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .rules import (
     MOST,
     ContentError,
     anything,
+    blank_or,
     describe,
     each,
     expect,
@@ -26,20 +29,25 @@ from .rules import (
     whole,
 )
 
+MOST_CHANNELS = 1024  # of pictures: a layer as wide as a file says could need all memory
 TWISTER = 624  # words of the Mersenne Twister's state
 VALUES = ("loss", "top1", "top5", "lr", "seconds")  # of a row of train.log and of test.log
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
 
 
-def check_content(state: Any) -> None:
+def check_content(state: Any, *, has_values: bool = True) -> None:
     """See that `state` is what a checkpoint holds: types, ranges, shapes, and sums that agree.
 
-    Tensors may be on the device "meta"; then what they hold is not looked at.
+    Args:
+        has_values: False where it was read to the device "meta", and tensors hold nothing.
 
     Raises:
         ContentError: naming the first that is wrong.
     """
     CONTENT("", state)
+    for place, value in _name_own_tensors(state):
+        if has_values and value.is_meta:  # a file can say that a tensor has none
+            raise ContentError(f"{place} is {describe(value)} without values")
     done, rows = state["progress"], state["meters"]["rows"] if state["meters"] else ()
     _agree("epoch", state["epoch"], "that of progress", done["epoch"])
     _agree("step", state["step"], "progress.step and the rows of meters", done["step"] + len(rows))
@@ -51,6 +59,17 @@ def check_content(state: Any) -> None:
         _agree(f"the length of history.{key}", len(past[key]), "of epoch", len(past["epoch"]))
     for key in ("epoch", "step") if past["epoch"] else ():
         _agree(f"history.{key}[-1]", past[key][-1], "that of progress", done[key])
+
+
+def _name_own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """The tensors that this program reads itself; PyTorch refuses others that have no values."""
+    if state["meters"]:
+        yield "meters.rows", state["meters"]["rows"]
+    for rank, generators in enumerate(state["rng"]):
+        yield f"rng[{rank}].torch", generators["torch"]
+        yield f"rng[{rank}].numpy.state.key", generators["numpy"]["state"]["key"]
+        for index, value in enumerate(generators["cuda"]):
+            yield f"rng[{rank}].cuda[{index}]", value
 
 
 def _agree(name: str, value: float, other_name: str, other: float) -> None:
@@ -98,7 +117,7 @@ RNG = {
 }
 SPEC = {
     "name": WORD,
-    "in_channels": whole(1),
+    "in_channels": whole(1, MOST_CHANNELS),
     "image_size": whole(1),
     "classes": items(WORD, 1),
     "mean": items(real(), 1),
@@ -146,7 +165,7 @@ CONTENT = fields(
             }
         ),
         "scheduler": anything,
-        "scaler": lambda place, value: value and fields(SCALER)(place, value),
+        "scaler": blank_or(fields(SCALER)),  # only --amp fp16 has one
         "rng": items(fields(RNG), 1),
         "history": fields(
             dict.fromkeys(HISTORY, items(real(nan=True)))

@@ -137,6 +137,11 @@ def maybe(rule: Rule) -> Rule:
     return lambda place, value: None if value is None else rule(place, value)
 
 
+def blank_or(rule: Rule) -> Rule:
+    """An empty dict, or what obeys the rule."""
+    return lambda place, value: None if _is_dict(value) and not value else rule(place, value)
+
+
 def anything(place: str, value: Any) -> None:
     """What nobody reads."""
 
