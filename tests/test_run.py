@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import signal
+from argparse import Namespace
 from contextlib import nullcontext
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import nn
 from util import run
 from util.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from util.signals import Stopped
+from util.training import name_pictures
 
 
 def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
@@ -253,3 +255,17 @@ def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished, stop
     told = capsys.readouterr().err.strip()
     expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "nothing was saved"
     assert expected in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dataset": "digits", "data": "./data"}, ""),
+        ({"dataset": "folder", "data": "my pictures"}, "--data 'my pictures'"),
+        ({"data": "big"}, "big"),
+        ({"data": None}, ""),
+    ],
+)
+def test_what_names_the_pictures_of_a_run_can_be_typed(given, words):
+    """--data is refused beside digits; ImageNet's folder stands alone, --dummy has none."""
+    assert name_pictures(Namespace(**given)) == words

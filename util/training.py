@@ -202,6 +202,8 @@ def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
 
 def name_pictures(flags: Namespace) -> str:
     """The words of the command line that tell where the pictures are: --data DIR, or DIR alone."""
+    if getattr(flags, "dataset", None) == "digits":  # embedded: refuses --data
+        return ""
     words = [] if flags.data is None else [flags.data]
     return shlex.join(["--data", *words] if hasattr(flags, "dataset") else words)
 
