@@ -32,7 +32,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 STEPS, BATCH, CLASSES, IMAGE_SIZE = 20, 4, 10, 32
 # Learning rates. The last layers of these see 4 vectors of 512 channels, and at .001 roundings grow
 # by ten in every step.
-RATE, RATES = 1e-3, {"vgg16": 1e-5, "vgg19": 1e-5}
+RATE, RATES = 1e-3, {"vgg16": 1e-5, "vgg19": 1e-6}
 LAYERS = {
     "block": 16,
     "block_final": 32,

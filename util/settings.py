@@ -109,7 +109,7 @@ def read_settings(
         name, text = fault
         parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
     if saved:
-        tell_other_data(flags, config, parser)
+        refuse_other_data(flags, typed, config, parser)
         # A flag that is younger than the checkpoint has nothing to be compared with.
         current = {name: value for name, value in vars(flags).items() if name in config}
         only = OF_NETWORK if typed.get("evaluate") else parser.spelling.keys() - MAY_CHANGE
@@ -172,14 +172,15 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
         raise CheckpointError(f"{file}: damaged or foreign content: {fault}")
 
 
-def tell_other_data(flags: Namespace, config: Mapping[str, Any], parser: Parser) -> None:
-    """Say where the pictures were, if that is elsewhere: it has to be typed to be used."""
-    before = config.get("data")
-    if type(before) is str and before != flags.data and not getattr(flags, "dummy", False):
-        where = f"in {flags.data}" if flags.data else "nowhere"
-        say(
-            f"{flags.resume}: was trained with {parser.spelling['data']} {before}; places are "
-            f"not taken from a checkpoint, pictures are looked for {where}"
+def refuse_other_data(
+    flags: Namespace, typed: Collection[str], config: Mapping[str, Any], parser: Parser
+) -> None:
+    """End where a run would look for its pictures, or download them, elsewhere than before."""
+    before, here = config.get("data"), "data" in typed or getattr(flags, "dummy", False)
+    if type(before) is str and before != flags.data and not here:
+        parser.error(
+            f"--resume {flags.resume}: was trained with {parser.spelling['data']} {before}; "
+            "places are not taken from a checkpoint, so say where the pictures are"
         )
 
 
