@@ -64,7 +64,7 @@ def skip_where_memory_is_short(model):
 
     What other work has of the memory cannot be had, so the kernel is asked how much is left.
     """
-    needed = 36 * sum(p.numel() for p in model.parameters())
+    needed = 30 * sum(p.numel() for p in model.parameters())
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
     if needed > 1024 * int(facts["MemAvailable"].split()[0]):
         pytest.skip(f"needs {needed / 1e9:.0f} GB of memory")
