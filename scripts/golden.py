@@ -30,9 +30,10 @@ from util.standard_sets import load_digits
 
 FOLDER = Path(__file__).resolve().parent.parent / "tests" / "golden"
 STEPS, BATCH, CLASSES, IMAGE_SIZE = 20, 4, 10, 32
-# Learning rates. The last layers of these see 4 vectors of 512 channels, and at .001 roundings grow
-# by ten in every step.
-RATE, RATES = 1e-3, {"vgg16": 1e-5, "vgg19": 1e-6}
+# Learning rates. These, whose last layers see few vectors of many channels, multiply roundings at
+# .001 by up to ten in every step.
+RATE = 1e-3
+RATES = {"vgg16": 1e-5, "vgg19": 1e-6, "resnet34": 1e-5}
 LAYERS = {
     "block": 16,
     "block_final": 32,
