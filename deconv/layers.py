@@ -110,8 +110,8 @@ class Convolution(Whitening):
             device=device,
             dtype=dtype,
         )
-        for name in ("kernel_size", "stride", "dilation"):
-            _refuse_none_of(**{name: min(getattr(self, name))})
+        sides = {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation")}
+        _refuse_none_of(**{name: min(side) for name, side in sides.items()})
         self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
         self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
         self.root = root
