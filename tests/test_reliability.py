@@ -48,6 +48,13 @@ def batch(self, number, now):
 Recorder.batch = batch
 """
 KILL = "if step == {step}: os.kill(os.getpid(), signal.{name})"
+# From outside, and to those that load pictures too, as torchrun and Slurm do.
+ASK_ALL = """
+    import multiprocessing, subprocess
+    if step == {step}:
+        pids = [os.getpid(), *(child.pid for child in multiprocessing.active_children())]
+        subprocess.run(["kill", "-s", "{name}".removeprefix("SIG"), *map(str, pids)], check=True)
+"""
 
 
 class Ended(NamedTuple):
@@ -196,20 +203,20 @@ def test_killed_at_any_step_a_run_goes_on_bit_for_bit(
 
 
 @pytest.mark.parametrize(
-    ("name", "code", "step", "processes"),
+    ("name", "code", "step", "processes", "workers"),
     [
-        ("SIGTERM", 143, 4, 1),
-        ("SIGHUP", 129, 9, 1),
-        ("SIGINT", 130, 6, 1),  # before the test of the first epoch, which is given up
-        pytest.param("SIGTERM", 1, 3, 2, marks=pytest.mark.slow),  # 1: torchrun's
+        ("SIGTERM", 143, 4, 1, 1),
+        ("SIGHUP", 129, 9, 1, 0),
+        ("SIGINT", 130, 6, 1, 0),  # before the test of the first epoch, which is given up
+        pytest.param("SIGTERM", 1, 3, 2, 2, marks=pytest.mark.slow),  # 1: torchrun's
     ],
 )
 def test_a_signal_saves_the_step_under_way_and_a_run_goes_on_bit_for_bit(
-    pictures, tmp_path, name, code, step, processes
+    pictures, tmp_path, name, code, step, processes, workers
 ):
-    words = f"--dataset folder --data {pictures} {LINE} --deconv True".split()
+    words = f"--dataset folder --data {pictures} {LINE} --deconv True -j {workers}".split()
     parts = [*words, "--run-dir", tmp_path / "parts", "--resume", "auto"]
-    end = run(tmp_path, *parts, act=KILL.format(step=step, name=name), processes=processes)
+    end = run(tmp_path, *parts, act=ASK_ALL.format(step=step, name=name), processes=processes)
     checkpoint = tmp_path / "parts" / "checkpoint.pth.tar"
     assert end.code == code, end.err
     again = f"--resume {checkpoint} --data {pictures}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterator, Sequence
@@ -130,6 +131,7 @@ class PictureLoader(DataLoader):
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
             collate_fn=as_is,
+            worker_init_fn=heed_parent_alone,
             pin_memory=device_type == "cuda",
             generator=torch.Generator(),  # else each epoch would draw from the global one
         )
@@ -161,6 +163,23 @@ def _tell_of_lost_workers() -> Iterator[None]:
             "a process that loads pictures was killed: is memory short, or shared memory "
             "(/dev/shm, --shm-size of a container)? Fewer of them need less: -j 1, or -j 0 for none"
         ) from error
+
+
+def heed_parent_alone(worker: int) -> None:
+    """Let SIGTERM end this process, which loads pictures, only where its parent has sent it.
+
+    torchrun, Slurm and systemd ask every process of a run to stop, but the step in which the parent
+    notices may want further pictures.
+    """
+    if hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who has sent a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_await_end, daemon=True).start()
+
+
+def _await_end() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)
 
 
 def as_is(batch: T) -> T:
