@@ -124,6 +124,14 @@ def test_other_pictures_sizes_or_folders_do_not_reuse_the_cache(root, tmp_path):
     assert len(files_below(run)) == 5
 
 
+def test_names_may_be_any_bytes(tmp_path):
+    named = os.fsdecode(b"\xff\n\x1b[31m")
+    root = make_folder(tmp_path / named, ("cat", named), ("cat", named), count=1)
+    first, *_ = build(root)
+    assert first.classes == ("cat", named)
+    assert len(files_below(root / "run")) == 1 and build(root)[0] == first
+
+
 def test_a_damaged_cache_is_computed_anew(root):
     first, *_ = build(root)
     (cache,) = files_below(root / "run")

@@ -159,6 +159,12 @@ def test_without_tensorboard_and_plot_only_logs_are_left(tmp_path):
     assert (tmp_path / "TrainingPlots.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_folder_whose_name_is_no_text_gets_its_curves(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff \x1b[31m $x^$\n")
+    log_run(folder, [1], plot=True)
+    assert (folder / "TrainingPlots.png").stat().st_size > 0
+
+
 def test_no_drawing_waits_for_the_collector(tmp_path):
     gc.disable()  # that which comes by itself
     try:

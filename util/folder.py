@@ -167,12 +167,12 @@ def digest_files(found: Listing, image_size: int) -> str:
     Raises:
         DataError: naming a file that is listed but not there, as a broken link.
     """
-    digest = hashlib.sha256(f"{Path(found.root).resolve()}\n{image_size}\n".encode())
+    digest = hashlib.sha256(os.fsencode(f"{Path(found.root).resolve()}\n{image_size}\n"))
     for path in found.paths:
         try:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read the picture {path}: {error.strerror}") from None
         name = path.removeprefix(str(found.root))
-        digest.update(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n".encode())
+        digest.update(os.fsencode(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]

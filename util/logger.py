@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from util.checkpoint import atomic_write
+from util.console import visible
 from util.content import HISTORY, VALUES
 from util.events import Events, NullEvents
 from util.plots import draw_filters, plot_training
@@ -105,7 +106,7 @@ class RunLogger:
             for key in ("loss", "top1", "top5"):
                 self._events.scalar(f"{part}/{key}", values[key], step)
         if self._plot:
-            title = "/".join(self.run_dir.resolve().parts[-2:])
+            title = visible("/".join(self.run_dir.resolve().parts[-2:]))
             plot_training(self.history, self.run_dir / PLOT_NAME, title=title)
             gc.collect()  # parts of a figure know each other, and its pixels: megabytes would wait
 
