@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import numpy as np
 import pytest
@@ -113,6 +114,15 @@ def test_testing_needs_no_folder_to_train_on(pictures, tmp_path, capsys):
     run(f"-e --resume {tmp_path / 'run' / 'checkpoint.pth.tar'}", tmp_path)
     assert "8 pictures" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_pictures_lost_since_the_checkpoint_are_refused_by_their_number(pictures, tmp_path, capsys):
+    run(f"--max-steps 2 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", pictures)
+    data = shutil.copytree(pictures, tmp_path / "data")
+    before = len(list(data.glob("train/*/*.png")))
+    next(data.glob("train/*/*.png")).unlink()
+    told = f"number of training pictures is {before} in the checkpoint, {before - 1} in this run"
+    assert told in refusal(capsys, f"--resume {tmp_path / 'run'} --epochs 2", data)
 
 
 def test_bad_pictures_end_the_run_or_are_listed(pictures, tmp_path, capsys):

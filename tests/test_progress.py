@@ -68,7 +68,7 @@ def test_restore_takes_up_what_snapshot_kept():
         **snapshot(done, under_way, model, optimizer, COMPUTE),
         "spec": {"classes": ("a", "b")},
     }
-    asked = {"file": "FILE", "spec": saved["spec"]}
+    asked = {"file": "FILE", "spec": saved["spec"], "pictures": {"number of pictures": 20}}
     other, others_optimizer = make_parts()
     again, meters = restore(
         saved,
@@ -92,6 +92,7 @@ def test_restore_takes_up_what_snapshot_kept():
             COMPUTE,
             file="FILE",
             spec={"classes": ("a", "c")},
+            pictures={},
             epoch_steps=5,
             total_steps=10,
         )

@@ -173,4 +173,5 @@ CONTENT = fields(
         ),
     },
     own_buffers=items(each(str, tensor())),
+    pictures=each(str, whole(1)),
 )

@@ -25,7 +25,7 @@ from .engine import (
     first_input,
     train_one_epoch,
 )
-from .loaders import PictureLoader
+from .loaders import PictureLoader, count_pictures
 from .optim import Criterion
 from .progress import Progress, snapshot
 from .recorder import NullRecorder, Recorder
@@ -165,6 +165,7 @@ class Epochs:
             **snapshot(self.done, self.meters, self.model, self.optimizer, self.compute),
             "config": self.config,
             "spec": asdict(self.spec),
+            "pictures": count_pictures(self.train_loader, self.test_loader),
             "rng": self.world.gather(rng_state()),
             "own_buffers": self.world.gather_own_buffers(self.model),
         }

@@ -149,6 +149,12 @@ class PictureLoader(DataLoader):
                 yield images, targets
 
 
+def count_pictures(train: PictureLoader, test: PictureLoader) -> dict[str, int]:
+    """How many there are, by words for an error."""
+    names = "number of training pictures", "number of test pictures"
+    return {name: len(one.dataset) for name, one in zip(names, (train, test), strict=True)}
+
+
 @contextmanager
 def _tell_of_lost_workers() -> Iterator[None]:
     """Turn PyTorch's error into one that says what can be done."""

@@ -95,6 +95,7 @@ def restore(
     *,
     file: str,
     spec: dict[str, Any],
+    pictures: dict[str, int],
     epoch_steps: int,
     total_steps: int,
 ) -> tuple[Progress, Meters]:
@@ -102,11 +103,14 @@ def restore(
 
     Args:
         saved: the content of `file`.
+        pictures: how many there are; one more or less and all come in another order.
 
     Raises:
-        CheckpointError: it was trained on other data than `spec` describes, is of another network,
-            or its last epoch was cut short by --max-steps, and some of `total_steps` are to go.
+        CheckpointError: it was trained on other data than `spec` describes or on another number of
+            `pictures`, is of another network, or its last epoch was cut short by --max-steps, and
+            some of `total_steps` are to go.
     """
+    check_compatible(saved.get("pictures", pictures), pictures)  # younger than some checkpoints
     done, meters = Progress(**saved["progress"]), Meters(saved["meters"])
     for name, steps, most in (
         ("progress.step", done.step, done.epoch * epoch_steps),

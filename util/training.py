@@ -29,7 +29,7 @@ from .data import DataSpec
 from .distributed import World
 from .engine import Meters, Ways
 from .epochs import Epochs
-from .loaders import PictureLoader
+from .loaders import PictureLoader, count_pictures
 from .optim import build_criterion, build_optimizer, build_scheduler
 from .progress import Progress, restore
 from .recorder import NullRecorder, Recorder
@@ -100,8 +100,9 @@ def fit(
     plan = Plan(epoch_steps, total_steps)
     done, meters = Progress(flags.start_epoch, flags.start_epoch * epoch_steps), Meters()
     if saved:
+        data = {"spec": asdict(spec), "pictures": count_pictures(train_loader, test_loader)}
         places = model, optimizer, compute
-        done, meters = restore(saved, *places, file=flags.resume, spec=asdict(spec), **asdict(plan))
+        done, meters = restore(saved, *places, file=flags.resume, **data, **asdict(plan))
     if done.step >= total_steps and not saved:
         raise run.RunError(
             f"--start-epoch {flags.start_epoch}: its {done.step} steps are not before the end, "
