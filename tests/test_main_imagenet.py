@@ -1,8 +1,10 @@
 """Whole runs of main_imagenet.py on small pictures made here."""
 
 import json
+import os
 import re
 import shutil
+import signal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ import main_imagenet
 from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
 from util.checkpoint import load_checkpoint
 from util.distributed import World
+from util.recorder import Recorder
 from util.settings import read_settings
 
 SMALL = "--image-size 32 --batch-size 4 -j 0 --use-gpu False --tensorboardX False --save-plot False"
@@ -139,6 +142,26 @@ def test_bad_pictures_end_the_run_or_are_listed(pictures, tmp_path, capsys):
         str(data / "train" / "dark" / "empty.jpg")
     ]
     assert "1 bad pictures left out" in capsys.readouterr().out
+
+
+def test_bad_pictures_met_before_a_stop_are_listed_at_the_end(pictures, tmp_path, monkeypatch):
+    data = shutil.copytree(pictures, tmp_path / "data")
+    bad = data / "train" / "dark" / "0.png"
+    bad.write_bytes(b"")
+    line = f"--lr .01 --epochs 1 --on-bad-image skip --run-dir {tmp_path / 'run'}"
+    batch = Recorder.batch
+
+    def stop_before_the_last(recorder, number, now):
+        batch(recorder, number, now)
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Recorder, "batch", stop_before_the_last)
+    with pytest.raises(SystemExit):
+        run(line, data)
+    assert not (tmp_path / "run" / "skipped.txt").exists()
+    run(f"--resume {tmp_path / 'run'}", data)
+    assert (tmp_path / "run" / "skipped.txt").read_text() == f"{bad}\n"
 
 
 def test_noise_serves_for_timing(tmp_path):

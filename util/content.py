@@ -174,4 +174,5 @@ CONTENT = fields(
     },
     own_buffers=items(each(str, tensor())),
     pictures=each(str, whole(1)),
+    skipped=items(WORD),
 )

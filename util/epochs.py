@@ -156,8 +156,7 @@ class Epochs:
         last = self.done.step >= self.total_steps
         self.recorder.epoch(trained, tested, self.state(), last=last)
         self.recorder.layers(partial(self.ways.judge, self.model), *self.pictures)
-        loaders = self.train_loader, self.test_loader
-        self.recorder.skipped(list_skipped(self.world, *loaders))
+        self.recorder.skipped(self.list_skipped())
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds; asked of all processes at once."""
@@ -168,7 +167,11 @@ class Epochs:
             "pictures": count_pictures(self.train_loader, self.test_loader),
             "rng": self.world.gather(rng_state()),
             "own_buffers": self.world.gather_own_buffers(self.model),
+            "skipped": self.list_skipped(),
         }
+
+    def list_skipped(self) -> list[str]:
+        return list_skipped(self.world, self.train_loader, self.test_loader)
 
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
         """The error with step, pictures and layer, which are also kept."""

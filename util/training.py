@@ -103,6 +103,7 @@ def fit(
         data = {"spec": asdict(spec), "pictures": count_pictures(train_loader, test_loader)}
         places = model, optimizer, compute
         done, meters = restore(saved, *places, file=flags.resume, **data, **asdict(plan))
+        train_loader.skipped.update(saved.get("skipped", ()))
     if done.step >= total_steps and not saved:
         raise run.RunError(
             f"--start-epoch {flags.start_epoch}: its {done.step} steps are not before the end, "
