@@ -2,6 +2,7 @@ import gc
 import json
 import math
 import os
+import resource
 
 import pytest
 import torch
@@ -104,6 +105,19 @@ def test_rows_of_an_epoch_under_way_stay_up_to_the_batch_asked_for(tmp_path):
     assert read_log(tmp_path / "train_batch.log")["loss"] == [0.5, 0.5, 0.25]
     points = read_events(tmp_path).Scalars("batch/loss")
     assert [(e.step, e.value) for e in points] == [(13, 0.5), (14, 0.5), (15, 0.25)]
+
+
+def test_a_row_that_a_full_disk_refuses_leaves_a_whole_history(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=False, plot=False)
+    most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (40, most[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            logger.epoch(1, values(1), values(1))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, most)
+    logger.epoch(2, values(2), values(2))
+    assert {len(column) for column in logger.history.values()} == {2}
 
 
 def test_a_history_given_is_not_changed(tmp_path):

@@ -97,11 +97,13 @@ class RunLogger:
             test: `loss top1 top5 seconds`.
         """
         step = self._finished_steps + int(train["steps"])
+        parts = {"train": train, "test": {**test, "lr": train["lr"]}}
         self.history["epoch"].append(epoch)
         self.history["step"].append(step)
-        for part, values in (("train", train), ("test", {**test, "lr": train["lr"]})):
+        for part, values in parts.items():  # all, before a full disk refuses a row
             for key in VALUES:
                 self.history[f"{part}_{key}"].append(float(values[key]))
+        for part, values in parts.items():
             self._logs[part].write(_format_row(self._epoch_row(part, -1)) + "\n")
             for key in ("loss", "top1", "top5"):
                 self._events.scalar(f"{part}/{key}", values[key], step)
