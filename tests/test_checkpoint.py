@@ -1,3 +1,4 @@
+import errno
 import os
 import pickle
 import random
@@ -94,6 +95,21 @@ def test_the_newest_that_can_be_read_is_found(tmp_path):
     with pytest.raises(CheckpointError) as told:
         load_newest(tmp_path, read)
     assert str(told.value).count("damaged") == 4
+
+
+def test_a_checkpoint_that_must_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
+    for step in (1, 2):
+        save_checkpoint(make_state(step=step), tmp_path)
+    whole = checkpoint._check_archive  # root may read whatever the mode
+
+    def refuse(path):
+        if path.name == "checkpoint.pth.tar":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        whole(path)
+
+    monkeypatch.setattr(checkpoint, "_check_archive", refuse)
+    with pytest.raises(CheckpointError, match=r"h\.tar: Permission denied: it may be good"):
+        load_newest(tmp_path, read)
 
 
 def save_for_ever(folder, told, ballast):

@@ -102,13 +102,17 @@ def load_newest(
         read and may be newer.
 
     Raises:
-        CheckpointError: the folder has none, or all are damaged.
+        CheckpointError: the folder has none, or all are damaged; or one must not be read: it is
+            no worse for that, and going on from another would replace it.
     """
     found, faults = [], []
     for path in list_checkpoints(run_dir):
         try:
             found.append((path, load(path)))
         except CheckpointError as error:
+            if isinstance(error.__cause__, PermissionError):
+                text = "it may be good and newer than others; let it be read, or --resume another"
+                raise CheckpointError(f"{error}: {text}") from error
             faults.append(str(error))
         if found and not faults and path.name != BEST_NAME:
             break  # no other can be ahead of the latest
