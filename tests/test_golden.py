@@ -5,22 +5,23 @@ import torch
 
 from scripts import golden
 
-TOLERANCE = 1e-6  # relative; two threads were seen to change 14 losses of VGG-11 by up to 1e-11
+TOLERANCE = 1e-6  # relative; a rounding of the pictures moves no recorded loss by 1e-10
 RECORDED = sorted(path.stem for path in golden.FOLDER.glob("*.txt"))
+LARGE = ("vgg11d", "vgg16d")  # over a hundred million weights
 
 
-def compare(arch, kind, steps, threads=1):
+def compare(arch, kind, steps=golden.STEPS, threads=1, faster=1):
+    recorded = golden.read_curves(arch)[kind]
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        found = list(golden.losses(arch, kind, steps))
+        found = list(golden.losses(arch, kind, faster * recorded.rate, steps))
     finally:
         torch.set_num_threads(before)
-    recorded = golden.read_curves(arch)[kind]
-    assert found == pytest.approx(recorded[:steps], rel=TOLERANCE)
+    assert found == pytest.approx(recorded.losses[:steps], rel=TOLERANCE)
 
 
-@pytest.mark.parametrize("arch", RECORDED)
+@pytest.mark.parametrize("arch", [arch for arch in RECORDED if arch not in LARGE])
 def test_the_first_steps_are_the_recorded_ones(arch):
     """Of one kind of layers for each network, in turn."""
     kinds = list(golden.kinds_of(arch))
@@ -32,13 +33,14 @@ def test_the_first_steps_are_the_recorded_ones(arch):
 @pytest.mark.parametrize("arch", golden.list_networks())
 def test_whole_curves_are_the_recorded_ones(arch, threads):
     for kind in golden.kinds_of(arch):
-        compare(arch, kind, golden.STEPS, threads)
+        compare(arch, kind, threads=threads)
 
 
-def test_another_learning_rate_is_noticed(monkeypatch):
-    """As any change of what is computed."""
-    build = golden.build_optimizer
-    double = lambda *args, lr, **more: build(*args, lr=2 * lr, **more)
-    monkeypatch.setattr(golden, "build_optimizer", double)
+@pytest.mark.parametrize(
+    ("arch", "kind"),
+    [("simple_v2", "mode5"), pytest.param("pnasnetB", "mode1", marks=pytest.mark.slow)],
+)
+def test_another_learning_rate_is_noticed(arch, kind):
+    """As any change of what is computed; of a curve with the lowest of all rates as well."""
     with pytest.raises(AssertionError):
-        compare("simple_v2", "mode5", golden.STEPS)
+        compare(arch, kind, faster=2)
