@@ -5,9 +5,9 @@
 
 Recorded anew where what is computed was meant to change; `tests/test_golden.py` compares. Small
 batches of the embedded digits, with noise, because flat borders lie on the kinks of ReLU. In
-float64, because deep networks that whiten multiply what rounding does in every step; the learning
-rate of a curve is the highest power of ten, to .001, at which that stays small. What is set here
-does not follow defaults.
+float64, because deep networks multiply what rounding does in every step; the learning rate of a
+curve is the highest power of ten, to .001, at which that stays small. What is set here does not
+follow defaults.
 """
 
 from __future__ import annotations

@@ -38,9 +38,13 @@ def test_whole_curves_are_the_recorded_ones(arch, threads):
 
 @pytest.mark.parametrize(
     ("arch", "kind"),
-    [("simple_v2", "mode5"), pytest.param("pnasnetB", "mode1", marks=pytest.mark.slow)],
+    [
+        ("simple_v2", "mode5"),
+        pytest.param("pnasnetB", "mode1", marks=pytest.mark.slow),
+        pytest.param("resnet101d", "bn", marks=pytest.mark.slow),
+    ],
 )
 def test_another_learning_rate_is_noticed(arch, kind):
-    """As any change of what is computed; of a curve with the lowest of all rates as well."""
+    """As any change of what is computed; of the curves with the lowest of all rates as well."""
     with pytest.raises(AssertionError):
         compare(arch, kind, faster=2)
