@@ -90,8 +90,8 @@ def list_networks() -> list[str]:
 
 def kinds_of(arch: str) -> dict[str, dict[str, Any]]:
     """The kinds of layers that a network is recorded with, and their settings."""
-    small = arch in ARCHITECTURES and "method" in ARCHITECTURES[arch].options
-    return METHODS if small else KINDS
+    has_methods = arch in ARCHITECTURES and "method" in ARCHITECTURES[arch].options
+    return METHODS if has_methods else KINDS
 
 
 def record(arch: str, kind: str) -> Curve:
