@@ -7,9 +7,9 @@ The rate of each kind is the best of --lr after --screen steps with the first se
 of training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
 all seeds has reached the target. Both are then trained once more, in turn, seed by seed, and these
 runs count with their seconds of training, tests left out. Every training is a run of main.py, a
-cosine over its own length. Flags unknown here go to main.py. Runs stay in --out, and one that has
-finished is not run again. The search may run beside other work; the seconds of --out/timed compare
-only where nothing else runs on the machine.
+cosine over its own length. Flags unknown here go to main.py. Runs stay in --out: one that has
+finished is not run again, one that was stopped goes on. The search may run beside other work; the
+seconds of --out/timed compare only where nothing else runs on the machine.
 """
 
 from __future__ import annotations
@@ -126,7 +126,8 @@ def run(out: Path, own: dict[str, object], more: Sequence[str]) -> Result:
     summary = folder / "summary.json"
     if not (summary.exists() and json.loads(summary.read_text())["steps"] == own["max-steps"]):
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
-        line = [sys.executable, "main.py", *words, "--run-dir", str(folder.resolve()), *more]
+        words += ["--run-dir", str(folder.resolve()), "--resume", "auto"]
+        line = [sys.executable, "main.py", *words, *more]
         if code := subprocess.run(line, cwd=ROOT).returncode:
             raise SystemExit(code)
     figures = json.loads(summary.read_text())

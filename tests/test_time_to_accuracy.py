@@ -4,6 +4,7 @@ import pytest
 
 from scripts import time_to_accuracy
 from scripts.time_to_accuracy import Outcome, Result, find_shortest, format_outcomes
+from util.checkpoint import LATEST_NAME, PREVIOUS_NAME
 
 
 @pytest.mark.parametrize("begin", [1, 70, 120, 130, 400])
@@ -44,6 +45,16 @@ def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
     time_to_accuracy.main(line.split())
     again = capfd.readouterr().out
     assert again.startswith("| ") and again in first
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    own = {"lr": 0.03, "seed": 0, "max-steps": 6}
+    more = ["--dataset", "digits", "--arch", "simple_v2", "--use-gpu", "False"]
+    first = time_to_accuracy.run(tmp_path, own, more)
+    (folder,) = tmp_path.iterdir()
+    (folder / PREVIOUS_NAME).replace(folder / LATEST_NAME)  # as if stopped after the first epoch
+    (folder / "summary.json").unlink()
+    assert time_to_accuracy.run(tmp_path, own, more).top1 == first.top1
 
 
 def test_a_run_that_fails_ends_the_search_with_its_error(tmp_path, capfd):
