@@ -154,9 +154,10 @@ class Epochs:
         self.done.finish_epoch(trained, tested)
         self.meters = Meters()
         last = self.done.step >= self.total_steps
-        self.recorder.epoch(trained, tested, self.state(), last=last)
+        state = self.state()
+        self.recorder.epoch(trained, tested, state, last=last)
         self.recorder.layers(partial(self.ways.judge, self.model), *self.pictures)
-        self.recorder.skipped(self.list_skipped())
+        self.recorder.skipped(state["skipped"])
 
     def state(self) -> dict[str, Any]:
         """All that a checkpoint holds; asked of all processes at once."""
@@ -167,11 +168,8 @@ class Epochs:
             "pictures": count_pictures(self.train_loader, self.test_loader),
             "rng": self.world.gather(rng_state()),
             "own_buffers": self.world.gather_own_buffers(self.model),
-            "skipped": self.list_skipped(),
+            "skipped": list_skipped(self.world, self.train_loader, self.test_loader),
         }
-
-    def list_skipped(self) -> list[str]:
-        return list_skipped(self.world, self.train_loader, self.test_loader)
 
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
         """The error with step, pictures and layer, which are also kept."""
