@@ -45,7 +45,7 @@ from util.compute import Compute
 from util.metrics import peak_memory_mb
 from util.optim import build_criterion, build_optimizer
 from util.parser import Parser, real, str2bool, whole
-from util.run import describe_device, read_processor
+from util.run import RunError, choose_graphs, describe_device, read_processor
 
 Step = Callable[[], None]
 
@@ -82,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags = parser.parse_args(words)
     device = find_device(parser, flags)
+    try:
+        choose_graphs(flags.cuda_graphs, device, 1, flags.compile)
+    except RunError as error:
+        parser.error(str(error))
     cases = [
         Case(*values) for values in product(*(getattr(flags, n) for n in Case.__annotations__))
     ]
@@ -115,6 +119,8 @@ def make_parser() -> Parser:
     add_run_flags(parser)
     add = parser.add_group("measuring")
     add("--compile", "by torch.compile", str2bool, False, nargs="?", const=True)
+    text = "training steps recorded once and replayed"
+    add("--cuda-graphs", text, str2bool, shown="on a GPU, unless --compile is given")
     add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
     add("--no-memory", "leave memory out, which takes seconds a case", action="store_true")
     add("--json", "write all times to this file", Path, metavar="FILE")
@@ -217,7 +223,13 @@ def make_steps(
 ) -> tuple[Step, Callable[[], Step]]:
     """The training step of a network, and what ends its training and returns its evaluation."""
     torch.manual_seed(0)
-    compute = Compute(device, amp=AMP[case.dtype], channels_last=flags.channels_last)
+    compute = Compute(
+        device,
+        amp=AMP[case.dtype],
+        channels_last=flags.channels_last,
+        compiled=flags.compile,
+        replays=choose_graphs(flags.cuda_graphs, device, 1, flags.compile),
+    )
     model = compute.place(build(case, kind, flags))
     criterion = build_criterion("CE", flags.classes)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.01, weight_decay=5e-4)
@@ -225,7 +237,7 @@ def make_steps(
     images = torch.randn(case.batch_size, flags.in_channels, side, side)
     targets = torch.randint(flags.classes, (case.batch_size,))
     images, targets = compute.place_batch(images, targets)
-    network = torch.compile(model) if flags.compile else model
+    network = compute.translate_for_training(model, images.shape)
 
     def train() -> None:
         with compute.autocast():
@@ -238,8 +250,7 @@ def make_steps(
             compute.update(loss, optimizer)
 
     def finish() -> Step:
-        trained = fuse(model.eval()) if flags.fuse else model.eval()
-        final = torch.compile(trained) if flags.compile else trained
+        final = compute.translate(fuse(model.eval()) if flags.fuse else model.eval())
 
         @torch.no_grad()
         def evaluate() -> None:

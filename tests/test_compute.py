@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from deconv import FastDeconv
 from util.compute import PRECISIONS, Compute
 from util.optim import build_optimizer, build_scheduler
 
@@ -93,3 +94,39 @@ def test_channels_last_puts_networks_and_pictures_pixel_by_pixel():
     for tensor in (images, model[0].weight, model[0](images)):
         assert tensor.is_contiguous(memory_format=torch.channels_last)
         assert not tensor.is_contiguous()
+
+
+def record_calls(monkeypatch):
+    """In place of recording, which needs a GPU: as many warm-up steps, and all that is replayed."""
+    replayed = []
+
+    def make(step, images):
+        torch.autograd.grad(step(*images).sum(), tuple(step.parameters()))
+        forward = step.forward
+        step.forward = lambda images: replayed.append(images) or forward(images)
+        return step
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    return replayed
+
+
+def test_only_full_batches_of_training_are_replayed_and_recording_leaves_no_trace(monkeypatch):
+    replayed = record_calls(monkeypatch)
+    model = nn.Sequential(FastDeconv(2, 3, 3), nn.Dropout(0.5))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    network = Compute(CPU, replays=True).translate_for_training(model, (4, 2, 5, 5))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state) and not replayed
+    full, part = torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)
+    for images in (full, part):
+        network(images)
+    network.eval()(full)
+    with torch.no_grad():
+        network.train()(full)
+    assert replayed == [full] and int(model[0].num_batches_tracked) == 3
+
+
+def test_what_is_not_to_be_replayed_is_trained_as_it_is(monkeypatch):
+    replayed = record_calls(monkeypatch)
+    model = nn.Linear(2, 1)
+    assert Compute(CPU).translate_for_training(model, (4, 2)) is model and not replayed

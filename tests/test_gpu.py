@@ -57,3 +57,19 @@ def test_all_visible_gpus_are_used(tmp_path):
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
     assert train("", tmp_path / "run")["processes"] == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("line", ["--mode 1", "--mode 3", "--mode 5 --root newton", "--amp fp16"])
+def test_replayed_steps_learn_what_launched_ones_do(tmp_path, line):
+    line = f"--gpu 0 --deconv True --max-steps 14 --lr .001 {line}"
+    plain, replayed = (
+        train(f"{line} --cuda-graphs {graphs}", tmp_path / graphs) for graphs in ("False", "True")
+    )
+    for figure in ("train_loss", "test_loss"):
+        assert replayed[figure] == pytest.approx(plain[figure], rel=1e-3)
+
+
+def test_batchnorm_is_replayed_too(tmp_path):
+    line = "--gpu 0 --deconv False --max-steps 14 --lr .001"
+    figures = [train(f"{line} --cuda-graphs {g}", tmp_path / g) for g in ("False", "True")]
+    assert figures[1]["test_loss"] == pytest.approx(figures[0]["test_loss"], rel=1e-3)

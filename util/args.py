@@ -266,6 +266,13 @@ def add_device_flags(parser: Parser) -> None:
     text = "pictures in memory pixel by pixel, faster on some devices"
     add("--channels-last", text, str2bool, False, **alone)
     add("--compile", "translate the network with torch.compile", str2bool, False, **alone)
+    add(
+        "--cuda-graphs",
+        "record the kernels of a training step once and replay them, so that a GPU need not wait "
+        "for each",
+        str2bool,
+        shown="on one GPU, unless --compile is given",
+    )
     text = "only operations that give the same bits each time, on GPUs too; slower"
     add("--deterministic", text, str2bool, False, **alone)
     add(

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
+
+from .cuda_graphs import Replayed
 
 # Where gradients have overflowed in fp16 a step is left out, but the schedule counts it.
 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
@@ -27,6 +30,7 @@ class Compute:
             as its small gradients would vanish.
         channels_last: pictures and 4-d weights lie in memory pixel by pixel.
         compiled: networks run as torch.compile translates them.
+        replays: networks train on full batches by CUDA graphs.
     """
 
     def __init__(
@@ -36,11 +40,12 @@ class Compute:
         amp: str = "off",
         channels_last: bool = False,
         compiled: bool = False,
+        replays: bool = False,
     ) -> None:
         self.device, self.dtype = device, PRECISIONS[amp]
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
-        self.compiled = compiled
+        self.compiled, self.replays = compiled, replays
 
     def place(self, model: nn.Module) -> nn.Module:
         return model.to(self.device, memory_format=self.memory_format)
@@ -49,14 +54,24 @@ class Compute:
         """The network as it is to be run; parameters and statistics stay those of `model`."""
         return torch.compile(model) if self.compiled else model
 
+    def translate_for_training(self, model: nn.Module, shape: Sequence[int]) -> nn.Module:
+        """The network as it is to be trained, on full batches of this shape and on others."""
+        network = self.translate(model)
+        if not self.replays:
+            return network
+        images = torch.zeros(shape, device=self.device).to(memory_format=self.memory_format)
+        with self.autocast(cache_enabled=False):  # as a recording wants it
+            return Replayed(network, images)
+
     def place_batch(self, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         images = images.to(self.device, non_blocking=True, memory_format=self.memory_format)
         return images, targets.to(self.device, non_blocking=True)
 
-    def autocast(self) -> torch.autocast:
+    def autocast(self, **more: bool) -> torch.autocast:
         """The context that a network and its loss run in."""
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, self.dtype if enabled else None, enabled=enabled)
+        dtype = self.dtype if enabled else None
+        return torch.autocast(self.device.type, dtype, enabled=enabled, **more)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
         """Gradients of `loss`; returns the largest magnitude among them, NaN if one is NaN.

@@ -73,7 +73,9 @@ class Epochs:
     pictures: list[Tensor] = field(init=False)  # a batch that was tested, or none
 
     def __post_init__(self) -> None:
-        network = self.compute.translate(self.model)
+        spec, batch_size = self.spec, self.config["batch_size"]
+        shape = batch_size, spec.in_channels, spec.image_size, spec.image_size
+        network = self.compute.translate_for_training(self.model, shape)
         self.replica = self.world.replicate(network)  # makes all as the first
         self.world.take_own_buffers(self.model, self.own_buffers)
 

@@ -87,6 +87,22 @@ def choose_device(
     return torch.device("cuda", index)
 
 
+def choose_graphs(
+    wanted: bool | None, device: torch.device, processes: int, compiled: bool
+) -> bool:
+    """Whether training steps are replayed as CUDA graphs; unless told, wherever that can be.
+
+    Raises:
+        RunError: they are wanted where they cannot be.
+    """
+    possible = device.type == "cuda" and processes == 1
+    if wanted and not possible:
+        raise RunError(f"--cuda-graphs True: needs one GPU, here {processes} x {device.type}")
+    if wanted and compiled:
+        raise RunError("--cuda-graphs True: contradicts --compile")
+    return possible and not compiled if wanted is None else wanted
+
+
 def choose_algorithms(deterministic: bool) -> None:
     """Let PyTorch use only operations that give the same bits each time, or whichever is fastest.
 

@@ -45,7 +45,7 @@ OF_THIS_MACHINE = {
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "on_bad_image", "threads", "num_workers"),
-    *("deterministic", "compile", "channels_last"),
+    *("deterministic", "compile", "cuda_graphs", "channels_last"),
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 

@@ -183,12 +183,13 @@ def seed_process(session: Session) -> None:
 
 
 def choose_compute(session: Session) -> Compute:
-    flags = session.flags
+    flags, world = session.flags, session.world
     return Compute(
         session.device,
         amp=flags.amp,
         channels_last=flags.channels_last,
         compiled=flags.compile,
+        replays=run.choose_graphs(flags.cuda_graphs, session.device, world.size, flags.compile),
     )
 
 
