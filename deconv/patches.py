@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 
 import torch
 
-from .products import is_traced
+from .products import is_traced, keep_last
 
 SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
 LONG = 512  # pixels of a line from which on single pixels are copied
@@ -174,7 +173,8 @@ def select_pixels(x: torch.Tensor, sampling: Sampling) -> Selection:
         if prod(size) > longest or prod(size) * sampling.taps == 1:
             return ()
     make = _select if is_traced(x) else _cached_selection
-    return make(sampling, count, tuple(size), torch.promote_types(x.dtype, torch.float32), x.device)
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return make(sampling, count, tuple(size), dtype, device=x.device)
 
 
 def _select(
@@ -213,8 +213,7 @@ def _number_pixels(
     return tuple(each.flatten(1)[:, None] for each in found)
 
 
-# Outside of inference mode, as a later backward may want to keep it.
-_cached_selection = lru_cache(maxsize=128)(torch.inference_mode(False)(_select))
+_cached_selection = keep_last(128, _select)
 
 
 def weigh_pixels(x: torch.Tensor, window: Window) -> torch.Tensor:
@@ -225,7 +224,7 @@ def weigh_pixels(x: torch.Tensor, window: Window) -> torch.Tensor:
     """
     make = _weigh_pixels if is_traced(x) else _cached_weights
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return make(window, len(x), tuple(x.shape[2:]), dtype, x.device)
+    return make(window, len(x), tuple(x.shape[2:]), dtype, device=x.device)
 
 
 def _weigh_pixels(
@@ -237,7 +236,7 @@ def _weigh_pixels(
     return weights.flatten(1)
 
 
-_cached_weights = lru_cache(maxsize=128)(torch.inference_mode(False)(_weigh_pixels))
+_cached_weights = keep_last(128, _weigh_pixels)
 
 
 def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:

@@ -7,9 +7,13 @@ one product: whichever the shape makes faster.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
+from typing import TypeVar
 
 import torch
+
+T = TypeVar("T")
 
 SHORT = 16  # vectors of a map from which on it is multiplied by itself on a CPU
 
@@ -19,18 +23,38 @@ def is_traced(x: torch.Tensor) -> bool:
     return torch.compiler.is_compiling() or type(x) not in (torch.Tensor, torch.nn.Parameter)
 
 
+def keep_last(count: int, make: Callable[..., T]) -> Callable[..., T]:
+    """`make`, which remembers its last so many results, and for good those that a CUDA graph reads.
+
+    A graph that has been recorded reads them where they are, whatever is asked for in the meantime.
+
+    Args:
+        make: of values that say what, and of `device`.
+    """
+    # Outside of inference mode, as a later backward may want to keep it.
+    remember = lru_cache(maxsize=count)(torch.inference_mode(False)(make))
+    recorded = []
+
+    def find(*key: object, device: torch.device) -> T:
+        found = remember(*key, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            recorded.append(found)
+        return found
+
+    return find
+
+
 def identity(like: torch.Tensor) -> torch.Tensor:
     """The identity matrix (d, d) for matrices (..., d, d): not to be written into."""
     make = _make_identity if is_traced(like) else _cached_identity
-    return make(like.shape[-1], like.dtype, like.device)
+    return make(like.shape[-1], like.dtype, device=like.device)
 
 
 def _make_identity(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     return torch.eye(side, dtype=dtype, device=device)
 
 
-# Outside of inference mode, as a later backward may want to keep it.
-_cached_identity = lru_cache(maxsize=32)(torch.inference_mode(False)(_make_identity))
+_cached_identity = keep_last(32, _make_identity)
 
 
 def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:

@@ -1,11 +1,12 @@
 """The two products against einsum, whatever routine they choose."""
 
 import itertools
+import weakref
 
 import pytest
 import torch
 
-from deconv.products import SHORT, outer_products, transform
+from deconv.products import SHORT, keep_last, outer_products, transform
 
 SHAPES = list(itertools.product((1, 3), (0, 1, 5), (1, 2, SHORT)))  # groups, R, L
 
@@ -29,3 +30,17 @@ def test_gradients_match_finite_differences(groups, length):
     assert torch.autograd.gradcheck(transform, (matrices, maps))
     assert torch.autograd.gradgradcheck(transform, (matrices, maps))
     assert torch.autograd.gradcheck(lambda x: outer_products(x, x.cos(), groups), maps)
+
+
+def test_what_a_cuda_graph_reads_is_kept_for_good_and_all_else_until_it_is_crowded_out(monkeypatch):
+    capturing, gpu = [False], torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
+    find = keep_last(1, lambda size, device: torch.zeros(size))  # a GPU in name alone
+    known = weakref.ref(find(1, device=gpu))
+    assert known() is find(1, device=gpu)
+    find(2, device=gpu)
+    assert known() is None
+    capturing[0] = True
+    recorded = weakref.ref(find(1, device=gpu))
+    find(2, device=gpu)
+    assert recorded() is not None
