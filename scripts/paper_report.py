@@ -23,9 +23,7 @@ from scripts.paper.tables import format_table
 from util.checkpoint import atomic_write
 from util.parser import Parser, place
 
-RECIPES = tuple(
-    m.RECIPE for m in (table1, best_rates, filters, modes, regression, filters, batch_size)
-)
+RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
 PAGE = "results.md"
 INTRO = """\
 # Results

