@@ -8,7 +8,14 @@ from .factory import Layers
 
 
 def make_bottleneck(
-    layers: Layers, channels: int, width: int, out: int, *, stride: int = 1, groups: int = 1
+    layers: Layers,
+    channels: int,
+    width: int,
+    out: int,
+    *,
+    stride: int = 1,
+    groups: int = 1,
+    max_iter: tuple[int | None, int | None] = (None, None),
 ) -> nn.Sequential:
     """1 x 1, 3 x 3 and 1 x 1 convolutions, each with norm, ReLU after the first two.
 
@@ -17,15 +24,17 @@ def make_bottleneck(
     Args:
         width: channels that the 3 x 3 convolution works on.
         groups: of the 3 x 3 convolution; `width` for a depthwise one.
+        max_iter: most Newton-Schulz steps of the 3 x 3 convolution and of the last.
     """
+    middle, last = ({"max_iter": steps} for steps in max_iter)
     return nn.Sequential(
         layers.conv(channels, width, 1),
         layers.norm(width),
         nn.ReLU(inplace=True),
-        layers.conv(width, width, 3, stride=stride, padding=1, groups=groups),
+        layers.conv(width, width, 3, stride=stride, padding=1, groups=groups, **middle),
         layers.norm(width),
         nn.ReLU(inplace=True),
-        layers.conv(width, out, 1),
+        layers.conv(width, out, 1, **last),
         layers.norm(out),
     )
 

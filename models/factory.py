@@ -39,7 +39,8 @@ class Layers:
     """Makers of the layers that a network is built from.
 
     Args:
-        conv: conv(in, out, kernel_size, stride=1, padding=0, dilation=1, groups=1) -> module.
+        conv: conv(in, out, kernel_size, stride=1, padding=0, dilation=1, groups=1, max_iter=None)
+            -> module; `max_iter` is the most Newton-Schulz steps that it takes, where it whitens.
         stem: the same, for the first layer of a network.
         norm: norm(channels) -> the normalisation beside a convolution; `nn.Identity` for none.
         linear: linear(in, out) -> the last fully connected layer.
@@ -130,14 +131,28 @@ def make_layers(
             root=root,
             rows_per_feature=rows_per_feature,
         )
-        conv, stem = partial(make, **options), partial(make, **first)
+        conv, stem = partial(_convolve, make, options), partial(make, **first)
         head = {"linear": bool(final), "block_linear": final or 1}
         adapt = partial(_adapt, stem_iter=first["n_iter"], **head, **make.keywords, **options)
         return Layers(conv, stem, nn.Identity, linear, methods, default_method=3, adapt=adapt)
-    conv = partial(nn.Conv2d, bias=bias and not batchnorm)
+    stem = partial(nn.Conv2d, bias=bias and not batchnorm)
     norm = nn.BatchNorm2d if batchnorm else nn.Identity
     adapt = _leave if batchnorm and not final else None
-    return Layers(conv, conv, norm, linear, methods, default_method=1, adapt=adapt)
+    conv = partial(_convolve, stem, {})
+    return Layers(conv, stem, norm, linear, methods, default_method=1, adapt=adapt)
+
+
+def _convolve(
+    make: Maker,
+    options: Mapping[str, object],
+    *shape: int,
+    max_iter: int | None = None,
+    **where: object,
+) -> nn.Module:
+    """`make` with all these, and of Newton-Schulz steps, where it takes any, `max_iter` at most."""
+    if max_iter is not None and "n_iter" in options:
+        options = {**options, "n_iter": min(options["n_iter"], max_iter)}
+    return make(*shape, **options, **where)
 
 
 def _leave(network: nn.Module, *, pretrained: bool) -> nn.Module:

@@ -23,7 +23,8 @@ class ResNeXtBlock(nn.Module):
     ) -> None:
         super().__init__()
         shape = (channels, width, 2 * width)
-        self.body = make_bottleneck(layers, *shape, stride=stride, groups=groups)
+        few = {"max_iter": (3, None)}  # as published
+        self.body = make_bottleneck(layers, *shape, stride=stride, groups=groups, **few)
         self.shortcut = make_shortcut(layers, channels, 2 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:

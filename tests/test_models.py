@@ -297,3 +297,25 @@ def test_same_seed_same_network():
         torch.manual_seed(3)
         states.append(build("simple_v2", deconv=True).state_dict())
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+@pytest.mark.parametrize(
+    ("arch", "asked", "expected"),
+    [
+        ("mobilev2", 5, {"depthwise": 1, "others": 5}),
+        ("efficient", 5, {"depthwise": 1, "others": 5}),
+        ("resnext", 5, {"grouped": 3}),
+        ("resnext", 2, {"grouped": 2}),
+        ("dpn", 5, {"grouped": 5, "others": 5}),
+    ],
+)
+def test_grouped_layers_take_few_newton_schulz_steps_as_published(arch, asked, expected):
+    with torch.device("meta"):
+        network = build_model(arch, make_layers(deconv=True, n_iter=asked))
+    found = {}
+    for layer in network.modules():
+        if isinstance(layer, FastDeconv) and layer.kernel_size == (3, 3):
+            alone, grouped = layer.groups == layer.in_channels, layer.groups > 1
+            kind = "depthwise" if alone else "grouped" if grouped else "others"
+            assert found.setdefault(kind, layer.n_iter) == layer.n_iter
+    assert found == expected

@@ -197,7 +197,8 @@ def add_training_flags(
         add(
             "--preset",
             "paper, for the paper's tables: --batch-size 128 --wd 1e-3 --num-groups 64 --eps 1e-5 "
-            "--deconv-iter 5 --stem-iter 15; flags typed beside it win",
+            "--deconv-iter 5 --stem-iter 15 --root newton --rows-per-feature 0; flags typed "
+            "beside it win",
             choices=presets,
         )
     add("--epochs", "epochs in all", whole(1), epochs, metavar="N")

@@ -34,6 +34,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps": 1e-5,
         "deconv_iter": 5,
         "stem_iter": 15,
+        "root": "newton",
+        "rows_per_feature": 0,
     }
 }
 # What a continued run takes from its command line only, and what else may differ from before.

@@ -74,7 +74,9 @@ def _describe_first_epoch(records: Records) -> str:
     text = f"""
         CIFAR-10, test top-1 in percent after one epoch, settings of `--preset paper` for both
         kinds: batch {BATCH}, SGD .1 with momentum .9, weight decay 1e-3, cosine over the epoch,
-        blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, last layer 512.
+        blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, 3 in the grouped
+        convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of MobileNet
+        v2 and EfficientNet, all patches that the stride leaves, last layer 512.
         *Paper*: {PUBLISHED["sources"]["paper"]}. *Reproduced*:
         {PUBLISHED["sources"]["reproduced"]}. Three seeds of VGG-16 and ResNet-18, one of the
         others; ½: DenseNet-121 and DPN-92 had the first half of the epoch alone, their schedule
