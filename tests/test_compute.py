@@ -10,6 +10,7 @@ from torch import nn
 from deconv import FastDeconv
 from util.compute import PRECISIONS, Compute
 from util.optim import build_optimizer, build_scheduler
+from util.run import RunError
 
 CPU = torch.device("cpu")
 
@@ -130,3 +131,12 @@ def test_what_is_not_to_be_replayed_is_trained_as_it_is(monkeypatch):
     replayed = record_calls(monkeypatch)
     model = nn.Linear(2, 1)
     assert Compute(CPU).translate_for_training(model, (4, 2)) is model and not replayed
+
+
+def test_a_network_that_cannot_be_recorded_is_refused_with_the_way_out(monkeypatch):
+    def make(step, images):
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    with pytest.raises(RunError, match=r"not permitted when .*: train with --cuda-graphs False$"):
+        Compute(CPU, replays=True).translate_for_training(nn.Linear(2, 1), (4, 2))

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from .run import RunError
+
 
 class Replayed(nn.Module):
     """A network that trains on full batches by CUDA graphs, and is itself in all else.
@@ -20,14 +22,25 @@ class Replayed(nn.Module):
     Args:
         model: on its GPU. Recording leaves no trace in its buffers.
         images: a full batch, whatever it shows; later ones are copied into its place.
+
+    Raises:
+        RunError: the network does what cannot be recorded, such as waiting for the GPU.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
         self.shape = images.shape
-        with _unchanged(model, images.device):
-            step = _Step(model).train()
-            self.step = torch.cuda.make_graphed_callables(step, (images,))
+        try:
+            with _unchanged(model, images.device):
+                step = _Step(model).train()
+                self.step = torch.cuda.make_graphed_callables(step, (images,))
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise RunError(
+                f"steps cannot be recorded ({reason}): train with --cuda-graphs False"
+            ) from error
 
     def forward(self, images: Tensor) -> Tensor:
         full = self.training and torch.is_grad_enabled() and images.shape == self.shape
