@@ -3,8 +3,9 @@
     python scripts/time_to_accuracy.py --target 70 --dataset folder --data DIR
     python scripts/time_to_accuracy.py --target 90 --dataset fashion --data DIR
 
-The rate of each kind is the best of --lr after --screen steps with the first seed. Then the length
-of training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
+The rate of each kind is the best of --lr, with the first seed, for trainings as long as that which
+its search begins with: the best of short trainings is not that of longer ones. Then the length of
+training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
 all seeds has reached the target. Both are then trained once more, in turn, seed by seed, and these
 runs count with their seconds of training, tests left out. Every training is a run of main.py, a
 cosine over its own length. Flags unknown here go to main.py. Runs stay in --out: one that has
@@ -89,7 +90,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def search(train: Train, flags: Namespace, begin: int) -> Outcome:
     """The best rate of a kind of network, and the length of its training; nothing timed yet."""
-    screened = {lr: train(lr, flags.screen, flags.seeds[0]).top1 for lr in flags.lr}
+    begin = max(begin // flags.grain, 1) * flags.grain
+    screened = {lr: train(lr, begin, flags.seeds[0]).top1 for lr in flags.lr}
     best = max(screened, key=screened.__getitem__)
 
     def reach(steps: int) -> float:
@@ -107,7 +109,6 @@ def make_parser() -> Parser:
     shown = "five from .003 to .3"
     add("--lr", "learning rates", real(above=0), rates, shown, nargs="+", metavar="LR")
     add("--seeds", "of the runs", whole(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
-    add("--screen", "steps of the runs that compare rates", whole(1), 150, metavar="N")
     add("--grain", "unit of the length of training, in steps", whole(1), 25, metavar="N")
     text = "lengths to begin with: of BatchNorm, of deconvolution"
     add("--begin", text, whole(1), [400, 200], "400 200", nargs=2, metavar="N")
@@ -141,11 +142,12 @@ def find_shortest(
 
     Args:
         reach: steps -> the accuracy that so many lead to.
+        begin: a multiple of `grain`, too.
 
     Raises:
         SystemExit: not even the longest does.
     """
-    steps = max(begin // grain, 1) * grain
+    steps = begin
     while reach(steps) < target:
         steps += grain
         if steps > longest:

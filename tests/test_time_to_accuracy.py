@@ -1,13 +1,15 @@
 """The search for the shortest training, with trainings that are known, and once for real."""
 
+from argparse import Namespace
+
 import pytest
 
 from scripts import time_to_accuracy
-from scripts.time_to_accuracy import Outcome, Result, find_shortest, format_outcomes
+from scripts.time_to_accuracy import Outcome, Result, find_shortest, format_outcomes, search
 from util.checkpoint import LATEST_NAME, PREVIOUS_NAME
 
 
-@pytest.mark.parametrize("begin", [1, 70, 120, 130, 400])
+@pytest.mark.parametrize("begin", [25, 75, 125, 150, 400])
 def test_the_shortest_training_that_reaches_the_target_is_found(begin):
     tried = []
 
@@ -17,6 +19,13 @@ def test_the_shortest_training_that_reaches_the_target_is_found(begin):
 
     assert find_shortest(train, 61, begin=begin, grain=25, longest=1000) == 125
     assert 100 in tried and all(steps % 25 == 0 for steps in tried)
+
+
+def test_rates_are_compared_after_trainings_as_long_as_the_search_begins_with():
+    flags = Namespace(lr=[0.01, 0.1], seeds=[0, 1], grain=25, longest=1000, target=61)
+    train = lambda lr, steps, seed: Result(steps / 2 if lr == 0.01 else 20 + steps / 4, 1)
+    outcome = search(train, flags, 110)  # .1 is ahead up to 80 steps
+    assert outcome.screened == {0.01: 50, 0.1: 45} and (outcome.lr, outcome.steps) == (0.01, 125)
 
 
 def test_a_target_out_of_reach_ends_the_search():
@@ -35,7 +44,7 @@ def test_the_table_compares_means_of_seconds():
 
 
 def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
-    line = "--target 1 --lr .03 --seeds 0 --screen 6 --begin 6 6 --grain 6 --dataset digits"
+    line = "--target 1 --lr .03 --seeds 0 --begin 6 6 --grain 6 --dataset digits"
     line += f" --arch simple_v2 --use-gpu False --save-plot False --out {tmp_path}"
     time_to_accuracy.main(line.split())
     first = capfd.readouterr().out
