@@ -88,7 +88,7 @@ class _MeasurePatches(torch.autograd.Function):
                 maps = transform_along(done, maps, matrix, blocks)
             vectors = blocks.along(axis, maps)
             products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.vectors)
-            cov = products if cov is None else cov.add_(products)
+            cov = products if cov is None else cov + products  # not in place: see _sum_products
         kept = whole if keeps_patches(x, sampling) else None
         ctx.save_for_backward(x, matrix, mean, kept, *selection)
         ctx.settings = done, sampling, blocks, axis
@@ -254,7 +254,7 @@ class _SumAcross(torch.autograd.Function):
     def forward(ctx, x: torch.Tensor) -> torch.Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
-        return total
+        return total.view_as(total)  # not what was written into: see _sum_products
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> torch.Tensor:

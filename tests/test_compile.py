@@ -4,10 +4,11 @@ import copy
 
 import pytest
 import torch
-from torch import nn
+from torch import distributed, nn
 
 from deconv import Delinear, FastDeconv
 from deconv.convolutions import DECONVOLUTIONS
+from deconv.covariance import average_across
 
 FEW_ROWS = dict(mode=5, rows_per_feature=1)
 OTHERS = [dict(mode=5, root="newton"), dict(mode=1, root="newton"), dict(mode=3, shared=False)]
@@ -74,6 +75,20 @@ def test_batches_of_many_sizes_are_compiled_a_few_times():
         x = torch.randn(size, 4, 8, 8)
         torch.testing.assert_close(run(x), layer(x))
     assert count <= 3
+
+
+def test_averages_across_processes_have_the_same_gradient(tmp_path):
+    store = f"file://{tmp_path}/store"
+    distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
+    try:
+        average = lambda mean: average_across(5, mean)[1].square().sum()
+        torch._dynamo.reset()
+        run = torch.compile(average, fullgraph=True, backend="aot_eager")
+        x = torch.randn(3, requires_grad=True)
+        expected, given = (torch.autograd.grad(each(x), x) for each in (average, run))
+    finally:
+        distributed.destroy_process_group()
+    torch.testing.assert_close(given, expected)
 
 
 @pytest.mark.slow

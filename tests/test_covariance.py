@@ -132,6 +132,14 @@ def test_no_patches_have_mean_and_covariance_zero(looks):
     assert x.grad.shape == x.shape
 
 
+@pytest.mark.parametrize("part", [1, 10**9])
+def test_statistics_come_as_they_were_made_and_not_written_into(monkeypatch, part):
+    """Compiled by PyTorch 2.11 they would lose their gradient."""
+    monkeypatch.setattr(covariance, "CPU_PART", part)
+    found = measure_patches(pictures().requires_grad_(), WINDOW, INTERLEAVED, "joint")
+    assert not any(each._version for each in found)
+
+
 @pytest.mark.parametrize("looks", LOOKS)
 def test_a_gradient_that_shares_its_memory_is_not_written_into(looks):
     x = pictures().requires_grad_()

@@ -32,6 +32,13 @@ def test_gradients_match_finite_differences(groups, length):
     assert torch.autograd.gradcheck(lambda x: outer_products(x, x.cos(), groups), maps)
 
 
+@pytest.mark.parametrize("length", [1, SHORT])
+def test_outer_products_come_as_they_were_made_and_not_written_into(length):
+    """Compiled by PyTorch 2.11 they would lose their gradient."""
+    x = torch.randn(2, 12, length, requires_grad=True)
+    assert outer_products(x, x, 3, 0.5)._version == 0
+
+
 def test_what_a_cuda_graph_reads_is_kept_for_good_and_all_else_until_it_is_crowded_out(monkeypatch):
     capturing, gpu = [False], torch.device("cuda")
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing[0])
