@@ -24,9 +24,9 @@ def is_traced(x: torch.Tensor) -> bool:
 
 
 def keep_last(count: int, make: Callable[..., T]) -> Callable[..., T]:
-    """`make`, which remembers its last so many results, and for good those that a CUDA graph reads.
+    """`make`, which remembers its last so many results, and for good what a recorded graph reads.
 
-    A graph that has been recorded reads them where they are, whatever is asked for in the meantime.
+    A graph reads it where it was, whatever has been asked for in the meantime.
 
     Args:
         make: of values that say what, and of `device`.
@@ -37,11 +37,17 @@ def keep_last(count: int, make: Callable[..., T]) -> Callable[..., T]:
 
     def find(*key: object, device: torch.device) -> T:
         found = remember(*key, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if _records(device):
             recorded.append(found)
         return found
 
     return find
+
+
+def _records(device: torch.device) -> bool:
+    """Whether what is launched is recorded, on a device that can do that."""
+    ask = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return ask is not None and ask()
 
 
 def identity(like: torch.Tensor) -> torch.Tensor:
