@@ -154,12 +154,15 @@ def _multiply_rows(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
 def _sum_products(
     left: torch.Tensor, right: torch.Tensor, groups: int, scale: float
 ) -> torch.Tensor:
-    # Not in place at the end: a graph of PyTorch 2.11 returns all that a Function's forward makes.
-    # What is written into and what that gives are one tensor, returned twice: no gradient comes.
+    # Compiled, nothing is in place: a graph of PyTorch 2.11 returns all that a Function's forward
+    # makes. What is written into and what that gives are one tensor, twice: no gradient comes.
     side, length = left.shape[1] // groups, left.shape[2]
     pair = (left,) if left is right else (left, right)
     pair = [x.unflatten(1, (groups, side)) for x in pair]  # R, G, d, L
     if left.device.type == "cpu" and 2 * length >= side:  # products no larger than the vectors
         return (pair[0] @ pair[-1].mT).sum(0) * scale
     columns = [x.permute(1, 2, 0, 3).flatten(2) for x in pair]  # G, d, R*L
-    return torch.baddbmm(left.new_empty(()), columns[0], columns[-1].mT, beta=0, alpha=scale)
+    # In place saves a GPU a copy, for which a compiler has its own ways.
+    multiply = torch.baddbmm if torch.compiler.is_compiling() else torch.Tensor.baddbmm_
+    result = left.new_empty(groups, side, side)
+    return multiply(result, columns[0], columns[-1].mT, beta=0, alpha=scale)
