@@ -2,8 +2,8 @@
 
     python scripts/paper/best_rates.py --cifar10 DIR --jobs 2
 
-VGG-16 and ResNet-18 on CIFAR-10. Every pair of the grid is trained for 100 steps with one seed, to
-which the schedule is fitted; the best pair of each kind then for the whole epoch with three seeds.
+VGG-16 and ResNet-18 on CIFAR-10. Every pair of the grid is trained for the whole epoch with one
+seed, for the best pair of shorter trainings is another one; the best of each kind then with more.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.engine import Find, Recipe, Run, count_steps, main
 from scripts.paper.records import Records
-from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1
+from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1, wrap
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
 KINDS = {"bn": "BatchNorm", "deconv": "deconvolution"}
 RATES = {"bn": (0.003, 0.01, 0.03, 0.1), "deconv": (0.03, 0.1, 0.3)}
 DECAYS = (5e-4, 1e-3, 2e-3)
 SEEDS = (0, 1, 2)
-BATCH, SCREEN = 128, 100  # pictures of a step; steps of the runs that compare pairs
+BATCH = 128
 STEPS = count_steps("cifar10", BATCH)
 
 Pair = tuple[float, float]  # learning rate, weight decay
@@ -32,12 +32,9 @@ Pair = tuple[float, float]  # learning rate, weight decay
 def plan(find: Find) -> list[Run]:
     runs = []
     for arch, kind in product(NETWORKS, KINDS):
-        pairs = list_pairs(kind)
-        runs += [make_run(arch, kind, pair, 0, SCREEN) for pair in pairs]
-        found = {pair: find(name_screen(arch, kind, pair)) for pair in pairs}
-        if None not in found.values():
-            best = max(pairs, key=lambda pair, found=found: found[pair])
-            runs += [make_run(arch, kind, best, seed, STEPS) for seed in SEEDS]
+        runs += [make_run(arch, kind, pair, SEEDS[0]) for pair in list_pairs(kind)]
+        if (best := choose(arch, kind, find)) is not None:
+            runs += [make_run(arch, kind, best, seed) for seed in SEEDS[1:]]
     return runs
 
 
@@ -45,31 +42,33 @@ def list_pairs(kind: str) -> list[Pair]:
     return list(product(RATES[kind], DECAYS))
 
 
-def make_run(arch: str, kind: str, pair: Pair, seed: int, steps: int) -> Run:
+def choose(arch: str, kind: str, find: Find) -> Pair | None:
+    """The pair with the best top-1; None as long as not all of them are found."""
+    found = {pair: find(name_run(arch, kind, pair, SEEDS[0])) for pair in list_pairs(kind)}
+    return None if None in found.values() else max(found, key=found.__getitem__)
+
+
+def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
     lr, decay = pair
     flags = f"--preset paper --arch {arch} --deconv {kind == 'deconv'} --lr {lr:g} --wd {decay:g}"
-    flags += f" --epochs 1 --max-steps {steps} --seed {seed}"
-    seconds = estimate(arch, kind == "deconv", steps, BATCH)
-    screens = steps == SCREEN
-    name = name_screen(arch, kind, pair) if screens else name_best(arch, kind, seed)
-    return Run(name, "cifar10", flags, steps, seconds)
+    flags += f" --epochs 1 --seed {seed}"
+    seconds = estimate(arch, kind == "deconv", STEPS, BATCH)
+    return Run(name_run(arch, kind, pair, seed), "cifar10", flags, STEPS, seconds)
 
 
-def name_screen(arch: str, kind: str, pair: Pair) -> str:
-    return f"{arch}-{kind}-lr{pair[0]:g}-wd{pair[1]:g}"
-
-
-def name_best(arch: str, kind: str, seed: int) -> str:
-    return f"{arch}-{kind}-best-seed{seed}"
+def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
+    return f"{arch}-{kind}-lr{pair[0]:g}-wd{pair[1]:g}-seed{seed}"
 
 
 def page(records: Records) -> str:
+    text = f"""
+        CIFAR-10, test top-1 in percent after one epoch, `--preset paper` but for learning rate and
+        weight decay. First all pairs of a small grid, seed {SEEDS[0]}:
+        """
     return f"""\
-CIFAR-10, test top-1 in percent, `--preset paper` but for learning rate and weight decay. First all
-pairs of a small grid after {SCREEN} steps, one seed:
-
+{wrap(text)}
 {_describe_grid(records)}
-Then the best pair of each kind for one epoch, three seeds:
+Then the best pair of each kind, with the seeds {", ".join(map(str, SEEDS))}:
 
 {_describe_best(records)}"""
 
@@ -79,7 +78,7 @@ def _describe_grid(records: Records) -> str:
     header = ["network", "layers", "weight decay", *(f"lr {rate:g}" for rate in rates)]
     rows = []
     for arch, kind, decay in product(NETWORKS, KINDS, DECAYS):
-        names = [name_screen(arch, kind, (rate, decay)) for rate in rates]
+        names = [name_run(arch, kind, (rate, decay), SEEDS[0]) for rate in rates]
         cells = [show_top1(records, [name]) for name in names]
         rows.append([NETWORKS[arch], KINDS[kind], f"{decay:g}", *cells])
     return format_table(header, rows)
@@ -89,22 +88,25 @@ def _describe_best(records: Records) -> str:
     header = ["network", "layers", "lr", "weight decay", "test top-1", "seconds of training"]
     rows = []
     for arch in NETWORKS:
-        for kind in KINDS:
-            names = [name_best(arch, kind, seed) for seed in SEEDS]
-            made = next((records[name]["flags"] for name in names if name in records), None)
-            pair = [f"{made[key]:g}" for key in ("lr", "weight_decay")] if made else [None, None]
+        best = {kind: _list_best(arch, kind, records) for kind in KINDS}
+        for kind, (pair, names) in best.items():
+            shown = [f"{value:g}" for value in pair] if pair else [None, None]
             cells = [show_top1(records, names), show_seconds(records, names)]
-            rows.append([NETWORKS[arch], KINDS[kind], *pair, *cells])
-        rows.append([NETWORKS[arch], "deconvolution above BatchNorm", *[None] * 2,
-                     _compare(arch, records), None])  # fmt: skip
+            rows.append([NETWORKS[arch], KINDS[kind], *shown, *cells])
+        bn, deconv = (mean_top1(records, names) for _, names in best.values())
+        more = None if bn is None or deconv is None else f"{deconv - bn:+.2f}"
+        rows.append([NETWORKS[arch], "deconvolution above BatchNorm", None, None, more, None])
     return format_table(header, rows)
 
 
-def _compare(arch: str, records: Records) -> str | None:
-    bn, deconv = (
-        mean_top1(records, [name_best(arch, kind, seed) for seed in SEEDS]) for kind in KINDS
-    )
-    return None if bn is None or deconv is None else f"{deconv - bn:+.2f}"
+def _list_best(arch: str, kind: str, records: Records) -> tuple[Pair | None, list[str]]:
+    """The best pair, and the names of its runs; none as long as the grid is not complete."""
+
+    def find(name: str) -> float | None:
+        return (mean_top1(records, [name]) or 0.0) if name in records else None
+
+    best = choose(arch, kind, find)
+    return best, [name_run(arch, kind, best, seed) for seed in SEEDS] if best else []
 
 
 RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, page)
