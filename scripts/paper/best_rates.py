@@ -50,8 +50,8 @@ def choose(arch: str, kind: str, find: Find) -> Pair | None:
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
     lr, decay = pair
-    flags = f"--preset paper --arch {arch} --deconv {kind == 'deconv'} --lr {lr:g} --wd {decay:g}"
-    flags += f" --epochs 1 --seed {seed}"
+    flags = f"--preset paper --root newton --arch {arch} --deconv {kind == 'deconv'}"
+    flags += f" --lr {lr:g} --wd {decay:g} --epochs 1 --seed {seed}"
     seconds = estimate(arch, kind == "deconv", STEPS, BATCH)
     return Run(name_run(arch, kind, pair, seed), "cifar10", flags, STEPS, seconds)
 
@@ -62,8 +62,8 @@ def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
 
 def page(records: Records) -> str:
     text = f"""
-        CIFAR-10, test top-1 in percent after one epoch, `--preset paper` but for learning rate and
-        weight decay. First all pairs of a small grid, seed {SEEDS[0]}:
+        CIFAR-10, test top-1 in percent after one epoch, `--preset paper --root newton` but for
+        learning rate and weight decay. First all pairs of a small grid, seed {SEEDS[0]}:
         """
     return f"""\
 {wrap(text)}

@@ -3,9 +3,9 @@
     python scripts/paper/table1.py --cifar10 DIR --dry-run
     python scripts/paper/table1.py --cifar10 DIR --jobs 2
 
-`--preset paper` for BatchNorm and for deconvolution. Three seeds for VGG-16 and ResNet-18, one for
-the others; DenseNet-121 and DPN-92 stop after the first half of the epoch, to which the schedule is
-fitted.
+`--preset paper` and the published root, for BatchNorm and for deconvolution. Three seeds for VGG-16
+and ResNet-18, one for the others; DenseNet-121 and DPN-92 stop after the first half of the epoch,
+to which the schedule is fitted.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def plan(find: Find) -> list[Run]:
 
 def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
     epochs = -(-steps // STEPS)
-    flags = f"--preset paper --arch {arch} --deconv {kind == 'deconv'} --seed {seed}"
+    flags = f"--preset paper --root newton --arch {arch} --deconv {kind == 'deconv'} --seed {seed}"
     flags += f" --epochs {epochs}" + (f" --max-steps {steps}" if steps % STEPS else "")
     seconds = estimate(arch, kind == "deconv", steps, BATCH, tests=epochs)
     return Run(name_run(arch, kind, seed), "cifar10", flags, steps, seconds)
@@ -72,10 +72,10 @@ def _describe_first_epoch(records: Records) -> str:
     header.append(f"gap to the paper of more than {TOLERANCE:g} points")
     rows = [_describe_network(arch, records) for arch in NETWORKS]
     text = f"""
-        CIFAR-10, test top-1 in percent after one epoch, settings of `--preset paper` for both
-        kinds: batch {BATCH}, SGD .1 with momentum .9, weight decay 1e-3, cosine over the epoch,
-        blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, 3 in the grouped
-        convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of MobileNet
+        CIFAR-10, test top-1 in percent after one epoch, settings of `--preset paper --root newton`
+        for both kinds: batch {BATCH}, SGD .1 with momentum .9, weight decay 1e-3, cosine over the
+        epoch, blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, 3 in the
+        grouped convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of MobileNet
         v2 and EfficientNet, all patches that the stride leaves, last layer 512.
         *Paper*: {PUBLISHED["sources"]["paper"]}. *Reproduced*:
         {PUBLISHED["sources"]["reproduced"]}. Three seeds of VGG-16 and ResNet-18, one of the
