@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from deconv import Delinear, FastDeconv
 from deconv.covariance import count_patches, keeps_patches
 from deconv.patches import Spots, Window, select_pixels
+from deconv.resolvent import TERMS
 from scripts.profile_layer import CONVOLUTION, NAMES
 
 BYTES = 4  # of a float32 number
@@ -59,7 +60,7 @@ class Sizes:
             where it is of them.
         matrices: whitening matrices of an axis, G.
         sides: the side of these matrices, for each axis of the mode.
-        root: "newton", "cholesky", or "spectrum" for the first by eigenvalues.
+        root: one of `deconv`'s, or "spectrum" for "newton" by eigenvalues.
         n_iter: Newton-Schulz steps.
     """
 
@@ -84,7 +85,7 @@ class Sizes:
 
     def few(self, side: int) -> bool:
         """Whether the root is taken on the side of the vectors, and not of the covariance."""
-        return self.root != "cholesky" and 2 * self.vectors(side) < side
+        return self.root in ("newton", "spectrum") and 2 * self.vectors(side) < side
 
 
 def measure_sizes(
@@ -187,6 +188,9 @@ def _root_of_matrix(side: int, root: str, n_iter: int) -> Both:
         values = Cost(EIGENVECTORS * side**3) + move(2 * side**2)
         return values + multiply(side, side, side), multiply(side, side, side, 4)
     factor, inverse = Cost(side**3 / 3) + move(2 * side**2), Cost(side**3) + move(3 * side**2)
+    if root == "resolvent":
+        poles, both = len(TERMS[n_iter].poles), factor + inverse + multiply(side, side, side)
+        return Cost(both.flops * poles, both.bytes * poles), multiply(side, side, side, 2 * poles)
     return factor + inverse, multiply(side, side, side, 3)
 
 

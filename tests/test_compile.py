@@ -11,7 +11,10 @@ from deconv.convolutions import DECONVOLUTIONS
 from deconv.covariance import average_across
 
 FEW_ROWS = dict(mode=5, rows_per_feature=1)
-OTHERS = [dict(mode=5, root="newton"), dict(mode=1, root="newton"), dict(mode=3, shared=False)]
+OTHERS = [
+    *(dict(mode=5, root="newton"), dict(mode=5, root="resolvent")),
+    *(dict(mode=1, root="newton"), dict(mode=3, shared=False)),
+]
 OPTIONS = [FEW_ROWS, *(pytest.param(each, marks=pytest.mark.slow) for each in OTHERS)]
 
 

@@ -11,6 +11,7 @@ import deconv
 from deconv import FastDeconv, FastDeconvTranspose2d, convert, fuse, plan
 from deconv.batchnorm import ChannelAffine
 from deconv.convolutions import DECONVOLUTIONS
+from deconv.inverse_sqrt import ROOTS
 from deconv.patches import Spots
 
 SIZES = {1: (11,), 2: (6, 7), 3: (5, 4, 5)}
@@ -150,7 +151,7 @@ def test_outputs_of_a_transposed_layer_are_white_over_all_phases():
 @pytest.mark.parametrize("rows_per_feature", [0, 0.5])  # all patches, some of them
 @pytest.mark.parametrize("groups", [1, 2])
 @pytest.mark.parametrize("mode", [1, 2, 3, 5])
-@pytest.mark.parametrize("root", ["newton", "cholesky"])
+@pytest.mark.parametrize("root", ROOTS)
 @pytest.mark.parametrize("kind", [*CONVOLUTIONS, *TRANSPOSED])
 def test_gradients_match_finite_differences(kind, root, mode, groups, rows_per_feature):
     options = dict(stride=2, n_iter=5, sampling_stride=1, rows_per_feature=rows_per_feature)

@@ -72,6 +72,7 @@ LOOKS = {
     "window": dict(rows_per_feature=0),
     "spots": dict(rows_per_feature=0.1, block=1, shared=False),
     "newton": dict(rows_per_feature=0, root="newton"),
+    "resolvent": dict(rows_per_feature=0, root="resolvent"),
     "pixels": dict(mode=3),
     "two axes": dict(mode=1, rows_per_feature=1),
     "other kind": dict(rows_per_feature=1),

@@ -26,7 +26,8 @@ FEW_ROWS = dict(block=2, rows_per_feature=1)  # some of the patches, see Spots
 LAYERS = {
     "joint": lambda **more: FastDeconv(4, 3, 3, padding=1, block=2, **more),
     "separable": lambda **more: FastDeconv(4, 2, 2, mode=1, groups=2, shared=False, **more),
-    "cholesky": lambda **more: FastDeconv(4, 3, 2, root="cholesky", **more),
+    "newton": lambda **more: FastDeconv(4, 3, 2, root="newton", **more),
+    "resolvent": lambda **more: FastDeconv(4, 3, 2, root="resolvent", **more),
     "small map": lambda **more: FastDeconv(4, 64, 3, padding=1, mode=3, block=2, **more),
     "line": lambda **more: FastDeconv1d(4, 3, 2, **FEW_ROWS, **more),
     "volume": lambda **more: FastDeconv3d(4, 2, 2, groups=2, **FEW_ROWS, **more),

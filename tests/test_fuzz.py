@@ -36,7 +36,7 @@ VALUES = {
     "--stem-iter": "2 16",
     "--stride": "1 3 999999999",
     "--rows-per-feature": "0 .1 2 1e300 nan",
-    "--root": "newton cholesky none",
+    "--root": "newton resolvent cholesky none",
     "--layout": "contiguous interleaved",
     "--share-blocks": "True False",
     "--sync-stats": "True False",

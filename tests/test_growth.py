@@ -6,6 +6,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from deconv import Delinear, FastDeconv
+from deconv.inverse_sqrt import ROOTS, inverse_sqrt
 from deconv.patches import Window, gather
 from scripts import count_cost, count_launches, estimate_gpu, growth, growth_page
 from scripts.count_cost import Cost
@@ -78,6 +79,17 @@ def test_a_cholesky_factor_and_its_inverse():
     assert counts[1].flops == 3 * 2 * 4**3
 
 
+@pytest.mark.parametrize(("n_iter", "poles"), [(1, 0), (5, 1), (9, 2)])
+def test_products_of_resolvents_are_those_that_torch_counts(n_iter, poles):
+    cov = torch.empty(2, 8, 8, device=META, requires_grad=True)
+    forward, root = flops_of_torch(lambda: inverse_sqrt(cov, n_iter, "resolvent"))
+    backward, _ = flops_of_torch(lambda: root.sum().backward())
+    layer = FastDeconv(16, 4, 1, block=8, groups=2, n_iter=n_iter, root="resolvent")
+    factors = 2 * poles * (8**3 / 3 + 8**3)  # and their inverses, of which torch counts none
+    counts = count(layer, (2, 16, 6, 6))["root"]
+    assert (counts[0].flops - factors, counts[1].flops) == pytest.approx((forward, backward))
+
+
 @pytest.mark.parametrize("kept", [True, False])
 def test_bytes_of_patches_are_those_of_the_tensors(monkeypatch, kept):
     monkeypatch.setattr("deconv.covariance.FEW", 1e6 * kept)
@@ -109,7 +121,7 @@ def test_views_allocations_and_copies_onto_themselves_launch_nothing():
         assert launches.count == 3  # cuDNN adds the bias in a kernel of its own
 
 
-@pytest.mark.parametrize("root", ["newton", "cholesky"])
+@pytest.mark.parametrize("root", ROOTS)
 def test_launches_add_up_and_the_watch_adds_none(root):
     layer, shape = FastDeconv(8, 8, 3, root=root, device=META), (4, 8, 9, 9)
     counts = count_launches.count_on_paper(layer, shape)

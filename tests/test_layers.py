@@ -12,6 +12,7 @@ from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, FastDeconvTransp
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
 from deconv.patches import Spots, gather
+from deconv.resolvent import TERMS
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -41,13 +42,18 @@ def pictures(n=6, c=4, h=9, w=11):
 
 
 def exact_root(layer, cov):
-    """D of a covariance: the symmetric root, or the Cholesky factor's with the documented floor."""
+    """D of a covariance: the root, its documented approximation, or the factor's with its floor."""
     cov = cov + layer.eps * torch.eye(len(cov))
     if layer.root == "cholesky":
         floor = cov.norm() / 1.5 ** (2 * layer.n_iter)
         factor = torch.linalg.cholesky(cov + floor * torch.eye(len(cov)))
         return torch.linalg.inv(factor).contiguous()
     values, basis = torch.linalg.eigh(cov)
+    if layer.root == "resolvent":
+        constant, slope, poles = TERMS[layer.n_iter]
+        x = values / cov.norm()
+        response = constant + slope * x + sum(share / (x + shift) for shift, share in poles)
+        return basis @ torch.diag(response / cov.norm().sqrt()) @ basis.T
     return basis @ torch.diag(values**-0.5) @ basis.T
 
 
@@ -132,7 +138,7 @@ def exact_whitening(layer, parts):
 @pytest.mark.parametrize("root", ROOTS)
 def test_fold_then_convolve_equals_whiten_then_convolve(root, mode, geometry, layout, shared):
     options = dict(mode=mode, block=2, n_iter=15, eps=0.3, sampling_stride=2) | geometry
-    options |= dict(root=root, rows_per_feature={"newton": 0, "cholesky": 4}[root])
+    options |= dict(root=root, rows_per_feature=0 if root == "newton" else 4)
     layer = FastDeconv(4, 8, **options, layout=layout, shared=shared)
     x = pictures()
     torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)

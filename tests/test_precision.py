@@ -14,7 +14,8 @@ from deconv.convolutions import DECONVOLUTIONS
 HALF = [torch.bfloat16, torch.float16]
 LAYERS = {
     "conv": (lambda **more: FastDeconv(4, 6, 3, padding=1, **more), (6, 4, 7, 7)),
-    "cholesky": (lambda **more: FastDeconv(4, 6, 3, root="cholesky", **more), (6, 4, 7, 7)),
+    "newton": (lambda **more: FastDeconv(4, 6, 3, root="newton", **more), (6, 4, 7, 7)),
+    "resolvent": (lambda **more: FastDeconv(4, 6, 3, root="resolvent", **more), (6, 4, 7, 7)),
     "small map": (lambda **more: FastDeconv(4, 64, 3, mode=3, **more), (6, 4, 5, 5)),
     "up": (lambda **more: deconv.FastDeconvTranspose2d(4, 6, 4, 2, 1, **more), (6, 4, 5, 5)),
     "volume": (lambda **more: deconv.FastDeconv3d(4, 6, 2, **more), (6, 4, 5, 5, 4)),

@@ -6,6 +6,7 @@ from torch import nn
 
 from deconv import convert, fuse
 from deconv.convolutions import DECONVOLUTIONS
+from deconv.inverse_sqrt import ROOTS
 
 hypothesis = pytest.importorskip("hypothesis")
 from hypothesis import given, settings  # noqa: E402
@@ -68,7 +69,7 @@ OPTIONS = dict(
     layout=draw.sampled_from(["interleaved", "contiguous"]),
     shared=draw.booleans(),
     sampling_stride=draw.integers(1, 4),
-    root=draw.sampled_from(["newton", "cholesky"]),
+    root=draw.sampled_from(ROOTS),
 )
 
 

@@ -34,7 +34,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "eps": 1e-5,
         "deconv_iter": 5,
         "stem_iter": 15,
-        "root": "newton",
+        "root": "resolvent",
         "rows_per_feature": 0,
     }
 }

@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.engine import Find, Recipe, Run, count_steps, main
 from scripts.paper.records import Records
+from scripts.paper.table1 import FLAGS
 from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1, wrap
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
@@ -50,7 +51,7 @@ def choose(arch: str, kind: str, find: Find) -> Pair | None:
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
     lr, decay = pair
-    flags = f"--preset paper --root newton --arch {arch} --deconv {kind == 'deconv'}"
+    flags = f"--preset paper --arch {arch} {FLAGS[kind]}"
     flags += f" --lr {lr:g} --wd {decay:g} --epochs 1 --seed {seed}"
     seconds = estimate(arch, kind == "deconv", STEPS, BATCH)
     return Run(name_run(arch, kind, pair, seed), "cifar10", flags, STEPS, seconds)

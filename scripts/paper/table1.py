@@ -26,7 +26,8 @@ GAPS = json.loads((HERE / "gaps.json").read_text())  # reasons for wide gaps, by
 NETWORKS = PUBLISHED["networks"]
 SEEDS = {"vgg16": (0, 1, 2), "resnet18": (0, 1, 2)}
 HALVED = ("densenet121", "dpn")
-KINDS = ("bn", "deconv")
+FLAGS = {"bn": "--deconv False", "deconv": "--deconv True --root newton"}
+KINDS = tuple(FLAGS)
 SOURCES = ("paper", "reproduced", "here")
 BATCH, LONG = 128, 20  # pictures of a step; epochs of VGG-11
 STEPS = count_steps("cifar10", BATCH)
@@ -46,7 +47,7 @@ def plan(find: Find) -> list[Run]:
 
 def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
     epochs = -(-steps // STEPS)
-    flags = f"--preset paper --root newton --arch {arch} --deconv {kind == 'deconv'} --seed {seed}"
+    flags = f"--preset paper --arch {arch} {FLAGS[kind]} --seed {seed}"
     flags += f" --epochs {epochs}" + (f" --max-steps {steps}" if steps % STEPS else "")
     seconds = estimate(arch, kind == "deconv", steps, BATCH, tests=epochs)
     return Run(name_run(arch, kind, seed), "cifar10", flags, steps, seconds)
@@ -75,8 +76,8 @@ def _describe_first_epoch(records: Records) -> str:
         CIFAR-10, test top-1 in percent after one epoch, settings of `--preset paper --root newton`
         for both kinds: batch {BATCH}, SGD .1 with momentum .9, weight decay 1e-3, cosine over the
         epoch, blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, 3 in the
-        grouped convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of MobileNet
-        v2 and EfficientNet, all patches that the stride leaves, last layer 512.
+        grouped convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of
+        MobileNet v2 and EfficientNet, all patches that the stride leaves, last layer 512.
         *Paper*: {PUBLISHED["sources"]["paper"]}. *Reproduced*:
         {PUBLISHED["sources"]["reproduced"]}. Three seeds of VGG-16 and ResNet-18, one of the
         others; ½: DenseNet-121 and DPN-92 had the first half of the epoch alone, their schedule
