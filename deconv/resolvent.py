@@ -112,11 +112,15 @@ class _Resolvents(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         root, scaled, norm, *resolvents = ctx.saved_tensors
-        grad = (grad + grad.mT) * (0.5 * norm.rsqrt())
-        result = ctx.terms.slope * grad
+        grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)
+        result = grad * ctx.terms.slope
         for (_, share), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
-            result = torch.sub(result, resolvent @ grad @ resolvent, alpha=share)
+            result.baddbmm_(resolvent @ grad, resolvent, alpha=-share)
         # D = z(A') / sqrt(|A|), A' = A / |A|: what D loses when |A| grows, in units of |A|
-        loss = 0.5 * norm.sqrt() * root * grad + result * scaled
-        loss = loss.sum((-2, -1), keepdim=True)
-        return (result - loss * scaled) / norm, None, None
+        loss = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
+        return result.addcmul_(scaled, loss, value=-1), None, None
+
+
+def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """The sum of products of all elements, (G, 1, 1)."""
+    return left.flatten(1)[:, None] @ right.flatten(1)[..., None]

@@ -190,7 +190,8 @@ def _root_of_matrix(side: int, root: str, n_iter: int) -> Both:
     factor, inverse = Cost(side**3 / 3) + move(2 * side**2), Cost(side**3) + move(3 * side**2)
     if root == "resolvent":
         poles, both = len(TERMS[n_iter].poles), factor + inverse + multiply(side, side, side)
-        return Cost(both.flops * poles, both.bytes * poles), multiply(side, side, side, 2 * poles)
+        back = multiply(side, side, side, 2 * poles) + multiply(1, side * side, 1, 2)
+        return both * poles, back
     return factor + inverse, multiply(side, side, side, 3)
 
 

@@ -6,7 +6,7 @@ import weakref
 import pytest
 import torch
 
-from deconv.products import SHORT, keep_last, outer_products, transform
+from deconv.products import LARGE, SHORT, STRIPS, keep_last, outer_products, transform
 
 SHAPES = list(itertools.product((1, 3), (0, 1, 5), (1, 2, SHORT)))  # groups, R, L
 
@@ -21,6 +21,20 @@ def test_both_equal_einsum(groups, count, length, dtype):
     torch.testing.assert_close(transform(matrices, left), expected)
     expected = torch.einsum("rgdl,rgel->gde", u, v)
     torch.testing.assert_close(outer_products(left, right, groups), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("groups", "side"), [(1, LARGE), (2, LARGE + 1), (1, LARGE + 5)])
+def test_strips_of_a_large_product_with_itself_equal_einsum(groups, side):
+    maps = torch.randn(3, groups * side, 5, dtype=torch.float64, requires_grad=True)
+    vectors = maps.unflatten(1, (groups, side))
+    expected = torch.einsum("rgdl,rgel->gde", vectors, vectors) / 7
+    product = outer_products(maps, maps, groups, 1 / 7)
+    torch.testing.assert_close(product, expected)
+    first = side // STRIPS
+    assert torch.equal(product[:, -first:, :first], product[:, :first, -first:].mT)
+    weights = torch.randn_like(product)
+    found, known = (torch.autograd.grad((p * weights).sum(), maps)[0] for p in (product, expected))
+    torch.testing.assert_close(found, known)
 
 
 @pytest.mark.parametrize(("groups", "length"), list(itertools.product((1, 3), (1, 2, SHORT))))
