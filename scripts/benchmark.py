@@ -81,11 +81,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     flags = parser.parse_args(words)
-    device = find_device(parser, flags)
     try:
-        choose_graphs(flags.cuda_graphs, device, 1, flags.compile)
+        run(parser, flags, words)
     except RunError as error:
         parser.error(str(error))
+
+
+def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None:
+    """Measure all cases, and print a row for each.
+
+    Raises:
+        RunError: training steps cannot be replayed as --cuda-graphs wants.
+    """
+    device = find_device(parser, flags)
+    choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # before anything is measured
     cases = [
         Case(*values) for values in product(*(getattr(flags, n) for n in Case.__annotations__))
     ]

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from scripts import benchmark
+from util.run import RunError
 
 SMALL = ["--arch", "simple_v2", "--batch-size", "2", "--rounds", "2", "--warmup", "1"]
 SMALL += ["--device", "cpu"]
@@ -136,6 +137,17 @@ def test_refuses_in_one_line(flags, words, capsys):
         benchmark.main([*SMALL, *flags.split()])
     (line,) = capsys.readouterr().err.splitlines()
     assert stop.value.code == 2 and all(word in line for word in words), line
+
+
+def test_what_cannot_be_recorded_is_told_in_one_line(monkeypatch, capsys):
+    def measure(case, flags, device):
+        raise RunError("steps cannot be recorded (so it is): train with --cuda-graphs False")
+
+    monkeypatch.setattr(benchmark, "measure_times", measure)
+    with pytest.raises(SystemExit) as stop:
+        benchmark.main([*SMALL, "--no-memory"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and "--cuda-graphs False" in line
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
