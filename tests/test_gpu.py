@@ -59,7 +59,8 @@ def test_all_visible_gpus_are_used(tmp_path):
     assert train("", tmp_path / "run")["processes"] == torch.cuda.device_count()
 
 
-KINDS = ["--mode 1", "--mode 3", "--mode 5 --root newton", "--mode 5", "--amp fp16"]
+ROOTS = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
+KINDS = ["--mode 1", "--mode 3", *ROOTS, "--amp fp16"]
 
 
 @pytest.mark.parametrize("line", ["--deconv False", *KINDS])

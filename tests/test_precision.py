@@ -10,6 +10,7 @@ from torch import nn
 import deconv
 from deconv import Delinear, FastDeconv
 from deconv.convolutions import DECONVOLUTIONS
+from deconv.inverse_sqrt import ROOTS
 
 HALF = [torch.bfloat16, torch.float16]
 LAYERS = {
@@ -134,7 +135,13 @@ def test_layers_made_without_memory_take_up_a_state(kind):
     torch.testing.assert_close(blank.eval()(x), layer.eval()(x), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("options", [{}, dict(rows_per_feature=1, groups=2, bias=False)])
+OPTIONS = [
+    *(dict(root=root) for root in ROOTS),
+    dict(rows_per_feature=1, groups=2, bias=False),
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
 @pytest.mark.parametrize("kind", DECONVOLUTIONS)
 def test_a_forward_on_a_fake_gpu_mixes_no_devices(kind, mode, options):

@@ -75,3 +75,8 @@ def test_the_table_is_what_the_script_finds(n_iter, monkeypatch, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     number, found = line.partition("  #")[0].rstrip(",").split(": Terms")
     assert (int(number), eval(found)) == (n_iter, tuple(TERMS[n_iter]))
+
+
+def test_more_steps_than_the_table_has_are_refused():
+    with pytest.raises(ValueError, match="at most 15 for resolvents, got 16"):
+        root(covariances(1, 3), 16)
