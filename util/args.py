@@ -7,8 +7,6 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
-from deconv.inverse_sqrt import ROOTS
-
 from .compute import PRECISIONS
 from .data import SMALLEST
 from .optim import LOSSES, OPTIMIZERS, SCHEDULES
@@ -128,7 +126,7 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "inverse root of the covariance: Newton-Schulz steps, as published; resolvents, the same "
         "within 0.75 % for a small part of the price; the Cholesky factor, not symmetric"
     )
-    add("--root", text, None, "cholesky", choices=ROOTS)
+    add("--root", text, None, "cholesky", choices=("newton", "resolvent", "cholesky"))
     text = "blocks of neighbouring channels, or channels dealt to them in turn"
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     add(
