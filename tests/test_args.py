@@ -6,7 +6,7 @@ import pytest
 
 import main
 from deconv import FastDeconv
-from deconv.layers import LAYOUTS, MODES
+from deconv.layers import LAYOUTS, MODES, ROOTS
 from util.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
 PUBLISHED_DEFAULTS = """
@@ -118,6 +118,8 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--layout {layout}") == {"layout": layout}
     for mode in MODES:
         assert typed(f"--mode {mode}") == {"mode": mode}
+    for root in ROOTS:
+        assert typed(f"--root {root}") == {"root": root}
 
 
 def test_defaults_are_those_of_the_layers():
