@@ -2,13 +2,9 @@
 
 import pytest
 import torch
+from matrices import covariances
 
 from deconv.cholesky import inverse_cholesky
-
-
-def covariances(batch, side, eps=1e-4):
-    rows = torch.randn(batch, 3 * side, side, dtype=torch.float64) * torch.logspace(0, -3, side)
-    return rows.mT @ rows / (3 * side) + eps * torch.eye(side)
 
 
 @pytest.mark.parametrize("n_iter", [1, 5, 15])

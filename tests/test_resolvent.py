@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from matrices import covariances
 
 from deconv.inverse_sqrt import MAX_STEPS, inverse_sqrt, newton_schulz
 from deconv.resolvent import TERMS
 from deconv.spectrum import respond
 from scripts import fit_resolvent
-
-
-def covariances(batch, side, eps=1e-4):
-    rows = torch.randn(batch, 3 * side, side, dtype=torch.float64) * torch.logspace(0, -3, side)
-    return rows.mT @ rows / (3 * side) + eps * torch.eye(side)
 
 
 def root(cov, n_iter=5, eps=0.0):
