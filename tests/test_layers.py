@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+from matrices import follow
 from torch import nn
 from torch.nn import functional as F
 
@@ -12,7 +13,6 @@ from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, FastDeconvTransp
 from deconv.inverse_sqrt import inverse_sqrt
 from deconv.layers import ROOTS
 from deconv.patches import Spots, gather
-from deconv.resolvent import TERMS
 
 MODES = [1, 2, 3, 4, 5]
 VARIANTS = list(itertools.product(("contiguous", "interleaved"), (True, False)))
@@ -50,9 +50,7 @@ def exact_root(layer, cov):
         return torch.linalg.inv(factor).contiguous()
     values, basis = torch.linalg.eigh(cov)
     if layer.root == "resolvent":
-        constant, slope, poles = TERMS[layer.n_iter]
-        x = values / cov.norm()
-        response = constant + slope * x + sum(share / (x + shift) for shift, share in poles)
+        response = follow(values / cov.norm(), layer.n_iter)
         return basis @ torch.diag(response / cov.norm().sqrt()) @ basis.T
     return basis @ torch.diag(values**-0.5) @ basis.T
 

@@ -64,7 +64,8 @@ def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
 def page(records: Records) -> str:
     text = f"""
         CIFAR-10, test top-1 in percent after one epoch, `--preset paper --root newton` but for
-        learning rate and weight decay. First all pairs of a small grid, seed {SEEDS[0]}:
+        learning rate and weight decay. Seconds compare where a machine did nothing
+        else. First all pairs of a small grid, seed {SEEDS[0]}:
         """
     return f"""\
 {wrap(text)}

@@ -82,7 +82,7 @@ def _describe_first_epoch(records: Records) -> str:
         {PUBLISHED["sources"]["reproduced"]}. Three seeds of VGG-16 and ResNet-18, one of the
         others; ½: DenseNet-121 and DPN-92 had the first half of the epoch alone, their schedule
         fitted to it. BatchNorm has the rate of deconvolution here, not its own best one: see *Best
-        rates* below.
+        rates* below. Seconds compare where a machine did nothing else.
         """
     return f"{wrap(text)}\n{format_table(header, rows)}"
 
