@@ -92,6 +92,7 @@ class _MeasurePatches(torch.autograd.Function):
         kept = whole if keeps_patches(x, sampling) else None
         ctx.save_for_backward(x, matrix, mean, kept, *selection)
         ctx.settings = done, sampling, blocks, axis
+        ctx.set_materialize_grads(False)  # of few patches nobody asks for the mean
         of_all = isinstance(sampling, Spots) and matrix is None
         means = (_average_window(x, sampling.window),) if of_all else ()
         return x, mean.flatten(), cov, *means
@@ -100,16 +101,17 @@ class _MeasurePatches(torch.autograd.Function):
     @once_differentiable
     def backward(
         ctx,
-        grad: torch.Tensor,
-        grad_mean: torch.Tensor,
-        grad_cov: torch.Tensor,
-        *grad_of_all: torch.Tensor,
+        grad: torch.Tensor | None,
+        grad_mean: torch.Tensor | None,
+        grad_cov: torch.Tensor | None,
+        *grad_of_all: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
         x, matrix, mean, kept, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
-        grad = _make_own(grad)
+        grad = x.new_zeros(x.shape) if grad is None else _make_own(grad)
+        if grad_cov is None:
+            grad_cov = mean.new_zeros(blocks.matrices, *(blocks.side(axis),) * 2)
         symmetric = (grad_cov + grad_cov.mT) / ctx.vectors
-        grad_mean = grad_mean[:, None] / ctx.patches
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
         for part, grad_part in zip(_split(x, sampling), _split(grad, sampling), strict=True):
             maps = gather(part, sampling, selection).sub_(mean) if kept is None else kept
@@ -121,10 +123,13 @@ class _MeasurePatches(torch.autograd.Function):
                 pair = (blocks.along(done, each) for each in (slope, maps))
                 grad_matrix += outer_products(*pair, blocks.matrices)
                 slope = transform_along(done, slope, matrix.mT, blocks)
-            scatter(slope.add_(grad_mean), grad_part, sampling, selection)
+            if grad_mean is not None:
+                slope.add_(grad_mean[:, None], alpha=1 / ctx.patches)
+            scatter(slope, grad_part, sampling, selection)
         for each in grad_of_all:  # one at most
-            pixels = each.unflatten(0, (x.shape[1], -1)) @ weigh_pixels(x, sampling.window)
-            grad.add_(pixels.reshape(x.shape[1:]))
+            if each is not None:
+                pixels = each.unflatten(0, (x.shape[1], -1)) @ weigh_pixels(x, sampling.window)
+                grad.add_(pixels.reshape(x.shape[1:]))
         return grad, grad_matrix, *(None,) * 4
 
 

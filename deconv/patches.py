@@ -278,13 +278,16 @@ def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> to
 def scatter(
     maps: torch.Tensor, x: torch.Tensor, sampling: Sampling, selection: Selection = ()
 ) -> None:
-    """The adjoint of `gather`: add every element of maps to its pixel of x, in place."""
+    """The adjoint of `gather`: add every element of maps to its pixel of x, in place.
+
+    Of spots, what maps hold for the padding becomes 0.
+    """
     if isinstance(sampling, Spots):
         pixels, *inside = selection or select_pixels(x, sampling)
         pixels = pixels.expand(-1, x.shape[1], -1)
         maps = maps.reshape(pixels.shape)
         for mask in inside:
-            maps = maps * mask
+            maps *= mask
         x.view(*x.shape[:2], prod(x.shape[2:])).scatter_add_(2, pixels, maps.to(x.dtype))
         return
     outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
