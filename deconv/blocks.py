@@ -10,6 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import NamedTuple
 
 import torch
 
@@ -90,34 +93,55 @@ class Blocks:
                 channel).
             x: R maps of P positions; weights are maps of one.
         """
-        names, before, middle, after = self._names(axis)
-        x = x.reshape(self._lengths(names, x.shape))
-        x = x.permute([names.index(name) for name in before + middle + after])
-        first, last = len(before), len(before + middle)
-        return x.flatten(last).flatten(first, last - 1).flatten(0, first - 1)
+        layout, (count, _, positions) = self._lay_out(axis), x.shape
+        if layout.order is not None:
+            x = x.reshape(count, *layout.lengths, positions).permute(layout.order)
+        return x.reshape(layout.before * count, layout.vector, layout.after * positions)
 
     def back(self, axis: str, y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """What `along` has made of a tensor of `shape` as it was: its inverse."""
-        names, *parts = self._names(axis)
-        order = "".join(parts)
-        y = y.reshape(self._lengths(order, shape))
-        return y.permute([order.index(name) for name in names]).reshape(shape)
+        layout = self._lay_out(axis)
+        if layout.order is not None:
+            lengths = shape[0], *layout.lengths, shape[2]
+            y = y.reshape([lengths[i] for i in layout.order]).permute(layout.inverse)
+        return y.reshape(shape)
 
-    def _lengths(self, names: str, shape: Sequence[int]) -> list[int]:
-        """Of the dimensions by their letters: maps, groups, blocks, channels, taps, positions."""
-        lengths = {"r": shape[0], "g": self.groups, "p": shape[2]}
-        lengths |= {"n": self.count, "b": self.size, "t": self.taps}
-        return [lengths[name] for name in names]
+    def _lay_out(self, axis: str) -> _Layout:
+        # A compiler looks through the cache, and warns that it does.
+        return (_lay_out if torch.compiler.is_compiling() else _cached_layout)(self, axis)
 
-    def _names(self, axis: str) -> tuple[str, str, str, str]:
-        """The dimensions as they lie in memory; those of R', of G * d and of L."""
-        features = {self.features: "nbt", self.taps: "bnt", 1: "btn"}[self.unit]
-        vector = {"joint": "bt", "channel": "b", "pixel": "t"}[axis]
-        rest = features if self.shared else features.replace("n", "")
-        before, after = rest.split(vector[0], 1)
-        after = "".join(name for name in after if name not in vector)
-        middle = f"g{vector}" if self.shared else f"gn{vector}"
-        return f"rg{features}p", f"r{before}", middle, f"{after}p"
+
+class _Layout(NamedTuple):
+    """How vectors along an axis lie among features: `Blocks.along` in numbers."""
+
+    lengths: tuple[int, ...]  # of the dimensions of features as they lie
+    order: tuple[int, ...] | None  # in which they are wanted, maps first; None: as they lie
+    inverse: tuple[int, ...]
+    before: int  # vectors of a map and position that go to R', to G * d and to L
+    vector: int
+    after: int
+
+
+def _lay_out(blocks: Blocks, axis: str) -> _Layout:
+    # Dimensions by letters: maps, groups, blocks, channels, taps, positions.
+    lengths = {"g": blocks.groups, "n": blocks.count, "b": blocks.size, "t": blocks.taps}
+    features = {blocks.features: "nbt", blocks.taps: "bnt", 1: "btn"}[blocks.unit]
+    vector = {"joint": "bt", "channel": "b", "pixel": "t"}[axis]
+    rest = features if blocks.shared else features.replace("n", "")
+    before, after = rest.split(vector[0], 1)
+    after = "".join(name for name in after if name not in vector)
+    middle = f"g{vector}" if blocks.shared else f"gn{vector}"
+    names, wanted = f"rg{features}p", f"r{before}{middle}{after}p"
+    order = tuple(names.index(name) for name in wanted)
+    return _Layout(
+        tuple(lengths[name] for name in names[1:-1]),
+        None if names == wanted else order,
+        tuple(wanted.index(name) for name in names),
+        *(prod([lengths[name] for name in part]) for part in (before, middle, after)),
+    )
+
+
+_cached_layout = lru_cache(maxsize=256)(_lay_out)
 
 
 def transform_along(

@@ -74,9 +74,10 @@ def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     Returns:
         (R, G * d, L).
     """
-    if maps.shape[2] > 1:
-        return _Transform.apply(matrices, maps)
-    return _multiply_rows(matrices, maps)  # a view of its product, which no Function may return
+    if maps.shape[2] == 1:  # a view of its product, which no Function may return
+        return _multiply_rows(matrices, maps)
+    # A Function takes 30 us to be called, also where no gradient is wanted: within another's.
+    return (_Transform.apply if torch.is_grad_enabled() else _multiply)(matrices, maps)
 
 
 def outer_products(
@@ -87,7 +88,8 @@ def outer_products(
     Args:
         left, right: (R, groups * d, L).
     """
-    return _OuterProducts.apply(left, right, groups, scale)
+    multiply = _OuterProducts.apply if torch.is_grad_enabled() else _sum_products
+    return multiply(left, right, groups, scale)
 
 
 class _Transform(torch.autograd.Function):
@@ -140,6 +142,8 @@ def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     groups, side, _ = matrices.shape
     # On a GPU copies cost launches; but many matrices times one vector each wait for memory.
     if maps.shape[2] >= (SHORT if maps.device.type == "cpu" else 2):
+        if groups == 1:  # without the views by which `@` finds out that there is nothing to repeat
+            return torch.bmm(matrices.expand(len(maps), -1, -1), maps)
         return (matrices @ maps.unflatten(1, (groups, side))).flatten(1, 2)
     return _multiply_rows(matrices, maps)
 
