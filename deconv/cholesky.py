@@ -62,9 +62,9 @@ class _InverseCholesky(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
         cov, norm, inverse = ctx.saved_tensors
-        inner = (grad @ inverse.mT).tril_()
+        inner = torch.bmm(grad, inverse.mT).tril_()
         inner.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-        outer = inverse.mT @ inner @ inverse
+        outer = torch.bmm(torch.bmm(inverse.mT, inner), inverse)
         result = outer.add(outer.mT).mul_(-0.5)
         trace = result.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         return result.addcmul_(cov, trace / norm, value=ctx.share), None, None
