@@ -123,6 +123,17 @@ def test_float32_survives_an_offset_much_larger_than_the_spread():
     torch.testing.assert_close(cov, exact.float(), rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("statistic", [0, 1])
+@pytest.mark.parametrize("looks", LOOKS)
+def test_a_statistic_that_is_used_alone_has_its_own_gradient(looks, statistic):
+    x, looks = pictures().requires_grad_(), LOOKS[looks]
+    found = measure_patches(x, looks, INTERLEAVED, "joint")[1 + statistic]
+    expected = plain(x, looks, INTERLEAVED, "joint")[statistic]
+    slope = torch.randn_like(found)
+    grads = [torch.autograd.grad(each, x, slope)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
 @pytest.mark.parametrize("looks", LOOKS)
 def test_no_patches_have_mean_and_covariance_zero(looks):
     x, blocks = pictures(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
