@@ -16,7 +16,7 @@ import torch
 T = TypeVar("T")
 
 SHORT = 16  # vectors of a map from which on it is multiplied by itself on a CPU
-LARGE, STRIPS = 128, 3  # a symmetric matrix of this side on a CPU is computed in so many strips
+LARGE, STRIPS = 256, 3  # a symmetric matrix of this side on a CPU is computed in so many strips
 
 
 def is_traced(x: torch.Tensor) -> bool:
