@@ -10,7 +10,7 @@ from torch import distributed
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
-from .patches import Sampling, Spots, Window, gather, scatter, select_pixels, weigh_pixels
+from .patches import Sampling, Spots, gather, scatter, select_pixels, weigh_pixels
 from .products import outer_products
 
 # Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
@@ -78,7 +78,7 @@ class _MeasurePatches(torch.autograd.Function):
         selection, parts = select_pixels(x, sampling), _split(x, sampling)
         ctx.patches = max(count_patches(x, sampling), 1)
         whole = gather(x, sampling, selection) if len(parts) == 1 else None
-        mean = _average_window(x, sampling) if whole is None else _average(whole)
+        mean = _average_pixels(x, weigh_pixels(x, sampling)) if whole is None else _average(whole)
         mean, cov = mean[:, None], None
         ctx.vectors = ctx.patches * len(mean) // (blocks.matrices * blocks.side(axis))
         for part in parts:
@@ -90,11 +90,12 @@ class _MeasurePatches(torch.autograd.Function):
             products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.vectors)
             cov = products if cov is None else cov + products  # not in place: see _sum_products
         kept = whole if keeps_patches(x, sampling) else None
-        ctx.save_for_backward(x, matrix, mean, kept, *selection)
+        of_all = isinstance(sampling, Spots) and matrix is None
+        weights = weigh_pixels(x, sampling.window) if of_all else None
+        ctx.save_for_backward(x, matrix, mean, kept, weights, *selection)
         ctx.settings = done, sampling, blocks, axis
         ctx.set_materialize_grads(False)  # of few patches nobody asks for the mean
-        of_all = isinstance(sampling, Spots) and matrix is None
-        means = (_average_window(x, sampling.window),) if of_all else ()
+        means = (_average_pixels(x, weights),) if of_all else ()
         return x, mean.flatten(), cov, *means
 
     @staticmethod
@@ -106,7 +107,7 @@ class _MeasurePatches(torch.autograd.Function):
         grad_cov: torch.Tensor | None,
         *grad_of_all: torch.Tensor | None,
     ) -> tuple[torch.Tensor | None, ...]:
-        x, matrix, mean, kept, *selection = ctx.saved_tensors
+        x, matrix, mean, kept, weights, *selection = ctx.saved_tensors
         done, sampling, blocks, axis = ctx.settings
         grad = x.new_zeros(x.shape) if grad is None else _make_own(grad)
         if grad_cov is None:
@@ -128,7 +129,7 @@ class _MeasurePatches(torch.autograd.Function):
             scatter(slope, grad_part, sampling, selection)
         for each in grad_of_all:  # one at most
             if each is not None:
-                pixels = each.unflatten(0, (x.shape[1], -1)) @ weigh_pixels(x, sampling.window)
+                pixels = each.unflatten(0, (x.shape[1], -1)) @ weights
                 grad.add_(pixels.reshape(x.shape[1:]))
         return grad, grad_matrix, *(None,) * 4
 
@@ -138,9 +139,8 @@ def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
     return len(x) * sampling.count(x.shape[2:])
 
 
-def _average_window(x: torch.Tensor, window: Window) -> torch.Tensor:
-    """The mean (C*T,) of the patches of x, 0 for none."""
-    weights = weigh_pixels(x, window)
+def _average_pixels(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    """The mean (C*T,) of the patches of x from what its pixels add to it, see `weigh_pixels`."""
     return (x.sum(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
 
 
