@@ -93,22 +93,18 @@ class Blocks:
                 channel).
             x: R maps of P positions; weights are maps of one.
         """
-        layout, (count, _, positions) = self._lay_out(axis), x.shape
+        layout, (count, _, positions) = _find_layout(self, axis), x.shape
         if layout.order is not None:
             x = x.reshape(count, *layout.lengths, positions).permute(layout.order)
         return x.reshape(layout.before * count, layout.vector, layout.after * positions)
 
     def back(self, axis: str, y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """What `along` has made of a tensor of `shape` as it was: its inverse."""
-        layout = self._lay_out(axis)
+        layout = _find_layout(self, axis)
         if layout.order is not None:
             lengths = shape[0], *layout.lengths, shape[2]
             y = y.reshape([lengths[i] for i in layout.order]).permute(layout.inverse)
         return y.reshape(shape)
-
-    def _lay_out(self, axis: str) -> _Layout:
-        # A compiler looks through the cache, and warns that it does.
-        return (_lay_out if torch.compiler.is_compiling() else _cached_layout)(self, axis)
 
 
 class _Layout(NamedTuple):
@@ -142,6 +138,11 @@ def _lay_out(blocks: Blocks, axis: str) -> _Layout:
 
 
 _cached_layout = lru_cache(maxsize=256)(_lay_out)
+
+
+def _find_layout(blocks: Blocks, axis: str) -> _Layout:
+    # A compiler looks through the cache, and warns that it does.
+    return (_lay_out if torch.compiler.is_compiling() else _cached_layout)(blocks, axis)
 
 
 def transform_along(

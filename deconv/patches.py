@@ -280,7 +280,7 @@ def scatter(
 ) -> None:
     """The adjoint of `gather`: add every element of maps to its pixel of x, in place.
 
-    Of spots, what maps hold for the padding becomes 0.
+    Of spots, maps are written to as well: 0 where a tap lies in the padding.
     """
     if isinstance(sampling, Spots):
         pixels, *inside = selection or select_pixels(x, sampling)
