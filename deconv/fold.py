@@ -42,8 +42,8 @@ def fold(
     if mean.shape[1] != rows.shape[2]:
         mean = mean.repeat_interleave(blocks.taps, dim=1)
     # A compiler adds the two gradients of rows as it likes.
-    compiled = torch.compiler.is_compiling()
-    rows, shift = (rows, rows @ mean) if compiled else _Shift.apply(rows, mean)
+    plain = torch.compiler.is_compiling() or not mean.requires_grad
+    rows, shift = (rows, rows @ mean) if plain else _Shift.apply(rows, mean)
     shift = shift.flatten()
     bias = -shift if bias is None else bias - shift
     return rows.reshape(weight.shape), bias
@@ -77,15 +77,10 @@ class _Shift(torch.autograd.Function):
     where it lies instead of filling a second weight.
     """
 
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(ctx, weight: torch.Tensor, mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(weight, mean)
         return weight.view_as(weight), weight @ mean
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: object) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(

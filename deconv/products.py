@@ -76,8 +76,8 @@ def transform(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
     """
     if maps.shape[2] == 1:  # a view of its product, which no Function may return
         return _multiply_rows(matrices, maps)
-    # A Function takes 30 us to be called, also where no gradient is wanted: within another's.
-    return (_Transform.apply if torch.is_grad_enabled() else _multiply)(matrices, maps)
+    differs = torch.is_grad_enabled() and matrices.requires_grad
+    return (_Transform.apply if differs else _multiply)(matrices, maps)
 
 
 def outer_products(
@@ -88,20 +88,17 @@ def outer_products(
     Args:
         left, right: (R, groups * d, L).
     """
-    multiply = _OuterProducts.apply if torch.is_grad_enabled() else _sum_products
-    return multiply(left, right, groups, scale)
+    differs = torch.is_grad_enabled() and (left.requires_grad or right.requires_grad)
+    return (_OuterProducts.apply if differs else _sum_products)(left, right, groups, scale)
 
 
 class _Transform(torch.autograd.Function):
-    generate_vmap_rule = True
-
+    # Not for torch.func: `setup_context`, which it asks for, has the signature of `forward` read at
+    # each call. What it transforms is in evaluation, where matrices are constants.
     @staticmethod
-    def forward(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+    def forward(ctx, matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(matrices, maps)
         return _multiply(matrices, maps)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        ctx.save_for_backward(*inputs)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -114,16 +111,13 @@ class _Transform(torch.autograd.Function):
 
 
 class _OuterProducts(torch.autograd.Function):
-    generate_vmap_rule = True
-
     @staticmethod
-    def forward(left: torch.Tensor, right: torch.Tensor, groups: int, scale: float) -> torch.Tensor:
+    def forward(
+        ctx, left: torch.Tensor, right: torch.Tensor, groups: int, scale: float
+    ) -> torch.Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.scale = scale
         return _sum_products(left, right, groups, scale)
-
-    @staticmethod
-    def setup_context(ctx, inputs: tuple, output: torch.Tensor) -> None:
-        *factors, _, ctx.scale = inputs
-        ctx.save_for_backward(*factors)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
