@@ -17,8 +17,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
-from scripts.paper.engine import ROOT, RUNS, Recipe
-from scripts.paper.records import RESULTS, Records, gather, load, save
+from scripts.paper.engine import RUNS, Recipe, gather
+from scripts.paper.records import RESULTS, ROOT, Records, load, save
 from scripts.paper.tables import format_table
 from util.checkpoint import atomic_write
 from util.parser import Parser, place
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     results, docs = Path(flags.results), Path(flags.docs)
     for recipe in RECIPES:
-        if found := gather(recipe, Path(flags.runs) / recipe.name):
+        if found := gather(recipe, Path(flags.runs) / recipe.name, results):
             save(recipe.name, load(recipe.name, results) | found, results)
     write_page(results, docs)
 

@@ -105,6 +105,22 @@ def test_runs_that_depend_on_results_come_after_them(stand_in, tmp_path):
     assert ran == ["a", "b", "best"]
 
 
+def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
+    stand_in, tmp_path, monkeypatch, capsys
+):
+    recipe, argv = make_recipe("a", "b", later=["best"]), ["--out", str(tmp_path / "runs")]
+    records.save("tiny", {"a": {"test_top1": 40.0}, "b": {"diverged": 3}}, tmp_path)
+    monkeypatch.setattr(engine, "load", lambda name, results: records.load(name, tmp_path))
+    engine.main(recipe, [*argv, "--skip-recorded", "--dry-run"])
+    states = [line[:8] for line in capsys.readouterr().out.splitlines()]
+    assert states[:3] == ["recorded", "recorded", "to do   "]
+    stand_in[1].clear()
+    engine.main(recipe, [*argv, "--skip-recorded"])
+    assert stand_in[1] == ["best"]
+    folder = tmp_path / "runs" / "tiny"
+    assert [run.name for run in engine.list_todo(recipe, folder, None, {})] == ["a", "b"]
+
+
 def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):
     recipe, folder = make_recipe("a", "b", later=["best"]), tmp_path / "tiny"
     (folder / "a").mkdir(parents=True)
@@ -165,7 +181,7 @@ def test_a_run_of_the_main_script_becomes_a_record_without_paths(pictures, tmp_p
     engine.main(recipe, ["--cifar10", str(pictures), "--out", str(out)])
     assert "a: test top-1" in capsys.readouterr().out
     assert not list((out / "tiny" / "a").glob("*previous*"))
-    found = records.gather(recipe, out / "tiny")
+    found = engine.gather(recipe, out / "tiny", tmp_path / "results")
     records.save("tiny", found, tmp_path / "results")
     assert records.load("tiny", tmp_path / "results") == found
     (record,) = found.values()

@@ -1,7 +1,8 @@
 """What all recipes of this folder share: runs of main.py, each in its own folder, made once.
 
 A recipe plans runs. One that has finished or diverged is not run again, one that was interrupted
-goes on from its last checkpoint; a folder that is removed is run anew.
+goes on from its last checkpoint; a folder that is removed is run anew, unless its figures are in
+results/ and `--skip-recorded` takes them for what they are: several machines can share a recipe.
 """
 
 from __future__ import annotations
@@ -20,15 +21,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.paper.records import RESULTS, ROOT, Records, load, read_record
 from util.checkpoint import BEST_NAME, PREVIOUS_NAME
 from util.parser import Parser, place, whole
 from util.recorder import DIVERGED_NAME
 
-ROOT = Path(__file__).resolve().parents[2]
 RUNS = ROOT / "runs" / "paper"
 PICTURES = {"cifar10": 50_000, "fashion": 60_000}  # of training
 CONSOLE_NAME = "console.txt"
 SAVE_EVERY = 100  # optimizer steps
+TO_MAKE = ("begun", "to do")  # states of a run
 
 
 @dataclass(frozen=True)
@@ -87,15 +89,21 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if flags.dry_run:
         print(describe_plan(recipe, folder, flags, more))
         return
+    known = read_known(recipe) if flags.skip_recorded else {}
     tried: set[str] = set()
-    while todo := [run for run in list_todo(recipe, folder, flags.only) if run.name not in tried]:
+
+    def list_left() -> list[Run]:
+        return list_todo(recipe, folder, flags.only, known)
+
+    while todo := [run for run in list_left() if run.name not in tried]:
         lines = {run.name: make_command(run, folder / run.name, flags, more) for run in todo}
         run_all(lines, folder, flags.jobs)
         tried |= lines.keys()
-    if failed := [run.name for run in list_todo(recipe, folder, flags.only)]:
+    if failed := [run.name for run in list_left()]:
         names = ", ".join(failed)
         raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
-    for line in recipe.after(folder) if flags.only is None else ():
+    all_here = flags.only is None and not known
+    for line in recipe.after(folder) if all_here else ():
         subprocess.run(line, cwd=ROOT, check=True)
 
 
@@ -111,6 +119,8 @@ def make_parser(recipe: Recipe) -> Parser:
     add("--only", "only runs whose name contains TEXT", shown="all", metavar="TEXT")
     add("--jobs", "runs at a time", whole(1, 64), 1, metavar="N")
     add("--threads", "CPU threads of each", whole(1, 1024), 1, metavar="N")
+    text = "leave out runs whose figures are in results/ already, made here or elsewhere"
+    add("--skip-recorded", text, action="store_true", default=False, shown="")
     text = "say what would be run, and how long it would take"
     add("--dry-run", text, action="store_true", default=False, shown="")
     return parser
@@ -121,33 +131,57 @@ def absolute(text: str) -> str:
     return str(Path(place(text)).resolve())
 
 
-def list_todo(recipe: Recipe, folder: Path, only: str | None) -> list[Run]:
-    """The runs that are neither finished nor diverged, as far as they can be planned by now."""
-    runs = list_runs(recipe, folder, only)
-    return [run for run in runs if find_state(run, folder / run.name) in ("begun", "to do")]
+def read_known(recipe: Recipe, results: Path = RESULTS) -> dict[str, float]:
+    """Test top-1 of the runs that have a record, 0 of those that diverged."""
+    records = load(recipe.name, results)
+    return {name: record.get("test_top1") or 0.0 for name, record in records.items()}
+
+
+def gather(recipe: Recipe, folder: Path, results: Path) -> Records:
+    """The records of the runs in `folder` that have come to their end.
+
+    What was to be run may follow from figures in `results`, of runs made elsewhere.
+    """
+    runs = list_runs(recipe, folder, None, read_known(recipe, results))
+    names = [run.name for run in runs if find_state(run, folder / run.name) not in TO_MAKE]
+    return {name: read_record(folder / name) for name in names}
+
+
+def list_todo(
+    recipe: Recipe, folder: Path, only: str | None, known: Mapping[str, float]
+) -> list[Run]:
+    """The runs that are neither over nor known, as far as they can be planned by now."""
+    runs = list_runs(recipe, folder, only, known)
+    return [run for run in runs if find_state(run, folder / run.name, known) in TO_MAKE]
 
 
 def list_runs(
-    recipe: Recipe, folder: Path, only: str | None, unknown: float | None = None
+    recipe: Recipe,
+    folder: Path,
+    only: str | None,
+    known: Mapping[str, float],
+    unknown: float | None = None,
 ) -> list[Run]:
-    """Those planned, where results not yet found are taken to be `unknown`."""
+    """Those planned, where results neither found nor `known` are taken to be `unknown`."""
 
     def find(name: str) -> float | None:
         if (folder / name / DIVERGED_NAME).exists():
             return 0.0
         summary = read_summary(folder / name)
-        return summary["test_top1"] if summary else unknown
+        return summary["test_top1"] if summary else known.get(name, unknown)
 
     return [run for run in recipe.plan(find) if only is None or only in run.name]
 
 
-def find_state(run: Run, folder: Path) -> str:
-    """finished, diverged, begun or to do."""
+def find_state(run: Run, folder: Path, known: Collection[str] = ()) -> str:
+    """finished, diverged, recorded, begun or to do."""
     if (folder / DIVERGED_NAME).exists():
         return "diverged"
     summary = read_summary(folder)
     if summary and summary["steps"] >= run.steps:
         return "finished"
+    if run.name in known:
+        return "recorded"
     return "begun" if folder.exists() else "to do"
 
 
@@ -173,9 +207,10 @@ def describe_plan(recipe: Recipe, folder: Path, flags: Namespace, more: Sequence
     Rates that are still to be found are shown as the first of those to be tried.
     """
     lines, seconds = [], 0.0
-    for run in list_runs(recipe, folder, flags.only, unknown=0.0):
-        state = find_state(run, folder / run.name)
-        seconds += run.seconds if state in ("begun", "to do") else 0
+    known = read_known(recipe) if flags.skip_recorded else {}
+    for run in list_runs(recipe, folder, flags.only, known, unknown=0.0):
+        state = find_state(run, folder / run.name, known)
+        seconds += run.seconds if state in TO_MAKE else 0
         command = shlex.join(make_command(run, folder / run.name, flags, more))
         lines.append(f"{state:8} {run.seconds / 60:5.0f} min  {command}")
     hours = seconds / 3600 / flags.jobs

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from scripts.paper.engine import ROOT, Recipe, find_state, list_runs
 from util.checkpoint import atomic_write
 from util.logger import BATCH_LOG_NAME, read_log
 from util.recorder import DIVERGED_NAME
 from util.settings import MAY_CHANGE
 
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 LEFT_OUT = MAY_CHANGE - {"epochs", "max_steps", "preset", "threads"}  # flags
 MACHINE = ("versions", "commit", "device", "processor", "processes", "platform")
@@ -25,17 +25,6 @@ EPOCH_COLUMNS = ("epoch", "train_loss", "train_top1", "test_loss", "test_top1", 
 CURVE_POINTS = 120  # of the training loss; longer curves are averaged to fewer
 
 Records = dict[str, dict[str, Any]]  # by the names of the runs
-
-
-def gather(recipe: Recipe, folder: Path) -> Records:
-    """The records of the runs in `folder` that have come to their end."""
-    ended = ("finished", "diverged")
-    runs = [
-        run.name
-        for run in list_runs(recipe, folder, None)
-        if find_state(run, folder / run.name) in ended
-    ]
-    return {name: read_record(folder / name) for name in runs}
 
 
 def read_record(folder: Path) -> dict[str, Any]:
