@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
 from scripts.paper.engine import RUNS, Recipe, gather
 from scripts.paper.records import RESULTS, ROOT, Records, load, save
-from scripts.paper.tables import format_table
+from scripts.paper.tables import format_table, show_loss
 from util.checkpoint import atomic_write
 from util.parser import Parser, place
 
@@ -104,11 +104,12 @@ def describe_run(name: str, record: dict[str, Any]) -> list[Any]:
     commit = (record["commit"] or "-")[:9]
     if "diverged" in record:
         return [name, *made, f"diverged at {record['diverged']}", None, None, None, commit]
+    loss = show_loss(record["train_loss"], 4)
     figures = [format_figure(record[key], form) for key, form in FORMS.items()]
-    return [name, *made, record["steps"], *figures, commit]
+    return [name, *made, record["steps"], loss, *figures, commit]
 
 
-FORMS = {"train_loss": ".4f", "test_top1": ".2f", "train_seconds": ",.0f"}
+FORMS = {"test_top1": ".2f", "train_seconds": ",.0f"}
 
 
 def format_figure(value: float | None, form: str) -> str | None:

@@ -47,16 +47,26 @@ def test_table1_has_the_ten_networks_of_the_paper_both_ways():
     assert sum(run.steps == 20 * 391 for run in runs) == 2
 
 
-def test_the_best_pair_is_chosen_only_when_all_are_known():
+def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_seeds():
+    def plan_more(**better):
+        found.update({f"vgg16-bn-{name}-seed0": top1 for name, top1 in better.items()})
+        runs = best_rates.plan(found.get)
+        return [run for run in runs if run.name not in found]
+
     found = {run.name: 30.0 for run in best_rates.plan(lambda name: None)}
-    found["vgg16-bn-lr0.03-wd0.001-seed0"] = 40.0
-    later = [run for run in best_rates.plan(found.get) if run.name not in found]
-    assert len(later) == 2 * 2 * 2
-    (flags,) = {run.flags.partition(" --epochs")[0] for run in later if "vgg16-bn" in run.name}
-    assert flags.endswith("--lr 0.03 --wd 0.001")
-    found["vgg16-bn-lr0.01-wd0.002-seed0"] = None
-    later = [run.name for run in best_rates.plan(found.get) if run.name not in found]
-    assert len(later) == 3 * 2 and not any("vgg16-bn" in name for name in later)
+    assert len(found) == 2 * (4 + 3)
+    more = plan_more(**{"lr0.03-wd0.001": 40.0, "lr0.01-wd0.001": None})
+    assert len(more) == 3 * 2 and not any("vgg16-bn" in run.name for run in more)
+    more = plan_more(**{"lr0.01-wd0.001": 30.0})
+    assert [run.name for run in more if "vgg16-bn" in run.name] == [
+        "vgg16-bn-lr0.03-wd0.0005-seed0",
+        "vgg16-bn-lr0.03-wd0.002-seed0",
+    ]
+    more = plan_more(**{"lr0.03-wd0.0005": 39.0, "lr0.03-wd0.002": 41.0})
+    flags = [run.flags for run in more if "vgg16-bn" in run.name]
+    assert [text.partition("--lr ")[2] for text in flags] == [
+        f"0.03 --wd 0.002 --epochs 1 --seed {seed}" for seed in (1, 2)
+    ]
 
 
 @pytest.fixture
@@ -225,7 +235,7 @@ def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
     name = regression.name_run
     found = {
         name(case, 1, 0.1): {**make_record(), "diverged": 12},
-        name(case, 1, 0.01): make_record(20.0, curve=[[1, 9.0]]),
+        name(case, 1, 0.01): make_record(20.0, curve=[[1, 2e24]]),
         name(case, 1, 0.001): make_record(30.0, curve=[[1, 4.0]]),
     }
     assert regression.choose_rate(case, 1, found) == 0.001

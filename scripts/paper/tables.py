@@ -54,6 +54,13 @@ def show_seconds(records: Records, names: Sequence[str]) -> str:
     return f"{mean(found):,.0f}" if found else DASH
 
 
+def show_loss(loss: float | None, digits: int) -> str:
+    """With so many digits after the point; of one that has left all bounds its magnitude."""
+    if loss is None:
+        return DASH
+    return f"{loss:.{digits}f}" if abs(loss) < 1e4 else f"{loss:.1e}"
+
+
 def _show(record: dict[str, Any]) -> str:
     if "diverged" in record:
         return f"diverged at step {record['diverged']}"
