@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import sys
 import threading
 import time
 
@@ -11,8 +12,8 @@ import torch
 from PIL import Image
 
 import main
-from scripts import paper_report
-from scripts.paper import best_rates, engine, records, regression, table1
+from scripts import inspect_layers, paper_report
+from scripts.paper import best_rates, engine, filters, records, regression, table1
 from scripts.paper.engine import Recipe, Run, make_command, make_parser
 from util.settings import read_settings
 
@@ -85,12 +86,12 @@ def stand_in(monkeypatch):
     return ends, ran
 
 
-def make_recipe(*names, later=()):
+def make_recipe(*names, later=(), **more):
     def plan(find):
         known = names if None in map(find, names) else (*names, *later)
         return [Run(name, "fashion", "", 3, 1.0) for name in known]
 
-    return Recipe("tiny", "Tiny", plan, page=lambda found: "")
+    return Recipe("tiny", "Tiny", plan, page=lambda found: "", **more)
 
 
 def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
@@ -129,6 +130,19 @@ def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
     assert stand_in[1] == ["best"]
     folder = tmp_path / "runs" / "tiny"
     assert [run.name for run in engine.list_todo(recipe, folder, None, {})] == ["a", "b"]
+
+
+def test_what_follows_the_runs_finds_the_pictures(stand_in, tmp_path):
+    def draw(folder, cifar10):
+        words = filters.inspect(folder, cifar10)[0][1:]
+        return [[sys.executable, "-c", f"open({str(drawn)!r}, 'w').write({' '.join(words)!r})"]]
+
+    drawn = tmp_path / "drawn"
+    argv = ["--out", str(tmp_path), "--cifar10", str(tmp_path / "pictures")]
+    engine.main(make_recipe("a", after=draw), argv)
+    read = inspect_layers.parse_args(drawn.read_text().split()[1:])
+    assert read.checkpoint == str(tmp_path / "tiny" / filters.NAME / "checkpoint.pth.tar")
+    assert read.data == str(tmp_path / "pictures") and read.out.parent.name == "docs"
 
 
 def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):

@@ -66,7 +66,8 @@ class Recipe:
         plan: plan(find) -> all runs but those that depend on results not yet found.
         page: page(records by name) -> its part of docs/results.md, see `paper_report.py`.
         draw: draw(records by name, path) -> its picture; None where it has none.
-        after: after(folder of the runs) -> command lines, run when all runs are finished.
+        after: after(folder of the runs, folder of CIFAR-10) -> command lines, run when all runs are
+            finished.
     """
 
     name: str
@@ -74,7 +75,7 @@ class Recipe:
     plan: Callable[[Find], list[Run]]
     page: Callable[[dict[str, dict]], str]
     draw: Callable[[dict[str, dict], Path], None] | None = None
-    after: Callable[[Path], list[list[str]]] = lambda folder: []
+    after: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
 
 
 def count_steps(pictures: str, batch_size: int) -> int:
@@ -103,7 +104,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
         names = ", ".join(failed)
         raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
     all_here = flags.only is None and not known
-    for line in recipe.after(folder) if all_here else ():
+    for line in recipe.after(folder, flags.cifar10 or flags.data) if all_here else ():
         subprocess.run(line, cwd=ROOT, check=True)
 
 

@@ -28,10 +28,10 @@ def plan(find: Find) -> list[Run]:
     return [Run(NAME, "cifar10", f"{flags} --num-groups 16 --eps 1e-2 --seed 0", STEPS, seconds)]
 
 
-def inspect(folder: Path) -> list[list[str]]:
+def inspect(folder: Path, cifar10: str) -> list[list[str]]:
     """The command that draws the picture."""
-    checkpoint = folder / NAME / LATEST_NAME
-    return [[sys.executable, "scripts/inspect_layers.py", str(checkpoint), f"docs/{PICTURE}"]]
+    where = [str(folder / NAME / LATEST_NAME), f"docs/{PICTURE}", "--data", cifar10]
+    return [[sys.executable, "scripts/inspect_layers.py", *where]]
 
 
 def page(records: Records) -> str:
