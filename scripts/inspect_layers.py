@@ -6,8 +6,9 @@
 The picture shows the filters of the first layer as learned, W, and as the raw picture meets them,
 W D; the whitening itself, rows of the symmetric root, each the kernel that makes a pixel white: a
 centre against its surround, as in the paper and in the retina (the Cholesky factor, a rotation of
-that root, sets it against one half); the eigenvalues of what each layer sees; and how white that is
-before and after (`deconv.whiteness`).
+that root, sets it against one half); how the features of a block of the last convolution correlate
+before whitening and after it; the eigenvalues of what each layer sees; and how white that is before
+and after (`deconv.whiteness`).
 Exit code: 2 bad input.
 """
 
@@ -24,13 +25,13 @@ import numpy as np
 import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deconv import FastDeconv, whiteness
-from deconv.whiteness import Whiteness
+from deconv.whiteness import LayerWhiteness, Whiteness
 from scripts.export import read_pictures, rebuild
 from util.checkpoint import CheckpointError, load_checkpoint
 from util.data import DataError
@@ -49,7 +50,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = whiteness(network, pictures)
         print(rows)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        draw(first, rows, f"{flags.arch}, {len(pictures)} pictures").savefig(args.out, dpi=120)
+        deep = next(row for row in reversed(rows) if is_convolution(network, row.name))
+        title = f"{flags.arch}, {len(pictures)} pictures"
+        draw(first, deep, rows, title).savefig(args.out, dpi=120)
     except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
         print(f"inspect_layers.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -82,11 +85,15 @@ def find_first(network: nn.Module) -> FastDeconv:
     return first
 
 
-def draw(first: FastDeconv, rows: Whiteness, title: str) -> Figure:
-    """The page: filters above, whitening kernels in the middle, all layers below."""
-    figure = Figure(figsize=(11, 13), layout="constrained")
+def is_convolution(network: nn.Module, name: str) -> bool:
+    return isinstance(network.get_submodule(name), FastDeconv)
+
+
+def draw(first: FastDeconv, deep: LayerWhiteness, rows: Whiteness, title: str) -> Figure:
+    """From above: filters, whitening kernels, correlations of a deep layer, all layers."""
+    figure = Figure(figsize=(11, 18), layout="constrained")
     figure.suptitle(title)
-    above, middle, below = figure.subfigures(3, 1, height_ratios=(4, 3, 4))
+    above, middle, lower, below = figure.subfigures(4, 1, height_ratios=(4, 3, 4, 4))
     filters = {
         "first layer, W": first.weight,
         "as the picture meets it, W D": first.whitened_weight(),
@@ -97,6 +104,7 @@ def draw(first: FastDeconv, rows: Whiteness, title: str) -> Figure:
     kernels = centre_kernels(first)[:KERNELS]
     for channel, axes in enumerate(middle.subplots(1, len(kernels), squeeze=False).flat):
         draw_kernel(axes, kernels[channel], f"whitening kernel, channel {channel}")
+    draw_correlations(lower, deep)
     left, right = below.subplots(1, 2)
     draw_spectra(left, rows)
     draw_whiteness(right, rows)
@@ -126,6 +134,23 @@ def draw_kernel(axes: Axes, kernel: Tensor, title: str) -> None:
             style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
             axes.text(column, row, f"{value:.2g}", **style)
     axes.set(title=title, xticks=[], yticks=[])
+
+
+def draw_correlations(figure: SubFigure, row: LayerWhiteness) -> None:
+    """Of the features of a block, averaged over the layer's blocks, before and after whitening."""
+    both = figure.subplots(1, 2)
+    for axes, cov, when in zip(both, row.covariances, ("before", "after"), strict=True):
+        picture = axes.imshow(correlate(cov).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        text = f"{row.name}: correlation of {row.features} features, {when}"
+        axes.set(title=text, xticks=[], yticks=[])
+    figure.colorbar(picture, ax=both, shrink=0.8)
+
+
+def correlate(cov: Tensor) -> Tensor:
+    """The mean correlation (F, F) of covariances (G, F, F); 0 with what does not vary."""
+    spread = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = spread[:, None] * spread[..., None]
+    return torch.where(scale > 0, cov / scale, 0.0).mean(0)
 
 
 def draw_spectra(axes: Axes, rows: Whiteness) -> None:

@@ -1,5 +1,6 @@
 """scripts/inspect_layers.py: the table and the picture of a run."""
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.image import imread
@@ -49,6 +50,17 @@ def test_whitening_kernels_are_a_centre_against_its_surround():
     assert kernel.argmax() == 12 and kernel[2, 2] > 0
     assert all(kernel[at] < 0 for at in ((1, 2), (2, 1), (2, 3), (3, 2)))
     torch.testing.assert_close(kernel, kernel.flip(0, 1), rtol=0.2, atol=0.1)
+
+
+def test_correlations_are_those_of_numpy_and_nothing_of_a_constant():
+    torch.manual_seed(0)
+    x = torch.randn(5, 2, 100, dtype=torch.float64).cumsum(0)
+    x[2] = 1.0
+    found = inspect_layers.correlate(torch.stack([torch.cov(part) for part in x.transpose(0, 1)]))
+    moving = [0, 1, 3, 4]
+    expected = sum(np.corrcoef(x[moving, part]) for part in (0, 1)) / 2
+    np.testing.assert_allclose(found[moving][:, moving], expected)
+    assert not found[2].any() and not found[:, 2].any()
 
 
 @pytest.mark.parametrize("options", [dict(mode=5), dict(mode=3), dict(mode=1, groups=2, block=1)])

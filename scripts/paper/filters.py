@@ -39,7 +39,8 @@ def page(records: Records) -> str:
         VGG-11 after one epoch of CIFAR-10, mode 5, blocks of 16, eps 1e-2, lr .1, weight decay
         5e-4, seed 0; test top-1 {show_top1(records, [NAME])}. Its first filters as learned and as
         the raw picture meets them, the whitening kernels of the first layer (a centre against its
-        surround), and how white what each layer sees is, before and after.
+        surround), how the features of a block of the last convolution correlate, and how white what
+        each layer sees is, before and after.
         """)
     return f"{text}\n![Filters and whiteness]({PICTURE})\n" if records else text
 
