@@ -133,12 +133,13 @@ class _OuterProducts(torch.autograd.Function):
 
 
 def _multiply(matrices: torch.Tensor, maps: torch.Tensor) -> torch.Tensor:
-    groups, side, _ = matrices.shape
+    groups, side, length = *matrices.shape[:2], maps.shape[2]
     # On a GPU copies cost launches; but many matrices times one vector each wait for memory.
-    if maps.shape[2] >= (SHORT if maps.device.type == "cpu" else 2):
+    if length >= (SHORT if maps.device.type == "cpu" else 2):
         if groups == 1:  # without the views by which `@` finds out that there is nothing to repeat
             return torch.bmm(matrices.expand(len(maps), -1, -1), maps)
-        return (matrices @ maps.unflatten(1, (groups, side))).flatten(1, 2)
+        if 2 * length >= side:  # `@` repeats matrices for each map: less than copies of the maps
+            return (matrices @ maps.unflatten(1, (groups, side))).flatten(1, 2)
     return _multiply_rows(matrices, maps)
 
 

@@ -120,7 +120,8 @@ class _Resolvents(torch.autograd.Function):
         grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)
         result = grad * ctx.terms.slope
         for (_, share), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
-            result.baddbmm_(resolvent @ grad, resolvent, alpha=-share)
+            # Not in place, which autocast would leave with factors of two types.
+            result = torch.baddbmm(result, resolvent @ grad, resolvent, alpha=-share)
         # D = z(A') / sqrt(|A|), A' = A / |A|: what D loses when |A| grows, in units of |A|
         loss = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
         return result.addcmul_(scaled, loss, value=-1), None, None

@@ -50,9 +50,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = whiteness(network, pictures)
         print(rows)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        deep = next(row for row in reversed(rows) if is_convolution(network, row.name))
         title = f"{flags.arch}, {len(pictures)} pictures"
-        draw(first, deep, rows, title).savefig(args.out, dpi=120)
+        draw(first, find_deep(network, rows), rows, title).savefig(args.out, dpi=120)
     except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
         print(f"inspect_layers.py: error: {error}", file=sys.stderr)
         raise SystemExit(2) from error
@@ -85,8 +84,16 @@ def find_first(network: nn.Module) -> FastDeconv:
     return first
 
 
-def is_convolution(network: nn.Module, name: str) -> bool:
-    return isinstance(network.get_submodule(name), FastDeconv)
+def find_deep(network: nn.Module, rows: Whiteness) -> LayerWhiteness:
+    """The last convolution.
+
+    Raises:
+        ValueError: none of them has run.
+    """
+    for row in reversed(rows):
+        if isinstance(network.get_submodule(row.name), FastDeconv):
+            return row
+    raise ValueError("no deconvolution layer of the network has seen the pictures")
 
 
 def draw(first: FastDeconv, deep: LayerWhiteness, rows: Whiteness, title: str) -> Figure:
@@ -137,11 +144,11 @@ def draw_kernel(axes: Axes, kernel: Tensor, title: str) -> None:
 
 
 def draw_correlations(figure: SubFigure, row: LayerWhiteness) -> None:
-    """Of the features of a block, averaged over the layer's blocks, before and after whitening."""
+    """Of the features of a block, averaged over the matrices, before and after whitening."""
     both = figure.subplots(1, 2)
     for axes, cov, when in zip(both, row.covariances, ("before", "after"), strict=True):
         picture = axes.imshow(correlate(cov).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
-        text = f"{row.name}: correlation of {row.features} features, {when}"
+        text = f"{row.name or 'the layer'}: correlation of {row.features} features, {when}"
         axes.set(title=text, xticks=[], yticks=[])
     figure.colorbar(picture, ax=both, shrink=0.8)
 
@@ -150,7 +157,7 @@ def correlate(cov: Tensor) -> Tensor:
     """The mean correlation (F, F) of covariances (G, F, F); 0 with what does not vary."""
     spread = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
     scale = spread[:, None] * spread[..., None]
-    return torch.where(scale > 0, cov / scale, 0.0).mean(0)
+    return torch.where(scale == 0, 0.0, cov / scale).mean(0)
 
 
 def draw_spectra(axes: Axes, rows: Whiteness) -> None:
@@ -160,7 +167,7 @@ def draw_spectra(axes: Axes, rows: Whiteness) -> None:
         values = row.spectrum.clamp(min=0).mean(0).flip(0)
         share = torch.linspace(0, 1, len(values)) if len(values) > 1 else torch.zeros(1)
         lines = share.numpy(), (values / values.norm()).numpy()
-        axes.plot(*lines, color=colors(number), linewidth=1, label=row.name)
+        axes.plot(*lines, color=colors(number), linewidth=1, label=row.name or "(all)")
     axes.set(yscale="log", ylim=(1e-6, 2), xlabel="direction, as a share of all")
     axes.set(title="eigenvalues of what a layer sees, in units of their norm")
     axes.grid(alpha=0.3)

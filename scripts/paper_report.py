@@ -46,8 +46,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(argv)
     results, docs = Path(flags.results), Path(flags.docs)
     for recipe in RECIPES:
-        if found := gather(recipe, Path(flags.runs) / recipe.name, results):
-            save(recipe.name, load(recipe.name, results) | found, results)
+        known = load(recipe.name, results)
+        if found := gather(recipe, Path(flags.runs) / recipe.name, known):
+            save(recipe.name, known | found, results)
     write_page(results, docs)
 
 

@@ -61,6 +61,7 @@ def test_correlations_are_those_of_numpy_and_nothing_of_a_constant():
     expected = sum(np.corrcoef(x[moving, part]) for part in (0, 1)) / 2
     np.testing.assert_allclose(found[moving][:, moving], expected)
     assert not found[2].any() and not found[:, 2].any()
+    assert inspect_layers.correlate(torch.full((1, 2, 2), torch.nan)).isnan().all()
 
 
 @pytest.mark.parametrize("options", [dict(mode=5), dict(mode=3), dict(mode=1, groups=2, block=1)])

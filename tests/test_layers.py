@@ -346,6 +346,34 @@ def test_delinear_is_the_same_path_as_a_1x1_convolution():
     torch.testing.assert_close(linear(x.reshape(5, 6, 12)).flatten(0, 1), linear(x))
 
 
+@pytest.mark.parametrize("root", ROOTS)
+def test_backward_may_be_called_within_autocast(root):
+    torch.set_default_dtype(torch.float32)
+    layer, x = FastDeconv(4, 6, 3, root=root), torch.randn(8, 4, 9, 9, requires_grad=True)
+    grads = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            loss = layer(x).float().square().mean()
+            grads.append(torch.autograd.grad(loss, (x, layer.weight)))
+    for exact, rounded in zip(*grads, strict=True):
+        assert 0 < (exact - rounded).norm() < 0.03 * exact.norm()
+
+
+def test_grouped_layers_keep_one_copy_of_their_matrices_for_the_backward():
+    def count_kept(groups):
+        kept, layer = {}, FastDeconv(256 * groups, 64 * groups, 3, groups=groups)
+
+        def keep(saved):
+            kept[saved.untyped_storage().data_ptr()] = saved.untyped_storage().nbytes()
+            return saved
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            layer(torch.randn(4, 256 * groups, 4, 4))
+        return sum(kept.values())
+
+    assert count_kept(2) < 2.5 * count_kept(1)
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_statistics_stay_float32_under_autocast(mode):
     torch.set_default_dtype(torch.float32)

@@ -119,17 +119,39 @@ def test_runs_that_depend_on_results_come_after_them(stand_in, tmp_path):
 def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
     stand_in, tmp_path, monkeypatch, capsys
 ):
-    recipe, argv = make_recipe("a", "b", later=["best"]), ["--out", str(tmp_path / "runs")]
-    records.save("tiny", {"a": {"test_top1": 40.0}, "b": {"diverged": 3}}, tmp_path)
-    monkeypatch.setattr(engine, "load", lambda name, results: records.load(name, tmp_path))
+    drawn, ran = [], stand_in[1]
+    recipe = make_recipe("a", "b", later=["best"], after=lambda *where: drawn.append(where) or [])
+    argv = ["--out", str(tmp_path / "runs")]
+    found = {"a": {"test_top1": 40.0, "steps": 3}, "b": {"diverged": 3, "test_top1": 70.0}}
+    monkeypatch.setattr(engine, "load", lambda name, results: found)
     engine.main(recipe, [*argv, "--skip-recorded", "--dry-run"])
     states = [line[:8] for line in capsys.readouterr().out.splitlines()]
     assert states[:3] == ["recorded", "recorded", "to do   "]
-    stand_in[1].clear()
+    ran.clear()
     engine.main(recipe, [*argv, "--skip-recorded"])
-    assert stand_in[1] == ["best"]
-    folder = tmp_path / "runs" / "tiny"
-    assert [run.name for run in engine.list_todo(recipe, folder, None, {})] == ["a", "b"]
+    assert ran == ["best"] and not drawn  # what is drawn needs all runs here
+    folder, longer = tmp_path / "runs" / "tiny", {"a": {"test_top1": 40.0, "steps": 1}}
+    for known in ({}, longer):  # and records of shorter runs do not count
+        assert [run.name for run in engine.list_todo(recipe, folder, None, known)] == ["a", "b"]
+    engine.main(recipe, argv)
+    assert ran == ["best", "a", "b"] and len(drawn) == 1
+    engine.main(recipe, [*argv, "--skip-recorded"])
+    assert ran == ["best", "a", "b"] and len(drawn) == 2
+
+
+def test_figures_recorded_elsewhere_tell_what_is_best():
+    seen = []
+    recipe = Recipe("tiny", "Tiny", lambda find: seen.append([*map(find, "abc")]) or [], str)
+    known = {"a": {"test_top1": 40.0}, "b": {"diverged": 3, "test_top1": 70.0}}
+    engine.list_runs(recipe, engine.ROOT / "nowhere", None, known)
+    assert seen == [[40.0, 0.0, None]]
+
+
+@pytest.mark.parametrize("text", ['{"a": ', "null"])
+def test_records_that_cannot_be_read_are_named(text, tmp_path):
+    (tmp_path / "tiny.json").write_text(text)
+    with pytest.raises(SystemExit, match="tiny.json: no records can be read"):
+        records.load("tiny", tmp_path)
 
 
 def test_what_follows_the_runs_finds_the_pictures(stand_in, tmp_path):
@@ -205,7 +227,7 @@ def test_a_run_of_the_main_script_becomes_a_record_without_paths(pictures, tmp_p
     engine.main(recipe, ["--cifar10", str(pictures), "--out", str(out)])
     assert "a: test top-1" in capsys.readouterr().out
     assert not list((out / "tiny" / "a").glob("*previous*"))
-    found = engine.gather(recipe, out / "tiny", tmp_path / "results")
+    found = engine.gather(recipe, out / "tiny", {})
     records.save("tiny", found, tmp_path / "results")
     assert records.load("tiny", tmp_path / "results") == found
     (record,) = found.values()

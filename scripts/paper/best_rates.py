@@ -72,7 +72,7 @@ def page(records: Records) -> str:
         CIFAR-10, test top-1 in percent after one epoch, `--preset paper --root newton` but for
         learning rate and weight decay. Seconds compare where a machine did nothing
         else. Seed {SEEDS[0]}, all rates at weight decay {DECAY:g}, and the best of them at the
-        others (of VGG-16 with BatchNorm all pairs were run):
+        others, and whatever else was run:
         """
     return f"""\
 {wrap(text)}

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.paper.records import RESULTS, ROOT, Records, load, read_record
+from scripts.paper.records import RESULTS, ROOT, Records, load, read_record, top1_of
 from util.checkpoint import BEST_NAME, PREVIOUS_NAME
 from util.parser import Parser, place, whole
 from util.recorder import DIVERGED_NAME
@@ -90,7 +90,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if flags.dry_run:
         print(describe_plan(recipe, folder, flags, more))
         return
-    known = read_known(recipe) if flags.skip_recorded else {}
+    known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     tried: set[str] = set()
 
     def list_left() -> list[Run]:
@@ -103,7 +103,8 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if failed := [run.name for run in list_left()]:
         names = ", ".join(failed)
         raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
-    all_here = flags.only is None and not known
+    runs = list_runs(recipe, folder, None, known)
+    all_here = all(find_state(run, folder / run.name) == "finished" for run in runs)
     for line in recipe.after(folder, flags.cifar10 or flags.data) if all_here else ():
         subprocess.run(line, cwd=ROOT, check=True)
 
@@ -138,50 +139,47 @@ def read_known(recipe: Recipe, results: Path = RESULTS) -> dict[str, float]:
     return {name: record.get("test_top1") or 0.0 for name, record in records.items()}
 
 
-def gather(recipe: Recipe, folder: Path, results: Path) -> Records:
+def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
     """The records of the runs in `folder` that have come to their end.
 
-    What was to be run may follow from figures in `results`, of runs made elsewhere.
+    What was to be run may follow from `known` figures, of runs made elsewhere.
     """
-    runs = list_runs(recipe, folder, None, read_known(recipe, results))
+    runs = list_runs(recipe, folder, None, known)
     names = [run.name for run in runs if find_state(run, folder / run.name) not in TO_MAKE]
     return {name: read_record(folder / name) for name in names}
 
 
-def list_todo(
-    recipe: Recipe, folder: Path, only: str | None, known: Mapping[str, float]
-) -> list[Run]:
+def list_todo(recipe: Recipe, folder: Path, only: str | None, known: Records) -> list[Run]:
     """The runs that are neither over nor known, as far as they can be planned by now."""
     runs = list_runs(recipe, folder, only, known)
     return [run for run in runs if find_state(run, folder / run.name, known) in TO_MAKE]
 
 
 def list_runs(
-    recipe: Recipe,
-    folder: Path,
-    only: str | None,
-    known: Mapping[str, float],
-    unknown: float | None = None,
+    recipe: Recipe, folder: Path, only: str | None, known: Records, unknown: float | None = None
 ) -> list[Run]:
-    """Those planned, where results neither found nor `known` are taken to be `unknown`."""
+    """Those planned, where results neither `known` nor found are taken to be `unknown`."""
 
     def find(name: str) -> float | None:
+        if name in known:
+            return top1_of(known[name]) or 0.0
         if (folder / name / DIVERGED_NAME).exists():
             return 0.0
         summary = read_summary(folder / name)
-        return summary["test_top1"] if summary else known.get(name, unknown)
+        return summary["test_top1"] if summary else unknown
 
     return [run for run in recipe.plan(find) if only is None or only in run.name]
 
 
-def find_state(run: Run, folder: Path, known: Collection[str] = ()) -> str:
+def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
     """finished, diverged, recorded, begun or to do."""
     if (folder / DIVERGED_NAME).exists():
         return "diverged"
     summary = read_summary(folder)
     if summary and summary["steps"] >= run.steps:
         return "finished"
-    if run.name in known:
+    record = (known or {}).get(run.name)
+    if record and ("diverged" in record or record["steps"] >= run.steps):
         return "recorded"
     return "begun" if folder.exists() else "to do"
 
@@ -208,7 +206,7 @@ def describe_plan(recipe: Recipe, folder: Path, flags: Namespace, more: Sequence
     Rates that are still to be found are shown as the first of those to be tried.
     """
     lines, seconds = [], 0.0
-    known = read_known(recipe) if flags.skip_recorded else {}
+    known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     for run in list_runs(recipe, folder, flags.only, known, unknown=0.0):
         state = find_state(run, folder / run.name, known)
         seconds += run.seconds if state in TO_MAKE else 0

@@ -41,9 +41,19 @@ def read_record(folder: Path) -> dict[str, Any]:
 
 
 def load(name: str, results: Path = RESULTS) -> Records:
-    """The records of a recipe, none where it has no file yet."""
+    """The records of a recipe, none where it has no file yet.
+
+    Raises:
+        SystemExit: the file is not what `save` has written.
+    """
     path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.exists() else {}
+    try:
+        records = json.loads(path.read_text()) if path.exists() else {}
+    except ValueError as error:
+        raise SystemExit(f"{path}: no records can be read from it: {error}") from error
+    if not isinstance(records, dict):
+        raise SystemExit(f"{path}: no records can be read from it")
+    return records
 
 
 def save(name: str, records: Records, results: Path = RESULTS) -> None:
@@ -52,6 +62,11 @@ def save(name: str, records: Records, results: Path = RESULTS) -> None:
     results.mkdir(exist_ok=True)
     with atomic_write(results / f"{name}.json") as file:
         file.write(("{\n" + ",\n".join(lines) + "\n}\n").encode())
+
+
+def top1_of(record: dict[str, Any] | None) -> float | None:
+    """Test top-1 in percent; None where it was not run, or has diverged."""
+    return None if record is None or "diverged" in record else record["test_top1"]
 
 
 def _read_epochs(folder: Path) -> list[list[float]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
 
-from scripts.paper.records import Records
+from scripts.paper.records import Records, top1_of
 
 DASH = "-"
 
@@ -22,11 +22,6 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     lines = [header, ["---"] * len(header), *rows]
     cells = [[DASH if cell is None else str(cell) for cell in line] for line in lines]
     return "".join(f"| {' | '.join(line)} |\n" for line in cells)
-
-
-def top1_of(record: dict[str, Any] | None) -> float | None:
-    """Test top-1 in percent; None where it was not run, or has diverged."""
-    return None if record is None or "diverged" in record else record["test_top1"]
 
 
 def mean_top1(records: Records, names: Sequence[str]) -> float | None:
