@@ -3,8 +3,8 @@
     python scripts/paper_report.py                # runs/paper -> results/*.json, docs/results.md
     python scripts/paper_report.py --runs DIR     # runs that lie elsewhere
 
-Runs that are not in --runs keep their records, so those of several machines come together. The page
-and its pictures follow from results/ alone.
+Runs that are not in --runs keep their records, so those of several machines come together. The
+page, its pictures and the table in README.md beside docs/ follow from results/ alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from util.checkpoint import atomic_write
 from util.parser import Parser, place
 
 RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
-PAGE = "results.md"
+PAGE, README = "results.md", "README.md"
+MARKS = "<!-- by scripts/paper_report.py -->\n", "<!-- to here -->\n"  # around README's table
 INTRO = """\
 # Results
 
@@ -50,6 +51,18 @@ def main(argv: Sequence[str] | None = None) -> None:
         if found := gather(recipe, Path(flags.runs) / recipe.name, known):
             save(recipe.name, known | found, results)
     write_page(results, docs)
+    write_cut(results, docs.parent / README)
+
+
+def write_cut(results: Path, readme: Path) -> None:
+    """Table 1 in short, between the marks in a README; nothing where there is none."""
+    if not readme.exists():
+        return
+    parts = readme.read_text().partition(MARKS[0])
+    before, after = parts[0], parts[2].partition(MARKS[1])[2]
+    text = f"{before}{MARKS[0]}\n{table1.cut(load('table1', results))}\n{MARKS[1]}{after}"
+    with atomic_write(readme) as file:
+        file.write(text.encode())
 
 
 def write_page(results: Path, docs: Path) -> None:

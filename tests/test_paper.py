@@ -301,6 +301,10 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
     paper_report.write_page(records.RESULTS, tmp_path)
     page = (engine.ROOT / "docs" / paper_report.PAGE).read_bytes()
     assert (tmp_path / paper_report.PAGE).read_bytes() == page
+    readme = (engine.ROOT / paper_report.README).read_text()
+    (tmp_path / "README.md").write_text(readme.replace("71.1", "99.9"))
+    paper_report.write_cut(records.RESULTS, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == readme and "**71.1**" in readme
 
 
 def test_curves_longer_than_needed_are_averaged(tmp_path):

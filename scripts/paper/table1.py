@@ -29,6 +29,7 @@ HALVED = ("densenet121", "dpn")
 FLAGS = {"bn": "--deconv False", "deconv": "--deconv True --root newton"}
 KINDS = tuple(FLAGS)
 SOURCES = ("paper", "reproduced", "here")
+COLUMNS = [f"{kind}: {of}" for kind in ("BatchNorm", "deconvolution") for of in SOURCES]
 BATCH, LONG = 128, 20  # pictures of a step; epochs of VGG-11
 STEPS = count_steps("cifar10", BATCH)
 TOLERANCE = 2.0  # points of top-1; a wider gap to the paper wants a reason
@@ -68,8 +69,7 @@ def page(records: Records) -> str:
 
 
 def _describe_first_epoch(records: Records) -> str:
-    columns = [f"{kind}: {of}" for kind in ("BatchNorm", "deconvolution") for of in SOURCES]
-    header = ["network", "million parameters", *columns, "seconds of training, both"]
+    header = ["network", "million parameters", *COLUMNS, "seconds of training, both"]
     header.append(f"gap to the paper of more than {TOLERANCE:g} points")
     rows = [_describe_network(arch, records) for arch in NETWORKS]
     text = f"""
@@ -98,6 +98,20 @@ def _describe_network(arch: str, records: Records) -> list[str | None]:
     return [title, millions, *cells, ", ".join(seconds), explain_gap(arch, records)]
 
 
+def cut(records: Records) -> str:
+    """The table in short, with means alone."""
+    rows = []
+    for arch, known in NETWORKS.items():
+        cells = []
+        for index, kind in enumerate(KINDS):
+            cells += [f"{known[source]['1'][index]:.1f}" for source in ("paper", "reproduced")]
+            ours = mean_top1(records, name_runs(arch, kind))
+            half = "½ " if arch in HALVED else ""
+            cells.append(None if ours is None else f"{half}**{ours:.1f}**")
+        rows.append([known["title"], *cells])
+    return format_table(["network", *COLUMNS], rows)
+
+
 def explain_gap(arch: str, records: Records) -> str | None:
     """How far our means are from the paper's, where that is far, and why; None where none is."""
     gaps = []
@@ -121,8 +135,7 @@ def _list_differences() -> list[str]:
 
 
 def _describe_long(records: Records) -> str:
-    header = ["network", *(f"BatchNorm: {of}" for of in SOURCES)]
-    header += [*(f"deconvolution: {of}" for of in SOURCES), "seconds of training, both"]
+    header = ["network", *COLUMNS, "seconds of training, both"]
     rows = []
     for arch in ("vgg16", "resnet18"):
         known = [NETWORKS[arch][source][str(LONG)] for source in ("paper", "reproduced")]
