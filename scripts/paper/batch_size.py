@@ -56,8 +56,8 @@ def page(records: Records) -> str:
     text = f"""
         Fashion-MNIST, VGG-11, {SEEN:,} pictures seen in every run, weight decay 5e-4, cosine, seed
         0. The learning rate is in proportion to the batch, {RATES["bn"]:g} for BatchNorm and
-        {RATES["deconv"]:g} for deconvolution at 128, the better rates of either on CIFAR-10. Seconds
-        compare where a machine did nothing else.
+        {RATES["deconv"]:g} for deconvolution at 128, the better rates of either on CIFAR-10.
+        Seconds compare where a machine did nothing else.
         """
     return f"{wrap(text)}\n{format_table(header, rows)}"
 
