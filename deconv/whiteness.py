@@ -30,7 +30,7 @@ class LayerWhiteness:
         under_floor: the share of directions under the soft floor of `n_iter` steps, eigenvalues of
             Cov + eps I less than 1.5^(-2 n_iter) of its norm: whitening leaves them small.
         spectrum: eigenvalues of all matrices (G, F), the smallest first, in units of variance.
-        covariances: of the patches before and after, (2, G, F, F), in units of variance.
+        covariances: of the patches before and after, (G, F, F) each, on the device of the network.
     """
 
     name: str
@@ -41,7 +41,7 @@ class LayerWhiteness:
     condition: float
     under_floor: float
     spectrum: torch.Tensor = field(repr=False, compare=False)
-    covariances: torch.Tensor = field(repr=False, compare=False)
+    covariances: tuple[torch.Tensor, torch.Tensor] = field(repr=False, compare=False)
 
 
 class Whiteness(tuple[LayerWhiteness, ...]):
@@ -133,7 +133,7 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
         condition=(values[:, -1] / values[:, 0]).max().item(),
         under_floor=under.mean().item(),
         spectrum=spectrum.cpu(),
-        covariances=torch.stack((cov, after)).cpu(),
+        covariances=(cov, after),
     )
 
 

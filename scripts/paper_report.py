@@ -55,14 +55,21 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def write_cut(results: Path, readme: Path) -> None:
-    """Table 1 in short, between the marks in a README; nothing where there is none."""
+    """Table 1 in short, between the marks in a README; nothing where there is none.
+
+    Raises:
+        SystemExit: the marks are not there, in this order; nothing is written.
+    """
     if not readme.exists():
         return
-    parts = readme.read_text().partition(MARKS[0])
-    before, after = parts[0], parts[2].partition(MARKS[1])[2]
-    text = f"{before}{MARKS[0]}\n{table1.cut(load('table1', results))}\n{MARKS[1]}{after}"
+    before, begin, rest = readme.read_text().partition(MARKS[0])
+    _, end, after = rest.partition(MARKS[1])
+    if not (begin and end):
+        raise SystemExit(
+            f"{readme}: no lines {MARKS[0].strip()} and {MARKS[1].strip()} for Table 1"
+        )
     with atomic_write(readme) as file:
-        file.write(text.encode())
+        file.write(f"{before}{begin}\n{table1.cut(load('table1', results))}\n{end}{after}".encode())
 
 
 def write_page(results: Path, docs: Path) -> None:

@@ -307,6 +307,15 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
     assert (tmp_path / "README.md").read_text() == readme and "**71.1**" in readme
 
 
+@pytest.mark.parametrize("text", ["no marks\n", f"a\n{paper_report.MARKS[0]}the rest\n"])
+def test_a_readme_without_both_marks_is_left_as_it_is(text, tmp_path):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(SystemExit, match="README.md: no lines"):
+        paper_report.write_cut(records.RESULTS, readme)
+    assert readme.read_text() == text
+
+
 def test_curves_longer_than_needed_are_averaged(tmp_path):
     rows = [f"1\t{batch}\t{batch}\t0\t0\t0\t0" for batch in range(1, 242)]
     text = "\n".join(["epoch\tbatch\tloss\ttop1\ttop5\tlr\tseconds", *rows])

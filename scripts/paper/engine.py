@@ -1,8 +1,8 @@
 """What all recipes of this folder share: runs of main.py, each in its own folder, made once.
 
 A recipe plans runs. One that has finished or diverged is not run again, one that was interrupted
-goes on from its last checkpoint; a folder that is removed is run anew, unless its figures are in
-results/ and `--skip-recorded` takes them for what they are: several machines can share a recipe.
+goes on from its last checkpoint; a folder that is removed is run anew, unless its record
+is in results/ and `--skip-recorded` says that this is enough: several machines can share a recipe.
 """
 
 from __future__ import annotations
@@ -131,12 +131,6 @@ def make_parser(recipe: Recipe) -> Parser:
 def absolute(text: str) -> str:
     """A place as main.py finds it, which is started in the project's folder."""
     return str(Path(place(text)).resolve())
-
-
-def read_known(recipe: Recipe, results: Path = RESULTS) -> dict[str, float]:
-    """Test top-1 of the runs that have a record, 0 of those that diverged."""
-    records = load(recipe.name, results)
-    return {name: record.get("test_top1") or 0.0 for name, record in records.items()}
 
 
 def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
