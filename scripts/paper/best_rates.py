@@ -22,7 +22,7 @@ from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
 KINDS = {"bn": "BatchNorm", "deconv": "deconvolution"}
-RATES = {"bn": (0.003, 0.01, 0.03, 0.1), "deconv": (0.03, 0.1, 0.3)}
+RATES = {"bn": (0.001, 0.003, 0.01, 0.03, 0.1), "deconv": (0.03, 0.1, 0.3)}
 DECAY, DECAYS = 1e-3, (5e-4, 2e-3)  # the paper's, and those tried with the best rate
 SEEDS = (0, 1, 2)
 BATCH = 128
