@@ -1,18 +1,25 @@
-"""Modes 1 to 5, blocks of 16 and 64: accuracy and seconds of VGG-11 after one epoch of CIFAR-10.
+"""Modes 1 to 5, blocks of 16 and 64: VGG-11 after one epoch of CIFAR-10, and what a step takes.
 
-python scripts/paper/modes.py --cifar10 DIR
+    python scripts/paper/modes.py --cifar10 DIR
+
+Trainings may share a machine. Steps are timed apart, on one that does nothing else, each beside
+BatchNorm's; what this writes is in results/ and goes into the table:
+
+    python scripts/benchmark.py --mode 1 2 3 4 5 --block 16 64 --no-memory --json FILE
 """
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.engine import Find, Recipe, Run, count_steps, main
-from scripts.paper.records import Records
-from scripts.paper.tables import format_table, show_seconds, show_top1, wrap
+from scripts.paper.records import RESULTS, Records
+from scripts.paper.tables import format_table, show_top1, wrap
 
 BATCH = 128
 STEPS = count_steps("cifar10", BATCH)
@@ -27,6 +34,7 @@ BLOCKS = (16, 64)
 SEEDS = (0, 1, 2)
 BASE = "--arch vgg11 --batch-size 128 --epochs 1 --wd 5e-4"
 BATCHNORM = "bn"
+TIMES_NAME = "modes_steps.json"  # by benchmark.py, in results/
 
 
 def plan(find: Find) -> list[Run]:
@@ -60,22 +68,34 @@ def name_run(kind: str, seed: int) -> str:
 
 
 def page(records: Records) -> str:
-    header = ["mode", "what is whitened", "block", "test top-1", "seconds of training"]
-    rows = [[None, "BatchNorm, lr .01", None, *_figures(records, BATCHNORM)]]
+    header = ["mode", "what is whitened", "block", "test top-1"]
+    header += ["step (ms)", "BatchNorm's", "ratio"]
+    measured = json.loads((RESULTS / TIMES_NAME).read_text())
+    times = {(row["mode"], row["block"]): row["train"] for row in measured["rows"]}
+    rows = [[None, "BatchNorm, lr .01", None, _show(records, BATCHNORM), None, None, None]]
     for mode, text in MODES.items():
         for block in list_blocks(mode):
-            rows.append([mode, text, block, *_figures(records, name_kind(mode, block))])
+            top1 = _show(records, name_kind(mode, block))
+            rows.append([mode, text, block, top1, *_show_times(times[mode, block or BLOCKS[0]])])
     text = f"""
         CIFAR-10, VGG-11, one epoch, batch {BATCH}, weight decay 5e-4, cosine, seeds
-        {", ".join(map(str, SEEDS))}; deconvolution at lr .1 with eps 1e-2. Seconds are of seed
-        {SEEDS[0]}, and compare where a machine did nothing else.
+        {", ".join(map(str, SEEDS))}; deconvolution at lr .1 with eps 1e-2. Steps of training:
+        medians of {measured["flags"]["rounds"]}, the two networks in turn, with the quartiles of
+        the ratio; {", ".join(measured["environment"].values())}, which did nothing else. By
+        `python scripts/benchmark.py --mode 1 2 3 4 5 --block 16 64 --no-memory --rounds
+        {measured["flags"]["rounds"]} --json results/{TIMES_NAME}`.
         """
     return f"{wrap(text)}\n{format_table(header, rows)}"
 
 
-def _figures(records: Records, kind: str) -> tuple[str, str]:
-    names = [name_run(kind, seed) for seed in SEEDS]
-    return show_top1(records, names), show_seconds(records, names[:1])
+def _show(records: Records, kind: str) -> str:
+    return show_top1(records, [name_run(kind, seed) for seed in SEEDS])
+
+
+def _show_times(times: dict[str, Any]) -> list[str]:
+    ours, base = (f"{1000 * times[f'{name}_seconds']:,.0f}" for name in ("deconv", "base"))
+    lower, upper = times["quartiles"]
+    return [ours, base, f"{times['ratio']:.2f} [{lower:.2f}, {upper:.2f}]"]
 
 
 RECIPE = Recipe("modes", "Modes and blocks", plan, page)
