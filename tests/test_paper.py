@@ -56,6 +56,7 @@ def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_see
 
     found = {run.name: 30.0 for run in best_rates.plan(lambda name: None)}
     assert len(found) == 2 * sum(map(len, best_rates.RATES.values()))
+    found |= {name: 35.0 for name in found if "bn-lr0.01-" in name or "deconv-lr0.1-" in name}
     more = plan_more(**{"lr0.03-wd0.001": 40.0, "lr0.01-wd0.001": None})
     assert len(more) == 3 * 2 and not any("vgg16-bn" in run.name for run in more)
     more = plan_more(**{"lr0.01-wd0.001": 30.0})
@@ -68,6 +69,21 @@ def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_see
     assert [text.partition("--lr ")[2] for text in flags] == [
         f"0.03 --wd 0.002 --epochs 1 --seed {seed}" for seed in (1, 2)
     ]
+
+
+@pytest.mark.parametrize("best, beyond", [(0.003, 0.001), (0.1, 0.3)])
+def test_rates_are_tried_until_the_best_is_between_others(best, beyond):
+    def find(name):
+        return found.get(float(name.partition("lr")[2].partition("-")[0]))
+
+    found = dict.fromkeys(best_rates.RATES["bn"], 30.0) | {best: 40.0}
+    pairs, chosen = best_rates.search("vgg16", "bn", find)
+    assert pairs[-1] == (beyond, best_rates.DECAY) and chosen is None
+    found[beyond] = 35.0
+    pairs, chosen = best_rates.search("vgg16", "bn", find)
+    assert len(pairs) == 4 + 1 + 2 and chosen[0] == best
+    found = dict.fromkeys(best_rates.SERIES, 30.0) | {best_rates.SERIES[0]: 40.0}
+    assert best_rates.search("vgg16", "bn", find)[1][0] == best_rates.SERIES[0]  # there it ends
 
 
 @pytest.fixture
