@@ -29,7 +29,7 @@ MARKS = "<!-- by scripts/paper_report.py -->\n", "<!-- to here -->\n"  # around 
 INTRO = """\
 # Results
 
-Written by `python scripts/paper_report.py` from the records in `results/`: every figure measured
+Written by `python scripts/paper_report.py` from the records in `results/`: every accuracy measured
 here is of a run whose settings, seed, machine, versions and commit are there. Each section is one
 recipe; with `--dry-run` it says what it would run, and how long that takes. A dash: not run yet.
 Accuracy is test top-1 in percent after the last epoch, not the best. CIFAR-10 is its 60,000
@@ -89,7 +89,10 @@ def name_picture(recipe: Recipe) -> str:
 
 
 def format_section(recipe: Recipe, records: Records) -> str:
-    parts = [f"## {recipe.title}\n", f"```sh\npython scripts/paper/{recipe.name}.py\n```\n"]
+    pictures = {run.pictures for run in recipe.plan(lambda name: 0.0)}
+    where = " --cifar10 DIR" if "cifar10" in pictures else ""
+    command = f"python scripts/paper/{recipe.name}.py{where}"
+    parts = [f"## {recipe.title}\n", f"```sh\n{command}\n```\n"]
     parts.append(recipe.page(records))
     if recipe.draw and records:
         parts.append(f"![{recipe.title}]({name_picture(recipe)})\n")
@@ -114,7 +117,7 @@ def describe_machine(record: dict[str, Any]) -> str:
 def list_runs(records: Records) -> str:
     """Every run, folded away."""
     header = ["run", "seed", "lr", "weight decay", "batch", "steps", "training loss"]
-    header += ["test top-1", "seconds of training", "commit"]
+    header += ["test top-1", "seconds of training", "device", "commit"]
     rows = [describe_run(name, record) for name, record in sorted(records.items())]
     title = f"<details><summary>All {len(rows)} runs</summary>"
     return f"{title}\n\n{format_table(header, rows)}\n</details>\n"
@@ -122,12 +125,12 @@ def list_runs(records: Records) -> str:
 
 def describe_run(name: str, record: dict[str, Any]) -> list[Any]:
     made = [record["flags"][key] for key in ("seed", "lr", "weight_decay", "batch_size")]
-    commit = (record["commit"] or "-")[:9]
+    where = [record["device"], (record["commit"] or "-")[:9]]
     if "diverged" in record:
-        return [name, *made, f"diverged at {record['diverged']}", None, None, None, commit]
+        return [name, *made, f"diverged at {record['diverged']}", None, None, None, *where]
     loss = show_loss(record["train_loss"], 4)
     figures = [format_figure(record[key], form) for key, form in FORMS.items()]
-    return [name, *made, record["steps"], loss, *figures, commit]
+    return [name, *made, record["steps"], loss, *figures, *where]
 
 
 FORMS = {"test_top1": ".2f", "train_seconds": ",.0f"}

@@ -24,7 +24,10 @@ def by_name(recipe):
     return pytest.param(recipe, id=recipe.name)
 
 
-@pytest.mark.parametrize("recipe", [*map(by_name, paper_report.RECIPES)])
+by_recipe = pytest.mark.parametrize("recipe", [*map(by_name, paper_report.RECIPES)])
+
+
+@by_recipe
 def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path):
     flags, more = make_parser(recipe).parse_known_args(["--cifar10", "DIR", "--amp", "bf16"])
     script, runs = main.build_script(), recipe.plan(lambda name: 0.0)
@@ -126,6 +129,52 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
     assert ran == ["a", "b", "c", "b"]
 
 
+@pytest.mark.parametrize(
+    "more, error",
+    [
+        (["--seed", "5"], "--seed is not passed on"),
+        (["--run-dir", "x"], "--run-dir is not passed on"),
+        (["--job", "2"], "unrecognized arguments: --job"),
+        (["--only", "z"], "--only z is in the name of no run"),
+    ],
+)
+def test_flags_that_the_recipe_sets_or_nobody_knows_are_refused(
+    more, error, stand_in, tmp_path, capsys
+):
+    plan = [Run("a", "fashion", "--seed 0", 3, 1.0)]
+    recipe = Recipe("tiny", "Tiny", lambda find: plan, page=lambda found: "")
+    with pytest.raises(SystemExit, match="2"):
+        engine.main(recipe, ["--out", str(tmp_path), *more])
+    assert error in capsys.readouterr().err and not any(tmp_path.iterdir())
+
+
+def test_a_run_made_with_other_flags_is_not_taken_for_the_recipes(tmp_path, monkeypatch):
+    run = Run("a", "fashion", "--seed 1 --wd 5e-4 --epochs 1", 3, 1.0)
+    made = {"seed": 1, "weight_decay": 5e-4, "epochs": 9, "mode": 3}  # what it does not speak of
+    known = {"a": {"steps": 3, "flags": made}}
+    assert engine.find_state(run, tmp_path / "a", known) == "recorded"
+    made["weight_decay"] = 1e-3
+    with pytest.raises(SystemExit, match=r"--wd 0.001, the recipe's a has 0.0005"):
+        engine.find_state(run, tmp_path / "a", known)
+    (tmp_path / "args.json").write_text(json.dumps({"flags": made}))
+    with pytest.raises(SystemExit, match=f"{tmp_path} was made with --wd 0.001"):
+        engine.find_state(run, tmp_path)
+
+
+@by_recipe
+def test_the_committed_records_were_made_as_the_recipes_say(recipe):
+    found = records.load(recipe.name)
+    for run in engine.list_runs(recipe, engine.ROOT / "nowhere", None, found):
+        engine.find_state(run, engine.ROOT / "nowhere" / run.name, found)
+
+
+@pytest.mark.parametrize("text", ["", '{"steps": 3', "[]"])
+def test_files_of_runs_that_cannot_be_read_are_named(text, tmp_path):
+    (tmp_path / "summary.json").write_text(text)
+    with pytest.raises(SystemExit, match=f"{tmp_path}/summary.json"):
+        engine.find_state(Run("a", "fashion", "", 3, 1.0), tmp_path)
+
+
 def test_runs_that_depend_on_results_come_after_them(stand_in, tmp_path):
     _, ran = stand_in
     engine.main(make_recipe("a", "b", later=["best"]), ["--out", str(tmp_path)])
@@ -166,7 +215,7 @@ def test_figures_recorded_elsewhere_tell_what_is_best():
 @pytest.mark.parametrize("text", ['{"a": ', "null"])
 def test_records_that_cannot_be_read_are_named(text, tmp_path):
     (tmp_path / "tiny.json").write_text(text)
-    with pytest.raises(SystemExit, match="tiny.json: no records can be read"):
+    with pytest.raises(SystemExit, match="tiny.json: (cannot be read|is not what)"):
         records.load("tiny", tmp_path)
 
 
@@ -201,7 +250,8 @@ def test_a_longer_run_is_taken_up_again(tmp_path):
     assert engine.find_state(Run("a", "fashion", "", 60, 1.0), tmp_path) == "begun"
 
 
-def test_sigterm_reaches_the_runs_which_may_save(tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path):
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     code = (
         "import signal, time; from pathlib import Path\n"
@@ -213,14 +263,14 @@ def test_sigterm_reaches_the_runs_which_may_save(tmp_path):
     def send():
         while not ready.exists():
             time.sleep(0.05)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     thread = threading.Thread(target=send)
     thread.start()
     with pytest.raises(SystemExit) as end:
         engine.run_all({"a": ["python", "-c", code], "b": ["python"]}, tmp_path, jobs=1)
     thread.join()
-    assert end.value.code == 128 + signal.SIGTERM
+    assert end.value.code == 128 + number
     assert saved.exists() and not (tmp_path / "b").exists()
 
 
@@ -266,6 +316,7 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     monkeypatch.setattr(table1, "GAPS", {"dpn": "half of the epoch here"})
     found = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
     found["resnet18-bn-seed0"] = make_record(56.0)
+    found["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
     found["dpn-bn-seed0"] = make_record(20.0)
     lines = table1.page(found).splitlines()
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
@@ -275,7 +326,8 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     assert vgg16[4:7] == ["74.18", "74.20", "**71.00** (70.00, 71.00, 72.00)"]
     assert vgg16[7:] == ["-, 90", "deconv -3.2: not explained yet"]
     assert (
-        rows["ResNet-18 (`resnet18`)"][3] == "56.00" and rows["ResNet-18 (`resnet18`)"][-1] == "-"
+        rows["ResNet-18 (`resnet18`)"][3] == "**56.00** (56.00, diverged at step 3)"
+        and rows["ResNet-18 (`resnet18`)"][-1] == "-"
     )
     assert rows["DPN-92 (`dpn`)"][3] == "½ 20.00"
     assert rows["DPN-92 (`dpn`)"][-1] == "bn -14.0: half of the epoch here"

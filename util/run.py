@@ -39,6 +39,7 @@ from .lock import LockHeld, take_lock
 from .logger import BATCH_LOG_NAME
 from .signals import Stopped
 
+RECORD_NAME = "args.json"
 LOCK_NAME = ".lock"
 PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "tensorboardX")
 
@@ -240,7 +241,7 @@ def carry_over(resume: str | None, saved: Mapping[str, Any] | None, run_dir: Pat
 def write_record(
     run_dir: Path, flags: Mapping[str, Any], device: torch.device, processes: int = 1
 ) -> None:
-    """Write args.json: all one needs to know to do the run again."""
+    """Write RECORD_NAME: all one needs to know to do the run again."""
     record = {
         "flags": dict(flags),
         "versions": {"python": platform.python_version(), **_installed_versions()},
@@ -250,7 +251,7 @@ def write_record(
         "processes": processes,
         "platform": platform.platform(),
     }
-    with atomic_write(run_dir / "args.json") as file:
+    with atomic_write(run_dir / RECORD_NAME) as file:
         file.write(json.dumps(record, indent=2).encode() + b"\n")
 
 

@@ -3,11 +3,11 @@
 A recipe plans runs. One that has finished or diverged is not run again, one that was interrupted
 goes on from its last checkpoint; a folder that is removed is run anew, unless its record
 is in results/ and `--skip-recorded` says that this is enough: several machines can share a recipe.
+What was run with other flags than the recipe's is refused, not taken for its own.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import shlex
 import signal
@@ -17,14 +17,19 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.paper.records import RESULTS, ROOT, Records, load, read_record, top1_of
+from main import build_script
+from scripts.paper.records import RESULTS, ROOT, Records, load, read_json, read_record, top1_of
 from util.checkpoint import BEST_NAME, PREVIOUS_NAME
 from util.parser import Parser, place, whole
 from util.recorder import DIVERGED_NAME
+from util.run import RECORD_NAME
+from util.settings import MAY_CHANGE
+from util.signals import HANGUP
 
 RUNS = ROOT / "runs" / "paper"
 PICTURES = {"cifar10": 50_000, "fashion": 60_000}  # of training
@@ -52,7 +57,7 @@ class Run:
     seconds: float
 
 
-# name -> test top-1 in percent; 0 where it has diverged, None where it has not finished.
+# name -> test top-1 in percent; 0 where it has diverged, None where it was not tested yet.
 Find = Callable[[str], float | None]
 
 
@@ -85,12 +90,16 @@ def count_steps(pictures: str, batch_size: int) -> int:
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Make what a recipe needs. Exit: 1 where a run has failed, 130 or 143 where it was stopped."""
-    flags, more = make_parser(recipe).parse_known_args(argv)
+    parser = make_parser(recipe)
+    flags, more = parser.parse_known_args(argv)
     folder = Path(flags.out) / recipe.name
-    if flags.dry_run:
-        print(describe_plan(recipe, folder, flags, more))
-        return
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
+    if not (planned := list_runs(recipe, folder, flags.only, known, unknown=0.0)):
+        parser.error(f"--only {flags.only} is in the name of no run; --dry-run shows them all")
+    check_more(planned[0], flags, more, parser)
+    if flags.dry_run:
+        print(describe_plan(planned, folder, flags, more, known))
+        return
     tried: set[str] = set()
 
     def list_left() -> list[Run]:
@@ -103,10 +112,12 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     if failed := [run.name for run in list_left()]:
         names = ", ".join(failed)
         raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
-    runs = list_runs(recipe, folder, None, known)
+    runs = list_runs(recipe, folder, flags.only, known)
+    print(f"{recipe.name}: {len(runs)} runs, all made", flush=True)
     all_here = all(find_state(run, folder / run.name) == "finished" for run in runs)
-    for line in recipe.after(folder, flags.cifar10 or flags.data) if all_here else ():
-        subprocess.run(line, cwd=ROOT, check=True)
+    if all_here and flags.only is None:
+        for line in recipe.after(folder, flags.cifar10 or flags.data):
+            subprocess.run(line, cwd=ROOT, check=True)
 
 
 def make_parser(recipe: Recipe) -> Parser:
@@ -133,6 +144,35 @@ def absolute(text: str) -> str:
     return str(Path(place(text)).resolve())
 
 
+@cache
+def find_parser() -> Parser:
+    """That of main.py."""
+    return build_script().parser
+
+
+def check_more(run: Run, flags: Namespace, more: Sequence[str], parser: Parser) -> None:
+    """Refuse flags that main.py does not know, and those that the recipe itself gives it."""
+    own = find_parser().parse_typed(list_flags(run, Path(), flags))
+    for name in find_parser().parse_typed(more).keys() & own.keys():
+        parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
+
+
+def check_made(run: Run, made: Mapping[str, Any], where: str) -> None:
+    """Refuse a run that was made with other flags than the recipe says.
+
+    Raises:
+        SystemExit: names the run, the flag and both values.
+    """
+    asked = find_parser().parse_typed(shlex.split(run.flags))
+    for name in (asked.keys() & made.keys()) - MAY_CHANGE:
+        if made[name] != asked[name]:
+            flag = find_parser().spelling[name]
+            raise SystemExit(
+                f"{where} was made with {flag} {made[name]}, the recipe's {run.name} has "
+                f"{asked[name]}: it is another run, to be moved away"
+            )
+
+
 def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
     """The records of the runs in `folder` that have come to their end.
 
@@ -155,18 +195,23 @@ def list_runs(
     """Those planned, where results neither `known` nor found are taken to be `unknown`."""
 
     def find(name: str) -> float | None:
-        if name in known:
-            return top1_of(known[name]) or 0.0
         if (folder / name / DIVERGED_NAME).exists():
             return 0.0
-        summary = read_summary(folder / name)
-        return summary["test_top1"] if summary else unknown
+        if summary := read_summary(folder / name):
+            return summary["test_top1"]
+        return (top1_of(known[name]) or 0.0) if name in known else unknown
 
     return [run for run in recipe.plan(find) if only is None or only in run.name]
 
 
 def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
-    """finished, diverged, recorded, begun or to do."""
+    """finished, diverged, recorded, begun or to do.
+
+    Raises:
+        SystemExit: what there is was made with other flags, or its files cannot be read.
+    """
+    if (folder / RECORD_NAME).exists():
+        check_made(run, read_json(folder / RECORD_NAME)["flags"], str(folder))
     if (folder / DIVERGED_NAME).exists():
         return "diverged"
     summary = read_summary(folder)
@@ -174,34 +219,41 @@ def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
         return "finished"
     record = (known or {}).get(run.name)
     if record and ("diverged" in record or record["steps"] >= run.steps):
+        check_made(run, record.get("flags", {}), f"its record in {RESULTS}")
         return "recorded"
     return "begun" if folder.exists() else "to do"
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json(path) if path.exists() else None
 
 
 def make_command(run: Run, folder: Path, flags: Namespace, more: Sequence[str]) -> list[str]:
     """The command line of a run, which goes on where it was begun."""
+    return ["python", "main.py", *list_flags(run, folder, flags), *more]
+
+
+def list_flags(run: Run, folder: Path, flags: Namespace) -> list[str]:
+    """What the recipe itself gives to main.py."""
     if run.pictures == "cifar10" and flags.cifar10:
         data = ["--dataset", "folder", "--data", flags.cifar10, "--out", flags.out]
     else:
         data = ["--dataset", run.pictures, "--data", flags.data]
     save = ["--checkpoint-steps", str(min(SAVE_EVERY, run.steps)), "--resume", "auto"]
     where = ["--threads", str(flags.threads), "--run-dir", str(folder)]
-    return ["python", "main.py", *shlex.split(run.flags), *data, *where, *save, *more]
+    return [*shlex.split(run.flags), *data, *where, *save]
 
 
-def describe_plan(recipe: Recipe, folder: Path, flags: Namespace, more: Sequence[str]) -> str:
+def describe_plan(
+    runs: Sequence[Run], folder: Path, flags: Namespace, more: Sequence[str], known: Records
+) -> str:
     """A line for each run, with its minutes and its command, and how long all will take.
 
     Rates that are still to be found are shown as the first of those to be tried.
     """
     lines, seconds = [], 0.0
-    known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
-    for run in list_runs(recipe, folder, flags.only, known, unknown=0.0):
+    for run in runs:
         state = find_state(run, folder / run.name, known)
         seconds += run.seconds if state in TO_MAKE else 0
         command = shlex.join(make_command(run, folder / run.name, flags, more))
@@ -217,7 +269,10 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
         SystemExit: interrupted; the runs under way have saved what they have.
     """
     waiting, running = list(lines), {}
-    before = signal.signal(signal.SIGTERM, _leave)
+    heeded = [signal.SIGTERM]
+    if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # as it is below nohup
+        heeded.append(HANGUP)
+    before = {number: signal.signal(number, _leave) for number in heeded}
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -230,7 +285,8 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
         _leave(signal.SIGINT, None)
     finally:
         stop(running.values())
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def start(line: Sequence[str], folder: Path) -> subprocess.Popen:

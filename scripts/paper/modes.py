@@ -5,12 +5,11 @@
 Trainings may share a machine. Steps are timed apart, on one that does nothing else, each beside
 BatchNorm's; what this writes is in results/ and goes into the table:
 
-    python scripts/benchmark.py --mode 1 2 3 4 5 --block 16 64 --no-memory --json FILE
+    python scripts/benchmark.py --mode 5 4 3 2 1 --block 16 64 --rounds 15 --no-memory --json FILE
 """
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.engine import Find, Recipe, Run, count_steps, main
-from scripts.paper.records import RESULTS, Records
+from scripts.paper.records import RESULTS, Records, load
 from scripts.paper.tables import format_table, show_top1, wrap
 
 BATCH = 128
@@ -34,7 +33,7 @@ BLOCKS = (16, 64)
 SEEDS = (0, 1, 2)
 BASE = "--arch vgg11 --batch-size 128 --epochs 1 --wd 5e-4"
 BATCHNORM = "bn"
-TIMES_NAME = "modes_steps.json"  # by benchmark.py, in results/
+TIMES = "modes_steps"  # by benchmark.py, in results/
 
 
 def plan(find: Find) -> list[Run]:
@@ -48,7 +47,7 @@ def plan(find: Find) -> list[Run]:
 
 
 def list_blocks(mode: int) -> tuple[int | None, ...]:
-    """Mode 2 has none: the channels share one matrix of pixels."""
+    """Mode 2 has one matrix of pixels for all channels: blocks say how many patches it is from."""
     return (None,) if mode == 2 else BLOCKS
 
 
@@ -70,29 +69,41 @@ def name_run(kind: str, seed: int) -> str:
 def page(records: Records) -> str:
     header = ["mode", "what is whitened", "block", "test top-1"]
     header += ["step (ms)", "BatchNorm's", "ratio"]
-    measured = json.loads((RESULTS / TIMES_NAME).read_text())
-    times = {(row["mode"], row["block"]): row["train"] for row in measured["rows"]}
+    measured = load(TIMES, RESULTS)
+    found = [row for row in measured.get("rows", ()) if row["arch"] == "vgg11"]
+    times = {(row["mode"], row["block"]): row["train"] for row in found}
     rows = [[None, "BatchNorm, lr .01", None, _show(records, BATCHNORM), None, None, None]]
     for mode, text in MODES.items():
         for block in list_blocks(mode):
-            top1 = _show(records, name_kind(mode, block))
-            rows.append([mode, text, block, top1, *_show_times(times[mode, block or BLOCKS[0]])])
+            cells = _show_times(times.get((mode, block or BLOCKS[0])))
+            rows.append([mode, text, block, _show(records, name_kind(mode, block)), *cells])
     text = f"""
         CIFAR-10, VGG-11, one epoch, batch {BATCH}, weight decay 5e-4, cosine, seeds
-        {", ".join(map(str, SEEDS))}; deconvolution at lr .1 with eps 1e-2. Steps of training:
-        medians of {measured["flags"]["rounds"]}, the two networks in turn, with the quartiles of
-        the ratio; {", ".join(measured["environment"].values())}, which did nothing else. By
-        `python scripts/benchmark.py --mode 1 2 3 4 5 --block 16 64 --no-memory --rounds
-        {measured["flags"]["rounds"]} --json results/{TIMES_NAME}`.
+        {", ".join(map(str, SEEDS))}; deconvolution at lr .1 with eps 1e-2, BatchNorm at the better
+        of .1 and .01. {_describe_times(measured)}
         """
     return f"{wrap(text)}\n{format_table(header, rows)}"
+
+
+def _describe_times(measured: dict[str, Any]) -> str:
+    if not measured:
+        return ""
+    rounds, machine = measured["flags"]["rounds"], ", ".join(measured["environment"].values())
+    return f"""
+        Steps of training: medians of {rounds}, the two networks in turn, with the quartiles of
+        their ratio; {machine}, and nothing else running. By `python scripts/benchmark.py --mode
+        {" ".join(map(str, measured["flags"]["mode"]))} --block 16 64 --rounds {rounds} --no-memory
+        --json results/{TIMES}.json`.
+        """
 
 
 def _show(records: Records, kind: str) -> str:
     return show_top1(records, [name_run(kind, seed) for seed in SEEDS])
 
 
-def _show_times(times: dict[str, Any]) -> list[str]:
+def _show_times(times: dict[str, Any] | None) -> list[str | None]:
+    if times is None:
+        return [None] * 3
     ours, base = (f"{1000 * times[f'{name}_seconds']:,.0f}" for name in ("deconv", "base"))
     lower, upper = times["quartiles"]
     return [ours, base, f"{times['ratio']:.2f} [{lower:.2f}, {upper:.2f}]"]

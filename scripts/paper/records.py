@@ -13,11 +13,19 @@ from typing import Any
 from util.checkpoint import atomic_write
 from util.logger import BATCH_LOG_NAME, read_log
 from util.recorder import DIVERGED_NAME
+from util.run import RECORD_NAME
 from util.settings import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-LEFT_OUT = MAY_CHANGE - {"epochs", "max_steps", "preset", "threads"}  # flags
+KEPT = {"epochs", "max_steps", "preset", "threads"}
+KEPT |= {
+    "deterministic",
+    "compile",
+    "cuda_graphs",
+    "channels_last",
+}  # which tell what took how long
+LEFT_OUT = MAY_CHANGE - KEPT  # flags
 MACHINE = ("versions", "commit", "device", "processor", "processes", "platform")
 FIGURES = ("kind", "parameters", "epoch_steps", "steps", "train_loss", "train_top1")
 FIGURES += ("test_loss", "test_top1", "train_seconds", "test_seconds", "peak_memory_mb")
@@ -29,13 +37,13 @@ Records = dict[str, dict[str, Any]]  # by the names of the runs
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run that has come to its end."""
-    made = json.loads((folder / "args.json").read_text())
+    made = read_json(folder / RECORD_NAME)
     flags = {name: value for name, value in made["flags"].items() if name not in LEFT_OUT}
     record = {"flags": flags, **{key: made.get(key) for key in MACHINE}}
     if (folder / DIVERGED_NAME).exists():
-        record["diverged"] = json.loads((folder / DIVERGED_NAME).read_text())["step"]
+        record["diverged"] = read_json(folder / DIVERGED_NAME)["step"]
     if (folder / "summary.json").exists():
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = read_json(folder / "summary.json")
         record |= {key: summary.get(key) for key in FIGURES}
     return _rounded({**record, "epochs": _read_epochs(folder), "curve": _read_curve(folder)})
 
@@ -47,13 +55,22 @@ def load(name: str, results: Path = RESULTS) -> Records:
         SystemExit: the file is not what `save` has written.
     """
     path = results / f"{name}.json"
+    return read_json(path) if path.exists() else {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file says that this project has written.
+
+    Raises:
+        SystemExit: it cannot be read, or says something else.
+    """
     try:
-        records = json.loads(path.read_text()) if path.exists() else {}
-    except ValueError as error:
-        raise SystemExit(f"{path}: no records can be read from it: {error}") from error
-    if not isinstance(records, dict):
-        raise SystemExit(f"{path}: no records can be read from it")
-    return records
+        content = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"{path}: cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise SystemExit(f"{path}: is not what was written there")
+    return content
 
 
 def save(name: str, records: Records, results: Path = RESULTS) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.engine import Find, Recipe, Run, count_steps, main
-from scripts.paper.records import Records
+from scripts.paper.records import Records, top1_of
 from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1, wrap
 
 HERE = Path(__file__).parent
@@ -105,7 +105,9 @@ def cut(records: Records) -> str:
         cells = []
         for index, kind in enumerate(KINDS):
             cells += [f"{known[source]['1'][index]:.1f}" for source in ("paper", "reproduced")]
-            ours = mean_top1(records, name_runs(arch, kind))
+            names = name_runs(arch, kind)
+            whole = all(top1_of(records.get(name)) is not None for name in names)
+            ours = mean_top1(records, names) if whole else None
             half = "½ " if arch in HALVED else ""
             cells.append(None if ours is None else f"{half}**{ours:.1f}**")
         rows.append([known["title"], *cells])

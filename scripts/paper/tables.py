@@ -44,7 +44,7 @@ def show_top1(records: Records, names: Sequence[str]) -> str:
 
 def show_seconds(records: Records, names: Sequence[str]) -> str:
     """Seconds of training, the mean over runs."""
-    found = [records[name]["train_seconds"] for name in names if name in records]
+    found = [records[name].get("train_seconds") for name in names if name in records]
     found = [value for value in found if value is not None]
     return f"{mean(found):,.0f}" if found else DASH
 
