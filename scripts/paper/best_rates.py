@@ -81,16 +81,15 @@ def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
 def page(records: Records) -> str:
     text = f"""
         CIFAR-10, test top-1 in percent after one epoch, `--preset paper --root newton` but for
-        learning rate and weight decay. Seed {SEEDS[0]}, all rates at weight decay {DECAY:g}, the next one where the best is
-        the lowest or highest of them, and the best at other decays, and whatever else was run.
-        ResNet-18's at lr 0.1 and decay 0.001 are also in Table 1:
+        learning rate and weight decay. Seed {SEEDS[0]}, all rates at weight decay {DECAY:g}, the
+        next one where the best is the lowest or highest of them, and the best at other decays, and
+        whatever else was run. ResNet-18's at lr 0.1 and decay 0.001 are also in Table 1:
         """
-    return f"""\
-{wrap(text)}
-{_describe_grid(records)}
-Then the best pair of each kind, which seed {SEEDS[0]} has chosen, with the seeds {", ".join(map(str, SEEDS))}:
-
-{_describe_best(records)}"""
+    best = f"""
+        Then the best pair of each kind, which seed {SEEDS[0]} has chosen, with the seeds
+        {", ".join(map(str, SEEDS))}:
+        """
+    return f"{wrap(text)}\n{_describe_grid(records)}\n{wrap(best)}\n{_describe_best(records)}"
 
 
 def _describe_grid(records: Records) -> str:
