@@ -46,11 +46,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     add("--docs", "of the page and its pictures", place, str(ROOT / "docs"), "docs", metavar="DIR")
     flags = parser.parse_args(argv)
     results, docs = Path(flags.results), Path(flags.docs)
+    for folder in (results, docs):
+        folder.mkdir(parents=True, exist_ok=True)
     for recipe in RECIPES:
         known = load(recipe.name, results)
         if found := gather(recipe, Path(flags.runs) / recipe.name, known):
             save(recipe.name, known | found, results)
+            print(f"{len(found)} runs in {results / recipe.name}.json")
     write_page(results, docs)
+    print(f"written: {docs / PAGE}")
     write_cut(results, docs.parent / README)
 
 

@@ -98,7 +98,7 @@ def stand_in(monkeypatch):
         ran.append(run.name)
         end, text = ends.get(run.name, "summary.json"), json.dumps(FIGURES | {"step": 3})
         if end == "fails":
-            return ["python", "-c", "raise SystemExit(2)"]
+            return ["python", "-c", "print('no luck\\n'); raise SystemExit(2)"]
         return ["python", "-c", f"open({str(folder / end)!r}, 'w').write({text!r})"]
 
     monkeypatch.setattr(engine, "make_command", command)
@@ -121,7 +121,7 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
         engine.main(recipe, argv)
     assert ran == ["a", "b", "c"]
     told = capsys.readouterr().out
-    for text in ("a: test top-1 50.00 %", "b: failed with code 2", "c: diverged"):
+    for text in ("a: test top-1 50.00 %", "b: failed with code 2: no luck", "c: diverged"):
         assert text in told
     ends["b"] = "summary.json"
     engine.main(recipe, argv)
@@ -136,6 +136,7 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
         (["--run-dir", "x"], "--run-dir is not passed on"),
         (["--job", "2"], "unrecognized arguments: --job"),
         (["--only", "z"], "--only z is in the name of no run"),
+        (["--cifar10", "/nowhere"], "--cifar10 /nowhere has no folder train/"),
     ],
 )
 def test_flags_that_the_recipe_sets_or_nobody_knows_are_refused(
@@ -226,6 +227,7 @@ def test_what_follows_the_runs_finds_the_pictures(stand_in, tmp_path):
 
     drawn = tmp_path / "drawn"
     argv = ["--out", str(tmp_path), "--cifar10", str(tmp_path / "pictures")]
+    (tmp_path / "pictures" / "train").mkdir(parents=True)
     engine.main(make_recipe("a", after=draw), argv)
     read = inspect_layers.parse_args(drawn.read_text().split()[1:])
     assert read.checkpoint == str(tmp_path / "tiny" / filters.NAME / "checkpoint.pth.tar")
@@ -240,7 +242,7 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first.startswith("finished") and "python main.py" in first
     assert second.startswith("to do") and "--resume auto" in second and third.startswith("to do")
-    assert last == "about 0.0 hours to go, 2 at a time"
+    assert last == "about 0.0 hours to go, 2 at a time, on an idle CPU core each"
     assert [path.name for path in folder.iterdir()] == ["a"]
 
 
@@ -250,7 +252,7 @@ def test_a_longer_run_is_taken_up_again(tmp_path):
     assert engine.find_state(Run("a", "fashion", "", 60, 1.0), tmp_path) == "begun"
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path):
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     code = (

@@ -16,6 +16,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -92,11 +93,14 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     """Make what a recipe needs. Exit: 1 where a run has failed, 130 or 143 where it was stopped."""
     parser = make_parser(recipe)
     flags, more = parser.parse_known_args(argv)
+    more = [word for word in more if word != "--"]
     folder = Path(flags.out) / recipe.name
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     if not (planned := list_runs(recipe, folder, flags.only, known, unknown=0.0)):
         parser.error(f"--only {flags.only} is in the name of no run; --dry-run shows them all")
     check_more(planned[0], flags, more, parser)
+    if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
+        parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of pictures")
     if flags.dry_run:
         print(describe_plan(planned, folder, flags, more, known))
         return
@@ -259,7 +263,8 @@ def describe_plan(
         command = shlex.join(make_command(run, folder / run.name, flags, more))
         lines.append(f"{state:8} {run.seconds / 60:5.0f} min  {command}")
     hours = seconds / 3600 / flags.jobs
-    return "\n".join([*lines, f"about {hours:.1f} hours to go, {flags.jobs} at a time"])
+    told = f"about {hours:.1f} hours to go, {flags.jobs} at a time, on an idle CPU core each"
+    return "\n".join([*lines, told])
 
 
 def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None:
@@ -269,10 +274,11 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
         SystemExit: interrupted; the runs under way have saved what they have.
     """
     waiting, running = list(lines), {}
-    heeded = [signal.SIGTERM]
-    if HANGUP and signal.getsignal(HANGUP) is not signal.SIG_IGN:  # as it is below nohup
-        heeded.append(HANGUP)
-    before = {number: signal.signal(number, _leave) for number in heeded}
+    numbers = filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP))
+    before = {number: signal.getsignal(number) for number in numbers}
+    for number, handler in before.items():
+        if handler is not signal.SIG_IGN:  # as SIGHUP is below nohup
+            signal.signal(number, _leave)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -281,8 +287,10 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
             time.sleep(0.1)
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 finish(running.pop(name).returncode, folder / name)
-    except KeyboardInterrupt:
-        _leave(signal.SIGINT, None)
+    except SystemExit:
+        with suppress(OSError):  # the terminal may have gone
+            print("stopped; the same command goes on", flush=True)
+        raise
     finally:
         stop(running.values())
         for number, handler in before.items():
@@ -306,7 +314,9 @@ def finish(code: int, folder: Path) -> None:
     if (folder / DIVERGED_NAME).exists():
         told = "diverged"
     elif code or summary is None:
-        told = f"failed with code {code}"
+        said = (folder / CONSOLE_NAME).read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(said) if line.strip()), "")
+        told = f"failed with code {code}: {last}"
     else:
         told = f"test top-1 {summary['test_top1']:.2f} %"
         for name in (PREVIOUS_NAME, BEST_NAME):
