@@ -17,10 +17,12 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import os
 import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
@@ -34,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import main as small_pictures
 import main_imagenet as large_pictures
 from deconv import fuse
-from util.checkpoint import CheckpointError, load_checkpoint
+from util.checkpoint import CheckpointError, load_checkpoint, load_newest
 from util.data import DataError, DataSpec, build_loaders
 from util.imagenet import build_imagenet_loaders
 from util.progress import restore_model
@@ -42,14 +44,15 @@ from util.run import RunError
 from util.settings import OF_THIS_MACHINE, check_config
 
 Run = Callable[[Tensor], Tensor]  # pictures (N, C, H, W) -> scores (N, classes)
+PLACE = "of main.py or main_imagenet.py, or the folder of such a run"
 BATCH = "batch"  # the dimension whose size is left open
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        saved = load_checkpoint(args.checkpoint, "cpu")
-        flags, network = rebuild(saved, args.checkpoint)
+        file, saved = read_saved(args.checkpoint)
+        flags, network = rebuild(saved, file)
         pictures = read_pictures(flags, args.data, args.pictures)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         run = WRITERS[args.to](fuse(network), pictures[:2], args.out, describe(saved))
@@ -76,7 +79,7 @@ def stop(message: str, code: int = 2) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of main.py or main_imagenet.py")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACE)
     parser.add_argument("--to", choices=WRITERS, required=True, help="the format")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
     parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
@@ -94,6 +97,20 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
             f"pip install '.[{args.to}]' in the folder of this project"
         )
     return args
+
+
+def read_saved(place: str) -> tuple[str, dict[str, Any]]:
+    """The checkpoint `place`, the newest one where that is the folder of a run, and its content.
+
+    Raises:
+        CheckpointError: there is none that can be read.
+    """
+    if not os.path.isdir(place):
+        return place, load_checkpoint(place, "cpu")
+    path, saved, faults = load_newest(place, partial(load_checkpoint, device="cpu"))
+    for fault in faults:
+        print(f"warning: {fault}; going on with {path}", file=sys.stderr)
+    return str(path), saved
 
 
 def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:

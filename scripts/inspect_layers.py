@@ -32,23 +32,27 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from deconv import FastDeconv, whiteness
 from deconv.whiteness import LayerWhiteness, Whiteness
-from scripts.export import read_pictures, rebuild
-from util.checkpoint import CheckpointError, load_checkpoint
+from scripts.export import PLACE, read_pictures, read_saved, rebuild
+from util.checkpoint import CheckpointError
 from util.data import DataError
 from util.plots import draw_filters
 from util.run import RunError
 
+MEANING = """\
+before, after: how white; 1: all directions vary alike, 1 / features: only one varies
+under floor: share of the directions that whitening leaves small, as they hardly vary"""
 KERNELS = 3  # whitening kernels drawn: of so many input channels
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        flags, network = rebuild(load_checkpoint(args.checkpoint, "cpu"), args.checkpoint)
+        file, saved = read_saved(args.checkpoint)
+        flags, network = rebuild(saved, file)
         first = find_first(network)
         pictures = read_pictures(flags, args.data, args.pictures)
         rows = whiteness(network, pictures)
-        print(rows)
+        print(f"{rows}\n{MEANING}")
         args.out.parent.mkdir(parents=True, exist_ok=True)
         title = f"{flags.arch}, {len(pictures)} pictures"
         draw(first, find_deep(network, rows), rows, title).savefig(args.out, dpi=120)
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser = argparse.ArgumentParser(prog="inspect_layers.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="of main.py or main_imagenet.py")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACE)
     parser.add_argument("out", metavar="OUT", type=Path, help="the picture to write, .png or .pdf")
     parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
     parser.add_argument("--pictures", type=int, default=128, help="to look at (128)")

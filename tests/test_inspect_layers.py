@@ -20,9 +20,10 @@ def run_dir(tmp_path_factory):
     return run_dir
 
 
-def test_a_run_is_told_and_drawn(run_dir, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["checkpoint.pth.tar", ""])
+def test_a_run_is_told_and_drawn(name, run_dir, tmp_path, capsys):
     out = tmp_path / "new" / "layers.png"
-    inspect_layers.main([str(run_dir / "checkpoint.pth.tar"), str(out), "--pictures", "32"])
+    inspect_layers.main([str(run_dir / name), str(out), "--pictures", "32"])
     header, first, *_, last = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["layer", "features", "patches"] and first.endswith("%")
     assert str(out) in last
