@@ -19,7 +19,7 @@ from util.loaders import PictureLoader
 from util.parser import Parser
 from util.settings import PRESETS, Rules, Script, choose_layers
 from util.standard_sets import STANDARD_SETS
-from util.training import Session, describe_kind, fit
+from util.training import Session, describe_kind, fit, test
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -28,15 +28,18 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(session: Session) -> None:
-    """flags -> data -> layers -> model -> epochs."""
+    """flags -> data -> layers -> model -> epochs; with -e -> one test."""
     flags = session.flags
-    run_dir = session.find_run_dir()
+    run_dir = None if flags.evaluate else session.find_run_dir()
     spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
     run.seed_everything(flags.seed)
     model = build_network(flags, spec)
+    ways = Ways(batch_share, fuse, judge_layers)
+    if flags.evaluate:
+        test(session, spec, model, test_loader, ways=ways)
+        return
     kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
     name = f"{flags.dataset}-{flags.arch}-{kind}"
-    ways = Ways(batch_share, fuse, judge_layers)
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, ways=ways)
 
 
@@ -65,6 +68,7 @@ def data_rules(flags: Namespace) -> Rules:
     fetched = flags.dataset in STANDARD_SETS
     yield "data_url", fetched, f"does not apply to {flags.dataset}, which is not downloaded"
     yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
+    yield "evaluate", flags.resume, "needs --resume FILE: which network?"
 
 
 def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader, PictureLoader]:

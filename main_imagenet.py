@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
-from dataclasses import asdict
 from functools import partial
 
 from torch import Tensor, nn
@@ -19,18 +18,14 @@ from models import (
     make_layers,
 )
 from util import args, run
-from util.console import say
 from util.data import DataSpec
-from util.engine import Ways, evaluate
-from util.epochs import list_skipped
+from util.engine import Ways
 from util.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.launch import start
 from util.loaders import PictureLoader
-from util.optim import build_criterion
 from util.parser import Parser
-from util.progress import restore_model
 from util.settings import Rules, Script, choose_layers
-from util.training import Session, choose_compute, describe_kind, fit
+from util.training import Session, describe_kind, fit, test
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,11 +41,11 @@ def train(session: Session) -> None:
     run.seed_everything(flags.seed)
     # One after the other: the first downloads the weights of --pretrained for all.
     model = session.world.first_then_all(partial(build_network, flags, spec))
+    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse, judge_layers)}
     if flags.evaluate:
-        test(session, spec, model, test_loader)
+        test(session, spec, model, test_loader, **more)
         return
     kind = describe_kind(flags)
-    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse, judge_layers)}
     name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
     fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
 
@@ -58,25 +53,6 @@ def train(session: Session) -> None:
 def judge_layers(network: nn.Module, pictures: Tensor) -> dict[str, float]:
     """How white the input of each layer is, before and after."""
     return whiteness(network, pictures).scalars()
-
-
-def test(session: Session, spec: DataSpec, model: nn.Module, loader: PictureLoader) -> None:
-    """Say how good a finished network is."""
-    flags, world = session.flags, session.world
-    compute = choose_compute(session)
-    compute.place(model)
-    if session.saved:
-        restore_model(session.saved, model, file=flags.resume, spec=asdict(spec))
-    criterion = build_criterion(flags.loss, spec.num_classes)
-    steps = world.deal(count_batches(flags))
-    network = compute.translate(fuse(model.eval()))
-    figures = evaluate(network, loader, criterion, compute=compute, world=world, max_steps=steps)
-    for name in list_skipped(world, loader):
-        say(f"left out: {name} cannot be decoded")
-    say(
-        f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
-        f" top5 {figures['top5']:.2f}%  {figures['images']} pictures  {figures['seconds']:.1f} s"
-    )
 
 
 def count_batches(flags: Namespace) -> int:

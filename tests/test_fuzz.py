@@ -81,6 +81,7 @@ OWN = {
         "--data": "elsewhere",
         "--data-url": "https://host host",
         "--dataset": "digits folder",
+        "--evaluate": "",
     },
     main_imagenet: {
         "--arch": "resnet18d resnet18 squeezenet1_1 vgg timm/none",

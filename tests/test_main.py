@@ -56,6 +56,19 @@ def finished(tmp_path_factory):
     return run_dir
 
 
+def test_a_finished_network_is_tested_as_it_was_trained(finished, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    before = {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    main.main(["-e", "--resume", str(finished)])  # --dataset and --arch are those of the run
+    figures = json.loads((finished / "summary.json").read_text())
+    told = f"test loss {figures['test_loss']:.4f} top1 {figures['test_top1']:.2f}%"
+    assert told in capsys.readouterr().out and not list(tmp_path.iterdir())
+    assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
+    assert "-e True needs --resume" in refusal(capsys, ["-e"])
+    for words in ("--mode 3", "--dataset fashion --data x"):
+        assert "checkpoint" in refusal(capsys, ["-e", "--resume", finished, *words.split()])
+
+
 def test_both_kinds_learn_the_digits(tmp_path):
     assert train(f"--epochs 3 --batch-size 64 {QUIET}", tmp_path / "bn")["test_top1"] > 95
     assert train(f"--epochs 3 --deconv True {QUIET}", tmp_path / "deconv")["test_top1"] > 95

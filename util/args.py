@@ -166,6 +166,11 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         metavar="N",
     )
     add_reading_flags(add, 0)
+    add(
+        "-e --evaluate",
+        "only test the network of --resume; all about training is left aside",
+        **YES,
+    )
 
 
 def add_imagenet_flags(parser: Parser) -> None:

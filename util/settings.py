@@ -51,8 +51,9 @@ MAY_CHANGE = OF_THIS_MACHINE | {
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
 
-# What must be as it was where a network is only tested.
+# What must be as it was where a network is only tested: itself, and what it is tested by.
 OF_NETWORK = {
+    *("dataset", "loss"),
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
     *("root", "rows_per_feature"),

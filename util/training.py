@@ -27,11 +27,11 @@ from .compute import Compute
 from .console import say
 from .data import DataSpec
 from .distributed import World
-from .engine import Meters, Ways
-from .epochs import Epochs
+from .engine import Meters, Ways, evaluate
+from .epochs import Epochs, list_skipped
 from .loaders import PictureLoader, count_pictures
 from .optim import build_criterion, build_optimizer, build_scheduler
-from .progress import Progress, restore
+from .progress import Progress, restore, restore_model
 from .recorder import NullRecorder, Recorder
 from .signals import heed_signals
 
@@ -139,6 +139,37 @@ def fit(
             ways=ways,
             own_buffers=saved.get("own_buffers", ()) if saved else (),
         ).run()
+
+
+def test(
+    session: Session,
+    spec: DataSpec,
+    model: nn.Module,
+    loader: PictureLoader,
+    *,
+    limit: int = sys.maxsize,
+    ways: Ways = Ways(),  # noqa: B008 - frozen
+) -> None:
+    """Say how good a finished network is, that of the checkpoint if there is one; keep nothing.
+
+    Args:
+        limit, ways: as of `fit`.
+    """
+    flags, world = session.flags, session.world
+    compute = choose_compute(session)
+    compute.place(model)
+    if session.saved:
+        restore_model(session.saved, model, file=flags.resume, spec=asdict(spec))
+    criterion = build_criterion(flags.loss, spec.num_classes)
+    network = compute.translate(ways.settle(model.eval()))
+    steps = world.deal(limit)
+    figures = evaluate(network, loader, criterion, compute=compute, world=world, max_steps=steps)
+    for name in list_skipped(world, loader):
+        say(f"left out: {name} cannot be decoded")
+    say(
+        f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
+        f" top5 {figures['top5']:.2f}%  {figures['images']} pictures  {figures['seconds']:.1f} s"
+    )
 
 
 def open_recorder(
