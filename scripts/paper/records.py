@@ -18,13 +18,8 @@ from util.settings import MAY_CHANGE
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
-KEPT = {"epochs", "max_steps", "preset", "threads"}
-KEPT |= {
-    "deterministic",
-    "compile",
-    "cuda_graphs",
-    "channels_last",
-}  # which tell what took how long
+KEPT = {"epochs", "max_steps", "preset"}
+KEPT |= {"threads", "deterministic", "compile", "cuda_graphs", "channels_last"}  # for the seconds
 LEFT_OUT = MAY_CHANGE - KEPT  # flags
 MACHINE = ("versions", "commit", "device", "processor", "processes", "platform")
 FIGURES = ("kind", "parameters", "epoch_steps", "steps", "train_loss", "train_top1")
