@@ -8,7 +8,6 @@ Seconds are those of the machine that trained; compare them between runs of one 
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -22,10 +21,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from util.checkpoint import atomic_write
 from util.console import visible
-from util.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_log
+from util.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
 from util.plots import RunCurves, plot_comparison
+from util.run import RECORD_NAME
 
-FILES = ("summary.json", "args.json", "train.log", "test.log", "train_batch.log")
+FILES = ("summary.json", RECORD_NAME, "train.log", "test.log", "train_batch.log")
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def read_run(folder: Path, name: str) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no folder of a finished run: {missing[0]} is missing")
-    summary = _read_json(folder / "summary.json")
+    summary = read_json(folder / "summary.json")
     logs = (("train", EPOCH_COLUMNS), ("test", EPOCH_COLUMNS), ("train_batch", BATCH_COLUMNS))
     train, test, batches = (_read_log(folder / f"{stem}.log", columns) for stem, columns in logs)
     if len(train["epoch"]) != len(test["epoch"]):
@@ -93,7 +93,7 @@ def read_run(folder: Path, name: str) -> Run:
     kind = str(summary.get("kind", "run"))
     label = name if kind in name else f"{name} ({kind})"
     curves = RunCurves(label, kind, train, test, batches, summary.get("epoch_steps") or 0)
-    return Run(name, _read_json(folder / "args.json").get("flags", {}), summary, curves)
+    return Run(name, read_json(folder / RECORD_NAME).get("flags", {}), summary, curves)
 
 
 def count_epochs(run: Run) -> int | str | None:
@@ -144,16 +144,6 @@ def _escape(cell: Any) -> str:
     """One line in which nothing ends the cell, or is a link or a tag; a folder may be so called."""
     text = visible(" ".join(str("-" if cell is None else cell).split()))
     return re.sub(r"([\\|<\[`])", r"\\\1", text)
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} does not hold a JSON object")
-    return content
 
 
 def _read_log(path: Path, columns: Sequence[str]) -> dict[str, list[float]]:

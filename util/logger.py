@@ -161,6 +161,22 @@ class RunLogger:
         return _open_log(path, BATCH_COLUMNS, kept)
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """What a JSON file of a run's folder says.
+
+    Raises:
+        OSError: there is none that can be read.
+        ValueError: it holds something else, naming the file.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} does not hold a JSON object")
+    return content
+
+
 def read_log(path: str | Path) -> dict[str, list[float]]:
     """The columns of a log by their names; `epoch` and `batch` are whole numbers.
 

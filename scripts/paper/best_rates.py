@@ -51,7 +51,9 @@ def search(arch: str, kind: str, find: Find) -> tuple[list[Pair], Pair | None]:
         return None if None in found.values() else max(found, key=found.__getitem__)
 
     pairs = [(rate, DECAY) for rate in RATES[kind]]
-    while (best := choose()) and (more := _find_beyond(best[0], [rate for rate, _ in pairs])):
+    while (best := choose()) and find(name_run(arch, kind, best, SEEDS[0])):  # 0: none is better
+        if (more := _find_beyond(best[0], [rate for rate, _ in pairs])) is None:
+            break
         pairs.append((more, DECAY))
     if best is None:
         return pairs, None

@@ -24,7 +24,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from main import build_script
-from scripts.paper.records import RESULTS, ROOT, Records, load, read_json, read_record, top1_of
+from scripts.paper.records import RESULTS, ROOT, Records, load, read_or_exit, read_record, top1_of
 from util.checkpoint import BEST_NAME, PREVIOUS_NAME
 from util.parser import Parser, place, whole
 from util.recorder import DIVERGED_NAME
@@ -90,7 +90,7 @@ def count_steps(pictures: str, batch_size: int) -> int:
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """Make what a recipe needs. Exit: 1 where a run has failed, 130 or 143 where it was stopped."""
+    """Make what a recipe needs. Exit: 1 where a run has failed, 128 + signal."""
     parser = make_parser(recipe)
     flags, more = parser.parse_known_args(argv)
     more = [word for word in more if word != "--"]
@@ -98,7 +98,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     if not (planned := list_runs(recipe, folder, flags.only, known, unknown=0.0)):
         parser.error(f"--only {flags.only} is in the name of no run; --dry-run shows them all")
-    check_more(planned[0], flags, more, parser)
+    check_more(planned, flags, more, parser)
     if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
         parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of pictures")
     if flags.dry_run:
@@ -154,10 +154,10 @@ def find_parser() -> Parser:
     return build_script().parser
 
 
-def check_more(run: Run, flags: Namespace, more: Sequence[str], parser: Parser) -> None:
+def check_more(runs: Sequence[Run], flags: Namespace, more: Sequence[str], parser: Parser) -> None:
     """Refuse flags that main.py does not know, and those that the recipe itself gives it."""
-    own = find_parser().parse_typed(list_flags(run, Path(), flags))
-    for name in find_parser().parse_typed(more).keys() & own.keys():
+    own = {name for r in runs for name in find_parser().parse_typed(list_flags(r, Path(), flags))}
+    for name in find_parser().parse_typed(more).keys() & own:
         parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
 
 
@@ -215,7 +215,7 @@ def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
         SystemExit: what there is was made with other flags, or its files cannot be read.
     """
     if (folder / RECORD_NAME).exists():
-        check_made(run, read_json(folder / RECORD_NAME)["flags"], str(folder))
+        check_made(run, read_or_exit(folder / RECORD_NAME)["flags"], str(folder))
     if (folder / DIVERGED_NAME).exists():
         return "diverged"
     summary = read_summary(folder)
@@ -230,7 +230,7 @@ def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     path = folder / "summary.json"
-    return read_json(path) if path.exists() else None
+    return read_or_exit(path) if path.exists() else None
 
 
 def make_command(run: Run, folder: Path, flags: Namespace, more: Sequence[str]) -> list[str]:

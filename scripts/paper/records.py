@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from util.checkpoint import atomic_write
-from util.logger import BATCH_LOG_NAME, read_log
+from util.logger import BATCH_LOG_NAME, read_json, read_log
 from util.recorder import DIVERGED_NAME
 from util.run import RECORD_NAME
 from util.settings import MAY_CHANGE
@@ -32,13 +32,13 @@ Records = dict[str, dict[str, Any]]  # by the names of the runs
 
 def read_record(folder: Path) -> dict[str, Any]:
     """The record of a run that has come to its end."""
-    made = read_json(folder / RECORD_NAME)
+    made = read_or_exit(folder / RECORD_NAME)
     flags = {name: value for name, value in made["flags"].items() if name not in LEFT_OUT}
     record = {"flags": flags, **{key: made.get(key) for key in MACHINE}}
     if (folder / DIVERGED_NAME).exists():
-        record["diverged"] = read_json(folder / DIVERGED_NAME)["step"]
+        record["diverged"] = read_or_exit(folder / DIVERGED_NAME)["step"]
     if (folder / "summary.json").exists():
-        summary = read_json(folder / "summary.json")
+        summary = read_or_exit(folder / "summary.json")
         record |= {key: summary.get(key) for key in FIGURES}
     return _rounded({**record, "epochs": _read_epochs(folder), "curve": _read_curve(folder)})
 
@@ -50,22 +50,19 @@ def load(name: str, results: Path = RESULTS) -> Records:
         SystemExit: the file is not what `save` has written.
     """
     path = results / f"{name}.json"
-    return read_json(path) if path.exists() else {}
+    return read_or_exit(path) if path.exists() else {}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_or_exit(path: Path) -> dict[str, Any]:
     """What a file says that this project has written.
 
     Raises:
         SystemExit: it cannot be read, or says something else.
     """
     try:
-        content = json.loads(path.read_text())
+        return read_json(path)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"{path}: cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise SystemExit(f"{path}: is not what was written there")
-    return content
+        raise SystemExit(str(error)) from error
 
 
 def save(name: str, records: Records, results: Path = RESULTS) -> None:
