@@ -11,15 +11,17 @@ from torch import Tensor, nn
 
 from deconv import batch_share, fuse, whiteness
 from models import ARCHITECTURES, build_model, describe_architectures, make_layers
-from util import args, run
-from util.data import DATASETS, DataSpec, build_loaders
-from util.engine import Ways
-from util.launch import start
-from util.loaders import PictureLoader
-from util.parser import Parser
-from util.settings import PRESETS, Rules, Script, choose_layers
-from util.standard_sets import STANDARD_SETS
-from util.training import Session, describe_kind, fit, test
+from util.cli import flags
+from util.cli.launch import start
+from util.cli.parser import Parser
+from util.cli.script import PRESETS, Rules, Script
+from util.cli.settings import choose_layers
+from util.data.datasets import DATASETS, DataSpec, build_loaders
+from util.data.loader import ImageLoader
+from util.data.torchvision_sets import STANDARD_SETS
+from util.random_state import seed_everything
+from util.training.hooks import ModelHooks
+from util.training.session import RunContext, describe_kind, fit, test
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -27,43 +29,43 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(__file__, build_script(), train, argv)
 
 
-def train(session: Session) -> None:
+def train(context: RunContext) -> None:
     """flags -> data -> layers -> model -> epochs; with -e -> one test."""
-    flags = session.flags
-    run_dir = None if flags.evaluate else session.find_run_dir()
-    spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
-    run.seed_everything(flags.seed)
+    flags = context.flags
+    run_dir = None if flags.evaluate else context.find_run_dir()
+    spec, train_loader, test_loader = context.world.rank0_first(partial(load_images, context))
+    seed_everything(flags.seed)
     model = build_network(flags, spec)
-    ways = Ways(batch_share, fuse, judge_layers)
+    hooks = ModelHooks(batch_share, fuse, judge_layers)
     if flags.evaluate:
-        test(session, spec, model, test_loader, ways=ways)
+        test(context, spec, model, test_loader, hooks=hooks)
         return
     kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
     name = f"{flags.dataset}-{flags.arch}-{kind}"
-    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, ways=ways)
+    fit(context, run_dir, name, kind, spec, model, train_loader, test_loader, hooks=hooks)
 
 
-def judge_layers(network: nn.Module, pictures: Tensor) -> dict[str, float]:
+def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
     """How white the input of each layer is, before and after."""
-    return whiteness(network, pictures).scalars()
+    return whiteness(network, images).scalars()
 
 
 def build_script() -> Script:
     """The command line of this script, and what is allowed on it."""
     parser = Parser("main.py", "Train an image classifier, with BatchNorm or with deconvolution.")
-    add = args.add_network_flags(parser, ARCHITECTURES, describe_architectures, "vgg11")
-    args.add_method_flag(add)
-    args.add_deconv_flags(parser, final_block=512)
-    args.add_data_flags(parser, DATASETS)
-    args.add_training_flags(parser, PRESETS, epochs=100, batch_size=512, weight_decay=5e-4)
-    args.add_device_flags(parser)
-    args.add_output_flags(parser)
+    add = flags.add_network_flags(parser, ARCHITECTURES, describe_architectures, "vgg11")
+    flags.add_method_flag(add)
+    flags.add_deconv_flags(parser, final_block=512)
+    flags.add_data_flags(parser, DATASETS)
+    flags.add_training_flags(parser, PRESETS, epochs=100, batch_size=512, weight_decay=5e-4)
+    flags.add_device_flags(parser)
+    flags.add_output_flags(parser)
     options = {name: architecture.options for name, architecture in ARCHITECTURES.items()}
     return Script(parser, options, rules=data_rules)
 
 
 def data_rules(flags: Namespace) -> Rules:
-    """What is wrong with the flags about the pictures of this script."""
+    """What is wrong with the flags about the images of this script."""
     yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
     fetched = flags.dataset in STANDARD_SETS
     yield "data_url", fetched, f"does not apply to {flags.dataset}, which is not downloaded"
@@ -71,8 +73,8 @@ def data_rules(flags: Namespace) -> Rules:
     yield "evaluate", flags.resume, "needs --resume FILE: which network?"
 
 
-def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader, PictureLoader]:
-    flags, world = session.flags, session.world
+def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:
+    flags, world = context.flags, context.world
     return build_loaders(
         flags.dataset,
         flags.data,
@@ -81,7 +83,7 @@ def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader, PictureLoa
         seed=flags.seed,
         image_size=flags.image_size,
         cache_dir=Path(flags.out).expanduser(),
-        device_type=session.device.type,
+        device_type=context.device.type,
         on_bad_image=flags.on_bad_image,
         mirror=flags.data_url,
         rank=world.rank,

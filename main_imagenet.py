@@ -1,4 +1,4 @@
-"""Train on ImageNet, or any such folder of pictures: `python main_imagenet.py --help`."""
+"""Train on ImageNet, or any such folder of images: `python main_imagenet.py --help`."""
 
 from __future__ import annotations
 
@@ -17,15 +17,18 @@ from models import (
     describe_imagenet_architectures,
     make_layers,
 )
-from util import args, run
-from util.data import DataSpec
-from util.engine import Ways
-from util.imagenet import build_dummy_loaders, build_imagenet_loaders
-from util.launch import start
-from util.loaders import PictureLoader
-from util.parser import Parser
-from util.settings import Rules, Script, choose_layers
-from util.training import Session, describe_kind, fit, test
+from util.cli import flags
+from util.cli.launch import start
+from util.cli.parser import Parser
+from util.cli.script import Rules, Script
+from util.cli.settings import choose_layers
+from util.data.datasets import DataSpec
+from util.data.imagenet import build_dummy_loaders, build_imagenet_loaders
+from util.data.loader import ImageLoader
+from util.errors import RunError
+from util.random_state import seed_everything
+from util.training.hooks import ModelHooks
+from util.training.session import RunContext, describe_kind, fit, test
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -33,26 +36,26 @@ def main(argv: Sequence[str] | None = None) -> None:
     start(__file__, build_script(), train, argv)
 
 
-def train(session: Session) -> None:
+def train(context: RunContext) -> None:
     """flags -> data -> layers -> model -> epochs; with -e -> one test."""
-    flags = session.flags
-    run_dir = None if flags.evaluate else session.find_run_dir()
-    spec, train_loader, test_loader = session.world.first_then_all(partial(load_pictures, session))
-    run.seed_everything(flags.seed)
+    flags = context.flags
+    run_dir = None if flags.evaluate else context.find_run_dir()
+    spec, train_loader, test_loader = context.world.rank0_first(partial(load_images, context))
+    seed_everything(flags.seed)
     # One after the other: the first downloads the weights of --pretrained for all.
-    model = session.world.first_then_all(partial(build_network, flags, spec))
-    more = {"limit": count_batches(flags), "ways": Ways(batch_share, fuse, judge_layers)}
+    model = context.world.rank0_first(partial(build_network, flags, spec))
+    more = {"limit": count_batches(flags), "hooks": ModelHooks(batch_share, fuse, judge_layers)}
     if flags.evaluate:
-        test(session, spec, model, test_loader, **more)
+        test(context, spec, model, test_loader, **more)
         return
     kind = describe_kind(flags)
     name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
-    fit(session, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
+    fit(context, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
 
 
-def judge_layers(network: nn.Module, pictures: Tensor) -> dict[str, float]:
+def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
     """How white the input of each layer is, before and after."""
-    return whiteness(network, pictures).scalars()
+    return whiteness(network, images).scalars()
 
 
 def count_batches(flags: Namespace) -> int:
@@ -64,20 +67,20 @@ def build_script() -> Script:
     """The command line of this script, and what is allowed on it."""
     parser = Parser("main_imagenet.py", "Train on ImageNet, with BatchNorm or with deconvolution.")
     names = IMAGENET_ARCHITECTURES
-    add = args.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    add("--pretrained", "start from the weights of torchvision or timm", **args.YES)
-    args.add_deconv_flags(parser, final_block=32)
-    args.add_imagenet_flags(parser)
-    args.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
-    args.add_device_flags(parser)
-    args.add_output_flags(parser)
+    add = flags.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
+    add("--pretrained", "start from the weights of torchvision or timm", **flags.YES)
+    flags.add_deconv_flags(parser, final_block=32)
+    flags.add_imagenet_flags(parser)
+    flags.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
+    flags.add_device_flags(parser)
+    flags.add_output_flags(parser)
     return Script(parser, Options(names), final_block=32, rules=own_rules)
 
 
 def own_rules(flags: Namespace) -> Rules:
     """What is wrong with the flags that only this script has."""
-    yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no pictures"
-    yield "data", not flags.dummy, "contradicts --dummy, which needs no pictures"
+    yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no images"
+    yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained
     yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
@@ -95,21 +98,21 @@ def own_rules(flags: Namespace) -> Rules:
         yield name, flags.deconv or not (theirs and asked), f"without --deconv True {fault}"
 
 
-def load_pictures(session: Session) -> tuple[DataSpec, PictureLoader | None, PictureLoader]:
-    flags, world = session.flags, session.world
+def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
+    flags, world = context.flags, context.world
     settings = {
         "batch_size": flags.batch_size,
         "num_workers": world.share_workers(flags.num_workers),
         "seed": flags.seed,
         "image_size": flags.image_size,
-        "device_type": session.device.type,
+        "device_type": context.device.type,
         "rank": world.rank,
         "processes": world.size,
     }
     if flags.dummy:
         return build_dummy_loaders(**settings)
     if flags.data is None:
-        raise run.RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
+        raise RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
     settings |= {"on_bad_image": flags.on_bad_image, "test_only": flags.evaluate}
     return build_imagenet_loaders(flags.data, **settings)
 
@@ -125,10 +128,10 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
             pretrained=flags.pretrained,
             dropout_rate=flags.dropout_rate,
         )
-    except ValueError as error:  # pictures of a size or classes of a number it cannot have
-        raise run.RunError(f"--arch {flags.arch}: {error}") from error
+    except ValueError as error:  # images of a size or classes of a number it cannot have
+        raise RunError(f"--arch {flags.arch}: {error}") from error
     except OSError as error:
-        raise run.RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error
+        raise RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error
 
 
 if __name__ == "__main__":

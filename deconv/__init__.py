@@ -30,7 +30,7 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 | T | K * K | taps of the kernel | |
 | B | channels | `block`: channels whitened together | `divide_channels` |
 | F | B * T | features of a block | `Blocks.features` |
-| M | | patches looked at, every `sampling_stride`-th, or fewer | `Window`, `Spots`, `gather` |
+| M | | sampled patches, every `sampling_stride`-th or fewer | `PatchGrid`, `PatchSubset` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
 | mu | (C*T,) | mean patch | `measure_patches` |
@@ -41,20 +41,14 @@ Under torch.distributed mu and Cov are those of the patches of all processes (`s
 The package imports nothing but torch and can be copied into another project unchanged.
 """
 
-from .convert import convert
-from .convolutions import (
-    FastDeconv1d,
-    FastDeconv2d,
-    FastDeconv3d,
-    FastDeconvTranspose1d,
-    FastDeconvTranspose2d,
-    FastDeconvTranspose3d,
-)
-from .covariance import batch_share
-from .fuse import fuse
-from .layers import Delinear, FastDeconv
-from .plan import plan
-from .recalibrate import recalibrate
+from .conv import FastDeconv, FastDeconv1d, FastDeconv2d, FastDeconv3d
+from .conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastDeconvTranspose3d
+from .linear import Delinear
+from .surgery.convert import convert
+from .surgery.fuse import fuse
+from .surgery.plan import plan
+from .surgery.recalibrate import recalibrate
+from .sync import batch_share
 from .whiteness import whiteness
 
 __all__ = [

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 import torch
 from torch import nn
 
-from .blocks import Blocks
-from .covariance import count_patches, measure_patches
-from .plan import align
+from .ops.blocks import Blocks
+from .ops.covariance import count_patches, measure_patches
+from .table import align
 from .whitening import Matrices, Whitening, full_precision
 
 
@@ -79,7 +79,7 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
             of one batch: with few patches for each feature some directions are not seen at all.
 
     Returns:
-        A row for each layer that ran, in the order of the network. Figures of a layer whose input
+        A row for each layer that ran, in the order of the network. Metrics of a layer whose input
         is not finite are NaN.
     """
     found: dict[str, LayerWhiteness] = {}
@@ -109,7 +109,7 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
 def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
     """`x`: as the layer's forward takes it."""
     with full_precision(x.device):
-        x = layer._present(x)
+        x = layer.prepare_input(x)
         sampling, blocks = layer._sampling(x)
         _, _, cov, *_ = measure_patches(x, sampling, blocks, "joint")
         if layer.track_running_stats:

@@ -11,20 +11,36 @@ from typing import Any
 import torch
 from torch import nn
 
-from .blocks import Blocks, transform_along
-from .covariance import (
-    average_across,
-    count_patches,
-    measure_patches,
-    second_moment,
-    several_processes,
-)
-from .earlier import deal_back_mean, rename_statistics
-from .fold import fold, whiten_pixels
-from .inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
-from .patches import Sampling, Window, gather
-from .products import identity
+from .ops.blocks import Blocks, divide_channels, transform_along
+from .ops.covariance import count_patches, measure_patches, second_moment
+from .ops.fold import fold, whiten_pixels
+from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt, inverse_sqrt_from_rows
+from .ops.matmul import identity
+from .ops.patches import PatchGrid, Sampling, gather
+from .published import deal_back_mean, rename_statistics
+from .sync import average_across, several_processes
 
+
+def _refuse_none_of(**counts: int) -> None:
+    """Raise ValueError where there is nothing to whiten, or to give."""
+    for name, count in counts.items():
+        if not count >= 1:
+            raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def _blocks(
+    groups: int, channels: int, block: int, taps: int, layout: str, shared: bool, joint: bool
+) -> Blocks:
+    """Blocks of the largest admissible size, dealt as `layout` says."""
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    size = divide_channels(channels, block)
+    dealt = 1 if joint else taps  # whitening single axes needs the channels whole
+    unit = size * taps if layout == "contiguous" else dealt
+    return Blocks(groups, channels, size, taps, unit, shared)
+
+
+LAYOUTS = ("contiguous", "interleaved")
 Matrices = dict[str, torch.Tensor]  # (G, d, d) by axis
 
 
@@ -54,7 +70,7 @@ def forward_hooks(module: nn.Module) -> dict[str, Any]:
 class Whitening(nn.Module):
     """Running statistics and the fold: what all deconvolution layers share.
 
-    A layer adds `_present(x)`: its input as (N, C, *size), as the kernel sees it; and of that
+    A layer adds `prepare_input(x)`: its input as (N, C, *size), as the kernel sees it; and of that
     `_sampling(x)`: which patches are looked at, and how they fall into blocks.
 
     Buffers: `running_mean` (C*T,), for every axis of the mode one `running_cov_<axis>` (G, d, d),
@@ -140,7 +156,7 @@ class Whitening(nn.Module):
         )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
-    def _whitened(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def fold_whitening(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """x, and a weight and a bias that act on it as the layer's own act on whitened x."""
         with full_precision(x.device):
             if not self.training and self.track_running_stats:
@@ -166,7 +182,7 @@ class Whitening(nn.Module):
         """x, patches looked at, their mean (C*T,), covariances and whitening matrices by axis."""
         together = self.sync_stats and several_processes()
         count = count_patches(x, sampling)
-        alone = not together and isinstance(sampling, Window)
+        alone = not together and isinstance(sampling, PatchGrid)
         if alone and self._has_few_rows(count):
             return x, count, *self._estimate_from_rows(gather(x, sampling))
         covs: Matrices = {}
@@ -190,7 +206,7 @@ class Whitening(nn.Module):
 
     def _estimate_from_rows(self, maps: torch.Tensor) -> tuple[torch.Tensor, Matrices, Matrices]:
         mean = maps.mean(dim=(0, 2), keepdim=True)
-        vectors = self.blocks.along("joint", maps - mean)
+        vectors = self.blocks.to_vectors("joint", maps - mean)
         rows = vectors.unflatten(1, (self.blocks.matrices, -1)).permute(1, 0, 3, 2).flatten(1, 2)
         whiten = inverse_sqrt_from_rows(rows, self.eps, self.n_iter)
         known = rows.detach()
@@ -268,10 +284,10 @@ class Whitening(nn.Module):
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         whiten = {axis: matrix.to(dtype) for axis, matrix in whiten.items()}
-        weight, bias = fold(self.turn(weight), bias, mean.to(dtype), whiten, self.blocks)
-        return self.turn(weight).to(self.weight.dtype), bias.to(self.weight.dtype)
+        weight, bias = fold(self.to_conv_layout(weight), bias, mean.to(dtype), whiten, self.blocks)
+        return self.to_conv_layout(weight).to(self.weight.dtype), bias.to(self.weight.dtype)
 
-    def turn(self, weight: torch.Tensor) -> torch.Tensor:
+    def to_conv_layout(self, weight: torch.Tensor) -> torch.Tensor:
         """The weight as rows for each output channel, (out, C, *kernel), and back again."""
         return weight
 
@@ -292,7 +308,7 @@ class Whitening(nn.Module):
         The n-th is what, laid on raw input, makes the n-th feature of a patch white; features are
         numbered as in `weight.flatten(1)`, group by group.
         """
-        rows, (mean, whiten) = self.turn(self.weight), self._running_whitening()
+        rows, (mean, whiten) = self.to_conv_layout(self.weight), self._running_whitening()
         whiten = {axis: matrix.to(mean) for axis, matrix in whiten.items()}
         single = torch.eye(rows[0].numel()).to(mean).reshape(-1, *rows.shape[1:])
         single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))

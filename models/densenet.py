@@ -1,4 +1,4 @@
-"""DenseNet (Huang et al., 2017), for small and large pictures: they differ in the stem alone."""
+"""DenseNet (Huang et al., 2017), for small and large images: they differ in the stem alone."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .building_blocks import conv_stem
 from .factory import Layers
-from .stem import conv_stem
 
 # Layers of each dense block.
 DEPTHS = {121: (6, 12, 24, 16)}

@@ -8,9 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bottleneck import make_bottleneck, make_projection
+from .building_blocks import make_bottleneck, make_projection, small_stem
 from .factory import Layers
-from .stem import small_stem
 
 STEM_WIDTH, GROUPS = 64, 32
 
@@ -18,7 +17,7 @@ STEM_WIDTH, GROUPS = 64, 32
 class Stage(NamedTuple):
     """Blocks that look at `width` channels, sum `out` of them, and grow by `growth` each.
 
-    All stages but the first halve the picture.
+    All stages but the first halve the image.
     """
 
     width: int

@@ -20,7 +20,7 @@ class Method:
 
     Args:
         gloss: a few words for the help text.
-        picture: picture(in_channels, image_size, out) -> a layer that looks at the whole picture,
+        image: image(in_channels, image_size, out) -> a layer that looks at the whole image,
             (N, C, image_size, image_size) -> (N, out).
         hidden: hidden(in_features, out_features) -> a linear layer.
         last: last(in_features, out_features) -> the last linear layer.
@@ -28,7 +28,7 @@ class Method:
     """
 
     gloss: str
-    picture: Maker
+    image: Maker
     hidden: Maker
     last: Maker
     norm: Maker
@@ -185,7 +185,7 @@ def _make_methods(
     """The table of methods; `last` replaces the last linear layer of all of them unless None."""
 
     def deconvolve(in_channels: int, out: int, kernel_size: int, *, mode: int) -> nn.Module:
-        # A picture is a patch: fewer rows than features, which the symmetric root makes use of.
+        # A image is a patch: fewer rows than features, which the symmetric root makes use of.
         own = {"mode": mode, "block": in_channels, "root": "newton"}
         return FastDeconv(in_channels, out, kernel_size, bias=bias, **own, **first)
 
@@ -196,22 +196,22 @@ def _make_methods(
     whole, rows = partial(deconvolve, mode=4), _delinear(32, first, bias=bias)
     blocks = _delinear(32, options)
     table = {
-        1: ("plain", partial(_convolve_picture, plain), nn.Linear, norm),
-        2: ("channel deconvolution", partial(_convolve_picture, channel), nn.Linear, nn.Identity),
-        3: ("joint deconvolution", partial(_convolve_picture, whole), joint, nn.Identity),
-        4: ("deconvolution in blocks of 32", partial(_flatten_picture, rows), blocks, nn.Identity),
+        1: ("plain", partial(_convolve_image, plain), nn.Linear, norm),
+        2: ("channel deconvolution", partial(_convolve_image, channel), nn.Linear, nn.Identity),
+        3: ("joint deconvolution", partial(_convolve_image, whole), joint, nn.Identity),
+        4: ("deconvolution in blocks of 32", partial(_flatten_image, rows), blocks, nn.Identity),
     }
     return {
-        number: Method(gloss, picture, hidden, last or hidden, norm)
-        for number, (gloss, picture, hidden, norm) in table.items()
+        number: Method(gloss, image, hidden, last or hidden, norm)
+        for number, (gloss, image, hidden, norm) in table.items()
     }
 
 
-def _convolve_picture(conv: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
-    """A linear layer on pictures, as one convolution the size of the picture."""
+def _convolve_image(conv: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
+    """A linear layer on images, as one convolution the size of the image."""
     return nn.Sequential(conv(in_channels, out, image_size), nn.Flatten())
 
 
-def _flatten_picture(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
-    """A linear layer on pictures, as a row of in_channels * image_size**2 features."""
+def _flatten_image(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
+    """A linear layer on images, as a row of in_channels * image_size**2 features."""
     return nn.Sequential(nn.Flatten(), linear(in_channels * image_size**2, out))

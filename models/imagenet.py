@@ -1,4 +1,4 @@
-"""The networks for pictures of ImageNet's size: ours, torchvision's and timm's, of either kind.
+"""The networks for images of ImageNet's size: ours, torchvision's and timm's, of either kind.
 
 Ours end in `d`. With BatchNorm they are the networks that torchvision calls by the same name
 without the `d` (vgg11d: vgg11_bn, its convolutions without the bias that BatchNorm takes back).
@@ -12,12 +12,12 @@ from functools import partial
 
 from torch import nn
 
-from .architecture import Architecture, build_from, describe
-from .borrowed import PRETRAINED_CLASSES, TIMM, list_torchvision, timm_architecture
+from .building_blocks import large_stem
 from .densenet import DenseNet
+from .external import PRETRAINED_CLASSES, TIMM, list_torchvision, timm_architecture
 from .factory import Layers
+from .registry import Architecture, build_from, describe
 from .resnet import ResNet
-from .stem import large_stem
 from .vgg import VGG
 
 
@@ -80,7 +80,7 @@ def build_imagenet_model(
         arch: a name of `IMAGENET_ARCHITECTURES`, or timm/NAME for a network of timm.
         layers: from `make_layers`. The networks of torchvision and timm have layers of their own,
             which stay or are converted: they take the ordinary layers and those of deconvolution.
-        image_size: side of the pictures, in pixels. The vit and maxvit networks take exactly this
+        image_size: side of the images, in pixels. The vit and maxvit networks take exactly this
             one, all others any from their `min_image_size` upward.
         pretrained: start from the weights of torchvision or timm (downloaded once), their networks
             and 1000 classes only; with deconvolution BatchNorm is folded in.
@@ -89,7 +89,7 @@ def build_imagenet_model(
 
     Raises:
         ValueError: an unknown `arch`, timm is not installed, layers or an option it does not take,
-            pictures of a size it does not take, or pretrained weights for another number of
+            images of a size it does not take, or pretrained weights for another number of
             classes.
         OSError: the weights cannot be downloaded.
     """

@@ -1,6 +1,6 @@
 """Inverted residuals: MobileNet v2 (Sandler et al., 2018), EfficientNet-B0 (Tan and Le, 2019).
 
-The forms for small pictures that are in common use. NOTE (differs from Tan and Le): EfficientNet-B0
+The forms for small images that are in common use. NOTE (differs from Tan and Le): EfficientNet-B0
 has 3 x 3 kernels and ReLU throughout, and its gates come last in a block, on its outputs.
 """
 
@@ -12,10 +12,8 @@ from typing import NamedTuple
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bottleneck import make_bottleneck, make_shortcut
+from .building_blocks import SqueezeExcitation, make_bottleneck, make_shortcut, small_stem
 from .factory import Layers
-from .gate import SqueezeExcitation
-from .stem import small_stem
 
 STEM_WIDTH = 32
 
@@ -34,7 +32,7 @@ class Stage(NamedTuple):
 
 MOBILENET_V2 = (
     Stage(1, 16, 1, 1),
-    Stage(6, 24, 2, 1),  # 2 for large pictures
+    Stage(6, 24, 2, 1),  # 2 for large images
     Stage(6, 32, 3, 2),
     Stage(6, 64, 4, 2),
     Stage(6, 96, 3, 1),

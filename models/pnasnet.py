@@ -1,4 +1,4 @@
-"""PNASNet (Liu et al., 2018), the two small forms A and B for small pictures in common use."""
+"""PNASNet (Liu et al., 2018), the two small forms A and B for small images in common use."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bottleneck import make_projection
+from .building_blocks import make_projection, small_stem
 from .factory import Layers
-from .stem import small_stem
 
-DEPTH = 6  # cells of each of the three stages, between which one cell halves the picture
+DEPTH = 6  # cells of each of the three stages, between which one cell halves the image
 
 
 def make_depthwise(

@@ -1,6 +1,6 @@
 """Preactivation ResNet (He et al., 2016, Identity Mappings), and SENet-18 (Hu et al., 2018).
 
-The forms for small pictures that are in common use: SENet-18 has preactivation blocks with a gate.
+The forms for small images that are in common use: SENet-18 has preactivation blocks with a gate.
 NOTE (differs from He et al.): no norm and ReLU before the global average, as in that form.
 """
 
@@ -11,9 +11,9 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .building_blocks import conv_stem
 from .factory import Layers
 from .resnet import WIDTHS
-from .stem import conv_stem
 
 DEPTH = 2  # blocks of each stage, those of ResNet-18
 

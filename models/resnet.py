@@ -1,4 +1,4 @@
-"""ResNet (He et al., 2016), for small and large pictures: they differ in the stem alone."""
+"""ResNet (He et al., 2016), for small and large images: they differ in the stem alone."""
 
 from __future__ import annotations
 
@@ -7,9 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bottleneck import make_shortcut
+from .building_blocks import make_shortcut, small_stem
 from .factory import Layers
-from .stem import small_stem
 
 WIDTHS = (64, 128, 256, 512)
 
@@ -63,7 +62,7 @@ class Bottleneck(nn.Module):
 
 
 Block = type[BasicBlock] | type[Bottleneck]
-# The block, and how many of it in each stage; all stages but the first halve the picture.
+# The block, and how many of it in each stage; all stages but the first halve the image.
 DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bottleneck import make_bottleneck, make_shortcut
+from .building_blocks import make_bottleneck, make_shortcut
 from .factory import Layers
 
 STEM_WIDTH = 64
-DEPTHS = (3, 3, 3)  # blocks of each stage; all stages but the first halve the picture
+DEPTHS = (3, 3, 3)  # blocks of each stage; all stages but the first halve the image
 
 
 class ResNeXtBlock(nn.Module):
@@ -36,7 +36,7 @@ class ResNeXt(nn.Module):
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
-    The stem is a 1 x 1 convolution, as in the form for small pictures that is in common use.
+    The stem is a 1 x 1 convolution, as in the form for small images that is in common use.
 
     Args:
         groups: of the 3 x 3 convolutions.

@@ -15,11 +15,11 @@ def simple_v1(
     image_size: int = 32,
     method: int | None = None,
 ) -> nn.Module:
-    """Linear regression, or with cross-entropy logistic regression, on whole pictures.
+    """Linear regression, or with cross-entropy logistic regression, on whole images.
 
     (N, C, image_size, image_size) -> (N, num_classes).
     """
-    return layers.choose_method(method).picture(in_channels, image_size, num_classes)
+    return layers.choose_method(method).image(in_channels, image_size, num_classes)
 
 
 class SimpleCNN(nn.Module):
@@ -91,12 +91,12 @@ def mlp(
     method: int | None = None,
     dropout_rate: float = 0.0,
 ) -> nn.Module:
-    """Hidden layers of `widths` features, the first on the whole picture, then a linear layer.
+    """Hidden layers of `widths` features, the first on the whole image, then a linear layer.
 
     (N, C, image_size, image_size) -> (N, num_classes).
     """
     chosen = layers.choose_method(method)
-    modules = [chosen.picture(in_channels, image_size, widths[0])]
+    modules = [chosen.image(in_channels, image_size, widths[0])]
     for index, width in enumerate(widths):
         if index > 0:
             modules.append(chosen.hidden(widths[index - 1], width))

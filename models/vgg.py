@@ -1,4 +1,4 @@
-"""VGG (Simonyan and Zisserman, 2015): one linear layer for small pictures, three for large ones."""
+"""VGG (Simonyan and Zisserman, 2015): one linear layer for small images, three for large ones."""
 
 from __future__ import annotations
 

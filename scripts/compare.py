@@ -17,13 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from util.checkpoint import atomic_write
 from util.console import visible
-from util.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
-from util.plots import RunCurves, plot_comparison
-from util.run import RECORD_NAME
+from util.files import atomic_write
+from util.tracking.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
+from util.tracking.plots import RunCurves, plot_comparison
+from util.tracking.provenance import RECORD_NAME
 
 FILES = ("summary.json", RECORD_NAME, "train.log", "test.log", "train_batch.log")
 

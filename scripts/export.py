@@ -1,14 +1,14 @@
-"""Export a trained network for serving: fused, in evaluation, tried on real pictures.
+"""Export a trained network for serving: fused, in evaluation, tried on real images.
 
     python scripts/export.py RUN/checkpoint.pth.tar --to onnx network.onnx
     python scripts/export.py RUN/checkpoint.pth.tar --to safetensors network.safetensors --data DIR
 
-A checkpoint names no folder: where the pictures are not in ./data, --data says so again.
+A checkpoint names no folder: where the images are not in ./data, --data says so again.
 
-Deconvolution is folded into plain layers (`deconv.fuse`). onnx and torch-export take pictures
+Deconvolution is folded into plain layers (`deconv.surgery.fuse`). onnx and torch-export take images
 (N, C, H, W), float32 normalised, for any N, and give the scores of the classes (N, classes);
 safetensors has the weights of the fused network. What was written is read again, and its scores of
-pictures to test with are compared with those of the network of the checkpoint. Exit codes: 1 they
+images to test with are compared with those of the network of the checkpoint. Exit codes: 1 they
 differ by more than --tolerance, 2 bad input.
 """
 
@@ -31,19 +31,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main as small_pictures
-import main_imagenet as large_pictures
+import main as small_images
+import main_imagenet as large_images
 from deconv import fuse
-from util.checkpoint import CheckpointError, load_checkpoint, load_newest
-from util.data import DataError, DataSpec, build_loaders
-from util.imagenet import build_imagenet_loaders
-from util.progress import restore_model
-from util.run import RunError
-from util.settings import OF_THIS_MACHINE, check_config
+from util.checkpoint.store import load_checkpoint, load_newest
+from util.cli.inherited import OF_THIS_MACHINE, check_config
+from util.data.datasets import DataError, DataSpec, build_loaders
+from util.data.imagenet import build_imagenet_loaders
+from util.errors import CheckpointError, RunError
+from util.training.resume import restore_model
 
-Run = Callable[[Tensor], Tensor]  # pictures (N, C, H, W) -> scores (N, classes)
+Run = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> scores (N, classes)
 PLACE = "of main.py or main_imagenet.py, or the folder of such a run"
 BATCH = "batch"  # the dimension whose size is left open
 
@@ -53,19 +53,19 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         file, saved = read_saved(args.checkpoint)
         flags, network = rebuild(saved, file)
-        pictures = read_pictures(flags, args.data, args.pictures)
+        images = read_images(flags, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        run = WRITERS[args.to](fuse(network), pictures[:2], args.out, describe(saved))
+        run = WRITERS[args.to](fuse(network), images[:2], args.out, describe(saved))
     except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
         stop(str(error))
     with torch.no_grad():
-        expected = network(pictures)
+        expected = network(images)
         # Batches of two sizes, neither the one that it was made with.
-        given = torch.cat([run(pictures[:1]), run(pictures[1:])])
+        given = torch.cat([run(images[:1]), run(images[1:])])
     scale = expected.abs().max().item()
     difference = (given - expected).abs().max().item()
     print(
-        f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; over {len(pictures)} pictures the "
+        f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; over {len(images)} images the "
         f"largest difference is {difference:.2g}, of scores up to {scale:.3g}"
     )
     if not difference <= args.tolerance * scale:  # NaN is not
@@ -82,14 +82,14 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACE)
     parser.add_argument("--to", choices=WRITERS, required=True, help="the format")
     parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
-    parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
-    parser.add_argument("--pictures", type=int, default=32, help="to compare with, at least 4 (32)")
+    parser.add_argument("--data", metavar="DIR", help="the images (./data, of ImageNet none)")
+    parser.add_argument("--images", type=int, default=32, help="to compare with, at least 4 (32)")
     parser.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference / largest score (1e-4)"
     )
     args = parser.parse_args(argv)
-    if args.pictures < 4:
-        parser.error(f"argument --pictures: at least 4 are needed, got {args.pictures}")
+    if args.images < 4:
+        parser.error(f"argument --images: at least 4 are needed, got {args.images}")
     needs = [name for name in NEEDS[args.to] if find_spec(name) is None]
     if needs:
         parser.error(
@@ -115,7 +115,7 @@ def read_saved(place: str) -> tuple[str, dict[str, Any]]:
 
 def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:
     """The flags of a run, whose checkpoint is `file`, and its network in evaluation."""
-    script = small_pictures if "dataset" in saved["config"] else large_pictures
+    script = small_images if "dataset" in saved["config"] else large_images
     built = script.build_script()
     check_config(built, saved["config"], file)
     known = saved["config"].keys() - OF_THIS_MACHINE  # places among them
@@ -126,8 +126,8 @@ def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:
     return flags, network.eval()
 
 
-def read_pictures(flags: Namespace, data: str | None, count: int) -> Tensor:
-    """The first pictures to test with (N, C, H, W), as the network is used to them."""
+def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
+    """The first images to test with (N, C, H, W), as the network is used to them."""
     data = flags.data if data is None else data
     settings = {"batch_size": count, "image_size": flags.image_size}
     if "dataset" in flags:
@@ -139,18 +139,18 @@ def read_pictures(flags: Namespace, data: str | None, count: int) -> Tensor:
         except DataError as error:
             raise DataError(f"--data {data}: {error}") from error
     elif data is None:
-        raise ValueError("name the folder of pictures with --data DIR")
+        raise ValueError("name the folder of images with --data DIR")
     else:
         *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
     batches = list(islice((images for images, _ in loader), count))
-    pictures = torch.cat(batches)[:count]
-    if len(pictures) < 4:
-        raise ValueError(f"at least 4 pictures are needed, {data} has {len(pictures)}")
-    return pictures
+    images = torch.cat(batches)[:count]
+    if len(images) < 4:
+        raise ValueError(f"at least 4 images are needed, {data} has {len(images)}")
+    return images
 
 
 def describe(saved: dict[str, Any]) -> dict[str, str]:
-    """What a server must know of the pictures and the classes, as text."""
+    """What a server must know of the images and the classes, as text."""
     facts = {"arch": saved["config"]["arch"], **saved["spec"]}
     return {
         name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()
@@ -163,7 +163,7 @@ def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, 
     program = torch.onnx.export(
         network,
         (example,),
-        input_names=["pictures"],
+        input_names=["images"],
         output_names=["scores"],
         dynamic_shapes=({0: torch.export.Dim(BATCH)},),
         dynamo=True,
@@ -172,9 +172,7 @@ def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, 
     program.model.metadata_props.update(facts)
     program.save(out)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
-    return lambda pictures: torch.from_numpy(
-        session.run(["scores"], {"pictures": pictures.numpy()})[0]
-    )
+    return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
 
 
 def write_torch_export(

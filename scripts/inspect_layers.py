@@ -28,15 +28,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure, SubFigure
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import FastDeconv, whiteness
 from deconv.whiteness import LayerWhiteness, Whiteness
-from scripts.export import PLACE, read_pictures, read_saved, rebuild
-from util.checkpoint import CheckpointError
-from util.data import DataError
-from util.plots import draw_filters
-from util.run import RunError
+from scripts.export import PLACE, read_images, read_saved, rebuild
+from util.data.datasets import DataError
+from util.errors import CheckpointError, RunError
+from util.tracking.plots import draw_filters
 
 MEANING = """\
 before, after: how white; 1: all directions vary alike, 1 / features: only one varies
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         file, saved = read_saved(args.checkpoint)
         flags, network = rebuild(saved, file)
         first = find_first(network)
-        pictures = read_pictures(flags, args.data, args.pictures)
+        pictures = read_images(flags, args.data, args.pictures)
         rows = whiteness(network, pictures)
         print(f"{rows}\n{MEANING}")
         args.out.parent.mkdir(parents=True, exist_ok=True)

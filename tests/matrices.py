@@ -2,7 +2,7 @@
 
 import torch
 
-from deconv.resolvent import TERMS
+from deconv.ops.resolvent import TERMS
 
 
 def covariances(batch, side, eps=1e-4):
@@ -11,6 +11,6 @@ def covariances(batch, side, eps=1e-4):
 
 
 def follow(x, n_iter):
-    """The sum of terms by which resolvents follow `deconv.spectrum.respond`."""
+    """The sum of terms by which resolvents follow `deconv.ops.spectrum.respond`."""
     constant, slope, poles = TERMS[n_iter]
     return constant + slope * x + sum(share / (x + shift) for shift, share in poles)

@@ -2,12 +2,12 @@
 
 import torch
 
-from util.checkpoint import rng_state
-from util.compute import Compute
-from util.content import HISTORY
-from util.engine import Meters
-from util.optim import build_optimizer
-from util.progress import Progress, snapshot
+from util.checkpoint.schema import HISTORY
+from util.random_state import rng_state
+from util.training.accelerator import Accelerator
+from util.training.metrics import EpochMetrics
+from util.training.optim import build_optimizer
+from util.training.resume import Progress, snapshot
 
 
 def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
@@ -18,12 +18,12 @@ def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
     optimizer.step()
     step = 5 * epoch if step is None else step
     best = {"best_epoch": best_epoch, "best_top1": 10.0 * best_epoch}
-    done, meters = Progress(epoch, step, 4 * step, **best if best_epoch else {}), Meters()
+    done, meters = Progress(epoch, step, 4 * step, **best if best_epoch else {}), EpochMetrics()
     for _ in range(batches):
         meters.add(torch.tensor([4.0, 2.0, 1.0, 3.0], dtype=torch.float64), lr=0.1)
     past = {"epoch": list(range(1, epoch + 1)), "step": [step] * epoch}
     return {
-        **snapshot(done, meters, model, optimizer, Compute(torch.device("cpu"))),
+        **snapshot(done, meters, model, optimizer, Accelerator(torch.device("cpu"))),
         "config": {"arch": "vgg11", "deconv": True, "milestone": (1, 2), "epochs": 1000},
         "spec": {
             "name": "digits",

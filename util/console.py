@@ -28,7 +28,7 @@ def visible(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-def say(text: str) -> None:
+def print_line(text: str) -> None:
     """A line on stdout, above the progress bar if there is one.
 
     Where a terminal has gone, nobody reads a pipe or a disk is full it is lost, and nothing else.
@@ -38,14 +38,14 @@ def say(text: str) -> None:
             tqdm.write(visible(text))
 
 
-def answer() -> None:
+def open_streams() -> None:
     """Let what is said go nowhere where the process was started with stdout or stderr closed."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
-def hang_up() -> None:
+def flush_streams() -> None:
     """Drop what is still held and cannot be written: Python would exit with code 120 for it."""
     for name in ("stdout", "stderr"):
         try:

@@ -25,7 +25,7 @@ def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[st
     """Own `path`, a file made for this, until what is returned is closed.
 
     The lock is one of POSIX: this process's alone, so that children which it forks, as loaders of
-    pictures do, cannot keep it when it is killed; and known to other machines where the file system
+    images do, cannot keep it when it is killed; and known to other machines where the file system
     is. Where that knows no locks there is none. The file stays: were it removed, a process that
     waits for it and one that makes it anew could both own it. A link in its place is refused, as it
     would have its target emptied.

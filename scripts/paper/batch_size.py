@@ -11,8 +11,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.engine import Find, Recipe, Run, main
 from scripts.paper.records import Records
+from scripts.paper.runner import Find, Recipe, Run, main
 from scripts.paper.tables import format_table, show_top1, wrap
 
 SIZES = (2, 8, 32, 128, 512)

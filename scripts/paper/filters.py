@@ -12,10 +12,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.engine import Find, Recipe, Run, count_steps, main
 from scripts.paper.records import Records
+from scripts.paper.runner import Find, Recipe, Run, count_steps, main
 from scripts.paper.tables import show_top1, wrap
-from util.checkpoint import LATEST_NAME
+from util.checkpoint.store import LATEST_NAME
 
 NAME, PICTURE = "vgg11-deconv-seed0", "results_filters.png"
 BATCH = 128

@@ -5,7 +5,7 @@
 Trainings may share a machine. Steps are timed apart, on one that does nothing else, each beside
 BatchNorm's; what this writes is in results/ and goes into the table:
 
-    python scripts/benchmark.py --mode 5 4 3 2 1 --block 16 64 --rounds 15 --no-memory --json FILE
+    python scripts/bench/steps.py --mode 5 4 3 2 1 --block 16 64 --rounds 15 --no-memory --json FILE
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.engine import Find, Recipe, Run, count_steps, main
 from scripts.paper.records import RESULTS, Records, load
+from scripts.paper.runner import Find, Recipe, Run, count_steps, main
 from scripts.paper.tables import format_table, show_top1, wrap
 
 BATCH = 128
@@ -91,7 +91,7 @@ def _describe_times(measured: dict[str, Any]) -> str:
     rounds, machine = measured["flags"]["rounds"], ", ".join(measured["environment"].values())
     return f"""
         Steps of training: medians of {rounds}, the two networks in turn, with the quartiles of
-        their ratio; {machine}, and nothing else running. By `python scripts/benchmark.py --mode
+        their ratio; {machine}, and nothing else running. By `python scripts/bench/steps.py --mode
         {" ".join(map(str, measured["flags"]["mode"]))} --block 16 64 --rounds {rounds} --no-memory
         --json results/{TIMES}.json`.
         """

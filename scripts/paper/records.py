@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from util.checkpoint import atomic_write
-from util.logger import BATCH_LOG_NAME, read_json, read_log
-from util.recorder import DIVERGED_NAME
-from util.run import RECORD_NAME
-from util.settings import MAY_CHANGE
+from util.cli.inherited import MAY_CHANGE
+from util.files import atomic_write
+from util.tracking.logger import BATCH_LOG_NAME, read_json, read_log
+from util.tracking.provenance import RECORD_NAME
+from util.training.recorder import DIVERGED_NAME
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.paper.engine import PICTURES, Find, Recipe, Run, count_steps, main
 from scripts.paper.records import Records
+from scripts.paper.runner import PICTURES, Find, Recipe, Run, count_steps, main
 from scripts.paper.tables import DASH, format_table, show_loss, show_top1, wrap
-from util.plots import plot_losses
+from util.tracking.plots import plot_losses
 
 TITLES = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST"}
 METHODS = {1: "plain", 2: "whitened channels", 3: "whitened jointly", 4: "whitened in blocks of 32"}

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.engine import Find, Recipe, Run, count_steps, main
 from scripts.paper.records import Records, top1_of
+from scripts.paper.runner import Find, Recipe, Run, count_steps, main
 from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1, wrap
 
 HERE = Path(__file__).parent

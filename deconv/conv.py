@@ -1,0 +1,265 @@
+"""The layers: parameters, what each looks at, and the layer of torch that does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from .ops.blocks import Blocks
+from .ops.inverse_sqrt import ROOTS
+from .ops.patches import PatchGrid, PatchSubset, Sampling
+from .sync import find_share, several_processes
+from .whitening import Whitening, _blocks, _refuse_none_of
+
+# What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
+MODES: dict[int, tuple[str, ...]] = {
+    1: ("channel", "pixel"),
+    2: ("pixel",),
+    3: ("channel",),
+    4: ("joint",),
+    5: ("joint",),
+}
+
+
+class Convolution(Whitening):
+    """Convolutions of any number of dimensions, see `FastDeconv`.
+
+    A layer is this and the class of torch that it stands for, `plain`, and adds `convolve`, the
+    function of torch that does its work.
+    """
+
+    plain: type[nn.Module]
+    convolve: Callable[..., torch.Tensor]
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int | tuple[int, ...],
+        stride: int | tuple[int, ...] = 1,
+        padding: int | tuple[int, ...] | str = 0,
+        dilation: int | tuple[int, ...] = 1,
+        groups: int = 1,
+        bias: bool = True,
+        padding_mode: str = "zeros",
+        *,
+        mode: int = 5,
+        block: int = 16,
+        eps: float = 1e-2,
+        n_iter: int = 5,
+        momentum: float = 0.1,
+        sampling_stride: int = 3,
+        rows_per_feature: float = 24,
+        root: str = "cholesky",
+        layout: str = "interleaved",
+        shared: bool = True,
+        sync_stats: bool = True,
+        track_running_stats: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        _refuse_none_of(in_channels=in_channels, out_channels=out_channels)
+        if mode not in MODES:
+            raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
+        if sampling_stride < 1 or sampling_stride % 1:
+            raise ValueError(
+                f"sampling_stride must be a whole number of patches, at least 1, "
+                f"got {sampling_stride}"
+            )
+        if not rows_per_feature >= 0:
+            raise ValueError(
+                f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
+            )
+        if root not in ROOTS:
+            raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
+        super().__init__(
+            in_channels,
+            out_channels,
+            kernel_size,
+            stride=stride,
+            padding=padding,
+            dilation=dilation,
+            groups=groups,
+            bias=bias,
+            padding_mode=padding_mode,
+            device=device,
+            dtype=dtype,
+        )
+        sides = {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation")}
+        _refuse_none_of(**{name: min(side) for name, side in sides.items()})
+        self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
+        self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
+        self.root = root
+        channels = in_channels // groups
+        taps = self.weight[0, 0].numel()
+        self._init_whitening(
+            MODES[mode],
+            _blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
+            mean_taps=1 if mode == 3 else taps,
+            eps=eps,
+            n_iter=n_iter,
+            momentum=momentum,
+            sync_stats=sync_stats,
+            track_running_stats=track_running_stats,
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self._check_channels(x)
+        padding = self.padding if self.padding_mode == "zeros" else 0
+        where = (self.stride, padding, self.dilation, self.groups)
+        y = self.convolve(*self.fold_whitening(self.prepare_input(x)), *where)
+        return y if self._is_batch(x) else y.squeeze(0)
+
+    def _is_batch(self, x: torch.Tensor) -> bool:
+        """As torch, a convolution takes one image without a batch, too."""
+        return x.dim() == len(self.kernel_size) + 2
+
+    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
+        x = x if self._is_batch(x) else x.unsqueeze(0)
+        if self.padding_mode == "zeros":
+            return x
+        return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
+
+    def _check_channels(self, x: torch.Tensor) -> None:
+        dims = len(self.kernel_size)
+        if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != self.in_channels:
+            raise ValueError(
+                f"input must have {self.in_channels} channels and {dims} dimensions of pixels, "
+                f"got shape {(*x.shape,)}"
+            )
+
+    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
+        """Which patches the mode looks at, and how they fall into blocks."""
+        if self.mode == 3:
+            unit = self.blocks.unit // self.blocks.taps
+            return self._see_pixels(), replace(self.blocks, taps=1, unit=unit)
+        window = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)
+        if self.mode == 4 or not self.rows_per_feature:
+            return window, self.blocks
+        return self.subsample(x, window), self.blocks
+
+    def patch_grid(self, step: int) -> PatchGrid:
+        """Every `step`-th patch that the kernel sees in each direction."""
+        stride, padding = tuple(step * s for s in self.stride), (0, 0) * len(self.stride)
+        if self.padding_mode == "zeros":
+            padding = tuple(self._reversed_padding_repeated_twice)
+        return PatchGrid(self.kernel_size, stride, self.dilation, padding)
+
+    def _see_pixels(self) -> PatchGrid:
+        """Single pixels, without the padding that would pull them to zero."""
+        one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
+        return PatchGrid(one, step, one, (0, 0) * len(one))
+
+    def subsample(self, x: torch.Tensor, window: PatchGrid) -> Sampling:
+        """So few patches that there are about `rows_per_feature` rows for each feature of a matrix.
+
+        Several processes look at the same ones as one would, see `batch_share`.
+        """
+        together = self.sync_stats and several_processes()
+        first, total = find_share(len(x)) if together else (0, len(x))
+        patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
+        every = window.count(x.shape[2:])
+        per_image = max(round(min(patches / max(total, 1), every)), 1)
+        return window if per_image >= every else PatchSubset(window, per_image, first)
+
+    def fuse(self) -> nn.Module:
+        """The plain convolution that this layer is in evaluation; see `deconv.surgery.fuse`.
+
+        It may be asked of a layer in training as well, and is then in training mode itself.
+
+        Raises:
+            ValueError: a hook computes the weight or the bias.
+        """
+        shape = (self.in_channels, self.out_channels, self.kernel_size)
+        return self._settle(self.plain(*shape, **find_geometry(self), device="meta"))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
+            f"sampling_stride={self.sampling_stride}, "
+            f"rows_per_feature={self.rows_per_feature}, root={self.root}"
+        )
+
+
+def find_geometry(conv: nn.Module) -> dict[str, Any]:
+    """What a convolution is told beside its shape, but for its bias: of torch's or of ours."""
+    names = ["stride", "padding", "dilation", "groups", "padding_mode"]
+    names += ["output_padding"] if conv.transposed else []
+    return {name: getattr(conv, name) for name in names}
+
+
+class FastDeconv(Convolution, nn.Conv2d):
+    """A 2-d convolution that whitens the patches its kernel sees, by folding the whitening into it.
+
+        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
+
+    In training mu and D come from the batch, and gradients flow through them; running averages of
+    mu and of the covariance are kept for evaluation, where the layer is a plain convolution. Use it
+    in place of a convolution and the BatchNorm beside it.
+
+    Args:
+        in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
+            `torch.nn.Conv2d`. A grouped convolution whitens each group by itself.
+        padding_mode: as there. "reflect", "replicate" and "circular" fill the map first, and its
+            patches are then those that are whitened.
+        mode: 1 separable (channels, then pixels), 2 pixels, 3 channels, 4 joint over every patch,
+            5 joint over sampled patches.
+        block: B, channels whitened together. A group's C channels form blocks of the largest
+            divisor of C up to `block`.
+        eps: regularisation of the covariance, in units of variance.
+        n_iter: Newton-Schulz steps, 1 to 15.
+        momentum: weight of the new batch in the running statistics.
+        sampling_stride: every so-many-th patch in each direction is looked at, times the
+            convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
+            whatever this says.
+        rows_per_feature: modes 1, 2 and 5 look at so few patches of each image, see `PatchSubset`,
+            that a batch has about so many rows, vectors of a block, for each feature of a matrix;
+            0: at all that sampling leaves, as published. A patch has a row in each of the blocks
+            that share a matrix. One patch of each image is the least. The mean is that of all
+            that sampling leaves in any case.
+        root: "newton", `n_iter` steps as published; "resolvent", the same within 0.75 % for the
+            price of a matrix inverse, or more of them beyond five steps; "cholesky", the inverse
+            Cholesky factor with the floor of so many steps, which is as good where matrices are
+            small and eps is not. See `inverse_sqrt`.
+        layout, shared: see `Blocks`.
+        sync_stats: under torch.distributed, the statistics in training are those of the patches of
+            all processes, so that N processes equal one with the whole batch, whatever each one's
+            share of it, be it none (where shares differ, `batch_share` must tell them). All must
+            then run the layer equally often, and start from the same buffers (DDP sees to it). A
+            layer sends one message forward and one backward, mode 1 two for its two axes, of
+            1 + C T + G d^2 numbers each: C all channels, T the taps (1 in mode 3), G whitening
+            matrices of side d. Where few patches are looked at, the first has another C T for the
+            mean of all. Evaluation sends nothing.
+        track_running_stats: False: none are kept, for what cannot write to buffers; the layer then
+            whitens by its batch in evaluation as well, and `fuse` refuses it.
+
+    Shape:
+        (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
+
+    Raises:
+        ValueError: an argument is out of range.
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, algorithm 1.
+    """
+
+    plain, convolve = nn.Conv2d, staticmethod(F.conv2d)
+
+
+class FastDeconv1d(Convolution, nn.Conv1d):
+    """`FastDeconv` in place of `nn.Conv1d`: (N, C, L) -> as that."""
+
+    plain, convolve = nn.Conv1d, staticmethod(F.conv1d)
+
+
+class FastDeconv3d(Convolution, nn.Conv3d):
+    """`FastDeconv` in place of `nn.Conv3d`: (N, C, D, H, W) -> as that."""
+
+    plain, convolve = nn.Conv3d, staticmethod(F.conv3d)
+
+
+FastDeconv2d = FastDeconv

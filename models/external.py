@@ -1,0 +1,114 @@
+"""Networks of torchvision and timm: made there, and given our layers where that is asked for."""
+
+from __future__ import annotations
+
+from difflib import get_close_matches
+from functools import partial
+from importlib.util import find_spec
+
+from torch import nn
+from torchvision import models as torchvision_models
+from torchvision.models import get_model, list_models
+
+from .factory import Layers
+from .registry import MIN_IMAGE_SIZE, Architecture
+
+PRETRAINED_CLASSES = 1000
+AUXILIARY = ("googlenet", "inception_v3")  # more than one output in training, unless told
+# Below these sides some layer has nothing left to look at; every other network takes 32.
+TORCHVISION_MIN_SIZES = {"alexnet": 63, "inception_v3": 75}
+TIMM = "timm/"
+
+
+def list_torchvision() -> dict[str, Architecture]:
+    """Torchvision's networks for classification: the names that torchvision.models itself has."""
+    return {name: _torchvision(name) for name in list_models(module=torchvision_models)}
+
+
+def _torchvision(name: str) -> Architecture:
+    sized = ("image_size",) if name.startswith(("vit", "maxvit")) else ()
+    return Architecture(
+        partial(_build_torchvision, name=name),
+        f"torchvision's {name}",
+        ("pretrained", *sized),
+        TORCHVISION_MIN_SIZES.get(name, MIN_IMAGE_SIZE),
+        init=None,
+    )
+
+
+def timm_architecture(arch: str) -> Architecture:
+    """The entry of timm/NAME."""
+    name = arch.removeprefix(TIMM)
+    build = partial(_build_timm, name=name)
+    return Architecture(build, f"timm's {name}", ("pretrained", "image_size"), init=None)
+
+
+def _check(name: str, layers: Layers, num_classes: int, pretrained: bool) -> None:
+    if layers.adapt is None:
+        raise ValueError(
+            f"{name} has layers of its own: BatchNorm can neither be left out nor stand beside a "
+            "deconvolution of the last layer"
+        )
+    if pretrained and num_classes != PRETRAINED_CLASSES:
+        raise ValueError(
+            f"pretrained weights know {PRETRAINED_CLASSES} classes, got num_classes={num_classes}"
+        )
+
+
+def _build_torchvision(
+    layers: Layers,
+    *,
+    name: str,
+    num_classes: int,
+    image_size: int | None = None,
+    pretrained: bool = False,
+) -> nn.Module:
+    """Torchvision's network of that name, without auxiliary heads; `image_size` if made for one."""
+    _check(name, layers, num_classes, pretrained)
+    options: dict[str, object] = {"num_classes": num_classes}
+    if name in AUXILIARY and not pretrained:
+        options["init_weights"] = True  # the present default, which warns unless asked for
+    if image_size is not None:
+        square = {"input_size": (image_size, image_size)}
+        options |= square if name.startswith("maxvit") else {"image_size": image_size}
+    try:
+        model = get_model(name, weights="DEFAULT" if pretrained else None, **options)
+    except (AssertionError, ValueError) as error:
+        if image_size is None:
+            raise
+        reason = str(error).splitlines()[0]  # patches or windows do not tile it; other weights
+        raise ValueError(f"{name} cannot take image_size={image_size}: {reason}") from error
+    if name in AUXILIARY:
+        _drop_auxiliary_heads(model)
+    return layers.adapt(model, pretrained=pretrained)
+
+
+def _drop_auxiliary_heads(model: nn.Module) -> None:
+    """Make training give one output, as evaluation does."""
+    model.aux_logits = False
+    for head in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, head):
+            setattr(model, head, None)
+
+
+def _build_timm(
+    layers: Layers, *, name: str, num_classes: int, image_size: int, pretrained: bool = False
+) -> nn.Module:
+    """Timm's network of that name, made for `image_size` if it is made for one."""
+    _check(f"{TIMM}{name}", layers, num_classes, pretrained)
+    if find_spec("timm") is None:
+        raise ValueError(f"{TIMM}{name} needs timm, which is not installed: pip install timm")
+    import timm  # takes seconds, and few need it
+
+    if not timm.is_model(name):
+        near = get_close_matches(name, timm.list_models(), n=4, cutoff=0)
+        raise ValueError(f"timm has no {name!r}, but {', '.join(near)}")
+    settings = timm.get_pretrained_cfg(name)
+    sized = settings is not None and settings.fixed_input_size
+    options = {"img_size": image_size} if sized else {}
+    try:
+        model = timm.create_model(name, pretrained, num_classes=num_classes, **options)
+    except (AssertionError, RuntimeError, TypeError) as error:
+        reason = str(error).splitlines()[0]  # it is not made for this size; there are no weights
+        raise ValueError(f"timm cannot make {name}: {reason}") from error
+    return layers.adapt(model, pretrained=pretrained)

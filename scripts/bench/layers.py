@@ -1,0 +1,363 @@
+"""Where the time of deconvolution goes: its four steps and the convolution, as a Markdown table.
+
+    python scripts/bench/layers.py --layer 64,128,32                    channels in, out, side
+    python scripts/bench/layers.py --layer 3,64,224,7,2 --mode 4        kernel and stride as well
+    python scripts/bench/layers.py --arch vgg11 --batch-size 128 --by-layer
+
+Times are of forward and backward, without loss and optimizer, medians over the rounds. A step's
+forward is that of the functions by whose names `deconv.whitening` calls it; its backward runs from
+the last gradient that arrives at their results to the last that leaves for their arguments; patches
+are gathered and scattered inside the second step, and taken out of it here. What a layer takes
+beyond its steps counts as convolution. On a GPU the clock runs between CUDA events, gaps included
+in which the GPU waits for work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial, wraps
+from pathlib import Path
+from statistics import median
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from deconv import Delinear, FastDeconv, whitening
+from deconv.ops import covariance
+from scripts.bench import steps
+from util.cli.parser import Parser, whole
+from util.training.accelerator import Accelerator
+
+# The names of deconv.whitening and their steps.
+PATCHES, STATISTICS = "patches", "mean and covariance"
+STEPS = {
+    "gather": PATCHES,
+    "measure_patches": STATISTICS,
+    "inverse_sqrt": "root",
+    "inverse_sqrt_from_rows": "root",
+    "fold": "fold",
+    "whiten_pixels": "fold",
+}
+# The names of deconv.covariance that are patches' part of the second step.
+INSIDE, PARTS = "patches inside", ("gather", "scatter", "select_pixels")
+NAMES = tuple(dict.fromkeys(STEPS.values()))
+DIRECTIONS = ("forward", "backward")
+ARCH = "vgg11"
+LAYER, CONVOLUTION, REST, WHOLE = "layer", "convolution", "rest of the network", "whole"
+
+Key = tuple[str, str, str]  # layer, step, direction
+
+
+class Stopwatch:
+    """Takes the time of functions, forward and backward, by layer and step.
+
+    Args:
+        device: whose clock counts.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.layer, self.direction = "", "forward"
+        self.spans: list[Span] = []
+        self.backward_of: dict[str, Span] = {}
+
+    def now(self) -> Any:
+        """The time: seconds on a CPU, an event in the stream of a GPU."""
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def span(self, *key: str) -> Span:
+        """A new span of time for (layer, step, direction)."""
+        self.spans.append(Span(key, self.now))
+        return self.spans[-1]
+
+    def timed(
+        self, function: Callable[..., Any], step: str, layer: str | None = None
+    ) -> Callable[..., Any]:
+        """The same function under the clock; it begins `layer`, or belongs to the present one."""
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            backward = self.span(self.layer if layer is None else layer, step, "backward")
+            if layer is not None:
+                self.layer, self.backward_of[layer] = layer, backward
+            leaving = partial(note_leaving, note=backward.stop)
+            args, kwargs = map_tensors(leaving, (args, kwargs))
+            with self.span(self.layer, step, self.direction):
+                result = function(*args, **kwargs)
+            arriving = partial(self.enter, self.layer, backward)
+            return map_tensors(partial(note_arriving, note=arriving), result)
+
+        return call
+
+    def enter(self, layer: str, backward: Span) -> None:
+        """Begin the backward of a step of a layer."""
+        self.layer = layer
+        backward.start()
+
+    def timed_inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The same function under the clock, in whatever step of a layer it is called."""
+
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self.span(self.layer, INSIDE, self.direction):
+                return function(*args, **kwargs)
+
+        return call
+
+    @contextmanager
+    def attached(self, model: nn.Module) -> Iterator[None]:
+        """Time the deconvolution layers of `model`, for good, and their steps, for the while."""
+        for name, layer in model.named_modules():
+            if isinstance(layer, FastDeconv | Delinear):
+                layer.forward = self.timed(layer.forward, LAYER, name)
+                for parameter in layer.parameters():  # a first layer has no other end
+                    stop = lambda _, name=name: self.backward_of[name].stop()
+                    parameter.register_post_accumulate_grad_hook(stop)
+        with ExitStack() as stack:
+            for name, step in STEPS.items():
+                timed = self.timed(getattr(whitening, name), step)
+                stack.enter_context(patch.object(whitening, name, timed))
+            for name in PARTS:
+                timed = self.timed_inside(getattr(covariance, name))
+                stack.enter_context(patch.object(covariance, name, timed))
+            yield
+
+    def read(self) -> Counter[Key]:
+        """Seconds since the last reading."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds: Counter[Key] = Counter()
+        for span in self.spans:
+            seconds[span.key] += span.seconds()
+        self.spans.clear()
+        return seconds
+
+
+class Span:
+    """From the last start to the last stop, by the clock `now`; as a context, of its block."""
+
+    def __init__(self, key: Key, now: Callable[[], Any]) -> None:
+        self.key, self.now = key, now
+        self.begin = self.end = None
+
+    def start(self) -> None:
+        self.begin = self.now()
+
+    def stop(self) -> None:
+        self.end = self.now()
+
+    def __enter__(self) -> None:
+        self.start()
+
+    def __exit__(self, *error: object) -> None:
+        self.stop()
+
+    def seconds(self) -> float:
+        """0 for one that was not begun or not ended."""
+        if self.begin is None or self.end is None:
+            return 0.0
+        if isinstance(self.begin, float):
+            return self.end - self.begin
+        return self.begin.elapsed_time(self.end) / 1000
+
+
+class _Mark(torch.autograd.Function):
+    """The identity; `note` is called when the gradient passes."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, note: Callable[[], None]) -> Tensor:
+        ctx.note = note
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
+        ctx.note()
+        return grad, None
+
+
+def note_leaving(x: Tensor, note: Callable[[], None]) -> Tensor:
+    """The same tensor for one use, after whose backward `note` is called."""
+    return _Mark.apply(x, note)
+
+
+def note_arriving(x: Tensor, note: Callable[[], None]) -> Tensor:
+    """The tensor itself, which may be changed in place; `note` is called before its backward."""
+    x.register_hook(lambda grad: note())
+    return x
+
+
+def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+    """The tensor, tuple, list or dict with every tensor changed that has a gradient."""
+    if isinstance(tree, Tensor) and tree.requires_grad:
+        return change(tree)
+    if type(tree) in (tuple, list):
+        return type(tree)(map_tensors(change, branch) for branch in tree)
+    if isinstance(tree, dict):
+        return {name: map_tensors(change, branch) for name, branch in tree.items()}
+    return tree
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = make_parser()
+    flags = parser.parse_args(argv)
+    if flags.layer and (flags.arch or flags.by_layer):
+        parser.error(f"--layer: {'--arch' if flags.arch else '--by-layer'} is of whole networks")
+    device = steps.find_device(parser, flags)
+    torch.manual_seed(0)
+    try:
+        model, images = build(flags)
+    except (TypeError, ValueError) as error:
+        parser.error(f"{steps.name_options(flags)}{error}")
+    accelerator = Accelerator(device, amp=steps.AMP[flags.dtype], channels_last=flags.channels_last)
+    rounds = measure(model, images, accelerator, rounds=flags.rounds, warmup=flags.warmup)
+    print(f"{', '.join(steps.describe_environment(device).values())}\n")
+    print(format_layers(rounds) if flags.by_layer else format_steps(rounds))
+
+
+def make_parser() -> Parser:
+    parser = Parser("profile_layer.py", __doc__.splitlines()[0])
+    add = parser.add_group("what to profile")
+    add("--layer", "one layer", layer_shape, metavar="C,OUT,SIDE[,KERNEL[,STRIDE]]")
+    add("--arch", "a network", None, None, ARCH, metavar="NAME")
+    add("--by-layer", "a row for each layer", action="store_true")
+    add("--batch-size", "images", whole(1), 128, metavar="N")
+    add("--mode", "of the deconvolution", whole(1, 5), 5, metavar="M")
+    add("--block", "channels whitened together", whole(1), 16, metavar="B")
+    add("--dtype", "bf16 is autocast", None, "float32", choices=tuple(steps.AMP))
+    steps.add_layer_flags(parser)
+    steps.add_run_flags(parser)
+    return parser
+
+
+def layer_shape(text: str) -> tuple[int, ...]:
+    """C,OUT,SIDE[,KERNEL[,STRIDE]], of kernel 3 and stride 1 unless told."""
+    words = text.split(",")
+    if not 3 <= len(words) <= 5 or not all(word.isdecimal() and int(word) for word in words):
+        raise argparse.ArgumentTypeError(
+            f"expected C,OUT,SIDE[,KERNEL[,STRIDE]], whole numbers from 1, got {text!r}"
+        )
+    return (*map(int, words), *(3, 1)[len(words) - 3 :])
+
+
+def build(flags: argparse.Namespace) -> tuple[nn.Module, Tensor]:
+    """The layer or network, and what it is given; the layer's input wants a gradient too.
+
+    Raises:
+        ValueError, TypeError: as `steps.build`.
+    """
+    if flags.layer is None:
+        case = steps.Case(
+            flags.arch or ARCH, flags.mode, flags.block, flags.batch_size, flags.dtype
+        )
+        shape = (flags.in_channels, flags.image_size, flags.image_size)
+        return steps.build(case, steps.OURS, flags), torch.randn(flags.batch_size, *shape)
+    channels, out, side, kernel, stride = flags.layer
+    options = {"mode": flags.mode, "block": flags.block, "eps": flags.eps, **dict(flags.option)}
+    layer = FastDeconv(channels, out, kernel, stride, padding=kernel // 2, **options)
+    return layer, torch.randn(flags.batch_size, channels, side, side, requires_grad=True)
+
+
+def measure(
+    model: nn.Module, images: Tensor, accelerator: Accelerator, *, rounds: int, warmup: int
+) -> list[Counter[Key]]:
+    """Seconds of each round by layer, step and direction, what lies beyond the steps included.
+
+    The four steps and CONVOLUTION add up to the layer; all layers and REST to the whole, whose
+    layer is called "".
+    """
+    model = accelerator.to_device(model)
+    images = images.detach().to(accelerator.device, memory_format=accelerator.memory_format)
+    images.requires_grad_(isinstance(model, FastDeconv | Delinear))
+    watch = Stopwatch(accelerator.device)
+    with watch.attached(model):
+        readings = [_run_once(model, images, accelerator, watch) for _ in range(warmup + rounds)]
+    return [divide(seconds) for seconds in readings[warmup:]]
+
+
+def _run_once(
+    model: nn.Module, images: Tensor, accelerator: Accelerator, watch: Stopwatch
+) -> Counter[Key]:
+    model.zero_grad()
+    images.grad, watch.direction = None, "forward"
+    with watch.span("", WHOLE, "forward"), accelerator.autocast():
+        out = model(images)
+    grad, watch.direction = torch.randn_like(out), "backward"
+    with watch.span("", WHOLE, "backward"):
+        out.backward(grad)
+    return watch.read()
+
+
+def divide(seconds: Counter[Key]) -> Counter[Key]:
+    """A reading with CONVOLUTION and REST in place of the time of whole layers."""
+    parts: Counter[Key] = Counter()
+    for (layer, step, direction), value in seconds.items():
+        if step == WHOLE:
+            parts[layer, WHOLE, direction] += value
+            parts[layer, REST, direction] += value
+        elif step == LAYER:
+            parts[layer, CONVOLUTION, direction] += value
+            parts["", REST, direction] -= value
+        elif step == INSIDE:
+            parts[layer, PATCHES, direction] += value
+            parts[layer, STATISTICS, direction] -= value
+        else:
+            parts[layer, step, direction] += value
+            parts[layer, CONVOLUTION, direction] -= value
+    return parts
+
+
+def format_steps(rounds: Sequence[Counter[Key]]) -> str:
+    """A row for each step, over all layers."""
+    several = any(layer for round_ in rounds for layer, _, _ in round_)
+    lines = ["| step | forward (ms) | backward (ms) | share |", "|---|---:|---:|---:|"]
+    for step in (*NAMES, CONVOLUTION, *([REST] if several else []), WHOLE):
+        cells = [f"{find(rounds, step=step, direction=way):.2f}" for way in DIRECTIONS]
+        share = find(rounds, step=step) / find(rounds, step=WHOLE)
+        lines.append(f"| {step} | {' | '.join(cells)} | {100 * share:.0f} % |")
+    return "\n".join(lines)
+
+
+def format_layers(rounds: Sequence[Counter[Key]]) -> str:
+    """A row for each layer of a network: its steps, forward and backward together."""
+    steps = (*NAMES, CONVOLUTION)
+    titles = [f"{title} (ms)" for title in (*steps, *DIRECTIONS)]
+    lines = [f"| layer | {' | '.join(titles)} | share |", f"|---|{'---:|' * (len(titles) + 1)}"]
+    for layer in dict.fromkeys(layer for layer, _, _ in rounds[0] if layer):
+        values = [find(rounds, layer=layer, step=step) for step in steps]
+        values += [find(rounds, layer=layer, direction=way) for way in DIRECTIONS]
+        share = find(rounds, layer=layer) / find(rounds, step=WHOLE)
+        cells = " | ".join(f"{value:.2f}" for value in values)
+        lines.append(f"| {layer} | {cells} | {100 * share:.0f} % |")
+    return "\n".join(lines)
+
+
+def find(
+    rounds: Sequence[Counter[Key]],
+    *,
+    layer: str | None = None,
+    step: str | None = None,
+    direction: str | None = None,
+) -> float:
+    """Milliseconds of all that is of this layer, step and direction: the median of the rounds."""
+    asked = (layer, step, direction)
+
+    def fits(key: Key) -> bool:
+        return all(want in (None, part) for want, part in zip(asked, key, strict=True))
+
+    return 1000 * median(sum(v for key, v in parts.items() if fits(key)) for parts in rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,399 @@
+"""Whole training steps, each network beside itself with BatchNorm, as a Markdown table.
+
+    python scripts/bench/steps.py                                  VGG-11, mode 5, blocks of 16
+    python scripts/bench/steps.py --arch vgg11 resnet18 --mode 5 3 --block 16 64 --json steps.json
+    python scripts/bench/steps.py --option shared=False --against plain --device cpu --threads 2
+    python scripts/bench/steps.py --against plain --fuse --rounds 2 --eval-rounds 81
+
+A case is a network, mode, block, batch size and precision. Its two networks take their steps in
+turn in one process, in changing order, so that whatever else the machine does meets both: the ratio
+is the median over the pairs of steps, its quartiles in brackets. A step is zero_grad, forward,
+loss, backward and SGD, on random images that lie in place; `eval` is a forward in evaluation,
+with --fuse of the networks as `deconv.fuse` makes them, whose convolutions then have biases like
+those of --against plain. Gradients are looked at as in a run, but for --against unchecked: that is
+the network with deconvolution beside itself.
+Memory is the most that training steps take in a process of their own: on a GPU all tensors, on a
+CPU what the process has grown by since the imports (Linux only).
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from inspect import Parameter, signature
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from deconv import FastDeconv, fuse
+from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
+from util.cli.parser import Parser, real, str2bool, whole
+from util.device import choose_graphs, describe_device, read_processor
+from util.errors import RunError
+from util.files import atomic_write
+from util.training.accelerator import Accelerator
+from util.training.metrics import peak_memory_mb
+from util.training.optim import build_criterion, build_optimizer
+
+Step = Callable[[], None]
+
+OURS, UNCHECKED = "deconv", "unchecked"
+TITLES = {"bn": "BatchNorm", "plain": "plain", UNCHECKED: "deconv unchecked", OURS: "deconv"}
+AMP = {"float32": "off", "bf16": "bf16"}
+MEMORY_STEPS = 3
+# Keywords of FastDeconv that --option may set: those without a flag of their own.
+OPTIONS = [
+    name
+    for name, parameter in signature(FastDeconv).parameters.items()
+    if parameter.kind is Parameter.KEYWORD_ONLY
+    and name not in ("mode", "block", "eps", "device", "dtype")
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network and how it trains; the names are those of the flags."""
+
+    arch: str
+    mode: int
+    block: int
+    batch_size: int
+    dtype: str
+
+    def flags(self) -> list[str]:
+        named = asdict(self).items()
+        return [word for name, v in named for word in (f"--{name.replace('_', '-')}", str(v))]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = make_parser()
+    flags = parser.parse_args(words)
+    try:
+        run(parser, flags, words)
+    except RunError as error:
+        parser.error(str(error))
+
+
+def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None:
+    """Measure all cases, and print a row for each.
+
+    Raises:
+        RunError: training steps cannot be replayed as --cuda-graphs wants.
+    """
+    device = find_device(parser, flags)
+    choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # before anything is measured
+    cases = [
+        Case(*values) for values in product(*(getattr(flags, n) for n in Case.__annotations__))
+    ]
+    check(parser, cases, flags)
+    if flags.memory_of:
+        print(json.dumps(measure_memory(cases[0], flags.memory_of, flags, device)))
+        return
+    environment = describe_environment(device)
+    print(f"{', '.join(environment.values())}\n\n{format_head(flags)}", flush=True)
+    rows = []
+    for case in cases:
+        kinds = {} if flags.no_memory else {"base": flags.against, OURS: OURS}
+        memory = {name: ask_memory(words, case, kind) for name, kind in kinds.items()}
+        rows.append({**asdict(case), **measure_times(case, flags, device), "memory_mb": memory})
+        print(format_row(rows[-1], flags.against), flush=True)
+        if flags.json:
+            write_json(flags.json, {"environment": environment, "flags": vars(flags), "rows": rows})
+
+
+def make_parser() -> Parser:
+    parser = Parser("benchmark.py", __doc__.splitlines()[0])
+    add = parser.add_group("cases: every combination")
+    several = {"nargs": "+"}
+    add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
+    add("--batch-size", "images in a step", whole(1), [128], "128", metavar="N", **several)
+    add("--dtype", "bf16 is autocast", None, ["float32"], "float32", choices=tuple(AMP), **several)
+    add("--mode", "of the deconvolution", whole(1, 5), [5], "5", metavar="M", **several)
+    add("--block", "channels whitened together", whole(1), [16], "16", metavar="B", **several)
+    add("--against", "the network beside it", None, "bn", choices=("bn", "plain", UNCHECKED))
+    add_layer_flags(parser)
+    add_run_flags(parser)
+    add = parser.add_group("measuring")
+    add("--compile", "by torch.compile", str2bool, False, nargs="?", const=True)
+    text = "training steps recorded once and replayed"
+    add("--cuda-graphs", text, str2bool, default_text="on a GPU, unless --compile is given")
+    add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
+    add("--no-memory", "leave memory out, which takes seconds a case", action="store_true")
+    add("--json", "write all times to this file", Path, metavar="FILE")
+    add("--memory-of", argparse.SUPPRESS, choices=tuple(TITLES))
+    return parser
+
+
+def add_layer_flags(parser: Parser) -> None:
+    """The flags of layers and images that all cases share."""
+    add = parser.add_group("layers and images")
+    add("--block-fc", "features whitened together before the last layer", whole(0), None, 512)
+    add("--eps", "regularisation, in units of variance", real(above=0), 1e-2)
+    text = f"further keywords of FastDeconv: {', '.join(OPTIONS)}"
+    add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
+    add("--image-size", "side of the images, in pixels", whole(1), 32, metavar="N")
+    add("--classes", "", whole(1), 10, metavar="N")
+    add("--in-channels", "channels of the images", whole(1), 3, metavar="N")
+
+
+def add_run_flags(parser: Parser) -> None:
+    """The flags of the machine and of how often to measure."""
+    add = parser.add_group("machine")
+    add("--rounds", "measured steps of each network", whole(2), 11, metavar="N")
+    add("--eval-rounds", "the same in evaluation", whole(2), None, "as --rounds", metavar="N")
+    add("--warmup", "steps before them", whole(0), 3, metavar="N")
+    add("--threads", "CPU threads of PyTorch", whole(1, 1024), metavar="N")
+    add("--device", "", None, None, "a GPU where there is one", choices=("cpu", "cuda"))
+    text = "images in memory pixel by pixel"
+    add("--channels-last", text, str2bool, False, nargs="?", const=True)
+
+
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, a keyword of FastDeconv and a Python literal or else a string."""
+    name, equals, value = text.partition("=")
+    if not equals or name not in OPTIONS:
+        raise argparse.ArgumentTypeError(
+            f"expected NAME=VALUE, NAME one of {', '.join(OPTIONS)}; got {text!r}"
+        )
+    try:
+        return name, ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return name, value
+
+
+def name_options(flags: argparse.Namespace) -> str:
+    """The options that may be to blame for an error, as the beginning of its line."""
+    return "".join(f"--option {name}={value}: " for name, value in flags.option)
+
+
+def find_device(parser: Parser, flags: argparse.Namespace) -> torch.device:
+    """The device that --device names, or a GPU where there is one; sets the threads as well."""
+    here = torch.cuda.is_available()
+    if flags.device == "cuda" and not here:
+        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    if flags.threads is not None:
+        torch.set_num_threads(flags.threads)
+    return torch.device(flags.device or ("cuda" if here else "cpu"))
+
+
+def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> None:
+    """Refuse what would fail after minutes of measuring."""
+    if flags.json and not flags.json.absolute().parent.is_dir():
+        parser.error(f"--json {flags.json}: there is no such folder")
+    for case in cases:
+        for kind in (flags.against, OURS):
+            try:
+                with torch.device("meta"):
+                    build(case, kind, flags)
+            except (TypeError, ValueError) as error:
+                parser.error(f"{' '.join(case.flags())}: {name_options(flags)}{error}")
+
+
+def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
+    """The network of a case with layers of one kind: deconv (also unchecked), bn or plain.
+
+    Raises:
+        ValueError: an unknown network, or one that does not take such layers or images.
+        TypeError: an option of another type than the layer takes.
+    """
+    ours = kind in (OURS, UNCHECKED)
+    layers = make_layers(
+        deconv=ours,
+        batchnorm=kind == "bn",
+        mode=case.mode,
+        block=case.block,
+        block_final=flags.block_fc if ours else None,
+        eps=flags.eps,
+        **dict(flags.option),
+    )
+    shape = {"num_classes": flags.classes, "image_size": flags.image_size}
+    if case.arch in ARCHITECTURES:
+        return build_model(case.arch, layers, in_channels=flags.in_channels, **shape)
+    if flags.in_channels != 3:
+        raise ValueError(f"--in-channels {flags.in_channels}: networks of ImageNet take 3")
+    return build_imagenet_model(case.arch, layers, **shape)
+
+
+def make_steps(
+    case: Case, kind: str, flags: argparse.Namespace, device: torch.device
+) -> tuple[Step, Callable[[], Step]]:
+    """The training step of a network, and what ends its training and returns its evaluation."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(
+        device,
+        amp=AMP[case.dtype],
+        channels_last=flags.channels_last,
+        compiled=flags.compile,
+        replays=choose_graphs(flags.cuda_graphs, device, 1, flags.compile),
+    )
+    model = accelerator.to_device(build(case, kind, flags))
+    criterion = build_criterion("CE", flags.classes)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.01, weight_decay=5e-4)
+    side = flags.image_size
+    images = torch.randn(case.batch_size, flags.in_channels, side, side)
+    targets = torch.randint(flags.classes, (case.batch_size,))
+    images, targets = accelerator.batch_to_device(images, targets)
+    network = accelerator.compile_for_training(model, images.shape)
+
+    def train() -> None:
+        with accelerator.autocast():
+            loss = criterion(network(images), targets)
+        if kind == UNCHECKED:
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        else:
+            accelerator.update(loss, optimizer)
+
+    def finish() -> Step:
+        final = accelerator.compile(fuse(model.eval()) if flags.fuse else model.eval())
+
+        @torch.no_grad()
+        def evaluate() -> None:
+            with accelerator.autocast():
+                final(images)
+
+        return evaluate
+
+    return train, finish
+
+
+def measure_times(
+    case: Case, flags: argparse.Namespace, device: torch.device
+) -> dict[str, dict[str, Any]]:
+    """train and eval of a case, each as `summarise` gives it."""
+    steps = [make_steps(case, kind, flags, device) for kind in (flags.against, OURS)]
+    how = {"warmup": flags.warmup, "device": device}
+    trained = time_in_turn(*(train for train, _ in steps), rounds=flags.rounds, **how)
+    rounds = flags.eval_rounds or flags.rounds
+    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds=rounds, **how)
+    return {"train": summarise(*trained), "eval": summarise(*evaluated)}
+
+
+def time_in_turn(
+    base: Step, ours: Step, *, rounds: int, warmup: int, device: torch.device
+) -> tuple[list[float], list[float]]:
+    """Seconds of `rounds` pairs of calls, after `warmup` pairs; every other begins with ours."""
+    times: tuple[list[float], list[float]] = ([], [])
+    for number in range(warmup + rounds):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            seconds = time_call((base, ours)[which], device)
+            if number >= warmup:
+                times[which].append(seconds)
+    return times
+
+
+def time_call(call: Step, device: torch.device) -> float:
+    """Seconds from an idle device to its last piece of work."""
+    if device.type != "cuda":
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    start.record()
+    call()
+    end.record()
+    torch.cuda.synchronize(device)
+    return start.elapsed_time(end) / 1000
+
+
+def summarise(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """Medians of both in seconds, median and quartiles of the ratio ours / base, and all times."""
+    ratios = [b / a for a, b in zip(base, ours, strict=True)]
+    lower, ratio, upper = statistics.quantiles(ratios, n=4, method="inclusive")
+    return {
+        "base_seconds": statistics.median(base),
+        "deconv_seconds": statistics.median(ours),
+        "ratio": ratio,
+        "quartiles": [lower, upper],
+        "base_times": list(base),
+        "deconv_times": list(ours),
+    }
+
+
+def ask_memory(words: Sequence[str], case: Case, kind: str) -> float | None:
+    """`measure_memory` in a process that has done nothing before."""
+    command = [sys.executable, __file__, *words, *case.flags(), "--memory-of", kind]
+    end = subprocess.run(command, stdout=subprocess.PIPE)
+    if end.returncode:
+        raise SystemExit(f"benchmark.py: {' '.join(command)} ended with code {end.returncode}")
+    return json.loads(end.stdout)
+
+
+def measure_memory(
+    case: Case, kind: str, flags: argparse.Namespace, device: torch.device
+) -> float | None:
+    """The most that training steps take, in MiB; None where the system does not tell."""
+    before = read_resident("VmRSS")
+    train, _ = make_steps(case, kind, flags, device)
+    for _ in range(MEMORY_STEPS):
+        train()
+    if device.type == "cuda":
+        return peak_memory_mb(device)
+    after = read_resident("VmHWM")
+    return None if before is None or after is None else after - before
+
+
+def read_resident(name: str) -> float | None:
+    """VmRSS, the resident memory of this process, or VmHWM, the most so far, in MiB.
+
+    The ru_maxrss of getrusage starts from the peak of the process that has started this one.
+    """
+    try:
+        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return None
+    return int(found[1]) / 1024 if found else None
+
+
+def describe_environment(device: torch.device) -> dict[str, str]:
+    """What the figures depend on beside the flags."""
+    return {
+        "processor": read_processor(),
+        "device": describe_device(device),
+        "torch": f"torch {torch.__version__}",
+        "python": f"python {platform.python_version()}",
+    }
+
+
+def format_head(flags: argparse.Namespace) -> str:
+    base, ours = TITLES[flags.against], {"eval (ms)": "fused"} if flags.fuse else {}
+    units = ("(ms)", "eval (ms)", "(MB)")
+    pairs = [f"{base} {unit} | {ours.get(unit, OURS)} {unit}" for unit in units]
+    titles = f"{pairs[0]} | ratio | {pairs[1]} | ratio | {pairs[2]}"
+    rule = "|---|" + "---:|" * 3 + "---|" + "---:|" * 8
+    return f"| network | mode | block | batch | precision | {titles} |\n{rule}"
+
+
+def format_row(row: dict[str, Any], against: str) -> str:
+    cells = [row[name] for name in ("arch", "mode", "block", "batch_size", "dtype")]
+    for part in (row["train"], row["eval"]):
+        cells += [f"{1000 * part[f'{name}_seconds']:.1f}" for name in ("base", OURS)]
+        cells.append("{:.2f} [{:.2f}, {:.2f}]".format(part["ratio"], *part["quartiles"]))
+    memory = (row["memory_mb"].get(name) for name in ("base", OURS))
+    cells += ["-" if value is None else f"{value:.0f}" for value in memory]
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
+
+
+if __name__ == "__main__":
+    main()

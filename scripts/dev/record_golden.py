@@ -1,0 +1,181 @@
+"""Loss curves of 20 steps of every network with every kind of layer, kept to be compared with.
+
+    python scripts/dev/record_golden.py                 record tests/golden/ARCH.txt of all networks
+    python scripts/dev/record_golden.py vgg11 mlp       of these
+
+Recorded anew where what is computed was meant to change; `tests/integration/test_golden.py`
+compares.
+Small batches of the embedded digits, with noise, because flat borders lie on the kinks of ReLU. In
+float64, because deep networks multiply what rounding does in every step; the learning rate of a
+curve is the highest power of ten, to .001, at which that stays small. What is set here does not
+follow defaults.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cache
+from itertools import count, takewhile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from models import (
+    ARCHITECTURES,
+    IMAGENET_ARCHITECTURES,
+    build_imagenet_model,
+    build_model,
+    make_layers,
+)
+from util.cli.parser import Parser
+from util.console import print_line
+from util.data.torchvision_sets import load_digits
+from util.files import atomic_write
+from util.training.accelerator import Accelerator
+from util.training.optim import build_criterion, build_optimizer
+
+FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
+STEPS, BATCH, CLASSES = 20, 4, 10
+NOISE = 0.5  # standard deviations of the digits
+ROUNDING = 1e-15  # relative, of every pixel
+STEADY = 1e-10  # relative: how far that may move a loss
+LAYERS = {
+    "block": 16,
+    "block_final": 32,
+    "eps": 0.1,
+    "n_iter": 5,
+    "sampling_stride": 3,
+    "root": "cholesky",
+    "rows_per_feature": 32,
+    "layout": "interleaved",
+    "shared": True,
+}
+MODES = {f"mode{mode}": {"deconv": True, "mode": mode, **LAYERS} for mode in range(1, 6)}
+KINDS = {"bn": {"deconv": False}, **MODES}
+METHODS = {  # of the networks that have them in place of modes
+    f"method{number}": {"deconv": number > 1, **LAYERS, "block_final": None}
+    for number in range(1, 5)
+}
+
+
+class Curve(NamedTuple):
+    """The learning rate of some steps, and the loss before each."""
+
+    rate: float
+    losses: list[float]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = Parser("golden.py", __doc__.splitlines()[0])
+    add, known = parser.add_group("what to record"), list_networks()
+    add("names", f"of {', '.join(known)}", default_text="all", nargs="*", metavar="ARCH")
+    names = parser.parse_args(argv).names
+    for name in set(names) - set(known):
+        parser.error(f"ARCH {name}: unknown; choose from {', '.join(known)}")
+    torch.set_num_threads(1)
+    FOLDER.mkdir(exist_ok=True)
+    for arch in names or known:
+        write_curves(arch, {kind: record(arch, kind) for kind in kinds_of(arch)})
+        print_line(f"{FOLDER / arch}.txt")
+
+
+def list_networks() -> list[str]:
+    """All networks of both tables that are ours, each once where several names stand for one."""
+    ours = {name: table for name, table in IMAGENET_ARCHITECTURES.items() if table.init}
+    return list({entry.build: name for name, entry in (ARCHITECTURES | ours).items()}.values())
+
+
+def kinds_of(arch: str) -> dict[str, dict[str, Any]]:
+    """The kinds of layers that a network is recorded with, and their settings."""
+    has_methods = arch in ARCHITECTURES and "method" in ARCHITECTURES[arch].options
+    return METHODS if has_methods else KINDS
+
+
+def record(arch: str, kind: str) -> Curve:
+    """The curve at the highest learning rate at which rounding moves no loss."""
+    rates = (10.0**-power for power in count(3))
+    curves = (Curve(rate, steady_losses(arch, kind, rate)) for rate in rates)
+    return next(curve for curve in curves if len(curve.losses) == STEPS)
+
+
+def steady_losses(arch: str, kind: str, rate: float) -> list[float]:
+    """Those before the first that rounding moves."""
+    pairs = zip(losses(arch, kind, rate), losses(arch, kind, rate, moved=ROUNDING), strict=True)
+    steady = takewhile(lambda pair: abs(pair[0] - pair[1]) <= STEADY * pair[0], pairs)
+    return [loss for loss, _ in steady]
+
+
+def losses(
+    arch: str, kind: str, rate: float, steps: int = STEPS, moved: float = 0
+) -> Iterator[float]:
+    """The loss before each of some steps of training, on as many threads as PyTorch uses now."""
+    model = build(arch, kind).double()
+    criterion, accelerator = build_criterion("CE", CLASSES), Accelerator(torch.device("cpu"))
+    optimizer = build_optimizer("SGD", model.parameters(), lr=rate, weight_decay=5e-4)
+    size, channels = (32, 1) if arch in ARCHITECTURES else (64, 3)
+    images, targets = pictures(size, channels, moved)
+    for first in range(0, BATCH * steps, BATCH):
+        batch = slice(first, first + BATCH)
+        loss = criterion(model(images[batch]), targets[batch])
+        accelerator.update(loss, optimizer)
+        yield loss.item()
+
+
+def build(arch: str, kind: str) -> nn.Module:
+    """The network with fresh weights, always the same, and without dropout."""
+    torch.manual_seed(0)
+    layers = make_layers(**kinds_of(arch)[kind])
+    if arch in ARCHITECTURES:
+        method = {"method": int(kind[-1])} if kind in METHODS else {}
+        return build_model(arch, layers, in_channels=1, num_classes=CLASSES, **method)
+    plain = {"dropout_rate": 0.0} if "dropout_rate" in IMAGENET_ARCHITECTURES[arch].options else {}
+    return build_imagenet_model(arch, layers, num_classes=CLASSES, **plain)
+
+
+@cache
+def pictures(size: int, channels: int, moved: float) -> tuple[Tensor, Tensor]:
+    """The first handwritten digits, normalised, with noise, and what they are."""
+    spec, train, _ = load_digits(size)
+    digits = train.source.images[: BATCH * STEPS].double() / 255
+    digits = ((digits - spec.mean[0]) / spec.std[0]).expand(-1, channels, -1, -1)
+    noise = torch.Generator().manual_seed(0)
+    for share in (NOISE, moved * digits):
+        digits = digits + share * torch.randn(digits.shape, generator=noise, dtype=digits.dtype)
+    return digits, train.targets[: BATCH * STEPS]
+
+
+def write_curves(arch: str, curves: Mapping[str, Curve]) -> None:
+    """A column for each kind, a row for each step."""
+    rows = [
+        f"{'step':>4} {' '.join(f'{kind:>11}' for kind in curves)}",
+        f"rate {' '.join(f'{curve.rate:11.0e}' for curve in curves.values())}",
+    ]
+    steps = zip(*(curve.losses for curve in curves.values()), strict=True)
+    for step, values in enumerate(steps, start=1):
+        rows.append(f"{step:4} {' '.join(f'{value:11.8f}' for value in values)}")
+    with atomic_write(FOLDER / f"{arch}.txt") as file:
+        file.write("".join(f"{row}\n" for row in rows).encode())
+
+
+def read_curves(arch: str) -> dict[str, Curve]:
+    """What `write_curves` wrote.
+
+    Raises:
+        FileNotFoundError: the network has not been recorded.
+    """
+    kinds, rates, *rows = (
+        line.split()[1:] for line in (FOLDER / f"{arch}.txt").read_text().splitlines()
+    )
+    columns = zip(*rows, strict=True)
+    return {
+        kind: Curve(float(rate), list(map(float, values)))
+        for kind, rate, values in zip(kinds, rates, columns, strict=True)
+    }
+
+
+if __name__ == "__main__":
+    main()

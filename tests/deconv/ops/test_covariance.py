@@ -1,0 +1,171 @@
+"""Mean and covariance of patches against numpy and plain autograd, in float64."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from deconv.ops import covariance
+from deconv.ops.blocks import Blocks, transform_along
+from deconv.ops.covariance import measure_patches, second_moment
+from deconv.ops.patches import SMALL, PatchGrid, PatchSubset, gather
+
+WINDOW = PatchGrid((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
+SIZE = (7, 6)
+LOOKS = {"all": WINDOW, "some": PatchSubset(WINDOW, 3)}
+INTERLEAVED = Blocks(1, 4, 2, 6, 1, True)
+GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of WINDOW
+LAYOUTS = {"interleaved": 1, "contiguous": 12}
+
+
+def images(n=9):
+    torch.manual_seed(0)
+    return torch.randn(n, 4, *SIZE, dtype=torch.float64).cumsum(-1) + 5
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
+    torch.manual_seed(0)
+    x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
+    assert x[0, 0].numel() > SMALL
+    looks, blocks = LOOKS[looks], INTERLEAVED
+    found = measure_patches(x, looks, blocks, "joint")[1:3]
+    rows = F.unfold(F.pad(x, WINDOW.padding), *GEOMETRY, stride=WINDOW.stride).transpose(1, 2)
+    if looks is WINDOW:
+        rows = rows.flatten(0, 1)
+    else:
+        numbers = looks.choose(5, (13, 14), x.device)
+        rows = torch.cat([rows[n, numbers[n]] for n in range(5)])
+    vectors = (rows - rows.mean(0)).unflatten(1, (12, 2))
+    expected = rows.mean(0), torch.einsum("mdn,men->de", vectors, vectors)[None] / len(rows) / 2
+    torch.testing.assert_close(found, expected)
+    weights = [torch.randn_like(each) for each in found]
+    pairs = (zip(each, weights, strict=True) for each in (found, expected))
+    both = [sum((a * b).sum() for a, b in pair) for pair in pairs]
+    grads = [torch.autograd.grad(loss, x, retain_graph=True)[0] for loss in both]
+    torch.testing.assert_close(*grads)
+
+
+def plain(x, looks, blocks, axis, before=None):
+    """The same from all patches at once, by autograd."""
+    rows = gather(x, looks).transpose(1, 2).flatten(0, 1)  # M C*T
+    mean = rows.mean(0)
+    maps = (rows - mean)[:, :, None]
+    if before is not None:
+        maps = transform_along(before[0], maps, before[1], blocks)
+    vectors = blocks.to_vectors(axis, maps).unflatten(1, (blocks.matrices, -1))
+    cov = torch.einsum("rgdl,rgel->gde", vectors, vectors) / (len(vectors) * vectors.shape[3])
+    return mean, cov
+
+
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("axis", ["joint", "channel", "pixel"])
+@pytest.mark.parametrize("looks", LOOKS)
+@pytest.mark.parametrize("part", [1, 10**9])  # bytes of patches at a time: a image, all
+def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shared):
+    monkeypatch.setattr(covariance, "CPU_PART", part)
+    unit = LAYOUTS[layout] if axis == "joint" or layout == "contiguous" else 6
+    blocks = Blocks(1, 4, 2, 6, unit, shared)
+    x = images().requires_grad_()
+    before = None
+    if axis == "pixel":
+        matrix = torch.randn(blocks.matrices, 2, 2, dtype=torch.float64, requires_grad=True)
+        before = "channel", matrix
+    wanted = [x] if before is None else [x, matrix]
+    passed, mean, cov, *_ = measure_patches(x, LOOKS[looks], blocks, axis, before)
+    expected = plain(x, LOOKS[looks], blocks, axis, before)
+    torch.testing.assert_close((mean, cov), expected)
+    a, b, c = torch.randn_like(mean), torch.randn_like(cov), torch.randn_like(x)
+    found = torch.autograd.grad((mean * a).sum() + (cov * b).sum() + (passed * c).sum(), wanted)
+    loss = (expected[0] * a).sum() + (expected[1] * b).sum() + (x * c).sum()
+    torch.testing.assert_close(found, torch.autograd.grad(loss, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_of_few_patches_comes_the_mean_of_all(dtype):
+    x = images().to(dtype).requires_grad_()
+    passed, _, _, mean = measure_patches(x, LOOKS["some"], INTERLEAVED, "joint")
+    expected = gather(x, WINDOW).mean((0, 2))
+    assert mean.dtype == torch.promote_types(dtype, torch.float32)
+    torch.testing.assert_close(mean, expected)
+    a, b = torch.randn_like(mean), torch.randn_like(x)
+    found = torch.autograd.grad((mean * a).sum() + (passed * b).sum(), x)
+    torch.testing.assert_close(found, torch.autograd.grad((expected * a).sum() + (x * b).sum(), x))
+
+
+def test_equals_numpy_for_every_group():
+    x = images()
+    blocks = Blocks(2, 2, 2, 6, 12, True)
+    _, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+    for g, rows in enumerate(gather(x, WINDOW).transpose(0, 1).flatten(1).chunk(2)):
+        np.testing.assert_allclose(mean[12 * g : 12 * g + 12], rows.mean(1))
+        np.testing.assert_allclose(cov[g], np.cov(rows.numpy(), bias=True), atol=1e-12)
+
+
+def test_gradient_matches_finite_differences():
+    blocks = Blocks(1, 4, 2, 6, 1, True)
+
+    def measure(x, matrix):
+        passed, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
+        other = measure_patches(passed, LOOKS["all"], blocks, "joint", ("joint", matrix))
+        return mean, cov, other[2]
+
+    matrix = torch.randn(1, 12, 12, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(measure, (images(3).requires_grad_(), matrix))
+
+
+def test_float32_survives_an_offset_much_larger_than_the_spread():
+    x, blocks = torch.randn(400, 3, 3, 3) + 3000, Blocks(1, 3, 3, 1, 3, True)
+    window = PatchGrid((1, 1), (1, 1), (1, 1), (0, 0, 0, 0))
+    _, _, cov = measure_patches(x, window, blocks, "joint")
+    _, _, exact = measure_patches(x.double(), window, blocks, "joint")
+    torch.testing.assert_close(cov, exact.float(), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("statistic", [0, 1])
+@pytest.mark.parametrize("looks", LOOKS)
+def test_a_statistic_that_is_used_alone_has_its_own_gradient(looks, statistic):
+    x, looks = images().requires_grad_(), LOOKS[looks]
+    found = measure_patches(x, looks, INTERLEAVED, "joint")[1 + statistic]
+    expected = plain(x, looks, INTERLEAVED, "joint")[statistic]
+    slope = torch.randn_like(found)
+    grads = [torch.autograd.grad(each, x, slope)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_no_patches_have_mean_and_covariance_zero(looks):
+    x, blocks = images(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
+    passed, *found = measure_patches(x, LOOKS[looks], blocks, "joint")
+    assert found[0].shape == (24,) and not any(each.any() for each in found)
+    sum(each.sum() for each in (passed, *found)).backward()
+    assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("part", [1, 10**9])
+def test_statistics_come_as_they_were_made_and_not_written_into(monkeypatch, part):
+    """Compiled by PyTorch 2.11 they would lose their gradient."""
+    monkeypatch.setattr(covariance, "CPU_PART", part)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    found = measure_patches(images().requires_grad_(), WINDOW, INTERLEAVED, "joint")
+    assert not any(each._version for each in found)
+
+
+@pytest.mark.parametrize("looks", LOOKS)
+def test_a_gradient_that_shares_its_memory_is_not_written_into(looks):
+    x = images().requires_grad_()
+    grads = []
+    for weight in (torch.ones((), dtype=x.dtype), torch.ones_like(x)):  # expanded, and whole
+        passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+        grads += torch.autograd.grad((passed * weight).sum() + cov.sum(), x)
+    torch.testing.assert_close(*grads)
+    passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+    torch.testing.assert_close(torch.autograd.grad(passed.sum() + cov.sum(), x)[0], grads[0])
+
+
+def test_second_moment_is_the_mean_of_outer_products():
+    maps, blocks = torch.randn(3, 24, 5, dtype=torch.float64), Blocks(1, 4, 2, 6, 12, False)
+    vectors = maps.unflatten(1, (2, 12)).transpose(0, 1).transpose(1, 2).flatten(2)  # G d M
+    expected = torch.stack([v @ v.T / 15 for v in vectors])
+    torch.testing.assert_close(second_moment(maps, "joint", blocks), expected)

@@ -1,0 +1,73 @@
+"""The root by resolvents against the iteration that it follows, in float64."""
+
+import pytest
+import torch
+
+from deconv.ops.inverse_sqrt import MAX_STEPS, inverse_sqrt, newton_schulz
+from deconv.ops.resolvent import TERMS
+from deconv.ops.spectrum import respond
+from scripts.dev import fit_resolvent
+from tests.matrices import covariances, follow
+
+
+def root(cov, n_iter=5, eps=0.0):
+    return inverse_sqrt(cov, n_iter, "resolvent", eps)
+
+
+@pytest.mark.parametrize("n_iter", range(1, MAX_STEPS + 1))
+def test_every_direction_is_within_three_quarters_of_a_percent_of_the_iteration(n_iter):
+    x = torch.cat([torch.zeros(1), torch.logspace(-15, 0, 5000), torch.linspace(0, 1, 5000)])
+    x = x.double()
+    assert (follow(x, n_iter) / respond(x, n_iter) - 1).abs().max() < 0.0075
+
+
+@pytest.mark.parametrize("n_iter", [1, 5, 9, 15])
+def test_is_the_sum_of_its_terms_and_near_the_iteration(n_iter):
+    A = covariances(3, 20)
+    values, basis = torch.linalg.eigh(A)
+    norm = torch.linalg.matrix_norm(A)[:, None]
+    exact = (basis * (follow(values / norm, n_iter) / norm.sqrt())[:, None]) @ basis.mT
+    D = root(A, n_iter)
+    torch.testing.assert_close(D, exact)
+    near = newton_schulz(A, n_iter)
+    assert torch.linalg.matrix_norm(D - near, ord=2).lt(0.0075 * near.norm(dim=(1, 2))).all()
+    torch.testing.assert_close(root(A - 1e-5 * torch.eye(20), n_iter, eps=1e-5), D)
+
+
+@pytest.mark.parametrize("n_iter", [1, 2, 5, 9, 15])
+def test_gradient_matches_finite_differences(n_iter):
+    A = covariances(2, 5).requires_grad_()
+    assert torch.autograd.gradcheck(lambda a: root((a + a.mT) / 2, n_iter, eps=0.1), A)
+
+
+@pytest.mark.parametrize("n_iter", [5, 15])
+def test_float32_is_exact_for_the_worst_covariances(n_iter):
+    A = covariances(1, 576, eps=1e-12)
+    exact = root(A, n_iter)
+    assert (root(A.float(), n_iter) - exact).abs().max() < 5e-5 * exact.abs().max()
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_a_matrix_that_is_not_finite_gives_nan_and_no_error(bad):
+    A = covariances(2, 3)
+    A[0, 1, 1] = bad
+    D = root(A)
+    assert D[0].isnan().all() and D[1].isfinite().all()
+
+
+def test_a_norm_that_overflows_gives_nan_and_not_zero():
+    assert root(1e30 * torch.eye(3)[None]).isnan().all()
+
+
+@pytest.mark.parametrize("n_iter", [1, 3])
+def test_the_table_is_what_the_script_finds(n_iter, monkeypatch, capsys):
+    monkeypatch.setattr(fit_resolvent, "MAX_STEPS", n_iter)
+    fit_resolvent.main()
+    line = capsys.readouterr().out.splitlines()[-1]
+    number, found = line.partition("  #")[0].rstrip(",").split(": Terms")
+    assert (int(number), eval(found)) == (n_iter, tuple(TERMS[n_iter]))
+
+
+def test_more_steps_than_the_table_has_are_refused():
+    with pytest.raises(ValueError, match="at most 15 for resolvents, got 16"):
+        root(covariances(1, 3), 16)

@@ -1,0 +1,102 @@
+"""Inputs at the edge of what a layer can be given: finite, or not finite and so noticed."""
+
+import pytest
+import torch
+
+from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
+
+BLOCK = 8
+
+
+def learn(layer, x):
+    """Output and gradients of a step in training, then the output in evaluation."""
+    x = x.clone().requires_grad_()
+    y = layer(x)
+    y.square().mean().backward()
+    return [y, x.grad, layer.weight.grad, layer.eval()(x)]
+
+
+def make_layer(mode):
+    torch.manual_seed(0)
+    return (
+        FastDeconv(8, 4, 3, padding=1, mode=mode, block=BLOCK)
+        if mode
+        else Delinear(8, 4, block=BLOCK)
+    )
+
+
+def make_input(mode, count):
+    return torch.randn(count, 8, 6, 6) if mode else torch.randn(count, 8)
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4, 5])  # 0: the fully connected layer
+@pytest.mark.parametrize("count", range(1, BLOCK + 2))
+def test_batches_of_every_size_around_the_block(mode, count):
+    assert all(v.isfinite().all() for v in learn(make_layer(mode), make_input(mode, count)))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4, 5])
+@pytest.mark.parametrize(
+    "change",
+    [
+        pytest.param(lambda x: torch.ones_like(x), id="constant"),
+        pytest.param(lambda x: torch.zeros_like(x), id="zero"),
+        pytest.param(lambda x: x[:1].expand_as(x), id="one image again and again"),
+        pytest.param(lambda x: x * 1e-30, id="tiny"),
+        pytest.param(lambda x: x * 1e6, id="large"),
+        pytest.param(lambda x: x + 1e4, id="far from zero"),
+        pytest.param(lambda x: x[:, :1].expand_as(x), id="channels alike"),
+        pytest.param(lambda x: x * 10.0 ** torch.arange(-4, 4)[:, None, None], id="uneven scales"),
+    ],
+)
+def test_inputs_of_every_scale_and_rank(mode, change):
+    x = make_input(mode or 3, 8)
+    x = change(x) if mode else change(x).mean((2, 3))
+    assert all(v.isfinite().all() for v in learn(make_layer(mode), x))
+
+
+@pytest.mark.parametrize("mode", [0, 1, 2, 3, 4, 5])
+def test_squares_beyond_float32_leave_running_statistics_alone(mode):
+    """Where the output is not finite, a run ends with an error that names the layer."""
+    layer = make_layer(mode)
+    before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+    y = layer(make_input(mode, 8) * 1e30)
+    after = dict(layer.named_buffers())
+    assert all(buffer.isfinite().all() for buffer in after.values())
+    if not y.isfinite().all():
+        assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
+
+
+# Patches of 2 x 2 pixels at every sixth pixel: most pixels are read by none, or by the mean alone.
+LOOKS = {
+    "window": dict(rows_per_feature=0),
+    "spots": dict(rows_per_feature=0.1, block=1, shared=False),
+    "newton": dict(rows_per_feature=0, root="newton"),
+    "resolvent": dict(rows_per_feature=0, root="resolvent"),
+    "pixels": dict(mode=3),
+    "two axes": dict(mode=1, rows_per_feature=1),
+    "other kind": dict(rows_per_feature=1),
+}
+
+
+@pytest.mark.parametrize("poison", [float("nan"), float("inf"), -float("inf"), 1e30])
+@pytest.mark.parametrize("look", LOOKS)
+@pytest.mark.parametrize("side", [7, 13])  # a small map and a large one, see `patches.SMALL`
+def test_no_pixel_anywhere_gets_what_is_not_finite_into_running_statistics(side, look, poison):
+    kind = FastDeconvTranspose2d if look == "other kind" else FastDeconv
+    layer = kind(4, 3, 2, stride=2, **LOOKS[look])
+    torch.nn.init.zeros_(layer.weight)  # which a sum of products must not hide behind
+    good = torch.randn(2, 4, side, side)
+    layer(good)
+    for row in range(side):
+        bad = good.clone()
+        bad[1, 2, row, row // 2] = poison
+        before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
+        layer(bad)
+        after = dict(layer.named_buffers())
+        assert all(buffer.isfinite().all() for buffer in after.values())
+        counted = after["num_batches_tracked"] > before["num_batches_tracked"]
+        moved = not all(torch.equal(after[name], before[name]) for name in before)
+        assert counted == moved
+    layer(good)
+    assert layer.num_batches_tracked > before["num_batches_tracked"]

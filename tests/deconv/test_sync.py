@@ -1,0 +1,303 @@
+"""Statistics across processes: 1, 2 and 3 gloo processes against one with the whole batch."""
+
+from datetime import timedelta
+from functools import partial
+from itertools import accumulate, product
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from deconv import Delinear, FastDeconv, batch_share
+from deconv.sync import several_processes
+
+PICTURES = 7
+SHARINGS = [(7,), (5, 2), (0, 7), (4, 0, 3), (1, 3, 3)]  # images of each process
+CONV = dict(kernel_size=3, padding=1, block=2, sampling_stride=2, rows_per_feature=0)
+VARIANTS = product((1, 2, 3, 4, 5), ("contiguous", "interleaved"), (True, False))
+CASES = {
+    f"mode {mode}, {layout}, {'shared' if shared else 'own'}": partial(
+        FastDeconv, 4, 6, **CONV, mode=mode, layout=layout, shared=shared
+    )
+    for mode, layout, shared in VARIANTS
+}
+CASES |= {
+    "groups": partial(FastDeconv, 4, 6, **CONV, groups=2),
+    "groups, mode 1": partial(FastDeconv, 4, 6, **CONV, groups=2, mode=1),
+    "few patches": partial(FastDeconv, 4, 6, **CONV | {"rows_per_feature": 2}),
+    "few patches, mode 1": partial(FastDeconv, 4, 6, **CONV | {"rows_per_feature": 2}, mode=1),
+    "rectangular": partial(FastDeconv, 4, 6, (2, 3), (1, 2), (0, 1), bias=False),
+    "linear": partial(Delinear, 12, 3, block=4),
+    "linear, own": partial(Delinear, 12, 3, block=4, shared=False, bias=False),
+    "linear, fewer rows than features": partial(Delinear, 40, 3),
+}
+MESSAGES = []  # every all_reduce of this process: elements and dtype
+
+
+def build(case, **options):
+    torch.manual_seed(0)
+    return CASES[case](**options).double()
+
+
+def batches(layer):
+    """Two whole batches, correlated, with means that differ by feature and batch, in float64."""
+    generator = torch.Generator().manual_seed(0)
+    size = (layer.in_features,) if isinstance(layer, nn.Linear) else (4, 9, 8)
+    for number in range(2):
+        noise = torch.randn(PICTURES, *size, generator=generator, dtype=torch.float64)
+        yield noise.cumsum(-1) + number + torch.arange(size[0]).reshape(-1, *[1] * (len(size) - 1))
+
+
+def loss(y, share):
+    """Every output times a random weight of its own, which no sharing changes."""
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(PICTURES, *y.shape[1:], generator=generator, dtype=torch.float64)
+    return (y * weight[share]).sum()
+
+
+def buffers(layer):
+    return {name: buffer.clone() for name, buffer in layer.named_buffers()}
+
+
+def gradients(layer):
+    return {name: parameter.grad for name, parameter in layer.named_parameters()}
+
+
+def train(layer, share):
+    """Two steps on a share of two batches, by image, by process and by layer."""
+    outputs, inputs = [], []
+    for x in batches(layer):
+        inputs.append(x[share].requires_grad_())
+        outputs.append(layer(inputs[-1]))
+        loss(outputs[-1], share).backward()
+    by_image = [y.detach() for y in outputs] + [x.grad for x in inputs]
+    return by_image, gradients(layer), buffers(layer)
+
+
+def train_alone(share):
+    return train(build("mode 1, contiguous, own", sync_stats=False), share)
+
+
+def network():
+    torch.manual_seed(0)
+    first, second = FastDeconv(4, 6, 3, block=2), FastDeconv(6, 2, 3, mode=1, block=3)
+    head = Delinear(40, 3, block=8)
+    return nn.Sequential(first, nn.ReLU(), second, nn.Flatten(), head).double()
+
+
+def two_forwards(net, forward, share):
+    """Two forwards and one backward of the sum of their losses."""
+    sum(loss(forward(x[share]), share) for x in batches(net)).backward()
+    return gradients(net), buffers(net)
+
+
+def two_forwards_under_ddp(share):
+    net = network()
+    averaged, statistics = two_forwards(net, DistributedDataParallel(net), share)
+    processes = distributed.get_world_size()
+    return {name: processes * gradient for name, gradient in averaged.items()}, statistics
+
+
+def sent(action):
+    """The messages that an action sends, as (elements, dtype)."""
+    MESSAGES.clear()
+    action()
+    return list(MESSAGES)
+
+
+def messages(case, share):
+    """Of the training forward, of its backward and of an evaluation."""
+    layer = build(case)
+    x = next(batches(layer))[share].requires_grad_()
+    y = []
+    forward = sent(lambda: y.append(layer(x)))
+    backward = sent(lambda: y[0].sum().backward())
+    return forward, backward, sent(lambda: layer.eval()(x).sum().backward())
+
+
+def messages_under_autocast(share):
+    layer = build("mode 5, interleaved, shared").float()
+    x = next(batches(layer))[share].float()
+    with torch.autocast("cpu", torch.bfloat16):
+        return sent(lambda: layer(x))
+
+
+def unusable(spoil):
+    """Buffers before and after a batch that `spoil` makes of a good one, and the gradient."""
+    layer = build("mode 1, interleaved, shared")
+    x = next(batches(layer))
+    layer(x)
+    before = buffers(layer)
+    layer(spoil(x)).sum().backward()
+    return before, buffers(layer), layer.weight.grad
+
+
+def poison(x):
+    x[0, 0, 0, 0] = torch.nan
+    return x
+
+
+def whitening_far_from_zero(share):
+    """D in float32, of a batch 3000 standard deviations off, with a running mean that is near."""
+    torch.manual_seed(0)
+    layer = FastDeconv(4, 6, 3, momentum=1.0)
+    layer.running_mean.fill_(3000)
+    layer((next(batches(layer)) + 3000)[share].float())
+    return layer.running_cov_joint
+
+
+def experiments(share):
+    with batch_share(share.start, PICTURES):
+        return {
+            "train": {case: train(build(case), share) for case in CASES},
+            "train alone": train_alone(share),
+            "messages alone": sent(lambda: train_alone(share)),
+            "two forwards": two_forwards_under_ddp(share),
+            "messages": {case: messages(case, share) for case in CASES},
+            "messages under autocast": messages_under_autocast(share),
+            "empty": unusable(lambda x: x[:0]),
+            "poisoned": unusable(lambda x: poison(x)[share]),
+            "far": whitening_far_from_zero(share),
+        }
+
+
+def pieces(sharing):
+    return [slice(end - size, end) for size, end in zip(sharing, accumulate(sharing), strict=True)]
+
+
+def process(rank, folder):
+    """Join a group for every sharing that has a share for this rank, and write what came of it."""
+    all_reduce = distributed.all_reduce
+
+    def counted(x):
+        MESSAGES.append((x.numel(), x.dtype))
+        return all_reduce(x)
+
+    distributed.all_reduce = counted
+    for number, sharing in enumerate(SHARINGS):
+        if rank < len(sharing):
+            distributed.init_process_group(
+                "gloo",
+                init_method=f"file://{folder}/{number}",
+                rank=rank,
+                world_size=len(sharing),
+                timeout=timedelta(seconds=60),
+            )
+            torch.save(experiments(pieces(sharing)[rank]), f"{folder}/{number}-{rank}.pt")
+            distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def spawned(tmp_path_factory):
+    """By sharing, a list of what each process found."""
+    folder = tmp_path_factory.mktemp("sync")
+    torch.multiprocessing.spawn(process, (str(folder),), nprocs=max(map(len, SHARINGS)))
+    return {
+        sharing: [torch.load(folder / f"{number}-{rank}.pt") for rank in range(len(sharing))]
+        for number, sharing in enumerate(SHARINGS)
+    }
+
+
+@pytest.fixture(params=SHARINGS, ids=str)
+def found(request, spawned):
+    return spawned[request.param]
+
+
+@pytest.fixture
+def sharing(found, spawned):
+    return next(sharing for sharing, parts in spawned.items() if parts is found)
+
+
+close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
+WHOLE = slice(0, PICTURES)
+
+
+def total(parts):
+    return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_equal_one_with_the_whole_batch(case, found):
+    by_image, gradient, statistics = train(build(case), WHOLE)
+    parts = [part["train"][case] for part in found]
+    together = [torch.cat(shares) for shares in zip(*(part[0] for part in parts), strict=True)]
+    close(together, by_image)
+    close(total([part[1] for part in parts]), gradient)
+    for part in parts:
+        close(part[2], statistics)
+
+
+def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
+    net = network()
+    gradient, statistics = two_forwards(net, net, WHOLE)
+    for part in found:
+        close(part["two forwards"], (gradient, statistics))
+
+
+def documented_message(layer):
+    """1 + C T + G d^2 for every whitened axis."""
+    matrices = [getattr(layer, f"running_cov_{axis}").numel() for axis in layer.axes]
+    if isinstance(layer, nn.Linear):
+        return [1 + layer.in_features + matrix for matrix in matrices]
+    taps = 1 if layer.mode == 3 else layer.kernel_size[0] * layer.kernel_size[1]
+    return [1 + layer.in_channels * taps + matrix for matrix in matrices]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_message_a_layer_of_the_documented_size_two_in_mode_1(case, found):
+    sizes = documented_message(build(case)) if len(found) > 1 else []
+    assert len(sizes) == (0 if len(found) == 1 else 2 if "mode 1" in case else 1)
+    if sizes and "few patches" in case:
+        sizes[0] += len(build(case).running_mean)
+    for part in found:
+        forward, backward, evaluation = part["messages"][case]
+        assert forward == [(size, torch.float64) for size in sizes]
+        assert backward == forward[::-1]
+        assert evaluation == []
+
+
+def test_statistics_travel_in_float32_under_autocast(found):
+    size = documented_message(build("mode 5, interleaved, shared"))
+    expected = [(n, torch.float32) for n in size] if len(found) > 1 else []
+    assert all(part["messages under autocast"] == expected for part in found)
+
+
+def test_without_sync_every_process_is_alone(found, sharing):
+    for part, share in zip(found, pieces(sharing), strict=True):
+        close(part["train alone"], train_alone(share))
+        assert part["messages alone"] == []
+
+
+def test_a_batch_that_is_empty_everywhere_leaves_no_trace(found):
+    for part in found:
+        before, after, gradient = part["empty"]
+        close(after, before, rtol=0, atol=0)
+        assert not gradient.any()
+
+
+def test_one_process_with_a_non_finite_share_spares_the_statistics_of_all(found):
+    for part in found:
+        before, after, _ = part["poisoned"]
+        close(after, before, rtol=0, atol=0)
+
+
+def test_float32_survives_an_offset_far_from_zero_once_the_running_mean_is_near(found):
+    layer = FastDeconv(4, 6, 3).double()
+    layer(next(batches(layer)))
+    for part in found:
+        torch.testing.assert_close(
+            part["far"], layer.running_cov_joint.float(), rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_torch_without_distributed_is_one_process(monkeypatch):
+    monkeypatch.setattr(distributed, "is_available", lambda: False)
+    monkeypatch.delattr(distributed, "is_initialized")
+    assert not several_processes()
+
+
+def test_only_layers_that_keep_to_themselves_say_so():
+    assert "sync_stats" not in repr(nn.Sequential(FastDeconv(4, 6, 3), Delinear(4, 2)))
+    assert "sync_stats=False" in repr(FastDeconv(4, 6, 3, sync_stats=False))
+    assert "sync_stats=False" in repr(Delinear(4, 2, sync_stats=False))

@@ -1,0 +1,78 @@
+"""What only a GPU can show; skipped without one."""
+
+import json
+
+import pytest
+import torch
+
+import main
+from deconv import FastDeconv
+from util.tracking.logger import read_log
+
+pytestmark = pytest.mark.gpu
+LINE = "--dataset digits --arch vgg11 --deconv True --batch-size 128 --lr .05 --epochs 2"
+
+
+def train(line, run_dir):
+    main.main([*LINE.split(), *line.split(), "--run-dir", str(run_dir)])
+    return json.loads((run_dir / "summary.json").read_text())
+
+
+@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+def test_a_layer_computes_as_on_the_cpu(mode):
+    torch.manual_seed(0)
+    layer, x = (
+        FastDeconv(16, 8, 3, padding=1, mode=mode, block=8).double(),
+        torch.randn(8, 16, 9, 9),
+    )
+    gpu = FastDeconv(16, 8, 3, padding=1, mode=mode, block=8).double().cuda()
+    gpu.load_state_dict(layer.state_dict())
+    for module, device in ((layer, "cpu"), (gpu, "cuda")):
+        module(x.double().to(device)).square().sum().backward()
+    torch.testing.assert_close(gpu.weight.grad.cpu(), layer.weight.grad)
+    for name, buffer in gpu.named_buffers():
+        assert buffer.device.type == "cuda"
+        torch.testing.assert_close(buffer.cpu(), layer.get_buffer(name))
+
+
+@pytest.mark.parametrize(
+    "line", ["", "--amp bf16", "--amp fp16", "--channels-last", "-j 2 --amp bf16"]
+)
+def test_networks_learn(tmp_path, line):
+    figures = train(f"--gpu 0 --epochs 4 {line}", tmp_path / "run")
+    assert figures["test_top1"] > 85
+    assert figures["device"].startswith("cuda") and figures["peak_memory_mb"] > 0
+
+
+def test_a_run_is_continued(tmp_path):
+    whole = train("--gpu 0 --epochs 2", tmp_path / "whole")
+    train("--gpu 0 --max-steps 12", tmp_path / "half")
+    half = tmp_path / "half" / "checkpoint.pth.tar"
+    main.main(["--resume", str(half), "--epochs", "2", "--gpu", "0"])
+    assert len(read_log(tmp_path / "half" / "test.log")["epoch"]) == 2
+    assert whole["epochs"] == 2
+
+
+def test_all_visible_gpus_are_used(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    assert train("", tmp_path / "run")["processes"] == torch.cuda.device_count()
+
+
+ROOTS = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
+KINDS = ["--mode 1", "--mode 3", *ROOTS, "--amp fp16"]
+
+
+@pytest.mark.parametrize("line", ["--deconv False", *KINDS])
+def test_replayed_steps_learn_what_launched_ones_do(tmp_path, line):
+    line = f"--gpu 0 --max-steps 14 --lr .001 {line}"
+    plain, replayed = (
+        train(f"{line} --cuda-graphs {graphs}", tmp_path / graphs) for graphs in ("False", "True")
+    )
+    for figure in ("train_loss", "test_loss"):  # sums that threads add in any order, 14 steps long
+        assert replayed[figure] == pytest.approx(plain[figure], rel=5e-3)
+
+
+def test_a_compiled_network_learns(tmp_path):
+    """The last one, as compiling takes minutes."""
+    assert train("--gpu 0 --epochs 4 --compile", tmp_path / "run")["test_top1"] > 85

@@ -1,0 +1,317 @@
+import warnings
+
+import pytest
+import torch
+import torchvision
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+import models.external
+from deconv import Delinear, FastDeconv
+from models import (
+    ARCHITECTURES,
+    IMAGENET_ARCHITECTURES,
+    build_imagenet_model,
+    build_model,
+    describe_imagenet_architectures,
+    init_weights,
+    make_layers,
+)
+
+# Ours -> torchvision's name of it with BatchNorm, and its published number of parameters.
+TWINS = {
+    "resnet18d": ("resnet18", 11_689_512),
+    "resnet34d": ("resnet34", 21_797_672),
+    "resnet50d": ("resnet50", 25_557_032),
+    "resnet101d": ("resnet101", 44_549_160),
+    "vgg11d": ("vgg11_bn", 132_868_840),
+    "vgg16d": ("vgg16_bn", 138_365_992),
+    "densenet121d": ("densenet121", 7_978_856),
+}
+WEIGHTED = (nn.Conv2d, nn.BatchNorm2d, nn.Linear)
+
+
+def build(arch, *, deconv=False, **options):
+    return build_imagenet_model(
+        arch, make_layers(deconv=deconv, block_final=32 * deconv), **options
+    )
+
+
+def on_meta(make, *args, **options):
+    with torch.device("meta"):
+        return make(*args, **options)
+
+
+def find(model, kinds):
+    return [module for module in model.modules() if isinstance(module, kinds)]
+
+
+def count(tensors):
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def conv_biases(model):
+    return [conv.bias for conv in find(model, nn.Conv2d) if conv.bias is not None]
+
+
+def poison(model):
+    """Real memory for a network on the meta device, every parameter NaN."""
+    model.to_empty(device="cpu")
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, torch.nan)
+    return model
+
+
+@pytest.mark.parametrize("arch", TWINS)
+def test_parameter_counts_are_torchvisions(arch):
+    name, published = TWINS[arch]
+    theirs = on_meta(torchvision.models.get_model, name)
+    biases = count(conv_biases(theirs))
+    plain = published - biases
+    assert count(on_meta(build, arch).parameters()) == plain
+    # deconvolution: no two numbers per normalised channel, but a bias per convolution's output
+    norms = count(p for norm in find(theirs, nn.BatchNorm2d) for p in norm.parameters())
+    outs = sum(conv.out_channels for conv in find(theirs, nn.Conv2d))
+    assert count(on_meta(build, arch, deconv=True).parameters()) == plain - norms + outs
+
+
+@torch.no_grad()
+def share_weights(theirs, ours):
+    """Random parameters and statistics in both, layer by layer in order."""
+    shift = 0
+    for source, target in zip(find(theirs, WEIGHTED), find(ours, WEIGHTED), strict=True):
+        if isinstance(source, nn.BatchNorm2d):
+            values = [
+                torch.rand(v.shape).add(0.5).to(v.dtype) for v in source.state_dict().values()
+            ]
+        else:
+            bound = (3 / source.weight[0].numel()) ** 0.5
+            weight = torch.empty(source.weight.shape).uniform_(-bound, bound)
+            values = [weight] if source.bias is None else [weight, torch.rand(len(weight)) - 0.5]
+        state = dict(zip(source.state_dict(), values, strict=True))
+        source.load_state_dict(state, assign=True)
+        if isinstance(source, nn.BatchNorm2d):  # takes back the bias of the convolution before it
+            state = {**state, "running_mean": state["running_mean"] - shift}
+        shift = 0
+        if isinstance(source, nn.Conv2d) and source.bias is not None:
+            shift = state.pop("bias")
+        target.load_state_dict(state, assign=True)
+
+
+@pytest.mark.parametrize("arch", [arch for arch in TWINS if arch != "vgg16d"])
+def test_with_batchnorm_they_are_torchvisions_networks(arch):
+    theirs = on_meta(torchvision.models.get_model, TWINS[arch][0]).eval()
+    ours = on_meta(build, arch).eval()
+    share_weights(theirs, ours)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        expected = theirs(images)
+        torch.testing.assert_close(ours(images), expected, rtol=1e-4, atol=1e-4 * expected.std())
+    assert [m.p for m in find(ours, nn.Dropout)] == [m.p for m in find(theirs, nn.Dropout)]
+
+
+@pytest.mark.parametrize("arch", TWINS)
+def test_with_deconvolution_no_batchnorm_is_left(arch):
+    model = on_meta(build, arch, deconv=True)
+    assert not find(model, nn.modules.batchnorm._BatchNorm)
+    assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d))
+    *hidden, last = find(model, nn.Linear)
+    assert (type(last), last.block) == (Delinear, 32)
+    assert [type(linear) for linear in hidden] == [nn.Linear] * (2 * arch.startswith("vgg"))
+
+
+@pytest.mark.parametrize("arch", ["resnet34d", "resnet101d", "vgg11d", "vgg16d"])
+def test_deconvolution_takes_large_images(arch):
+    with FakeTensorMode():  # shapes only
+        model = build(arch, deconv=True)
+        assert model(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
+
+
+@pytest.mark.parametrize("arch", ["resnet18d", "resnet50d", "densenet121d"])
+def test_deconvolution_trains_every_parameter(arch):
+    model = build(arch, deconv=True, num_classes=7)
+    F.cross_entropy(model(torch.randn(2, 3, 64, 64)), torch.tensor([0, 6])).backward()
+    assert all(torch.isfinite(p.grad).all() and p.grad.any() for p in model.parameters())
+    assert model.eval()(torch.randn(1, 3, 33, 47)).shape == (1, 7)
+
+
+@pytest.mark.parametrize("deconv", [False, True])
+@pytest.mark.parametrize("arch", [*TWINS, *ARCHITECTURES])
+def test_initialisation_draws_every_parameter(arch, deconv):
+    make = build_model if arch in ARCHITECTURES else build_imagenet_model
+    model = poison(on_meta(make, arch, make_layers(deconv=deconv)))
+    init_weights(model)
+    for module in model.modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            assert (own["weight"] == 1).all()
+            assert (own["bias"] == 0).all()
+        elif own:
+            bound = own["weight"][0].numel() ** -0.5
+            for parameter in own.values():
+                low, high = parameter.aminmax()
+                assert -bound <= low <= high <= bound  # NaN is not
+                assert low < high or parameter.numel() == 1
+            rms, uncertainty = bound / 3**0.5, own["weight"].numel() ** -0.5
+            assert own["weight"].square().mean().sqrt().item() == pytest.approx(
+                rms, rel=3 * uncertainty
+            )
+
+
+def test_new_networks_are_initialised(monkeypatch):
+    monkeypatch.setattr(nn.Conv2d, "reset_parameters", lambda conv: nn.init.zeros_(conv.weight))
+    model = build("resnet18d")
+    assert all(conv.weight.std() > 0 for conv in find(model, nn.Conv2d))
+
+
+def test_torchvisions_networks_keep_torchvisions_initialisation():
+    torch.manual_seed(5)
+    ours = build("resnet18", num_classes=7)
+    torch.manual_seed(5)
+    theirs = torchvision.models.resnet18(num_classes=7)
+    assert all(map(torch.equal, ours.state_dict().values(), theirs.state_dict().values()))
+
+
+def test_every_classification_network_of_torchvision_is_there():
+    others = {*torchvision.models.list_models()} - {*IMAGENET_ARCHITECTURES}
+    assert {"resnet18", "vit_b_16", "vgg11_bn", "inception_v3"} <= {*IMAGENET_ARCHITECTURES}
+    assert others == {
+        name
+        for kind in ("detection", "optical_flow", "quantization", "segmentation", "video")
+        for name in torchvision.models.list_models(getattr(torchvision.models, kind))
+    }
+
+
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        ("googlenet", 224),
+        ("maxvit_t", 224),
+        ("vgg11_bn", 64),
+        ("vit_b_16", 64),
+        ("alexnet", 63),
+        ("inception_v3", 75),
+        ("squeezenet1_0", 32),
+    ],
+)
+def test_torchvisions_networks_train_with_one_output_and_no_warning(arch, size):
+    with torch.device("meta"), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = build(arch, num_classes=7, image_size=size)
+        assert model(torch.randn(2, 3, size, size)).shape == (2, 7)
+
+
+@pytest.mark.parametrize("arch", ["alexnet", "googlenet", "inception_v3"])
+def test_pretrained_weights_are_kept(arch, monkeypatch):
+    options = {} if arch == "alexnet" else {"init_weights": False}
+    state = torchvision.models.get_model(arch, **options).state_dict()
+    weights = type(torchvision.models.get_model_weights(arch).DEFAULT)
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: state)
+    model = build(arch, pretrained=True)
+    assert all(torch.equal(value, state[key]) for key, value in model.state_dict().items())
+    with torch.no_grad():
+        assert model.train()(torch.randn(2, 3, 96, 96)).shape == (2, 1000)
+
+
+def test_dropout_rate_reaches_both_dropouts():
+    model = on_meta(build, "vgg11d", dropout_rate=0.25)
+    assert [dropout.p for dropout in find(model, nn.Dropout)] == [0.25, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "message"),
+    [
+        ("resnet18b", {}, "arch must be one of resnet18, .* more; got 'resnet18b'"),
+        ("resnet18d", {"pretrained": True}, "pretrained=True .*not apply to resnet18d.* resnet18,"),
+        ("resnet18d", {"dropout_rate": 0.0}, "dropout_rate=0.0 .*only to vgg11d, vgg16d"),
+        ("resnet50d", {"image_size": 31}, "image_size must be at least 32 for resnet50d, got 31"),
+        ("inception_v3", {"image_size": 74}, "image_size must be at least 75 .*got 74"),
+        ("resnet18", {"pretrained": True, "num_classes": 10}, "1000 classes, got num_classes=10"),
+        ("vit_b_16", {"image_size": 100}, "vit_b_16 cannot take image_size=100: .*patch size"),
+        ("maxvit_t", {"image_size": 100}, "maxvit_t cannot take image_size=100: .*partition"),
+        ("vit_h_14", {"pretrained": True}, "vit_h_14 cannot take image_size=224: .*518"),
+    ],
+)
+def test_refusals_name_the_argument_and_a_way_out(arch, options, message):
+    with pytest.raises(ValueError, match=message):
+        build(arch, **options)
+
+
+@pytest.mark.parametrize("arch", ["vit_b_16", "timm/resnet18"])
+@pytest.mark.parametrize("options", [{"batchnorm": False}, {"block_final": 32}])
+def test_networks_of_others_take_no_mixture(arch, options):
+    with pytest.raises(ValueError, match=f"{arch} has layers of its own"):
+        build_imagenet_model(arch, make_layers(deconv=False, **options))
+
+
+@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "vgg11_bn"])
+def test_networks_of_others_are_converted(arch):
+    model = on_meta(build, arch, deconv=True, num_classes=7)
+    assert not find(model, nn.modules.batchnorm._BatchNorm)
+    assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d))
+    last = find(model, nn.Linear)[-1]
+    assert (type(last), last.block, last.out_features) == (Delinear, 32, 7)
+
+
+@pytest.mark.parametrize("arch", TWINS)
+def test_converted_networks_are_as_large_as_ours(arch):
+    ours, theirs = (on_meta(build, name, deconv=True) for name in (arch, TWINS[arch][0]))
+    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (ours, theirs)]
+    assert shapes[0] == shapes[1]
+    layers = [[repr(layer) for layer in find(m, (FastDeconv, Delinear))] for m in (ours, theirs)]
+    assert sorted(layers[0]) == sorted(layers[1])
+
+
+def test_pretrained_weights_are_folded_in(monkeypatch):
+    theirs = torchvision.models.resnet18().eval()
+    for norm in find(theirs, nn.BatchNorm2d):
+        norm.running_mean.normal_()
+    weights = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    model, images = (
+        build("resnet18", deconv=True, pretrained=True).eval(),
+        torch.randn(2, 3, 64, 64),
+    )
+    with torch.no_grad():
+        expected = theirs(images)
+        torch.testing.assert_close(
+            model(images), expected, rtol=0, atol=1e-4 * expected.abs().max()
+        )
+
+
+@pytest.mark.parametrize("deconv", [False, True])
+def test_timms_networks_are_known_by_name(deconv):
+    pytest.importorskip("timm")
+    assert "timm/resnet18" in IMAGENET_ARCHITECTURES
+    with torch.device("meta"):
+        model = build("timm/resnet18", deconv=deconv, num_classes=7, image_size=64)
+        sized = build("timm/vit_tiny_patch16_224", deconv=deconv, num_classes=7, image_size=64)
+        assert sized(torch.randn(2, 3, 64, 64)).shape == (2, 7)
+    assert bool(find(model, FastDeconv)) == deconv != bool(find(model, nn.BatchNorm2d))
+    with pytest.raises(ValueError, match="timm has no 'resnet17', but resnet"):
+        build("timm/resnet17", deconv=deconv)
+
+
+def test_what_timm_refuses_is_one_line(monkeypatch):
+    timm = pytest.importorskip("timm")
+
+    def refuse(*args, **options):
+        raise RuntimeError("no weights for it\nand more")
+
+    monkeypatch.setattr(timm, "create_model", refuse)
+    with pytest.raises(ValueError, match="^timm cannot make resnet18: no weights for it$"):
+        build("timm/resnet18")
+
+
+def test_timm_is_asked_for_where_it_is_not_installed(monkeypatch):
+    monkeypatch.setattr(models.external, "find_spec", lambda name: None)
+    with pytest.raises(ValueError, match="timm/resnet18 needs timm.*pip install timm"):
+        build("timm/resnet18")
+
+
+def test_help_text_names_every_architecture():
+    text = describe_imagenet_architectures()
+    assert [line.split()[0] for line in text.splitlines()[: len(TWINS)]] == list(TWINS)
+    assert {*IMAGENET_ARCHITECTURES} <= {word.strip(",") for word in text.split()}
+    assert "timm/NAME" in text

@@ -1,0 +1,116 @@
+"""scripts/layers.py: where the time goes, and that no part of it is counted twice."""
+
+import time
+
+import pytest
+import torch
+
+from deconv import FastDeconv, whitening
+from scripts.bench import layers
+from scripts.bench.layers import CONVOLUTION, DIRECTIONS, NAMES, REST, WHOLE
+from util.training.accelerator import Accelerator
+
+SMALL = ["--batch-size", "2", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
+
+
+def profile(*words):
+    flags = layers.make_parser().parse_args([*SMALL, *words])
+    model, images = layers.build(flags)
+    return layers.measure(
+        model, images, Accelerator(torch.device("cpu")), rounds=flags.rounds, warmup=flags.warmup
+    )
+
+
+@pytest.mark.parametrize("words", ["--layer 8,8,9", "--arch resnet18", "--arch mlp --mode 1"])
+def test_the_parts_add_up_to_the_whole(words):
+    for parts in profile(*words.split()):
+        assert min(parts.values()) >= 0
+        for direction in DIRECTIONS:
+            inside = [
+                v for (_, step, way), v in parts.items() if way == direction and step != WHOLE
+            ]
+            assert sum(inside) == pytest.approx(parts["", WHOLE, direction])
+
+
+def test_every_step_is_seen_in_both_directions():
+    for parts in profile("--layer", "8,8,9", "--batch-size", "8"):
+        for step in (*NAMES, CONVOLUTION):
+            assert all(parts["", step, direction] > 0 for direction in DIRECTIONS), step
+
+
+def test_a_first_layer_has_a_backward_without_a_gradient_of_its_images():
+    for parts in profile("--arch", "simple_v2"):
+        first = next(layer for layer, _, _ in parts if layer)
+        assert parts[first, "fold", "backward"] > 0 and parts[first, CONVOLUTION, "backward"] > 0
+        assert parts[first, "root", "backward"] == 0
+
+
+class _Slow(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        time.sleep(0.05)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        time.sleep(0.1)
+        return grad
+
+
+def test_time_is_counted_where_it_is_spent(monkeypatch):
+    root = whitening.inverse_sqrt
+    monkeypatch.setattr(whitening, "inverse_sqrt", lambda cov, *more: _Slow.apply(root(cov, *more)))
+    rounds = profile("--layer", "8,8,16", "--batch-size", "8")  # rows enough for that root
+    assert layers.find(rounds, step="root", direction="forward") >= 50
+    assert layers.find(rounds, step="root", direction="backward") >= 100
+    assert layers.find(rounds, step="root") > 0.5 * layers.find(rounds, step=WHOLE)
+
+
+def test_profiling_leaves_the_functions_and_the_result_alone():
+    before = {name: getattr(whitening, name) for name in layers.STEPS}
+    layer, images = FastDeconv(4, 4, 3), torch.randn(2, 4, 8, 8, requires_grad=True)
+    layer(images).sum().backward()
+    expected, grad = layer.weight.grad.clone(), images.grad.clone()
+    layer.zero_grad()
+    images.grad = None
+    with layers.Stopwatch(torch.device("cpu")).attached(layer):
+        layer(images).sum().backward()
+    assert torch.equal(layer.weight.grad, expected) and torch.equal(images.grad, grad)
+    assert all(getattr(whitening, name) is function for name, function in before.items())
+
+
+def test_tables(capsys):
+    layers.main([*SMALL, "--layer", "8,8,9,1,2"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert [line.split(" | ")[0][2:] for line in lines[2:]] == [*NAMES, CONVOLUTION, WHOLE]
+    assert lines[-1].endswith("| 100 % |") and {line.count("|") for line in lines} == {5}
+    layers.main([*SMALL, "--arch", "simple_v2"])
+    assert f"\n| {REST} | " in capsys.readouterr().out
+    layers.main([*SMALL, "--arch", "simple_v2", "--by-layer", "--dtype", "bf16"])
+    lines = capsys.readouterr().out.splitlines()[2:]
+    assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {10}
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("--layer 64,128", ("--layer", "'64,128'")),
+        ("--layer 8,8,9 --by-layer", ("--layer", "--by-layer")),
+        ("--layer 8,8,9 --option colour=red", ("--option", "'colour=red'")),
+        ("--layer 8,8,9 --option n_iter=many", ("--option n_iter=many",)),
+        ("--layer 8,8,9 --arch vgg11", ("--layer", "--arch")),
+        ("--arch vgg12", ("vgg11", "'vgg12'")),
+        ("--rounds -3", ("--rounds", "'-3'")),
+    ],
+)
+def test_refuses_in_one_line(flags, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        layers.main([*SMALL, *flags.split()])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert stop.value.code == 2 and all(word in line for word in words), line
+
+
+@pytest.mark.gpu
+def test_a_gpu_keeps_the_time(capsys):
+    layers.main([*SMALL, "--device", "cuda", "--arch", "simple_v2"])
+    assert f"| {WHOLE} | " in capsys.readouterr().out

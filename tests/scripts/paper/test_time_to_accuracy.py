@@ -1,0 +1,73 @@
+"""The search for the shortest training, with trainings that are known, and once for real."""
+
+from argparse import Namespace
+
+import pytest
+
+from scripts.paper import time_to_accuracy
+from scripts.paper.time_to_accuracy import Outcome, Result, find_shortest, format_outcomes, search
+from util.checkpoint.store import LATEST_NAME, PREVIOUS_NAME
+
+
+@pytest.mark.parametrize("begin", [25, 75, 125, 150, 400])
+def test_the_shortest_training_that_reaches_the_target_is_found(begin):
+    tried = []
+
+    def train(steps):
+        tried.append(steps)
+        return steps / 2
+
+    assert find_shortest(train, 61, begin=begin, grain=25, longest=1000) == 125
+    assert 100 in tried and all(steps % 25 == 0 for steps in tried)
+
+
+def test_rates_are_compared_after_trainings_as_long_as_the_search_begins_with():
+    flags = Namespace(lr=[0.01, 0.1], seeds=[0, 1], grain=25, longest=1000, target=61)
+    train = lambda lr, steps, seed: Result(steps / 2 if lr == 0.01 else 20 + steps / 4, 1)
+    outcome = search(train, flags, 110)  # .1 is ahead up to 80 steps
+    assert outcome.screened == {0.01: 50, 0.1: 45} and (outcome.lr, outcome.steps) == (0.01, 125)
+
+
+def test_a_target_out_of_reach_ends_the_search():
+    with pytest.raises(SystemExit, match="90 %.*100 steps"):
+        find_shortest(lambda steps: 50, 90, begin=25, grain=25, longest=100)
+
+
+def test_the_table_compares_means_of_seconds():
+    slow = Outcome({0.01: 60.0, 0.1: 20.0}, 400, [Result(70.1, 100), Result(70.3, 300)])
+    fast = Outcome({0.01: 50.0, 0.1: 65.0}, 200, [Result(71.0, 100), Result(70.0, 100)])
+    text = format_outcomes({"BatchNorm": slow, "deconvolution": fast}, 70)
+    assert (
+        "| BatchNorm | 0.01: 60.0, 0.1: 20.0 | 0.01 | 400 | 70.10, 70.30 | 100, 300 | 200 |" in text
+    )
+    assert "0.1 | 200" in text and "2.00 times as fast" in text
+
+
+def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
+    line = "--target 1 --lr .03 --seeds 0 --begin 6 6 --grain 6 --dataset digits"
+    line += f" --arch simple_v2 --use-gpu False --save-plot False --out {tmp_path}"
+    time_to_accuracy.main(line.split())
+    first = capfd.readouterr().out
+    assert "times as fast" in first and "epoch 1/" in first
+    timed = [path.parent.name for path in tmp_path.glob("timed/*/summary.json")]
+    assert sorted(name.split("-lr")[0] for name in timed) == ["deconvFalse", "deconvTrue"]
+    time_to_accuracy.main(line.split())
+    again = capfd.readouterr().out
+    assert again.startswith("| ") and again in first
+
+
+def test_a_run_that_was_stopped_goes_on(tmp_path):
+    own = {"lr": 0.03, "seed": 0, "max-steps": 6}
+    more = ["--dataset", "digits", "--arch", "simple_v2", "--use-gpu", "False"]
+    first = time_to_accuracy.run(tmp_path, own, more)
+    (folder,) = tmp_path.iterdir()
+    (folder / PREVIOUS_NAME).replace(folder / LATEST_NAME)  # as if stopped after the first epoch
+    (folder / "summary.json").unlink()
+    assert time_to_accuracy.run(tmp_path, own, more).top1 == first.top1
+
+
+def test_a_run_that_fails_ends_the_search_with_its_error(tmp_path, capfd):
+    with pytest.raises(SystemExit) as stop:
+        time_to_accuracy.main(f"--target 15 --out {tmp_path} --dataset nothing".split())
+    assert stop.value.code == 2
+    assert "--dataset" in capfd.readouterr().err

@@ -1,0 +1,122 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from scripts import compare
+from util.tracking.logger import RunLogger
+
+ROOT = Path(compare.__file__).parent.parent
+
+
+def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
+    logger = RunLogger(folder, tensorboard=False, plot=False)
+    for epoch in range(1, epochs + 1):
+        logger.batch(epoch, 4 * epoch, 1.0, 40.0, 90.0, 0.1, 2.0)
+        values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0, "steps": 4}
+        logger.epoch(epoch, values, values)
+    known = {"kind": kind, "epochs": epochs, "steps": 8, "epoch_steps": 4}
+    known.update(best_test_top1=50.125, test_top1=49.5, test_loss=1.25)
+    known.update(train_seconds=4.0, images_per_second=1234.4)
+    logger.summary({**known, "parameters": 9231114, "peak_memory_mb": 700.2, **summary})
+    logger.close()
+    (folder / "args.json").write_text(json.dumps({"flags": {"seed": 7, **dict(flags)}}))
+    return str(folder)
+
+
+def test_the_command_prints_the_table_and_leaves_table_and_picture(tmp_path):
+    runs = [make_run(tmp_path / kind, kind) for kind in ("bn", "deconv-mode5")]
+    command = [sys.executable, "scripts/compare.py", *runs, "--out", str(tmp_path / "new" / "cmp")]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    table = (tmp_path / "new" / "cmp.md").read_text()
+    assert done.stdout.startswith(table)
+    assert str(tmp_path / "new" / "cmp.png") in done.stdout
+    assert done.stderr == ""
+    header, _, bn, deconv = table.splitlines()
+    assert header.count("|") == bn.count("|") == deconv.count("|") == 13
+    assert bn == (
+        "| bn | bn | 7 | 2 | 8 | 50.12 | 49.50 | 1.2500 | 4.0 | 1,234 | 9,231,114 | 700 |"
+    )
+    assert deconv.startswith("| deconv-mode5 | deconv-mode5 | 7 |")
+    with Image.open(tmp_path / "new" / "cmp.png") as picture:
+        picture.load()
+        assert picture.width > 1000
+
+
+def test_a_suffix_of_out_is_not_doubled(tmp_path, capsys):
+    compare.main([make_run(tmp_path / "a"), "--out", str(tmp_path / "v1.2.png")])
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "v1.2.png", "v1.2.md"}
+
+
+def test_runs_are_named_by_what_tells_them_apart():
+    names = compare.name_runs([Path("runs/x-bn/1"), Path("runs/x-deconv/2")])
+    assert names == ["x-bn/1", "x-deconv/2"]
+    assert compare.name_runs([Path("runs/a"), Path("runs/b")]) == ["a", "b"]
+    assert compare.name_runs([Path("runs/a"), Path("runs/a")]) == ["a", "a"]
+    assert compare.name_runs([Path("runs/a/1"), Path("runs/a")]) == ["a/1", "a"]
+    assert compare.name_runs([Path("runs/a")]) == ["a"]
+
+
+def test_names_cannot_break_the_table_or_the_legend(tmp_path, capsys):
+    run = make_run(tmp_path / "a|b\\|c\nd $x^ <b> [x](y) \x1b", kind="_k|")
+    compare.main([run, "--out", str(tmp_path / "cmp")])
+    row = (tmp_path / "cmp.md").read_text().splitlines()[2]
+    assert row.startswith("| a\\|b\\\\\\|c d $x^ \\<b> \\[x](y) \\\\x1b | _k\\| | 7 |")
+
+
+def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys):
+    run = make_run(tmp_path / "a", test_loss=float("nan"), peak_memory_mb=None)
+    (tmp_path / "a" / "args.json").write_text("{}")
+    compare.main([run, "--out", str(tmp_path / "cmp")])
+    row = (tmp_path / "cmp.md").read_text().splitlines()[2]
+    assert row == "| a | bn | - | 2 | 8 | 50.12 | 49.50 | - | 4.0 | 1,234 | 9,231,114 | - |"
+
+
+@pytest.mark.parametrize(
+    ("flags", "steps", "cell"),
+    [
+        ({"epochs": 9, "max_steps": None}, 8, "2 of 9"),
+        ({"epochs": 2, "max_steps": None}, 8, "2"),
+        ({"epochs": 9, "max_steps": 7}, 7, "2"),
+        ({"epochs": 9, "max_steps": 13}, 8, "2 of 4"),
+    ],
+)
+def test_a_run_that_has_not_come_to_its_end_says_so(tmp_path, flags, steps, cell):
+    run = compare.read_run(Path(make_run(tmp_path / "a", flags=flags, steps=steps)), "a")
+    assert str(compare.count_epochs(run)) == cell
+    assert run.curves.epoch_steps == 4
+
+
+@pytest.mark.parametrize("name", compare.FILES)
+def test_a_folder_that_lacks_a_file_is_refused_by_both_names(tmp_path, name):
+    good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad")
+    (tmp_path / "bad" / name).unlink()
+    with pytest.raises(SystemExit) as caught:
+        compare.main([good, bad, "--out", str(tmp_path / "cmp")])
+    assert f"{bad} is no folder of a finished run: {name} is missing" in caught.value.code
+    assert not (tmp_path / "cmp.md").exists()
+
+
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("summary.json", "{", "summary.json is not JSON"),
+        ("args.json", "[]", "args.json does not hold a JSON object"),
+        ("train.log", "", "train.log: the header must be epoch loss"),
+        ("test.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n1\n", "test.log, line 2"),
+        ("train.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n", "not as many rows"),
+    ],
+)
+def test_damaged_files_are_refused_by_name(tmp_path, name, text, reason):
+    run = make_run(tmp_path / "a")
+    (tmp_path / "a" / name).write_text(text)
+    with pytest.raises(SystemExit, match=reason):
+        compare.main([run, "--out", str(tmp_path / "cmp")])
+
+
+def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"^compare\.py: .*nothing is no folder of a finished run"):
+        compare.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "cmp")])

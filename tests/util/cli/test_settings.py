@@ -1,0 +1,173 @@
+"""Presets, defaults that follow from other flags, and flags that would do nothing."""
+
+import pytest
+
+import main
+import main_imagenet
+from tests.states import make_state
+from util.checkpoint.store import save_checkpoint
+from util.cli.inherited import OF_THIS_MACHINE
+from util.cli.parser import meeting_url, mirror_url, place
+from util.cli.script import PRESETS
+from util.cli.settings import read_settings
+
+
+def read(line):
+    flags, saved = read_settings(main.build_script(), line.split())
+    assert saved is None
+    return flags
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("", {"deconv": False, "batchnorm": True, "bias": False, "num_groups_final": 0}),
+        (
+            "--deconv True",
+            {"deconv": True, "batchnorm": False, "bias": True, "num_groups_final": 512},
+        ),
+        ("--batchnorm False", {"batchnorm": False, "bias": True}),
+        ("--deconv True --num-groups-final 0", {"num_groups_final": 0}),
+        ("--num-groups-final 256 --eps 1e-3", {"num_groups_final": 256, "eps": 1e-3}),
+        ("--arch simple_v1", {"method": 1, "deconv": False, "num_groups_final": None}),
+        ("--arch simple_v1 --deconv True", {"method": 3, "deconv": True}),
+        ("--arch simple_v1 --method 2", {"method": 2, "deconv": True, "batchnorm": False}),
+        ("--arch mlp --batchnorm True", {"method": 1, "batchnorm": True}),
+        ("", {"out": "./runs"}),
+        ("--run-dir here/run", {"out": "here"}),
+    ],
+)
+def test_defaults_follow_from_other_flags(line, expected):
+    flags = vars(read(line))
+    assert {name: flags[name] for name in expected} == expected
+
+
+def test_preset_sets_the_papers_values_and_typed_flags_win():
+    flags = vars(read("--preset paper --deconv True"))
+    assert {name: flags[name] for name in PRESETS["paper"]} == PRESETS["paper"]
+    flags = read("--preset paper --deconv True --eps .01 --wd 0 --stem-iter 5")
+    assert (flags.eps, flags.weight_decay, flags.stem_iter) == (0.01, 0, 5)
+    assert (flags.batch_size, flags.num_groups, flags.deconv_iter) == (128, 64, 5)
+
+
+def test_preset_serves_batchnorm_too():
+    flags = read("--preset paper --deconv False")
+    assert (flags.batch_size, flags.weight_decay, flags.batchnorm) == (128, 1e-3, True)
+
+
+@pytest.mark.parametrize(
+    ("line", "flag", "reason"),
+    [
+        ("--mode 3", "--mode 3", "--deconv True"),
+        ("--block 8", "--block 8", "--deconv True"),
+        ("--num-groups=8", "--num-groups 8", "--deconv True"),
+        ("--stride 1", "--stride 1", "--deconv True"),
+        ("--stem-iter 9", "--stem-iter 9", "--deconv True"),
+        ("--layout interleaved", "--layout", "--num-groups-final"),
+        ("--share-blocks 1", "--share-blocks True", "--num-groups-final"),
+        ("--deconv False --eps .1", "--eps 0.1", "--num-groups-final"),
+        ("--deconv-iter 7", "--deconv-iter 7", "--num-groups-final"),
+        ("--deconv True --batchnorm True", "--batchnorm True", "deconvolution"),
+        ("--bias True", "--bias True", "BatchNorm"),
+        ("--deconv True --mode 4 --stride 3", "--stride 3", "every patch"),
+        ("--optimizer Adam --momentum .9", "--momentum 0.9", "Adam"),
+        ("--max-steps 5 --checkpoint-steps 6", "--checkpoint-steps 6", "--max-steps 5"),
+        ("--optimizer AMSGrad --momentum 0", "--momentum 0.0", "AMSGrad"),
+        ("--milestone 60 80", "--milestone 60 80", "multistep"),
+        ("--multistep-gamma .1", "--multistep-gamma 0.1", "multistep"),
+        ("--lr-scheduler multistep --epochs 50 --milestone 60", "--milestone 60", "--epochs 50"),
+        ("--dataset digits --data D", "--data D", "embedded"),
+        ("--method 1", "--method 1", "simple_v1"),
+        ("--arch resnet --dropout-rate .5", "--dropout-rate 0.5", "vgg11"),
+        ("--arch simple_v1 --method 1 --deconv True", "--method 1", "contradicts --deconv True"),
+        ("--arch mlp --method 3 --deconv False", "--method 3", "contradicts --deconv False"),
+        ("--arch mlp --epochs 5 --checkpoint-epoch 6", "--checkpoint-epoch 6", "--epochs 5"),
+        ("--arch mlp --method 3 --mode 5", "--mode 5", "--method"),
+        ("--arch mlp --method 3 --num-groups 5", "--num-groups 5", "--method"),
+        ("--arch simple_v1 --eps 1", "--eps 1.0", "--method 1"),
+        ("--arch simple_v1 --stem-iter 1", "--stem-iter 1", "--method 1"),
+        ("--arch simple_v1 --method 3 --stride 2", "--stride 2", "--method 2"),
+        ("--arch mlp --method 3 --layout contiguous", "--layout", "--method 4"),
+        ("--arch mlp --method 3 --share-blocks 1", "--share-blocks True", "--num-groups-final"),
+        ("--deconv True --mode 2 --block 8", "--block 8", "--share-blocks False"),
+        ("--deconv True --mode 2 --layout contiguous", "--layout", "--share-blocks False"),
+        ("--run-dir R --out O", "--out O", "--run-dir"),
+        ("--arch simple_v1 --num-groups-final 8", "--num-groups-final 8", "one layer"),
+        ("--arch simple_v1 --batchnorm True", "--batchnorm True", "one layer"),
+    ],
+)
+def test_flags_that_would_do_nothing_are_refused_by_name(capsys, line, flag, reason):
+    with pytest.raises(SystemExit) as stop:
+        read(line)
+    assert stop.value.code == 2
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith(f"main.py: error: {flag}")
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--deconv True --mode 4 --stride 1",
+        "--deconv True --mode 3 --stride 2 --layout interleaved --share-blocks True",
+        "--deconv True --mode 2 --num-groups 8 --layout contiguous --share-blocks False",
+        "--deconv True --mode 2 --layout contiguous --num-groups-final 64",
+        "--deconv True --bias False --batchnorm False",
+        "--bias False --batchnorm True",
+        "--batchnorm False --bias True",
+        "--optimizer Adam --lr-scheduler multistep --milestone .5 .75 --multistep-gamma .2",
+        "--arch simple_v1 --method 4 --eps .1 --layout interleaved",
+        "--arch simple_v1 --method 2 --stride 1 --bias False",
+        "--arch mlp --method 1 --num-groups-final 64 --eps .1",
+        "--arch mlp --method 3 --num-groups-final 64 --layout interleaved --share-blocks True",
+        "--dataset folder --run-dir R --out O",
+        "--arch vgg11 --dropout-rate .5",
+        "--arch resnet --dropout-rate 0",
+    ],
+)
+def test_flags_that_count_are_accepted(line):
+    read(line)
+
+
+def test_machines_that_torchrun_has_not_started_are_not_waited_for(capsys, monkeypatch):
+    """Under torchrun --world-size starts nothing: two machines would train apart, unheard."""
+    line = "--world-size 2 --rank 0 --dist-url tcp://host:1"
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "4"), ("GROUP_WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    read(line)
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "1")
+    with pytest.raises(SystemExit):
+        read(line)
+    assert "--world-size 2 contradicts torchrun's --nnodes 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("script", [main, main_imagenet])
+def test_no_flag_that_names_a_place_is_inherited(script):
+    actions = script.build_script().parser._actions
+    places = {action.dest for action in actions if action.type in (place, mirror_url, meeting_url)}
+    assert {"data", "out", "run_dir", "resume", "dist_url"} <= places <= OF_THIS_MACHINE
+
+
+def test_a_checkpoint_chooses_neither_what_is_read_nor_where_is_written(tmp_path, capsys):
+    state = make_state()
+    far = str(tmp_path / "far")
+    state["config"] |= {"data": far, "out": far, "run_dir": far, "data_url": f"file://{far}"}
+    state["config"] |= {"resume": far, "milestone": [0.5]}
+    path = save_checkpoint(state, tmp_path)
+    with pytest.raises(SystemExit):
+        read_settings(main.build_script(), ["--resume", str(path)])
+    assert f"was trained with --data {far}; places are not taken" in capsys.readouterr().err
+    flags, _ = read_settings(main.build_script(), ["--resume", str(path), "--data", "here"])
+    assert far not in vars(flags).values() and not (tmp_path / "far").exists()
+    assert (flags.data, flags.out) == ("here", str(tmp_path.parent))
+
+
+def test_how_a_step_is_computed_is_inherited(tmp_path):
+    """It changes bits; a machine that cannot do the same has to be told."""
+    state = make_state()
+    state["config"] |= {"channels_last": True, "compile": True, "milestone": [0.5]}
+    line = ["--resume", str(save_checkpoint(state, tmp_path))]
+    flags, _ = read_settings(main.build_script(), line)
+    assert flags.channels_last and flags.compile
+    flags, _ = read_settings(main.build_script(), [*line, "--compile", "False"])
+    assert flags.channels_last and not flags.compile

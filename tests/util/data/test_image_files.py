@@ -1,0 +1,189 @@
+import re
+import warnings
+from functools import partial
+from importlib.util import find_spec, module_from_spec
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image
+from torchvision.transforms import v2
+
+from util.data.augment import random_box
+from util.data.image_files import (
+    ImageFiles,
+    centre_crop,
+    open_image,
+    random_crop,
+    to_rgb,
+    whole_image,
+)
+from util.errors import BadImage, DataError
+
+SIDE = 40
+rng = np.random.default_rng(0)
+
+
+def noise(width, height):
+    return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
+
+
+def read(paths, size=32, view=whole_image, epoch=0, index=None, **options):
+    index = np.arange(len(paths)) if index is None else np.array(index)
+    files = ImageFiles([str(path) for path in paths], size, view, **options)
+    return files.read(np.full_like(index, epoch), index)
+
+
+def pixels(image):
+    return np.asarray(image).astype(int)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
+def test_images_of_every_kind_become_rgb(tmp_path, mode):
+    grey = np.full((SIDE, SIDE), 255, np.uint8)
+    if mode.startswith("I"):
+        image = Image.fromarray(
+            (grey.astype(np.uint16) * 257).astype(np.int32 if mode == "I" else np.uint16)
+        )
+    else:
+        image = Image.fromarray(grey).convert("RGB").convert(mode)
+    path = tmp_path / ("x.tif" if mode == "I" else "x.jpg" if mode == "CMYK" else "x.png")
+    image.save(path)
+    images, bad = read([path])
+    assert images.shape == (1, 3, 32, 32) and images.dtype == torch.uint8 and not bad
+    assert images.min() >= 254
+
+
+def test_16_bit_grey_keeps_its_range(tmp_path):
+    Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "x.png")
+    assert read([tmp_path / "x.png"]).images.unique().tolist() == [0x80]
+
+
+def test_floating_point_images_are_refused(tmp_path):
+    Image.fromarray(np.ones((SIDE, SIDE), np.float32)).save(tmp_path / "x.tif")
+    with pytest.raises(BadImage, match=r"x\.tif: its pixels are floating-point"):
+        open_image(str(tmp_path / "x.tif"))
+
+
+def test_a_large_jpeg_is_close_to_the_plainly_resized_image(tmp_path):
+    ramp = np.linspace(0, 255, 500)[None, :, None].repeat(400, 0).repeat(3, 2).astype(np.uint8)
+    Image.fromarray(ramp).save(tmp_path / "x.jpg")
+    expected = Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR)
+    (image,) = read([tmp_path / "x.jpg"], at_least=64).images
+    assert np.abs(image.permute(1, 2, 0).numpy() - pixels(expected)).max() <= 3
+    assert open_image(str(tmp_path / "x.jpg"), at_least=64).size == (125, 100)
+    assert open_image(str(tmp_path / "x.jpg")).size == (500, 400)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK", "P"])
+def test_every_exif_orientation_is_undone(tmp_path, orientation, mode):
+    stored_as = [  # how a camera held so would store the scene, as EXIF 2.32 defines it
+        lambda scene: scene,
+        np.fliplr,
+        lambda scene: np.rot90(scene, 2),
+        np.flipud,
+        lambda scene: scene.swapaxes(0, 1),
+        np.rot90,
+        lambda scene: np.rot90(scene, 2).swapaxes(0, 1),
+        lambda scene: np.rot90(scene, 3),
+    ]
+    scene = np.zeros((24, 36, 3), np.uint8)
+    scene[:12, :18], scene[:12, 18:], scene[12:, :18] = 51, 102, 204  # of Pillow's palette
+    stored = Image.fromarray(np.ascontiguousarray(stored_as[orientation - 1](scene)))
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    path = tmp_path / ("x.png" if mode == "P" else "x.jpg")
+    stored.convert(mode).save(path, exif=exif, **({} if mode == "P" else {"quality": 100}))
+    assert np.abs(pixels(open_image(str(path))) - scene).max() <= 8
+
+
+def test_a_damaged_exif_header_costs_neither_the_image_nor_a_warning(tmp_path):
+    image, paths = noise(SIDE, SIDE), [str(tmp_path / name) for name in ("a.png", "b.png")]
+    image.save(paths[0], exif=b"Exif\0\0nonsense")
+    image.save(paths[1], exif=b"Exif\0\0II*\0\x08\0\0\0\x05\0\x12\1")  # ends too soon
+    with warnings.catch_warnings(record=True) as told:
+        fresh = module_from_spec(find_spec("util.data.image_files"))
+        fresh.__spec__.loader.exec_module(fresh)  # anew: pytest forgets what the first one ignores
+        for path in paths:
+            assert np.array_equal(pixels(fresh.open_image(path)), pixels(image))
+    assert not told
+
+
+def bad_files(folder):
+    """One whole image between bad ones, and the bad ones by index."""
+    for name in ("whole.jpg", "short.jpg"):
+        noise(SIDE, SIDE).save(folder / name)
+    short = (folder / "short.jpg").read_bytes()
+    (folder / "short.jpg").write_bytes(short[: len(short) // 2])
+    (folder / "empty.jpg").write_bytes(b"")
+    (folder / "text.jpg").write_text("no image")
+    names = ("short.jpg", "empty.jpg", "whole.jpg", "text.jpg")
+    paths = [str(folder / name) for name in names]
+    return paths, {i: paths[i] for i in (0, 1, 3)}
+
+
+def test_bad_images_are_named_by_the_error(tmp_path):
+    paths, bad = bad_files(tmp_path)
+    for i, path in bad.items():
+        with pytest.raises(BadImage, match=f"^cannot decode the image {re.escape(path)}: "):
+            read(paths, index=[i])
+
+
+def test_bad_images_can_be_skipped_and_are_named(tmp_path):
+    paths, bad = bad_files(tmp_path)
+    images, skipped = read(paths, skip=True)
+    assert skipped == bad
+    assert torch.equal(images, read(paths, index=[2]).images)
+    images, skipped = read(paths, index=[3], skip=True)
+    assert images.shape == (0, 3, 32, 32) and skipped == {3: paths[3]}
+
+
+def test_a_file_that_cannot_be_read_is_never_skipped(tmp_path):
+    with pytest.raises(DataError, match=r"^cannot read the image .*gone\.jpg: No such file"):
+        read([tmp_path / "gone.jpg"], skip=True)
+
+
+def test_paths_of_any_bytes_are_found(tmp_path):
+    path = tmp_path / "k\udcff\u00e4tze.png"  # \udcff: a byte that is no UTF-8
+    noise(32, 32).save(path)
+    assert read([path]).images.shape == (1, 3, 32, 32)
+
+
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 420), (90, 33), (256, 256)])
+def test_the_centre_crop_is_that_of_torchvision(width, height):
+    published = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+    image = noise(width, height)
+    assert np.array_equal(centre_crop(image, 224, 0, 0), published(image))
+    assert centre_crop(image, 96, 0, 0).size == (96, 96)
+
+
+def test_the_random_crop_is_its_box_resized():
+    image = noise(90, 70)
+    top, left, height, width = random_box(90, 70, 3, 1, 5)
+    box = image.crop((left, top, left + width, top + height))
+    expected = box.resize((48, 48), Image.Resampling.BILINEAR)
+    assert np.array_equal(random_crop(image, 48, 1, 5, seed=3), expected)
+
+
+def test_a_random_crop_depends_on_seed_epoch_and_index_alone(tmp_path):
+    noise(90, 70).save(tmp_path / "x.png")
+    paths = [tmp_path / "x.png"] * 3
+    views = [partial(random_crop, seed=seed) for seed in (0, 1)]
+    whole = read(paths, view=views[0], epoch=2).images
+    assert torch.equal(read(paths, view=views[0], epoch=2, index=[2, 0]).images, whole[[2, 0]])
+    for other in (
+        read(paths, view=views[0], epoch=3).images,
+        read(paths, view=views[1], epoch=2).images,
+        whole[[1, 2, 0]],
+    ):
+        assert (other != whole).flatten(1).any(1).all()
+
+
+def test_transparency_is_dropped_and_palettes_are_resolved():
+    image = noise(8, 8)
+    clear = image.copy()
+    clear.putalpha(0)
+    assert np.array_equal(to_rgb(clear), image)
+    few = image.quantize(16)
+    assert np.array_equal(to_rgb(few), few.convert("RGB"))

@@ -1,0 +1,184 @@
+"""The world of several processes, and the scripts run in it: gloo on this machine's loopback."""
+
+import os
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from torch import distributed as dist
+from torch import multiprocessing, nn
+
+from deconv import batch_share
+from models import build_model, make_layers
+from util.data.datasets import build_loaders
+from util.data.sampler import EpochBatches
+from util.distributed.launcher import check_agreement, init_processes
+from util.distributed.world import World
+from util.errors import PeerFailed, RunError
+from util.training.accelerator import Accelerator
+from util.training.engine import evaluate, train_one_epoch
+from util.training.optim import build_criterion, build_optimizer, build_scheduler
+
+ROOT = Path(__file__).resolve().parents[3]
+CPU = torch.device("cpu")
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
+
+
+def in_world(rank, size, port, action, *args):
+    names = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": size}
+    os.environ |= {name: str(value) for name, value in names.items()}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with init_processes(CPU) as world:
+        action(world, *args)
+
+
+def run_world(size, action, *args):
+    multiprocessing.spawn(in_world, (size, free_port(), action, *args), nprocs=size)
+
+
+def use_every_operation(world, folder):
+    first, total = world.batch_offset((4, 0, 3)[world.rank], CPU)
+    assert (first, total) == ((0, 4, 4)[world.rank], 7)
+    assert (world.rank, world.size, world.local_size) == (dist.get_rank(), 3, 3)
+    mine = torch.full((2,), float(world.rank))
+    assert world.sum(mine).tolist() == [3, 3]
+    assert mine.tolist() == [world.rank] * 2  # left as it was
+    assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
+    assert world.on_rank0(lambda: world.rank) == 0
+    assert world.share_workers(4) == 2
+
+    norm = nn.BatchNorm1d(2)
+    norm.running_var.fill_(world.rank)
+    own = world.gather_own_buffers(norm)
+    assert [part.keys() for part in own] == [set(), {"running_var"}, {"running_var"}]
+    again = nn.BatchNorm1d(2)
+    world.take_own_buffers(again, own)
+    assert again.running_var.tolist() == [max(world.rank, 1)] * 2  # the first keeps what it has
+    world.take_own_buffers(norm, own[:2])  # of other processes than these
+    assert norm.running_var.tolist() == [world.rank] * 2
+
+    def fail():
+        raise FileNotFoundError("first")
+
+    with pytest.raises(FileNotFoundError if world.is_first else PeerFailed):
+        world.on_rank0(fail)
+    with pytest.raises(FileNotFoundError if world.is_first else PeerFailed):
+        world.rank0_first(fail)
+
+    def visit():  # the first process comes before all others
+        (folder / str(world.rank)).touch()
+        return (folder / "0").exists(), world.rank
+
+    assert world.rank0_first(visit) == (True, world.rank)
+
+    with pytest.raises(RunError, match="different checkpoints .none, step 5, step 10."):
+        check_agreement(world, 5 * world.rank or None)
+    check_agreement(world, 5)
+
+    model = nn.BatchNorm1d(2)
+    model.running_mean += world.rank
+    world.average_buffers(model)
+    assert model.running_mean.tolist() == [1, 1]
+    assert model.running_var.tolist() == [1, 1]
+
+    model = nn.Linear(2, 1, bias=False)
+    nn.init.constant_(model.weight, 1.0 + world.rank)
+    replica = world.replicate(model)
+    assert model.weight.tolist() == [[1, 1]]  # those of the first process
+    replica(torch.full((1, 2), float(world.rank))).sum().backward()
+    assert model.weight.grad.tolist() == [[1, 1]]
+
+
+def test_three_processes(tmp_path):
+    run_world(3, use_every_operation, tmp_path)
+
+
+class Double(Accelerator):
+    """Computes in float64, where sums in another order differ by less than 1e-10."""
+
+    def batch_to_device(self, images, targets):
+        return images.double(), targets
+
+
+def train_digits(world, batch_size):
+    """Three steps of a small network, and a test; its state and the figures of both."""
+    rank_and_size = {"rank": world.rank, "processes": world.size}
+    spec, train, test = build_loaders(
+        "digits", "", batch_size=batch_size, cache_dir="", **rank_and_size
+    )
+    torch.manual_seed(0)
+    layers = make_layers(deconv=True, block=4, block_final=16)
+    model = build_model("simple_v2", layers, in_channels=spec.in_channels).double()
+    criterion = build_criterion("CE", spec.num_classes)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
+    accelerator, args = Double(CPU), (criterion, optimizer, scheduler)
+    train.batch_sampler.set_epoch(1, start_batch=len(train) - 3)
+    replica = world.replicate(model)
+    trained = train_one_epoch(
+        replica, train, *args, accelerator=accelerator, world=world, batch_context=batch_share
+    )
+    tested = evaluate(model, test, criterion, accelerator=accelerator, world=world)
+    state = [value.double() for value in model.state_dict().values()]
+    for figures in (trained, tested):
+        del figures["seconds"]
+    return torch.cat([value.flatten() for value in state]), trained, tested
+
+
+def figures_of_a_test(world, batch_size):
+    """The figures of a test, without the seconds."""
+    size = {"rank": world.rank, "processes": world.size}
+    spec, _, test = build_loaders("digits", "", batch_size=batch_size, cache_dir="", **size)
+    torch.manual_seed(0)
+    model = build_model("simple_v2", make_layers(deconv=True), in_channels=spec.in_channels)
+    criterion = build_criterion("CE", spec.num_classes)
+    figures = evaluate(model, test, criterion, accelerator=Accelerator(CPU), world=world)
+    return {name: value for name, value in figures.items() if name != "seconds"}
+
+
+def compare_with_one_process(world, folder):
+    assert figures_of_a_test(world, 50) == torch.load(folder / "tested.pt")  # to the last bit
+    state, trained, tested = train_digits(world, 359)
+    whole, whole_trained, whole_tested = torch.load(folder / "trained.pt")
+    torch.testing.assert_close(state, whole, rtol=0, atol=1e-10)
+    assert trained == pytest.approx(whole_trained, abs=1e-10)
+    assert tested == pytest.approx(whole_tested, abs=1e-10)
+
+
+def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
+    """1437 images in batches of 359: the last is of one, and two processes have none of it."""
+    torch.save(figures_of_a_test(World(), 50), tmp_path / "tested.pt")
+    torch.save(train_digits(World(), 359), tmp_path / "trained.pt")
+    run_world(3, compare_with_one_process, tmp_path)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 6])
+def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processes):
+    """--test-iter 4 of 7 batches."""
+    dealt = [
+        list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole=True))
+        for rank in range(processes)
+    ]
+    tested = [b[: World(rank, processes).deal(4)] for rank, b in enumerate(dealt)]
+    assert sorted(index for part in tested for ((_, index),) in part) == [0, 1, 2, 3]
+
+
+def test_a_world_of_one_needs_no_process_group(monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(dist, "init_process_group", None)
+    with init_processes(CPU) as world:
+        assert world == World() and world.is_first
+    values, model = torch.ones(2), nn.BatchNorm1d(2)
+    assert world.sum(values) is values
+    assert world.gather(5) == [5]
+    assert world.on_rank0(lambda: 6) == world.rank0_first(lambda: 6) == 6
+    assert world.replicate(model) is model
+    world.average_buffers(model)
+    assert world.share_workers(3) == 3

@@ -1,0 +1,276 @@
+import errno
+import json
+import os
+import random
+import shutil
+import signal
+from argparse import Namespace
+from contextlib import nullcontext
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.states import make_state
+from util.checkpoint.store import load_checkpoint, save_checkpoint
+from util.device import choose_device, count_processes
+from util.errors import CheckpointError, RunError, Stopped
+from util.random_state import seed_everything
+from util.tracking import run_dir as run_dir_module
+from util.tracking.provenance import write_record
+from util.tracking.run_dir import check_unchanged, copy_previous_run, find_run_dir, open_run_dir
+from util.training.session import check_last_batch, name_images
+from util.training.signals import tell_where_to_continue
+
+
+def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
+    assert str(choose_device(None, None, None)) == "cuda:0"
+    assert str(choose_device(True, None, None, local_rank=1)) == "cuda:1"
+    assert str(choose_device(None, 1, None)) == "cuda:1"
+    assert str(choose_device(False, None, None, local_rank=1)) == "cpu"
+    with pytest.raises(RunError, match="process 2 .* 2 are visible"):
+        choose_device(None, None, None, local_rank=2)
+    with monkeypatch.context() as several:
+        several.setenv("LOCAL_WORLD_SIZE", "2")
+        with pytest.raises(RunError, match="--gpu 1: several processes"):
+            choose_device(None, 1, None)
+    assert [count_processes(None, None), count_processes(None, 1)] == [2, 1]
+    assert count_processes(False, None) == 1
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert choose_device(None, None, None).type == "cpu"
+    assert count_processes(None, None) == 1
+    with pytest.raises(RunError, match="--use-gpu True"):
+        choose_device(True, None, None)
+    with pytest.raises(RunError, match="--gpu 3: PyTorch sees 0"):
+        choose_device(None, 3, None)
+
+
+def test_threads_are_set():
+    before = torch.get_num_threads()
+    try:
+        choose_device(False, None, before + 1)
+        assert torch.get_num_threads() == before + 1
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_seeding_repeats_all_generators():
+    def draw():
+        seed_everything(2**40)
+        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
+
+    assert draw() == draw()
+
+
+def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
+    folders = {open_run_dir(None, str(tmp_path), "digits-vgg11-bn")[0] for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_dir() and folder.parent.name == "digits-vgg11-bn" for folder in folders)
+
+
+def test_a_folder_that_holds_a_run_is_taken_for_its_own_continuation_only(tmp_path):
+    checkpoint = str(tmp_path / "checkpoint.pth.tar")
+    (tmp_path / "args.json").touch()
+    assert find_run_dir(str(tmp_path), None) == tmp_path  # it ended before its first epoch
+    (tmp_path / "checkpoint.pth.tar").touch()
+    assert find_run_dir(None, None) is None
+    assert find_run_dir(None, checkpoint) == tmp_path
+    assert find_run_dir(str(tmp_path), checkpoint) == tmp_path
+    assert find_run_dir(str(tmp_path / "new"), checkpoint) == tmp_path / "new"
+    with pytest.raises(RunError, match="holds a run"):
+        find_run_dir(str(tmp_path), None)
+    with pytest.raises(RunError, match="holds a run"):
+        find_run_dir(str(tmp_path), str(tmp_path / "elsewhere" / "checkpoint.pth.tar"))
+    with pytest.raises(RunError, match="not a folder"):
+        find_run_dir(str(tmp_path / "args.json"), None)
+
+
+def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match="file/run cannot be made"):
+        open_run_dir(tmp_path / "file" / "run", "", "")
+
+
+def save(folder, epoch, best_epoch, batches=0):
+    """A checkpoint of `epoch`, when `best_epoch` was the best; returns what it knows."""
+    folder.mkdir(exist_ok=True)
+    state = make_state(epoch=epoch, best_epoch=best_epoch, batches=batches)
+    save_checkpoint(state, folder, is_best=epoch == best_epoch and not batches)
+    return state
+
+
+def best_epoch(folder):
+    path = folder / "model_best.pth.tar"
+    return load_checkpoint(path, "cpu")["epoch"] if path.exists() else None
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_the_best_network_that_the_checkpoint_knows_comes_along(tmp_path, in_place):
+    old = tmp_path / "old"
+    new = old if in_place else tmp_path / "new"
+    new.mkdir()
+    resume = tmp_path / "link"
+    resume.symlink_to(old / "checkpoint.pth.tar")
+    save(old, 1, best_epoch=1)
+    second = save(old, 2, best_epoch=1)
+    copy_previous_run(str(resume), second, new)
+    assert best_epoch(new) == 1
+    third = save(old, 3, best_epoch=3)
+    copy_previous_run(str(resume), second, new)  # the best beside it is of a later epoch
+    assert best_epoch(new) is None
+    copy_previous_run(str(resume), third, new)  # it is the best itself
+    assert best_epoch(new) == 3
+    copy_previous_run(str(resume), save(old, 3, best_epoch=3, batches=2), new)
+    assert best_epoch(new) == 3  # the one beside it, not itself
+    copy_previous_run(None, None, new)
+    assert best_epoch(new) is None
+
+
+def test_the_last_best_stays_where_a_better_one_found_the_disk_full(tmp_path, monkeypatch):
+    save(tmp_path, 1, best_epoch=1)
+
+    def refuse(*files):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as full, pytest.raises(OSError, match="No space left"):
+        full.setattr(shutil, "copyfileobj", refuse)
+        save(tmp_path, 2, best_epoch=2)
+    third, latest = save(tmp_path, 3, best_epoch=2), str(tmp_path / "checkpoint.pth.tar")
+    copy_previous_run(latest, third, tmp_path)
+    assert best_epoch(tmp_path) == 1
+
+
+@pytest.mark.parametrize("broken", ["copyfileobj", "load_checkpoint"])
+def test_a_fault_of_the_disk_takes_no_checkpoint_away(tmp_path, monkeypatch, broken):
+    save(tmp_path, 1, best_epoch=1)
+    known = save(tmp_path, 2, best_epoch=1)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def refuse(*files):
+        fault = OSError(errno.EIO, "Input/output error", str(files[0]))
+        if broken == "load_checkpoint":
+            raise CheckpointError("cannot be read") from fault
+        raise fault
+
+    monkeypatch.setattr(shutil if broken == "copyfileobj" else run_dir_module, broken, refuse)
+    resume = str(tmp_path / "checkpoint_previous.pth.tar")
+    if broken == "copyfileobj":
+        known = load_checkpoint(resume, "cpu")
+    with pytest.raises(OSError, match="Input/output error"):
+        copy_previous_run(resume, known, tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
+    for epoch in (1, 2):
+        save(tmp_path, epoch, best_epoch=1)
+    previous = tmp_path / "checkpoint_previous.pth.tar"
+    (tmp_path / "checkpoint.pth.tar").write_bytes(b"damaged")
+    copy_previous_run(str(previous), load_checkpoint(previous, "cpu"), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 1
+    assert not previous.exists()
+    assert best_epoch(tmp_path) == 1
+
+
+def test_a_link_in_the_place_of_the_lock_empties_no_other_file(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / ".lock").symlink_to(tmp_path / "precious")
+    with pytest.raises(RunError, match=r"\.lock cannot be made: Too many levels of symbolic"):
+        open_run_dir(tmp_path, "", "")
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path):
+    (tmp_path / ".summary.json.77.tmp").touch()
+    assert open_run_dir(tmp_path, "", "")[0] == tmp_path
+    assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_a_run_that_another_process_has_gone_on_with_is_not_taken_up(tmp_path):
+    checkpoint = str(tmp_path / "checkpoint.pth.tar")
+    check_unchanged(tmp_path, None, None)
+    read = save(tmp_path, 1, best_epoch=1)
+    check_unchanged(tmp_path, checkpoint, read)
+    with pytest.raises(RunError, match="holds a run already"):
+        check_unchanged(tmp_path, None, None)
+    save(tmp_path, 2, best_epoch=1)
+    with pytest.raises(RunError, match="another process has trained on, from step 5 to 10"):
+        check_unchanged(tmp_path, checkpoint, read)
+
+
+def test_the_rows_of_earlier_batches_come_along(tmp_path):
+    known = save(tmp_path / "old", 1, best_epoch=1)
+    (tmp_path / "old" / "train_batch.log").write_text("rows")
+    (tmp_path / "new").mkdir()
+    resume = str(tmp_path / "old" / "checkpoint.pth.tar")
+    copy_previous_run(resume, known, tmp_path / "new")
+    assert (tmp_path / "new" / "train_batch.log").read_text() == "rows"
+    (tmp_path / "old" / "train_batch.log").unlink()
+    os.mkfifo(tmp_path / "old" / "train_batch.log")  # nobody writes there
+    copy_previous_run(resume, known, tmp_path / "new")
+    assert not (tmp_path / "new" / "train_batch.log").exists()
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "fine"), [(9, 4, False), (9, 1, False), (9, 3, True), (1, 4, False)]
+)
+def test_a_single_image_never_meets_batchnorm1d(images, batch_size, fine):
+    check_last_batch(nn.BatchNorm2d(3), images, batch_size)
+    told = nullcontext() if fine else pytest.raises(RunError, match="--batch-size .* is of 1:")
+    with told:
+        check_last_batch(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size)
+
+
+@pytest.mark.parametrize(("last", "fine"), [(1, False), (2, False), (3, False), (4, True)])
+def test_a_share_of_one_image_counts_as_a_batch_of_one(last, fine):
+    told = nullcontext() if fine else pytest.raises(RunError, match="shared by 2 processes")
+    with told:
+        check_last_batch(nn.BatchNorm1d(3), 8 + last, 8, processes=2)
+    with pytest.raises(RunError, match="--batch-size 1: fewer images than the 2 processes"):
+        check_last_batch(nn.Linear(1, 1), 8, 1, processes=2)
+
+
+def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
+    write_record(tmp_path, {"lr": 0.1}, torch.device("cpu"))
+    record = json.loads((tmp_path / "args.json").read_text())
+    assert record["flags"] == {"lr": 0.1}
+    assert record["versions"]["torch"] == torch.__version__
+    assert {"python", "torchvision", "numpy"} <= set(record["versions"])
+    assert record["commit"] is None or len(record["commit"]) == 40
+    assert record["device"].startswith("cpu, ")
+
+
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize(
+    ("stop", "code"),
+    [(KeyboardInterrupt(), 130), (Stopped(signal.SIGINT), 130), (Stopped(signal.SIGTERM), 143)],
+)
+def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished, stop, code):
+    if finished:
+        (tmp_path / "checkpoint.pth.tar").touch()
+    with pytest.raises(SystemExit) as end, tell_where_to_continue(tmp_path):
+        raise stop
+    assert end.value.code == code
+    told = capsys.readouterr().err.strip()
+    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "nothing was saved"
+    assert expected in told and "\n" not in told
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"dataset": "digits", "data": "./data"}, ""),
+        ({"dataset": "folder", "data": "my images"}, "--data 'my images'"),
+        ({"data": "big"}, "big"),
+        ({"data": None}, ""),
+    ],
+)
+def test_what_names_the_images_of_a_run_can_be_typed(given, words):
+    """--data is refused beside digits; ImageNet's folder stands alone, --dummy has none."""
+    assert name_images(Namespace(**given)) == words

@@ -1,0 +1,142 @@
+import copy
+import math
+import warnings
+from importlib.util import find_spec, module_from_spec
+
+import pytest
+import torch
+from torch import nn
+
+from deconv import FastDeconv
+from util.errors import RunError
+from util.training.accelerator import PRECISIONS, Accelerator
+from util.training.optim import build_optimizer, build_scheduler
+
+CPU = torch.device("cpu")
+
+
+def step(accelerator, model, images):
+    """One step; the dtype that the network computed in."""
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    with accelerator.autocast():
+        out = model(images)
+        loss = out.float().square().mean()
+    accelerator.update(loss, optimizer)
+    return out.dtype
+
+
+@pytest.mark.parametrize("amp", PRECISIONS)
+def test_networks_compute_in_the_precision_asked_for_and_keep_float32_weights(amp):
+    torch.manual_seed(0)
+    model, images = nn.Linear(8, 4), torch.randn(16, 8)
+    plain = copy.deepcopy(model)
+    assert step(Accelerator(CPU, amp=amp), model, images) == PRECISIONS[amp]
+    step(Accelerator(CPU), plain, images)
+    assert model.weight.dtype == torch.float32
+    torch.testing.assert_close(model.weight, plain.weight, atol=2e-3, rtol=0)
+
+
+def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
+    model = nn.Linear(2, 1, bias=False)
+    before, accelerator = model.weight.detach().clone(), Accelerator(CPU, amp="fp16")
+    step(accelerator, model, torch.full((1, 2), 3e4))
+    assert torch.equal(model.weight, before)
+    scale = accelerator.state_dict()["scale"]
+    other = Accelerator(CPU, amp="fp16")
+    assert scale == other.state_dict()["scale"] / 2
+    other.load_state_dict(accelerator.state_dict())
+    assert other.state_dict() == accelerator.state_dict()
+
+
+def test_gradients_that_no_scale_of_fp16_helps_count_as_not_finite():
+    accelerator, model = Accelerator(CPU, amp="fp16"), nn.Linear(2, 1)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    loss = lambda: model(torch.ones(1, 2)).sum()
+    assert accelerator.backward(loss(), optimizer) == 0
+    accelerator.load_state_dict({**accelerator.state_dict(), "scale": 2.0**-15})
+    assert accelerator.backward(loss(), optimizer).isnan()
+
+
+def test_the_largest_gradient_is_told_and_nan_is_not_hidden():
+    weight = nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = build_optimizer("SGD", [weight], lr=0.1)
+    accelerator = Accelerator(CPU)
+    for factors, largest in (([3.0, -4e30], 4e30), ([1e-3, 0.0], 1e-3)):
+        assert accelerator.backward((weight * torch.tensor(factors)).sum(), optimizer) == largest
+    assert accelerator.backward((weight * torch.tensor([math.nan, 1.0])).sum(), optimizer).isnan()
+    assert weight.tolist() == [1.0, 2.0]
+
+
+def test_a_first_step_that_overflows_is_no_reason_for_a_warning():
+    model = nn.Linear(2, 1, bias=False)
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        fresh = module_from_spec(find_spec("util.training.accelerator"))
+        fresh.__spec__.loader.exec_module(fresh)  # anew: pytest forgets what the first one ignores
+        accelerator = fresh.Accelerator(CPU, amp="fp16")
+        with accelerator.autocast():
+            loss = model(torch.full((1, 2), 3e4)).float().square().mean()
+        accelerator.update(loss, optimizer)
+        scheduler.step()
+    assert not told and scheduler.last_epoch == 1
+
+
+def test_other_precisions_have_no_state():
+    assert Accelerator(CPU).state_dict() == Accelerator(CPU, amp="bf16").state_dict() == {}
+    Accelerator(CPU, amp="fp16").load_state_dict({})  # from a checkpoint of another precision
+
+
+def test_channels_last_puts_networks_and_images_pixel_by_pixel():
+    accelerator = Accelerator(CPU, channels_last=True)
+    model = accelerator.to_device(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
+    images, _ = accelerator.batch_to_device(torch.randn(2, 3, 8, 8), torch.zeros(2))
+    for tensor in (images, model[0].weight, model[0](images)):
+        assert tensor.is_contiguous(memory_format=torch.channels_last)
+        assert not tensor.is_contiguous()
+
+
+def record_calls(monkeypatch):
+    """In place of recording, which needs a GPU: as many warm-up steps, and all that is replayed."""
+    replayed = []
+
+    def make(step, images):
+        torch.autograd.grad(step(*images).sum(), tuple(step.parameters()))
+        forward = step.forward
+        step.forward = lambda images: replayed.append(images) or forward(images)
+        return step
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    return replayed
+
+
+def test_only_full_batches_of_training_are_replayed_and_recording_leaves_no_trace(monkeypatch):
+    replayed = record_calls(monkeypatch)
+    model = nn.Sequential(FastDeconv(2, 3, 3), nn.Dropout(0.5))
+    before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
+    network = Accelerator(CPU, replays=True).compile_for_training(model, (4, 2, 5, 5))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), state) and not replayed
+    full, part = torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)
+    for images in (full, part):
+        network(images)
+    network.eval()(full)
+    with torch.no_grad():
+        network.train()(full)
+    assert replayed == [full] and int(model[0].num_batches_tracked) == 3
+
+
+def test_what_is_not_to_be_replayed_is_trained_as_it_is(monkeypatch):
+    replayed = record_calls(monkeypatch)
+    model = nn.Linear(2, 1)
+    assert Accelerator(CPU).compile_for_training(model, (4, 2)) is model and not replayed
+
+
+def test_a_network_that_cannot_be_recorded_is_refused_with_the_way_out(monkeypatch):
+    def make(step, images):
+        raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
+
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
+    with pytest.raises(RunError, match=r"not permitted when .*: train with --cuda-graphs False$"):
+        Accelerator(CPU, replays=True).compile_for_training(nn.Linear(2, 1), (4, 2))

@@ -1,0 +1,193 @@
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm import tqdm
+
+from util.errors import Stopped, TrainingDiverged
+from util.training import engine
+from util.training.accelerator import Accelerator
+from util.training.engine import _forward, evaluate, train_one_epoch
+from util.training.metrics import EpochMetrics
+from util.training.optim import build_criterion, build_optimizer, build_scheduler
+
+CPU = Accelerator(torch.device("cpu"))
+CRITERION = build_criterion("CE", 3)
+
+
+def make_parts(images=None):
+    """A linear network on 10 images of 2 pixels in batches of 4, 4 and 2."""
+    torch.manual_seed(0)
+    images = torch.randn(10, 2) if images is None else images
+    loader = DataLoader(TensorDataset(images, torch.arange(10) % 3), batch_size=4)
+    model = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5))
+    optimizer = build_optimizer("SGD", model.parameters(), lr=0.1, weight_decay=0.01)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=6, epoch_steps=3)
+    return model, loader, CRITERION, optimizer, scheduler
+
+
+def test_evaluate_counts_every_image_once_and_changes_nothing():
+    model, loader, *_ = make_parts()
+    before = copy.deepcopy(model.state_dict())
+    figures = evaluate(model, loader, CRITERION, accelerator=CPU)
+    logits, targets = model[0](loader.dataset.tensors[0]), loader.dataset.tensors[1]
+    assert figures["loss"] == pytest.approx(CRITERION(logits, targets).item())
+    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
+    assert (figures["top5"], figures["images"]) == (100, 10)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_train_steps_as_written_out_by_hand():
+    model, loader, *_, scheduler = parts = make_parts()
+    model[1].p = 0.0
+    other = copy.deepcopy(model[0])
+    velocity = [torch.zeros_like(p) for p in other.parameters()]
+    losses = []
+    for step, (images, targets) in enumerate(loader):
+        loss = CRITERION(other(images), targets)
+        losses.append(loss.item())
+        lr = 0.1 * (1 + torch.cos(torch.tensor(torch.pi * step / 6))) / 2
+        grads = torch.autograd.grad(loss, list(other.parameters()))
+        with torch.no_grad():
+            for p, v, g in zip(other.parameters(), velocity, grads, strict=True):
+                v.mul_(0.9).add_(g + 0.01 * p)
+                p.sub_(lr * v)
+    figures = train_one_epoch(*parts, accelerator=CPU)
+    for ours, theirs in zip(model[0].parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
+    assert figures["loss"] == pytest.approx(mean)
+    assert (figures["steps"], figures["images"]) == (3, 10)
+    assert figures["lr"] == pytest.approx(float(lr))
+    assert scheduler.last_epoch == 3
+
+
+def test_max_steps_ends_the_epoch_early():
+    figures = train_one_epoch(*make_parts(), accelerator=CPU, max_steps=2)
+    assert (figures["steps"], figures["images"]) == (2, 8)
+
+
+def test_an_epoch_goes_on_from_the_batches_before():
+    whole, *rest = make_parts()
+    figures = train_one_epoch(whole, *rest, accelerator=CPU)
+    again, loader, *others = make_parts()
+    batches, meters, heard = list(loader), EpochMetrics(), []
+    train_one_epoch(again, batches, *others, accelerator=CPU, meters=meters, max_steps=1)
+    meters = EpochMetrics(meters.state_dict())
+    report = lambda batch, now: heard.append((batch, meters.steps))
+    more = {"accelerator": CPU, "meters": meters, "on_batch": report}
+    ours = train_one_epoch(again, batches[1:], *others, max_steps=3, **more)
+    assert heard == [(2, 2), (3, 3)]
+    assert ours.pop("seconds") >= meters.seconds > 0
+    del figures["seconds"]
+    assert ours == figures
+    assert torch.equal(again[0].weight, whole[0].weight)
+
+
+def test_on_batch_hears_of_every_batch():
+    heard = []
+    report = lambda batch, figures: heard.append((batch, sorted(figures)))
+    train_one_epoch(*make_parts(), accelerator=CPU, on_batch=report)
+    assert heard == [(batch, ["loss", "lr", "seconds", "top1", "top5"]) for batch in (1, 2, 3)]
+
+
+def test_diverging_stops_before_the_weights_are_touched():
+    images = torch.randn(10, 2)
+    images[5] = float("nan")  # in the second batch
+    model, *rest = make_parts(images)
+    seen = []
+    with pytest.raises(TrainingDiverged, match="epoch 7, batch 2: the loss is nan"):
+        train_one_epoch(
+            model,
+            *rest,
+            accelerator=CPU,
+            on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
+            title="epoch 7",
+        )
+    assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
+    model, *rest = make_parts()
+    grow = lambda grad: grad * (torch.inf if len(seen) == 1 else 1)
+    model[0].bias.register_hook(grow)
+    seen = []
+    with pytest.raises(TrainingDiverged, match="batch 2: the largest gradient is") as told:
+        train_one_epoch(
+            model,
+            *rest,
+            accelerator=CPU,
+            on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
+        )
+    assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
+    assert (told.value.batch, len(told.value.images)) == (2, 4)
+
+
+def test_a_wish_stops_after_the_step_but_not_the_last():
+    heard, signals = [], iter([0, 15, 15])
+    with pytest.raises(Stopped) as told:
+        report = lambda batch, _: heard.append(batch)
+        train_one_epoch(
+            *make_parts(), accelerator=CPU, on_batch=report, stop_request=lambda: next(signals, 15)
+        )
+    assert (heard, told.value.number) == ([1, 2], 15)
+    signals = iter([0, 0, 2])
+    assert (
+        train_one_epoch(*make_parts(), accelerator=CPU, stop_request=lambda: next(signals))["steps"]
+        == 3
+    )
+    model, loader, criterion, *_ = make_parts()
+    with pytest.raises(Stopped):
+        evaluate(model, loader, criterion, accelerator=CPU, stop_request=lambda: 2)
+
+
+def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatch):
+    shown = []
+
+    class Bar(tqdm):
+        def set_postfix_str(self, text):
+            shown.append(text)
+
+    on_terminal = lambda batches, *_, **__: Bar(batches, file=io.StringIO())
+    monkeypatch.setattr(engine, "progress_bar", on_terminal)
+    model, loader, *rest = make_parts()
+    for seconds, times in ((1e6, 1), (0.0, 3)):
+        monkeypatch.setattr(engine, "SHOW_SECONDS", seconds)
+        train_one_epoch(model, loader, *rest, accelerator=CPU)
+        evaluate(model, loader, CRITERION, accelerator=CPU)
+        assert len(shown) == 2 * times
+        shown.clear()
+
+
+def test_train_and_eval_mode_are_set():
+    model, loader, *rest = make_parts()
+    evaluate(model, loader, CRITERION, accelerator=CPU)
+    assert not model.training
+    train_one_epoch(model, loader, *rest, accelerator=CPU)
+    assert model.training
+
+
+def test_an_empty_share_is_a_step_that_learns_nothing():
+    model, _, *rest = make_parts()
+    empty = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))]
+    rest[1].param_groups[0]["weight_decay"] = 0.0
+    before = copy.deepcopy(model.state_dict())
+    figures = train_one_epoch(model, empty, *rest, accelerator=CPU)
+    assert (figures["images"], figures["steps"]) == (0, 1)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_a_step_stays_on_a_gpu(monkeypatch):
+    """Everything but the backward, which needs a real one; its tensors are only described."""
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        gpu = Accelerator(torch.device("cuda"), channels_last=True)
+        with torch.device("cuda"):
+            model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(144, 3))
+        images, targets = gpu.batch_to_device(torch.zeros(2, 3, 8, 8), torch.tensor([0, 1]))
+        loss, row = _forward(model, CRITERION, gpu, images, targets)
+        assert {loss.device.type, row.device.type, images.device.type} == {"cuda"}
+        assert row.shape == (4,) and row.dtype == torch.float64

@@ -1,0 +1,165 @@
+"""Images as they are before augmentation: in memory or read when asked for, and their pixels."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from multiprocessing.pool import ThreadPool
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional
+
+from util.console import progress_bar
+from util.errors import DataError
+
+MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
+CHUNK = 256  # images read at once when a whole split is read
+
+
+@dataclass(frozen=True)
+class DataSpec:
+    """What a network and a log need to know about a data set.
+
+    Attributes:
+        name: one of `util.data.datasets.DATASETS`, or "imagenet" or "dummy".
+        in_channels, image_size: images are (in_channels, image_size, image_size).
+        classes: names, by target.
+        mean, std: per channel, of pixels scaled to [0, 1].
+    """
+
+    name: str
+    in_channels: int
+    image_size: int
+    classes: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.classes)
+
+
+class Pixels(NamedTuple):
+    """What came of the images asked for.
+
+    Attributes:
+        images: (n, C, H, W) uint8, those that could be read, in the order asked for.
+        bad: of the others, by index, the name of the file.
+    """
+
+    images: Tensor
+    bad: dict[int, str]
+
+
+class Source(Protocol):
+    """The images of a split, read by index."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        """Images `index` (N,); `epoch` (N,) matters where reading itself draws by chance."""
+        ...
+
+
+class Split(NamedTuple):
+    """The training or the test half of a data set: images and their int64 targets."""
+
+    source: Source
+    targets: Tensor
+
+
+def is_good(index: np.ndarray, bad: dict[int, str]) -> np.ndarray:
+    """(N,) bool: which of the images `index` (N,) are not `bad`."""
+    return ~np.isin(index, list(bad))
+
+
+@dataclass(frozen=True)
+class Held:
+    """Images in memory, (size, C, H, W) uint8; the rows of those that are `bad` mean nothing."""
+
+    images: Tensor
+    bad: dict[int, str] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        good = is_good(index, self.bad)
+        images = self.images[torch.from_numpy(index[good])]
+        return Pixels(images, {i: self.bad[i] for i in index[~good].tolist()})
+
+
+@dataclass(frozen=True)
+class Resized:
+    """A source whose square images are resized on access (bilinear, antialiased)."""
+
+    source: Source
+    image_size: int
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        images, bad = self.source.read(epoch, index)
+        return Pixels(functional.resize(images, [self.image_size] * 2, antialias=True), bad)
+
+
+def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray, Pixels]]:
+    """All indices and images, CHUNK at a time; a terminal sees a bar if it takes over a second.
+
+    They are read as in epoch 0.
+    """
+
+    def read(index: np.ndarray) -> tuple[np.ndarray, Pixels]:
+        return index, source.read(np.zeros_like(index), index)
+
+    indices = np.arange(len(source))
+    parts = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
+    with ThreadPool(threads) as pool:
+        yield from progress_bar(
+            pool.imap(read, parts),
+            "reading images",
+            total=len(parts),
+            unit_scale=CHUNK,
+            delay=1,
+        )
+
+
+def hold_in_memory(source: Source, threads: int = 1) -> Source:
+    """The source with its images in one tensor if that fits MEMORY_BUDGET, else as it is."""
+    first = np.zeros(1, np.int64)
+    shape = source.read(first, first).images.shape[1:]  # C H W
+    if len(source) * math.prod(shape) > MEMORY_BUDGET:
+        return source
+    held, all_bad = torch.empty(len(source), *shape, dtype=torch.uint8), {}
+    for index, (images, bad) in read_batches(source, threads):
+        held[torch.from_numpy(index[is_good(index, bad)])] = images
+        all_bad |= bad
+    return Held(held, all_bad)
+
+
+def channel_statistics(
+    source: Source, threads: int = 1
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of each channel over all pixels, in [0, 1] units.
+
+    Sums are of integers, so exact: neither chunks nor threads change the result. A channel of one
+    flat value counts as one grey level of deviation, so that dividing by it stays finite.
+
+    Raises:
+        DataError: not one image can be read.
+    """
+    pixels, total, squares = 0, 0, 0
+    for _, (images, _) in read_batches(source, threads):
+        values = images.transpose(0, 1).flatten(1).long()  # C N*H*W
+        pixels += values.shape[1]
+        total, squares = total + values.sum(1), squares + values.square().sum(1)
+    if not pixels:
+        raise DataError(f"not one of {len(source)} images can be read")
+    mean = total.double() / pixels
+    std = (squares.double() / pixels - mean.square()).clamp(min=1).sqrt()
+    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

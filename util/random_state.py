@@ -1,0 +1,41 @@
+"""TODO: util/random_state.py."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import numpy as np
+import torch
+
+
+def seed_everything(seed: int) -> None:
+    """Seed every random generator in use, on all devices."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - third parties draw from the global generator
+    torch.manual_seed(seed)
+
+
+def rng_state() -> dict[str, Any]:
+    """The state of every random generator in use (torch, CUDA, numpy, python), as plain values."""
+    # The global generator, for the sake of code of others that draws from it.
+    numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
+    keys = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
+    return {
+        "torch": torch.get_rng_state(),
+        # Asked only where CUDA is in use: asking would start it on every GPU.
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": keys}},
+        "python": random.getstate(),
+    }
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put back what `rng_state` returned; generators of GPUs that are not here are left out."""
+    torch.set_rng_state(state["torch"].cpu())
+    for index, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+        torch.cuda.set_rng_state(cuda_state.cpu(), index)
+    saved = state["numpy"]
+    keys = saved["state"]["key"].cpu().numpy().astype(np.uint32)
+    np.random.set_state({**saved, "state": {**saved["state"], "key": keys}})  # noqa: NPY002
+    random.setstate(state["python"])
