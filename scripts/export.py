@@ -1,15 +1,14 @@
-"""Export a trained network for serving: fused, in evaluation, tried on real images.
+"""Export a trained network for serving, fused and checked on test images.
 
     python scripts/export.py RUN/checkpoint.pth.tar --to onnx network.onnx
     python scripts/export.py RUN/checkpoint.pth.tar --to safetensors network.safetensors --data DIR
 
-A checkpoint names no folder: where the images are not in ./data, --data says so again.
+`deconv.fuse` folds deconvolution into plain layers. The formats onnx and torch-export take images
+(N, C, H, W), float32 and normalized, for any N. They return scores (N, classes). The format
+safetensors holds the weights of the fused network.
 
-Deconvolution is folded into plain layers (`deconv.surgery.fuse`). onnx and torch-export take images
-(N, C, H, W), float32 normalised, for any N, and give the scores of the classes (N, classes);
-safetensors has the weights of the fused network. What was written is read again, and its scores of
-images to test with are compared with those of the network of the checkpoint. Exit codes: 1 they
-differ by more than --tolerance, 2 bad input.
+The script reads the written file again. It compares the file's scores on test images with those of
+the checkpoint's network. Exit codes: 1 the scores differ by more than --tolerance, 2 bad input.
 """
 
 from __future__ import annotations
@@ -17,14 +16,10 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import os
 import sys
-import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.util import find_spec
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -33,124 +28,64 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main as small_images
-import main_imagenet as large_images
 from deconv import fuse
-from util.checkpoint.store import load_checkpoint, load_newest
-from util.cli.inherited import OF_THIS_MACHINE, check_config
-from util.data.datasets import DataError, DataSpec, build_loaders
-from util.data.imagenet import build_imagenet_loaders
-from util.errors import CheckpointError, RunError
-from util.training.resume import restore_model
+from scripts import trained_network
+from scripts.trained_network import INPUT_ERRORS, load_network, read_images
 
+SCRIPT = "export.py"
+BATCH = "batch"  # name of the dimension of any size
 Run = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> scores (N, classes)
-PLACE = "of main.py or main_imagenet.py, or the folder of such a run"
-BATCH = "batch"  # the dimension whose size is left open
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        file, saved = read_saved(args.checkpoint)
-        flags, network = rebuild(saved, file)
-        images = read_images(flags, args.data, args.images)
+        trained = load_network(args.checkpoint)
+        images = read_images(trained.flags, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        run = WRITERS[args.to](fuse(network), images[:2], args.out, describe(saved))
-    except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
-        stop(str(error))
+        facts = describe_input(trained.saved)
+        run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, facts)
+    except INPUT_ERRORS as error:
+        trained_network.stop(SCRIPT, error)
     with torch.no_grad():
-        expected = network(images)
-        # Batches of two sizes, neither the one that it was made with.
-        given = torch.cat([run(images[:1]), run(images[1:])])
+        expected = trained.network(images)
+        # Two batch sizes, both unlike that of the example.
+        scores = torch.cat([run(images[:1]), run(images[1:])])
     scale = expected.abs().max().item()
-    difference = (given - expected).abs().max().item()
+    difference = (scores - expected).abs().max().item()
     print(
         f"{args.out}: {args.out.stat().st_size / 1e6:.1f} MB; over {len(images)} images the "
         f"largest difference is {difference:.2g}, of scores up to {scale:.3g}"
     )
-    if not difference <= args.tolerance * scale:  # NaN is not
-        stop(f"that is more than {args.tolerance:g} of the largest score", code=1)
-
-
-def stop(message: str, code: int = 2) -> None:
-    print(f"export.py: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    if not difference <= args.tolerance * scale:  # true for NaN, too
+        message = f"the difference is more than {args.tolerance:g} of the largest score"
+        trained_network.stop(SCRIPT, message, code=1)
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(prog="export.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACE)
-    parser.add_argument("--to", choices=WRITERS, required=True, help="the format")
-    parser.add_argument("out", metavar="OUT", type=Path, help="the file to write")
-    parser.add_argument("--data", metavar="DIR", help="the images (./data, of ImageNet none)")
-    parser.add_argument("--images", type=int, default=32, help="to compare with, at least 4 (32)")
-    parser.add_argument(
-        "--tolerance", type=float, default=1e-4, help="largest difference / largest score (1e-4)"
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0])
+    trained_network.add_arguments(
+        parser, "file to write", 32, "number of test images to compare on, at least 4"
     )
-    args = parser.parse_args(argv)
-    if args.images < 4:
-        parser.error(f"argument --images: at least 4 are needed, got {args.images}")
-    needs = [name for name in NEEDS[args.to] if find_spec(name) is None]
-    if needs:
+    parser.add_argument("--to", choices=WRITERS, required=True, help="format of the file")
+    parser.add_argument(
+        "--tolerance",
+        type=float,
+        default=1e-4,
+        help="largest difference of two scores, over the largest score (default: %(default)s)",
+    )
+    args = trained_network.parse_args(parser, argv)
+    missing = [name for name in PACKAGES[args.to] if find_spec(name) is None]
+    if missing:
         parser.error(
-            f"--to {args.to} needs {', '.join(needs)}, not installed here: "
+            f"--to {args.to} needs {', '.join(missing)}, not installed here: "
             f"pip install '.[{args.to}]' in the folder of this project"
         )
     return args
 
 
-def read_saved(place: str) -> tuple[str, dict[str, Any]]:
-    """The checkpoint `place`, the newest one where that is the folder of a run, and its content.
-
-    Raises:
-        CheckpointError: there is none that can be read.
-    """
-    if not os.path.isdir(place):
-        return place, load_checkpoint(place, "cpu")
-    path, saved, faults = load_newest(place, partial(load_checkpoint, device="cpu"))
-    for fault in faults:
-        print(f"warning: {fault}; going on with {path}", file=sys.stderr)
-    return str(path), saved
-
-
-def rebuild(saved: dict[str, Any], file: str) -> tuple[Namespace, nn.Module]:
-    """The flags of a run, whose checkpoint is `file`, and its network in evaluation."""
-    script = small_images if "dataset" in saved["config"] else large_images
-    built = script.build_script()
-    check_config(built, saved["config"], file)
-    known = saved["config"].keys() - OF_THIS_MACHINE  # places among them
-    inherited = {name: saved["config"][name] for name in known}
-    flags = Namespace(**{**built.parser.defaults(), **inherited})
-    network = script.build_network(flags, DataSpec(**saved["spec"]))
-    restore_model(saved, network, file=file, spec=saved["spec"])
-    return flags, network.eval()
-
-
-def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
-    """The first images to test with (N, C, H, W), as the network is used to them."""
-    data = flags.data if data is None else data
-    settings = {"batch_size": count, "image_size": flags.image_size}
-    if "dataset" in flags:
-        if flags.dataset == "digits" and data != flags.data:
-            raise ValueError(f"--data {data} does not apply to digits, which are embedded")
-        try:
-            with tempfile.TemporaryDirectory() as cache:
-                *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
-        except DataError as error:
-            raise DataError(f"--data {data}: {error}") from error
-    elif data is None:
-        raise ValueError("name the folder of images with --data DIR")
-    else:
-        *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
-    batches = list(islice((images for images, _ in loader), count))
-    images = torch.cat(batches)[:count]
-    if len(images) < 4:
-        raise ValueError(f"at least 4 images are needed, {data} has {len(images)}")
-    return images
-
-
-def describe(saved: dict[str, Any]) -> dict[str, str]:
-    """What a server must know of the images and the classes, as text."""
+def describe_input(saved: dict[str, Any]) -> dict[str, str]:
+    """Return the architecture and the dataset's facts (mean, std, classes, ...) as text."""
     facts = {"arch": saved["config"]["arch"], **saved["spec"]}
     return {
         name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()
@@ -200,7 +135,7 @@ WRITERS = {
     "torch-export": write_torch_export,
     "safetensors": write_safetensors,
 }
-NEEDS = {
+PACKAGES = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "torch-export": (),
     "safetensors": ("safetensors",),

@@ -1,14 +1,17 @@
-"""What whitening does in a trained network, as a table and as a picture.
+"""Show what whitening does in a trained network, as a table and as a figure.
 
     python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png
-    python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png --data DIR --pictures 256
+    python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png --data DIR --images 256
 
-The picture shows the filters of the first layer as learned, W, and as the raw picture meets them,
-W D; the whitening itself, rows of the symmetric root, each the kernel that makes a pixel white: a
-centre against its surround, as in the paper and in the retina (the Cholesky factor, a rotation of
-that root, sets it against one half); how the features of a block of the last convolution correlate
-before whitening and after it; the eigenvalues of what each layer sees; and how white that is before
-and after (`deconv.whiteness`).
+The figure has four rows:
+
+1. Filters of the first layer: as learned, W, and as applied to the raw image, W D.
+2. Whitening kernels, rows of the symmetric root. Each kernel makes one pixel white. A kernel is a
+   centre against its surround, as in the paper and in the retina. The Cholesky factor is a rotation
+   of that root, and weighs the centre against one half of the surround.
+3. Correlation of the features of one block of the last convolution, before and after whitening.
+4. Eigenvalues of each layer's covariance; whiteness before and after (`deconv.whiteness`).
+
 Exit code: 2 bad input.
 """
 
@@ -32,52 +35,47 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import FastDeconv, whiteness
 from deconv.whiteness import LayerWhiteness, Whiteness
-from scripts.export import PLACE, read_images, read_saved, rebuild
-from util.data.datasets import DataError
-from util.errors import CheckpointError, RunError
+from scripts import trained_network
+from scripts.trained_network import INPUT_ERRORS, load_network, read_images
 from util.tracking.plots import draw_filters
 
-MEANING = """\
-before, after: how white; 1: all directions vary alike, 1 / features: only one varies
-under floor: share of the directions that whitening leaves small, as they hardly vary"""
-KERNELS = 3  # whitening kernels drawn: of so many input channels
+SCRIPT = "inspect_layers.py"
+LEGEND = """\
+before, after: whiteness; 1: all directions vary alike, 1 / features: only one direction varies
+under floor: part of the directions that vary so little that whitening leaves them small"""
+KERNELS = 3  # whitening kernels drawn, one per input channel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        file, saved = read_saved(args.checkpoint)
-        flags, network = rebuild(saved, file)
-        first = find_first(network)
-        pictures = read_images(flags, args.data, args.pictures)
-        rows = whiteness(network, pictures)
-        print(f"{rows}\n{MEANING}")
+        trained = load_network(args.checkpoint)
+        first = find_first_layer(trained.network)
+        images = read_images(trained.flags, args.data, args.images)
+        rows = whiteness(trained.network, images)
+        print(f"{rows}\n{LEGEND}")
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        title = f"{flags.arch}, {len(pictures)} pictures"
-        draw(first, find_deep(network, rows), rows, title).savefig(args.out, dpi=120)
-    except (CheckpointError, DataError, RunError, ValueError, OSError) as error:
-        print(f"inspect_layers.py: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
-    print(f"drawn in {args.out}")
+        title = f"{trained.flags.arch}, {len(images)} images"
+        last = find_last_convolution(trained.network, rows)
+        draw(first, last, rows, title).savefig(args.out, dpi=120)
+    except INPUT_ERRORS as error:
+        trained_network.stop(SCRIPT, error)
+    print(f"figure: {args.out}")
 
 
 def parse_args(argv: Sequence[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(prog="inspect_layers.py", description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=PLACE)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the picture to write, .png or .pdf")
-    parser.add_argument("--data", metavar="DIR", help="the pictures (./data, of ImageNet none)")
-    parser.add_argument("--pictures", type=int, default=128, help="to look at (128)")
-    args = parser.parse_args(argv)
-    if args.pictures < 4:
-        parser.error(f"argument --pictures: at least 4 are needed, got {args.pictures}")
-    return args
+    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0])
+    trained_network.add_arguments(
+        parser, "figure to write, .png or .pdf", 128, "number of test images, at least 4"
+    )
+    return trained_network.parse_args(parser, argv)
 
 
-def find_first(network: nn.Module) -> FastDeconv:
-    """The first layer.
+def find_first_layer(network: nn.Module) -> FastDeconv:
+    """Return the first convolution.
 
     Raises:
-        ValueError: it does not whiten.
+        ValueError: the first convolution does not whiten.
     """
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if not isinstance(first, FastDeconv):
@@ -87,35 +85,35 @@ def find_first(network: nn.Module) -> FastDeconv:
     return first
 
 
-def find_deep(network: nn.Module, rows: Whiteness) -> LayerWhiteness:
-    """The last convolution.
+def find_last_convolution(network: nn.Module, rows: Whiteness) -> LayerWhiteness:
+    """Return the row of the last convolution.
 
     Raises:
-        ValueError: none of them has run.
+        ValueError: no convolution has run.
     """
     for row in reversed(rows):
         if isinstance(network.get_submodule(row.name), FastDeconv):
             return row
-    raise ValueError("no deconvolution layer of the network has seen the pictures")
+    raise ValueError("no deconvolution layer of the network has run on the images")
 
 
-def draw(first: FastDeconv, deep: LayerWhiteness, rows: Whiteness, title: str) -> Figure:
-    """From above: filters, whitening kernels, correlations of a deep layer, all layers."""
+def draw(first: FastDeconv, last: LayerWhiteness, rows: Whiteness, title: str) -> Figure:
+    """Draw filters, whitening kernels, correlations of the last layer, and all layers."""
     figure = Figure(figsize=(11, 18), layout="constrained")
     figure.suptitle(title)
-    above, middle, lower, below = figure.subfigures(4, 1, height_ratios=(4, 3, 4, 4))
+    top, upper, lower, bottom = figure.subfigures(4, 1, height_ratios=(4, 3, 4, 4))
     filters = {
-        "first layer, W": first.weight,
-        "as the picture meets it, W D": first.whitened_weight(),
+        "first layer as learned, W": first.weight,
+        "as applied to the image, W D": first.whitened_weight(),
     }
-    for axes, (name, weight) in zip(above.subplots(1, 2), filters.items(), strict=True):
+    for axes, (name, weight) in zip(top.subplots(1, 2), filters.items(), strict=True):
         axes.imshow(draw_filters(weight).permute(1, 2, 0).numpy())
         axes.set(title=name, xticks=[], yticks=[])
     kernels = centre_kernels(first)[:KERNELS]
-    for channel, axes in enumerate(middle.subplots(1, len(kernels), squeeze=False).flat):
+    for channel, axes in enumerate(upper.subplots(1, len(kernels), squeeze=False).flat):
         draw_kernel(axes, kernels[channel], f"whitening kernel, channel {channel}")
-    draw_correlations(lower, deep)
-    left, right = below.subplots(1, 2)
+    draw_correlations(lower, last)
+    left, right = bottom.subplots(1, 2)
     draw_spectra(left, rows)
     draw_whiteness(right, rows)
     return figure
@@ -123,9 +121,9 @@ def draw(first: FastDeconv, deep: LayerWhiteness, rows: Whiteness, title: str) -
 
 @torch.no_grad()
 def centre_kernels(layer: FastDeconv) -> Tensor:
-    """For each input channel the kernel (h, w) that makes its middle pixel white from its own.
+    """Return the kernel (C, h, w) of each input channel that whitens the channel's middle pixel.
 
-    By the symmetric root, whatever the layer's own is.
+    The kernels are rows of the symmetric root, even where the layer uses the Cholesky factor.
     """
     layer = copy(layer)
     layer.root = "newton"
@@ -136,9 +134,10 @@ def centre_kernels(layer: FastDeconv) -> Tensor:
 
 
 def draw_kernel(axes: Axes, kernel: Tensor, title: str) -> None:
+    """Draw one kernel (h, w); write the values into a small one."""
     limit = kernel.abs().max().item()
     axes.imshow(kernel.numpy(), cmap="RdBu_r", vmin=-limit, vmax=limit)
-    if kernel.numel() <= 49:  # small enough for their numbers
+    if kernel.numel() <= 49:
         for (row, column), value in np.ndenumerate(kernel.numpy()):
             color = "white" if abs(value) > 0.6 * limit else "black"
             style = {"ha": "center", "va": "center", "fontsize": 8, "color": color}
@@ -147,45 +146,50 @@ def draw_kernel(axes: Axes, kernel: Tensor, title: str) -> None:
 
 
 def draw_correlations(figure: SubFigure, row: LayerWhiteness) -> None:
-    """Of the features of a block, averaged over the matrices, before and after whitening."""
+    """Draw the correlation of one block's features before and after whitening."""
     both = figure.subplots(1, 2)
     for axes, cov, when in zip(both, row.covariances, ("before", "after"), strict=True):
-        picture = axes.imshow(correlate(cov).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+        image = axes.imshow(correlate(cov).numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
         text = f"{row.name or 'the layer'}: correlation of {row.features} features, {when}"
         axes.set(title=text, xticks=[], yticks=[])
-    figure.colorbar(picture, ax=both, shrink=0.8)
+    figure.colorbar(image, ax=both, shrink=0.8)
 
 
 def correlate(cov: Tensor) -> Tensor:
-    """The mean correlation (F, F) of covariances (G, F, F); 0 with what does not vary."""
-    spread = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    scale = spread[:, None] * spread[..., None]
+    """Return the mean correlation (F, F) of covariances (G, F, F); constant features give 0."""
+    std = cov.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+    scale = std[:, None] * std[..., None]
     return torch.where(scale == 0, 0.0, cov / scale).mean(0)
 
 
 def draw_spectra(axes: Axes, rows: Whiteness) -> None:
-    """The eigenvalues of each layer, the largest first, in units of their norm."""
+    """Draw the eigenvalues of each layer, largest first, divided by their norm."""
     colors = colormaps["viridis"].resampled(len(rows))
     for number, row in enumerate(rows):
         values = row.spectrum.clamp(min=0).mean(0).flip(0)
-        share = torch.linspace(0, 1, len(values)) if len(values) > 1 else torch.zeros(1)
-        lines = share.numpy(), (values / values.norm()).numpy()
-        axes.plot(*lines, color=colors(number), linewidth=1, label=row.name or "(all)")
-    axes.set(yscale="log", ylim=(1e-6, 2), xlabel="direction, as a share of all")
-    axes.set(title="eigenvalues of what a layer sees, in units of their norm")
+        x = np.linspace(0, 1, len(values))
+        y = (values / values.norm()).numpy()
+        axes.plot(x, y, color=colors(number), linewidth=1, label=row.name or "(all)")
+    axes.set(yscale="log", ylim=(1e-6, 2), xlabel="rank of the eigenvalue / number of features")
+    axes.set(title="eigenvalues of each covariance / norm of the spectrum")
     axes.grid(alpha=0.3)
     if len(rows) <= 12:
         axes.legend(frameon=False, fontsize=8)
 
 
 def draw_whiteness(axes: Axes, rows: Whiteness) -> None:
-    places = range(len(rows))
-    axes.plot(places, [row.before for row in rows], "o--", color="#666666", label="before")
-    axes.plot(places, [row.after for row in rows], "o-", color="#1f77b4", label="after")
-    axes.plot(places, [row.under_floor for row in rows], "x:", color="#d62728", label="under floor")
-    axes.set(ylim=(0, 1.05), xlabel="layer", title="whiteness; share of directions under the floor")
+    """Draw the whiteness of each layer, and the part of its directions under the floor."""
+    positions = range(len(rows))
+    axes.plot(positions, [row.before for row in rows], "o--", color="#666666", label="before")
+    axes.plot(positions, [row.after for row in rows], "o-", color="#1f77b4", label="after")
+    axes.plot(
+        positions, [row.under_floor for row in rows], "x:", color="#d62728", label="under floor"
+    )
+    axes.set(
+        ylim=(0, 1.05), xlabel="layer", title="whiteness; part of the directions under the floor"
+    )
     if len(rows) <= 24:
-        axes.set_xticks(list(places), labels=[row.name for row in rows], rotation=90, fontsize=8)
+        axes.set_xticks(list(positions), labels=[row.name for row in rows], rotation=90, fontsize=8)
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
 

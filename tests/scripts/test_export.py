@@ -1,4 +1,4 @@
-"""scripts/export.py: what is written gives what the network gave, in batches of any size."""
+"""Tests of scripts/export.py: the written file gives the scores of the network."""
 
 import json
 import re
@@ -13,6 +13,7 @@ from torch import nn
 import main
 import main_imagenet
 from scripts import export
+from scripts.trained_network import read_images
 from util.data.datasets import DataError
 
 FORMATS = ["onnx", "torch-export", "safetensors"]
@@ -37,19 +38,19 @@ def export_to(kind, run_dir, out, *more):
 
 
 @pytest.mark.parametrize("kind", FORMATS)
-def test_what_is_written_gives_what_the_network_gave(kind, run_dir, tmp_path, capsys):
+def test_the_written_file_gives_the_scores_of_the_network(kind, run_dir, tmp_path, capsys):
     out = tmp_path / "new" / "network"
     export_to(kind, run_dir, out)
-    said = capsys.readouterr().out
-    found = re.search(
-        r"over 32 images the largest difference is (\S+), of scores up to (\S+)$", said
+    line = capsys.readouterr().out
+    values = re.search(
+        r"over 32 images the largest difference is (\S+), of scores up to (\S+)$", line
     )
-    difference, scale = map(float, found.groups())
+    difference, scale = map(float, values.groups())
     assert difference <= 1e-5 * scale and scale > 0
     assert [path.name for path in out.parent.iterdir()] == ["network"]
 
 
-def test_safetensors_hold_plain_layers_and_what_a_server_must_know(run_dir, tmp_path):
+def test_safetensors_hold_plain_layers_and_facts_about_the_input(run_dir, tmp_path):
     export_to("safetensors", run_dir, tmp_path / "out")
     from safetensors import safe_open
 
@@ -63,12 +64,12 @@ def test_safetensors_hold_plain_layers_and_what_a_server_must_know(run_dir, tmp_
 @pytest.mark.parametrize("kind", FORMATS)
 def test_a_difference_above_the_tolerance_fails(kind, run_dir, tmp_path, monkeypatch, capsys):
     def spoil(network):
-        fused = whole(network)
+        fused = fuse(network)
         with torch.no_grad():
             next(m for m in fused.modules() if isinstance(m, nn.Linear)).bias[3] += 0.1
         return fused
 
-    whole = export.fuse
+    fuse = export.fuse
     monkeypatch.setattr(export, "fuse", spoil)
     with pytest.raises(SystemExit) as stop:
         export_to(kind, run_dir, tmp_path / "out")
@@ -77,7 +78,7 @@ def test_a_difference_above_the_tolerance_fails(kind, run_dir, tmp_path, monkeyp
     export_to(kind, run_dir, tmp_path / "out", "--tolerance", "10")
 
 
-def test_networks_of_imagenet_are_tried_on_images_of_a_folder(tmp_path, capsys):
+def test_an_imagenet_network_is_checked_on_images_of_a_folder(tmp_path, capsys):
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         folder = tmp_path / "images" / "val" / name
@@ -99,6 +100,7 @@ def test_networks_of_imagenet_are_tried_on_images_of_a_folder(tmp_path, capsys):
     ("words", "message"),
     [
         (["--images", "3"], "--images: at least 4 are needed, got 3"),
+        (["--pictures", "2"], "--images: at least 4 are needed, got 2"),
         (["--data", "nowhere"], "--data nowhere does not apply to digits"),
     ],
 )
@@ -109,10 +111,10 @@ def test_bad_input_is_refused(words, message, run_dir, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_images_that_are_not_there_are_named_with_the_flag_that_says_where(tmp_path):
+def test_a_missing_folder_of_images_is_named_with_its_flag(tmp_path):
     flags = Namespace(dataset="folder", data=str(tmp_path), image_size=32)
     with pytest.raises(DataError, match=f"--data {tmp_path}: no folder"):
-        export.read_images(flags, None, 8)
+        read_images(flags, None, 8)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, capsys):
@@ -122,10 +124,10 @@ def test_a_missing_checkpoint_is_named(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("kind", PACKAGES)
-def test_what_is_not_installed_is_named_with_the_way_to_it(kind, monkeypatch, tmp_path, capsys):
+def test_a_missing_package_is_named_with_its_install_command(kind, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(export, "find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         export.main([str(tmp_path), "--to", kind, str(tmp_path / "out")])
     text = capsys.readouterr().err
-    assert f"--to {kind} needs {', '.join(export.NEEDS[kind])}, not installed here" in text
+    assert f"--to {kind} needs {', '.join(export.PACKAGES[kind])}, not installed here" in text
     assert f"pip install '.[{kind}]'" in text

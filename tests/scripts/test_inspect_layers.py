@@ -1,4 +1,4 @@
-"""scripts/inspect_layers.py: the table and the picture of a run."""
+"""Tests of scripts/inspect_layers.py: the table and the figure of a run."""
 
 import numpy as np
 import pytest
@@ -20,10 +20,10 @@ def run_dir(tmp_path_factory):
     return run_dir
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pth.tar", ""])
-def test_a_run_is_told_and_drawn(name, run_dir, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "flag"), [("checkpoint.pth.tar", "--images"), ("", "--pictures")])
+def test_a_run_is_printed_and_drawn(name, flag, run_dir, tmp_path, capsys):
     out = tmp_path / "new" / "layers.png"
-    inspect_layers.main([str(run_dir / name), str(out), "--pictures", "32"])
+    inspect_layers.main([str(run_dir / name), str(out), flag, "32"])
     header, first, *_, last = capsys.readouterr().out.splitlines()
     assert header.split()[:3] == ["layer", "features", "patches"] and first.endswith("%")
     assert str(out) in last
@@ -31,7 +31,7 @@ def test_a_run_is_told_and_drawn(name, run_dir, tmp_path, capsys):
     assert pixels.shape[0] > 1000 and pixels[..., :3].std() > 0.05
 
 
-def test_the_log_of_a_run_has_the_figures_of_each_layer(run_dir):
+def test_the_event_file_of_a_run_has_the_metrics_of_each_layer(run_dir):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run_dir))
     events.Reload()
@@ -53,15 +53,17 @@ def test_whitening_kernels_are_a_centre_against_its_surround():
     torch.testing.assert_close(kernel, kernel.flip(0, 1), rtol=0.2, atol=0.1)
 
 
-def test_correlations_are_those_of_numpy_and_nothing_of_a_constant():
+def test_correlations_agree_with_numpy_and_are_zero_for_a_constant():
     torch.manual_seed(0)
     x = torch.randn(5, 2, 100, dtype=torch.float64).cumsum(0)
     x[2] = 1.0
-    found = inspect_layers.correlate(torch.stack([torch.cov(part) for part in x.transpose(0, 1)]))
+    correlation = inspect_layers.correlate(
+        torch.stack([torch.cov(part) for part in x.transpose(0, 1)])
+    )
     moving = [0, 1, 3, 4]
     expected = sum(np.corrcoef(x[moving, part]) for part in (0, 1)) / 2
-    np.testing.assert_allclose(found[moving][:, moving], expected)
-    assert not found[2].any() and not found[:, 2].any()
+    np.testing.assert_allclose(correlation[moving][:, moving], expected)
+    assert not correlation[2].any() and not correlation[:, 2].any()
     assert inspect_layers.correlate(torch.full((1, 2, 2), torch.nan)).isnan().all()
 
 
@@ -81,7 +83,7 @@ def test_whitening_kernels_fold_to_the_whitened_weight(options):
     [
         ("nowhere.pth.tar out.png", "nowhere.pth.tar"),
         ("RUN out.png --data /nowhere", "--data /nowhere"),
-        ("RUN out.png --pictures 2", "at least 4 are needed, got 2"),
+        ("RUN out.png --images 2", "at least 4 are needed, got 2"),
     ],
 )
 def test_bad_input_is_named(run_dir, tmp_path, capsys, line, message):
@@ -91,6 +93,6 @@ def test_bad_input_is_named(run_dir, tmp_path, capsys, line, message):
     assert stopped.value.code == 2 and message in capsys.readouterr().err
 
 
-def test_a_network_of_another_kind_is_refused():
+def test_a_network_without_deconvolution_is_refused():
     with pytest.raises(ValueError, match="--deconv True"):
-        inspect_layers.find_first(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))
+        inspect_layers.find_first_layer(torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1)))

@@ -1,0 +1,157 @@
+"""Trained networks for scripts: rebuild a checkpoint's network, read images to test with."""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main as small_images
+import main_imagenet as large_images
+from util.checkpoint.store import load_checkpoint, load_newest
+from util.cli.inherited import OF_THIS_MACHINE, check_config
+from util.data.datasets import DataError, DataSpec, build_loaders
+from util.data.imagenet import build_imagenet_loaders
+from util.errors import CheckpointError, RunError
+from util.training.resume import restore_model
+
+LEAST_IMAGES = 4
+# Errors that a wrong command line or a damaged file can cause.
+INPUT_ERRORS = (CheckpointError, DataError, RunError, ValueError, OSError)
+
+
+@dataclass(frozen=True)
+class TrainedNetwork:
+    """Network of a checkpoint, in evaluation.
+
+    Args:
+        network: the network with the checkpoint's weights, on the CPU.
+        flags: flags of the run, without those of the machine that trained.
+        saved: content of the checkpoint.
+    """
+
+    network: nn.Module
+    flags: Namespace
+    saved: dict[str, Any]
+
+
+def load_network(place: str) -> TrainedNetwork:
+    """Rebuild the network of a checkpoint.
+
+    Args:
+        place: a checkpoint file, or a run's folder, which stands for its newest checkpoint.
+
+    Raises:
+        CheckpointError: `place` has no readable checkpoint, or the network does not fit it.
+
+    Example:
+        >>> trained = load_network("runs/digits/checkpoint.pth.tar")  # doctest: +SKIP
+        >>> scores = trained.network(read_images(trained.flags, None, 8))  # doctest: +SKIP
+    """
+    file, saved = _read_checkpoint(place)
+    script = small_images if "dataset" in saved["config"] else large_images
+    built = script.build_script()
+    check_config(built, saved["config"], file)
+    inherited = {
+        name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE
+    }
+    flags = Namespace(**{**built.parser.defaults(), **inherited})
+    network = script.build_network(flags, DataSpec(**saved["spec"]))
+    restore_model(saved, network, file=file, spec=saved["spec"])
+    return TrainedNetwork(network.eval(), flags, saved)
+
+
+def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
+    """Read the first test images, normalized as the network expects them.
+
+    Args:
+        flags: flags of the run.
+        data: folder of the images; None: the default folder of the run's script.
+        count: number of images. A smaller dataset gives all of its images.
+
+    Returns:
+        Images (N, C, H, W).
+
+    Raises:
+        DataError: the folder has no images of the run's dataset.
+        ValueError: no folder is named, or it has fewer than 4 images.
+    """
+    data = flags.data if data is None else data
+    settings = {"batch_size": count, "image_size": flags.image_size}
+    if "dataset" in flags:
+        if flags.dataset == "digits" and data != flags.data:
+            raise ValueError(f"--data {data} does not apply to digits, which are embedded")
+        try:
+            with tempfile.TemporaryDirectory() as cache:
+                *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
+        except DataError as error:
+            raise DataError(f"--data {data}: {error}") from error
+    elif data is None:
+        raise ValueError("name the folder of images with --data DIR")
+    else:
+        *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
+    images = torch.cat(list(islice((batch for batch, _ in loader), count)))[:count]
+    if len(images) < LEAST_IMAGES:
+        raise ValueError(f"at least {LEAST_IMAGES} images are needed, {data} has {len(images)}")
+    return images
+
+
+def add_arguments(parser: ArgumentParser, out: str, images: int, purpose: str) -> None:
+    """Add the arguments CHECKPOINT, OUT, --data and --images.
+
+    Args:
+        parser: parser of the script.
+        out: help of OUT.
+        images: default of --images.
+        purpose: help of --images, without its default.
+    """
+    place = "checkpoint of main.py or main_imagenet.py, or the folder of a run"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
+    parser.add_argument("out", metavar="OUT", type=Path, help=out)
+    parser.add_argument(
+        "--data", metavar="DIR", help="folder of the images (default: ./data; ImageNet: required)"
+    )
+    parser.add_argument(
+        *("--images", "--pictures"),
+        dest="images",
+        metavar="N",
+        type=int,
+        default=images,
+        help=f"{purpose} (default: %(default)s)",
+    )
+
+
+def parse_args(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """Parse the command line and check --images."""
+    args = parser.parse_args(argv)
+    if args.images < LEAST_IMAGES:
+        parser.error(f"argument --images: at least {LEAST_IMAGES} are needed, got {args.images}")
+    return args
+
+
+def stop(script: str, message: object, code: int = 2) -> NoReturn:
+    """Print the error of `script` and exit."""
+    print(f"{script}: error: {message}", file=sys.stderr)
+    raise SystemExit(code)
+
+
+def _read_checkpoint(place: str) -> tuple[str, dict[str, Any]]:
+    """Return the checkpoint's path and content; warn about newer ones that are damaged."""
+    if not os.path.isdir(place):
+        return place, load_checkpoint(place, "cpu")
+    path, saved, faults = load_newest(place, partial(load_checkpoint, device="cpu"))
+    for fault in faults:
+        print(f"warning: {fault}; using {path}", file=sys.stderr)
+    return str(path), saved
