@@ -38,7 +38,7 @@ def test_deconv_imports_torch_alone(path):
 
 @pytest.mark.parametrize("path", files("models"), ids=lambda path: path.stem)
 def test_models_import_torch_and_deconv_in_the_factory_only(path):
-    more = {"factory.py": {"deconv"}, "borrowed.py": {"torchvision", "timm"}}
+    more = {"factory.py": {"deconv"}, "external.py": {"torchvision", "timm"}}
     assert imported(path) <= {"torch", "models"} | more.get(path.name, set())
 
 
