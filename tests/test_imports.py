@@ -1,54 +1,79 @@
-"""Dependencies run one way: scripts -> models -> deconv -> torch, and scripts -> util."""
+"""Imports run one way: mains and scripts -> models -> deconv, mains and scripts -> util."""
 
 import ast
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-OURS = {"deconv", "models", "util"}
+GROUND = ["errors", "files", "lock", "console", "device", "random_state"]
+FLOORS = ["distributed", "data", "checkpoint", "tracking", "training", "cli"]  # upwards
+OWN = {"deconv", "models", "util"}
+PRODUCT = sorted(path for room in OWN for path in (ROOT / room).rglob("*.py"))
+SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py")]
 
 
-def files(folder):
-    found = sorted((ROOT / folder).rglob("*.py"))
-    assert found
-    return found
-
-
-def imported(path):
-    """Top-level packages that a file imports, its own by relative imports included."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports(path):
+    """Yield the dotted names that a file imports, also relatively and inside functions."""
+    package = path.relative_to(ROOT).parent.parts
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            if node.level == 0:
-                names.add(node.module.split(".")[0])
-            else:
-                up = path.relative_to(ROOT).parts[: -node.level]
-                names.add(up[0] if up else (node.module or "").split(".")[0])
-    return names - set(sys.stdlib_module_names)
+            base = list(package[: len(package) - node.level + 1] if node.level else ())
+            base += node.module.split(".") if node.module else []
+            for alias in node.names:
+                module = ROOT.joinpath(*base, alias.name)
+                is_module = module.is_dir() or module.with_suffix(".py").exists()
+                yield ".".join([*base, alias.name] if is_module else base)
 
 
-@pytest.mark.parametrize("path", files("deconv"), ids=lambda path: path.stem)
-def test_deconv_imports_torch_alone(path):
-    assert imported(path) <= {"torch", "deconv"}
+def within(name, rooms):
+    return any(name == room or name.startswith(f"{room}.") for room in rooms)
 
 
-@pytest.mark.parametrize("path", files("models"), ids=lambda path: path.stem)
-def test_models_import_torch_and_deconv_in_the_factory_only(path):
-    more = {"factory.py": {"deconv"}, "external.py": {"torchvision", "timm"}}
-    assert imported(path) <= {"torch", "models"} | more.get(path.name, set())
+def allowed(path):
+    """Return the packages and modules that a file may import besides the standard library."""
+    room, *folder, file = path.relative_to(ROOT).with_suffix("").parts
+    if room == "deconv":
+        layers = [f"deconv.{path.stem}" for path in (ROOT / "deconv").glob("*.py")]
+        if folder == ["ops"]:
+            return ["torch", "deconv.ops"]
+        if folder == ["surgery"] or file == "__init__":
+            return ["torch", "deconv.ops", "deconv.surgery", *layers]
+        return ["torch", "deconv.ops", *layers]
+    if room == "models":
+        more = {"factory": ["deconv"], "external": ["torchvision", "timm"]}
+        return ["torch", "models", *more.get(file, [])]
+    floors = FLOORS[: FLOORS.index(folder[0]) + 1] if folder else []
+    return [f"util.{name}" for name in [*GROUND, *floors]]
 
 
-@pytest.mark.parametrize("path", files("util"), ids=lambda path: path.stem)
-def test_util_knows_neither_models_nor_deconv(path):
-    assert not imported(path) & (OURS - {"util"})
+@pytest.mark.parametrize("path", PRODUCT, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_run_downwards(path):
+    room = path.relative_to(ROOT).parts[0]
+    names = {name for name in imports(path) if name.split(".")[0] not in sys.stdlib_module_names}
+    if room == "util":  # the harness may import any third-party package
+        names = {name for name in names if within(name, OWN)}
+    assert sorted(name for name in names if not within(name, allowed(path))) == []
+
+
+def test_util_has_no_room_without_a_floor():
+    modules = {path.stem for path in (ROOT / "util").glob("*.py")} - {"__init__"}
+    folders = {path.parent.name for path in (ROOT / "util").glob("*/__init__.py")}
+    assert modules <= set(GROUND)
+    assert folders <= set(FLOORS)
 
 
 def test_nothing_imports_a_script():
-    scripts = {path.stem for path in (*ROOT.glob("*.py"), *(ROOT / "scripts").rglob("*.py"))}
-    for folder in OURS:
-        for path in files(folder):
-            assert not imported(path) & scripts, path
+    scripts = {path.stem for path in SCRIPTS} - {"__init__"} | {"scripts"}
+    for path in PRODUCT:
+        assert not {name.split(".")[0] for name in imports(path)} & scripts, path
+
+
+def test_the_parser_loads_neither_matplotlib_nor_torchvision():
+    code = "import sys, util.cli.parser; print(*{'matplotlib', 'torchvision'} & {*sys.modules})"
+    loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
+    assert loaded.split() == []
