@@ -1,4 +1,9 @@
-"""Loss curves are the recorded ones; those changed on purpose: python scripts/record_golden.py."""
+"""Loss curves equal the recorded ones.
+
+After an intended change of numerics, record them again: python scripts/dev/record_golden.py.
+"""
+
+from itertools import product
 
 import pytest
 import torch
@@ -23,16 +28,15 @@ def compare(arch, kind, steps=record_golden.STEPS, threads=1, faster=1):
 
 @pytest.mark.parametrize("arch", [arch for arch in RECORDED if arch not in LARGE])
 def test_the_first_steps_are_the_recorded_ones(arch):
-    """Of one kind of layers for each network, in turn."""
+    """Compare one kind of layers per network, the kinds in turn."""
     kinds = list(record_golden.kinds_of(arch))
     compare(arch, kinds[RECORDED.index(arch) % len(kinds)], steps=2)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("arch", record_golden.list_networks())
-def test_whole_curves_are_the_recorded_ones(arch, threads):
-    for kind in record_golden.kinds_of(arch):
+def test_whole_curves_are_the_recorded_ones(arch):
+    for kind, threads in product(record_golden.kinds_of(arch), (1, 2)):
         compare(arch, kind, threads=threads)
 
 
@@ -45,6 +49,6 @@ def test_whole_curves_are_the_recorded_ones(arch, threads):
     ],
 )
 def test_another_learning_rate_is_noticed(arch, kind):
-    """As any change of what is computed; of the curves with the lowest of all rates as well."""
+    """Double the learning rate of three curves, two of them with the lowest rate of all."""
     with pytest.raises(AssertionError):
         compare(arch, kind, faster=2)

@@ -18,6 +18,7 @@ from scripts.paper.runner import Recipe, Run, make_command, make_parser
 from util.cli.settings import read_settings
 
 FIGURES = {"test_top1": 50.0, "steps": 3}
+WAIT_SECONDS = 60  # for a child process, on a busy machine
 
 
 def by_name(recipe):
@@ -256,27 +257,43 @@ def test_a_longer_run_is_taken_up_again(tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path):
+def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch):
     saved, ready = tmp_path / "saved", tmp_path / "ready"
     code = (
         "import signal, time; from pathlib import Path\n"
         f"signal.signal(signal.SIGTERM, lambda *_: Path({str(saved)!r}).touch())\n"
         f"Path({str(ready)!r}).touch()\n"
-        f"while not Path({str(saved)!r}).exists(): time.sleep(0.05)\n"
+        f"end = time.monotonic() + {WAIT_SECONDS}\n"
+        f"while not Path({str(saved)!r}).exists() and time.monotonic() < end: time.sleep(0.05)\n"
     )
+    children, start = [], runner.start
+
+    def start_child(line, folder):
+        children.append(start(line, folder))
+        return children[-1]
 
     def send():
-        while not ready.exists():
+        end = time.monotonic() + WAIT_SECONDS
+        while not ready.exists() and time.monotonic() < end:
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    thread = threading.Thread(target=send)
-    thread.start()
-    with pytest.raises(SystemExit) as end:
-        runner.run_all({"a": ["python", "-c", code], "b": ["python"]}, tmp_path, jobs=1)
-    thread.join()
-    assert end.value.code == 128 + number
-    assert saved.exists() and not (tmp_path / "b").exists()
+    monkeypatch.setattr(runner, "start", start_child)
+    thread = threading.Thread(target=send, daemon=True)
+    # A signal that arrives early or late must not end pytest itself.
+    before = signal.signal(number, lambda *_: None)
+    try:
+        thread.start()
+        with pytest.raises(SystemExit) as end:
+            runner.run_all({"a": ["python", "-c", code], "b": ["python"]}, tmp_path, jobs=1)
+        assert end.value.code == 128 + number
+        assert saved.exists() and not (tmp_path / "b").exists()
+    finally:
+        thread.join(2 * WAIT_SECONDS)
+        for child in children:
+            child.kill()
+            child.wait(WAIT_SECONDS)
+        signal.signal(number, before)
 
 
 @pytest.fixture
