@@ -1,4 +1,4 @@
-"""Any network with convolutions and BatchNorm as a deconvolution network."""
+"""Replace the convolutions and BatchNorms of any model by deconvolutions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .batchnorm import ChannelAffine, extra_modules, find_affine
 from .fuse import copy_around
 from .plan import REPLACED, Row, plan
 
-Memo = dict[int, Any]  # of copy.deepcopy: what is in it counts as copied already
+Memo = dict[int, Any]  # of copy.deepcopy: objects in it, by id, count as copied
 
 
-@torch.inference_mode(False)  # what it makes may be trained later
+@torch.inference_mode(False)  # the copy can be trained later
 def convert(
     model: nn.Module,
     *,
@@ -30,88 +30,102 @@ def convert(
     block_linear: int = 512,
     pretrained: bool = False,
     skip: Iterable[str] = (),
-    **options: object,
+    **options: Any,
 ) -> nn.Module:
-    """A copy of a network with deconvolution in place of convolutions and BatchNorm.
+    """Return a copy of a model with deconvolution in place of convolutions and BatchNorm.
 
-    Every convolution of torch becomes the FastDeconv that stands for it (1-d to 3-d, transposed
-    ones too), with its weight and bias, every BatchNorm beside one an `Identity`, or what it does
-    besides (the activation of timm's BatchNormAct2d). `plan` tells beforehand what
-    becomes of each layer: those of other classes stay, and a BatchNorm stays with a convolution
-    that does. What occurs twice in the network is replaced once, and stays one. All else is what
-    `copy.deepcopy` makes of it; of what is replaced, forward hooks come along, others do not.
+    Each convolution of torch becomes the deconvolution of its kind, with the same weight and bias.
+    Each BatchNorm becomes an Identity; the activation inside timm's BatchNormAct2d remains.
+    `plan` lists beforehand what happens to each layer, and why.
 
-    Which convolution a BatchNorm follows is read from the code of the network, which is not run.
-    BatchNorm before a convolution (BN, ReLU, convolution) goes as well, since that whitens. In such
-    a network layers that work in place are told not to, as an Identity hands on its very input.
+    A BatchNorm stays next to a convolution that stays. It also stays where the forward that calls
+    it cannot be traced by `torch.fx`, or reads its tensors by name. Layers that share a module or
+    a weight still share it. Forward hooks of replaced layers move to their replacements.
 
-    With `pretrained` each BatchNorm is folded into the convolution before it,
+    Without `pretrained`, activations of a model with BatchNorm before convolutions no longer work
+    in place: an Identity passes its own input on, which the model may use elsewhere.
 
-        weight * s, (bias - running_mean) * s + shift,    s = scale / sqrt(running_var + eps)
+    With `pretrained`, each BatchNorm is folded into the convolution before it,
 
-    or becomes a ChannelAffine of s where there is none, so that outputs in evaluation are the same
-    as before. NOTE: they are until the first step of training, which whitens what each layer sees:
-    from there on the network learns from a good start but is another function.
+        weight * scale, (bias - running_mean) * scale + shift
+
+    or becomes a ChannelAffine if no convolution can take it. Outputs in evaluation stay the same.
+    NOTE: they change with the first training step, which whitens the input of each layer. The
+    weights are a starting point.
 
     Args:
-        model: any network; it is left as it is.
-        mode, block, eps, n_iter: of every FastDeconv, the last two of Delinear as well.
-        bias: convolutions without a bias get one, from 0, in a network that BatchNorm goes from:
-            its shift took the bias's place.
-        linear: the last `nn.Linear` becomes a Delinear.
-        block_linear: of this Delinear.
-        pretrained: keep what the network has learned.
-        skip: layers to leave alone, by patterns of their names, such as "*.se.*" or "layer4.*".
-        options: further keywords of FastDeconv; those that Delinear knows go there too.
+        model: any model; it is not changed.
+        mode: of each FastDeconv, 1 to 5.
+        block: channels that each FastDeconv whitens together.
+        eps: added to the diagonal of each covariance, in units of variance.
+        n_iter: Newton-Schulz steps, of each FastDeconv and of Delinear.
+        bias: add a bias, initially 0, to convolutions without one if any BatchNorm is replaced.
+        linear: replace the last `nn.Linear` by a Delinear.
+        block_linear: block of this Delinear, in features.
+        pretrained: keep the outputs of the model in evaluation.
+        skip: patterns of names of layers to leave alone, such as "*.se.*" or "layer4.*".
+        options: further keywords of FastDeconv; Delinear gets those that it knows.
 
     Returns:
-        The copy. New layers have the device, dtype, memory format, `requires_grad` and training
-        flag of those that they replace; a new bias follows its weight.
+        The copy. New layers keep the device, dtype, memory format, `requires_grad` and training
+        flag of the layers that they replace. A new bias follows its weight.
 
     Raises:
-        ValueError: there is nothing to replace; a part of the model is wrapped
-            (DistributedDataParallel, torch.compile); an option is out of range; a pattern of `skip`
-            names no layer.
-        TypeError: there is no such option.
+        ValueError: nothing can be replaced, a part of the model is wrapped
+            (DistributedDataParallel, torch.compile), an option is out of range, or a pattern of
+            `skip` matches no layer.
+        TypeError: an option is unknown.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        >>> [type(module).__name__ for module in convert(model)]
+        ['FastDeconv', 'Identity', 'ReLU']
     """
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
-    choice = {"linear": linear, "block_linear": block_linear, "pretrained": pretrained}
-    rows = plan(model, **choice, bias=bias, skip=skip, **options)
+    rows = plan(
+        model,
+        bias=bias,
+        linear=linear,
+        block_linear=block_linear,
+        pretrained=pretrained,
+        skip=skip,
+        **options,
+    )
     if not any(row.action == REPLACED or isinstance(row.module, Whitening) for row in rows):
         raise ValueError(f"nothing in {type(model).__name__} can be replaced:\n{rows}")
     replaced = [row for row in rows if row.action == REPLACED]
     memo: Memo = {}
     for row in replaced:
-        make = _fill if row.layer else replace_batchnorm
+        make = replace_batchnorm if row.layer is None else _fill_layer
         memo[id(row.module)] = make(row, memo, pretrained)
     converted = copy_around(model, memo)
-    for row in replaced:  # a hook that is a method of the model becomes one of its copy
+    for row in replaced:  # a hook that is a method of the model becomes a method of its copy
         if any((hooks := forward_hooks(row.module)).values()):
-            vars(memo[id(row.module)]).update(copy.deepcopy(hooks, memo))
-    if not pretrained and any(not row.layer and not row.partner for row in replaced):
-        _work_in_place_no_more(converted)
+            memo[id(row.module)].__dict__.update(copy.deepcopy(hooks, memo))
+    if not pretrained and any(row.layer is None and row.partner is None for row in replaced):
+        _disable_inplace(converted)
     return converted
 
 
-def _fill(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
-    """The new layer, with weight and bias of the old one, and nothing seen yet."""
-    new = row.layer
-    weight, bias = _copy(row.module.weight, memo), _copy(row.module.bias, memo)
-    if bias is None and (new.bias is not None or (pretrained and row.partner)):
+def _fill_layer(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
+    """Give the planned layer the weight and bias of the old one, and fresh statistics."""
+    old, new = row.module, row.layer
+    weight, bias = _copy(old.weight, memo), _copy(old.bias, memo)
+    affine = find_affine(row.partner) if pretrained and row.partner is not None else None
+    if bias is None and (new.bias is not None or affine):
         bias = nn.Parameter(weight.new_zeros(len(new.to_conv_layout(weight))), weight.requires_grad)
-    if pretrained and row.partner:
-        weight, bias = _fold_batchnorm(new, weight, bias, *find_affine(row.partner))
+    if affine:
+        weight, bias = _fold_batchnorm(new, weight, bias, *affine)
     new.weight, new.bias = weight, bias
     for name, buffer in new.named_buffers():
-        here = {"dtype": buffer.dtype, "device": weight.device}
-        setattr(new, name, torch.empty(buffer.shape, **here))
+        setattr(new, name, torch.empty(buffer.shape, dtype=buffer.dtype, device=weight.device))
     new.reset_running_stats()
-    new.training = row.module.training
+    new.training = old.training
     return new
 
 
-def _copy(parameter: nn.Parameter | None, memo: Memo) -> nn.Parameter | None:
-    """As `copy.deepcopy`, which knows no FakeTensor: what several layers share stays shared."""
+def _copy(parameter: nn.Parameter | None, memo: Memo) -> Any:
+    """Copy a parameter once; `copy.deepcopy` cannot copy a FakeTensor."""
     if parameter is None or id(parameter) in memo:
         return memo.get(id(parameter))
     new = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
@@ -126,35 +140,37 @@ def _fold_batchnorm(
     scale: torch.Tensor,
     shift: torch.Tensor,
 ) -> tuple[nn.Parameter, nn.Parameter]:
-    """Weight and bias (out,) of the layer with the affine map (out,) after them, as new ones."""
+    """Return weight and bias of the layer followed by the affine map scale, shift (C_out,)."""
     rows = layer.to_conv_layout(weight.to(scale.dtype))
     scaled = layer.to_conv_layout(rows * scale.reshape(-1, *[1] * (weight.dim() - 1)))
     shifted = bias.to(scale.dtype) * scale + shift
-    return tuple(
-        nn.Parameter(torch.empty_like(old).copy_(new), old.requires_grad)  # its memory format
-        for old, new in ((weight, scaled), (bias, shifted))
-    )
+
+    def like(old: nn.Parameter, new: torch.Tensor) -> nn.Parameter:  # keeps the memory format
+        return nn.Parameter(torch.empty_like(old).copy_(new), old.requires_grad)
+
+    return like(weight, scaled), like(bias, shifted)
 
 
 def replace_batchnorm(row: Row, memo: Memo, pretrained: bool) -> nn.Module:
-    """What is left of a BatchNorm."""
+    """Return the replacement of a BatchNorm."""
     norm = row.module
     parts = copy.deepcopy(extra_modules(norm), memo)
-    if pretrained and not row.partner:
-        scale, shift = find_affine(norm)
+    affine = find_affine(norm) if pretrained and row.partner is None else None
+    if affine:
+        scale, shift = affine
         like = norm.running_var if norm.weight is None else norm.weight
-        affine = scale.to(like), shift.to(like), like.requires_grad
-        parts.insert(0, ChannelAffine(*affine, row.dims))
+        parts.insert(0, ChannelAffine(scale.to(like), shift.to(like), like.requires_grad, row.dims))
     hooked = any(forward_hooks(norm).values())
     if not parts:
-        new = nn.Identity()
+        new: nn.Module = nn.Identity()
     else:
         new = nn.Sequential(*parts) if hooked or len(parts) > 1 else parts[0]
     return new.train(norm.training)
 
 
-def _work_in_place_no_more(model: nn.Module) -> None:
-    """Layers overwrite their input no more: an Identity before one hands on what others look at."""
-    for module in model.modules():
+def _disable_inplace(model: nn.Module) -> None:
+    """Make activations allocate their output, since an Identity passes its own input on."""
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
         if getattr(module, "inplace", False) is True:
             module.inplace = False

@@ -1,4 +1,4 @@
-"""What becomes of each layer of a network under deconvolution, and why."""
+"""Plan how `convert` treats each layer of a model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,11 +18,11 @@ from ..conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastD
 from ..linear import Delinear
 from ..table import align
 from ..whitening import Whitening
-from .batchnorm import count_dims, extra_modules, find_affine, is_batchnorm, is_understood
+from .batchnorm import count_dims, extra_modules, find_affine, is_batchnorm, is_known_batchnorm
 from .fuse import refuse_wrapped
 from .tracing import Dataflow
 
-# What stands for each convolution of torch.
+# The deconvolution that replaces each convolution of torch.
 DECONVOLUTIONS: dict[type[nn.Module], type[Convolution]] = {
     kind.plain: kind
     for kind in (
@@ -34,45 +35,43 @@ DECONVOLUTIONS: dict[type[nn.Module], type[Convolution]] = {
     )
 }
 
-
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
 
 
 @dataclass(frozen=True)
 class Row:
-    """What becomes of one layer.
+    """Planned treatment of one layer.
 
     Args:
-        name: its first name in the network, "" for the network itself.
+        name: the first name of the layer in the model, "" for the model itself.
         module: the layer.
-        action: "replaced", "kept" (nothing was to be done) or "skipped" (something stands against
-            it).
-        becomes: what replaces it, in words.
-        reason: why, in words.
-        layer: of a convolution or linear layer, what replaces it, on the meta device.
-        partner: of a convolution the BatchNorm that alone gets its output, and the reverse, where
-            both are replaced.
-        dims: of a BatchNorm, dimensions of the images that it sees.
+        action: "replaced", "kept" (there is nothing to do) or "skipped" (an obstacle prevents it).
+        becomes: the replacement, in words.
+        reason: the reason for the action, in words.
+        layer: the replacement of a convolution or linear layer, on the meta device.
+        partner: for a convolution, the BatchNorm that follows it and is folded into it; for a
+            BatchNorm, that convolution.
+        dims: for a BatchNorm, the number of spatial dimensions of its input.
     """
 
     name: str
-    module: nn.Module = field(repr=False)
+    module: Any = field(repr=False)
     action: str
     becomes: str = ""
     reason: str = ""
-    layer: nn.Module | None = field(default=None, repr=False)
+    layer: Any = field(default=None, repr=False)
     partner: nn.Module | None = field(default=None, repr=False)
     dims: int = field(default=2, repr=False)
 
 
 class Plan(tuple[Row, ...]):
-    """The rows, which print as a table."""
+    """Rows of a plan; `str` formats them as a table."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
-        lines = [("layer", "class", "", "becomes", "why")]
+        lines = [("layer", "class", "action", "becomes", "reason")]
         for row in self:
             kind = type(row.module).__name__
             lines.append((row.name or "(all)", kind, row.action, row.becomes, row.reason))
@@ -91,99 +90,126 @@ def plan(
     block_linear: int = 512,
     pretrained: bool = False,
     skip: Iterable[str] = (),
-    **options: object,
+    **options: Any,
 ) -> Plan:
-    """What `convert` would do to each convolution, normalisation and linear layer of a network.
+    """Plan how `convert` treats each convolution, normalisation and linear layer of a model.
 
-    Args: those of `convert`, all of them.
+    The model is neither run nor changed.
+
+    Args:
+        model: any model.
+        bias: as for `convert`, like all further arguments.
+        linear: replace the last linear layer.
+        block_linear: block of its replacement, in features.
+        pretrained: keep the outputs of the model in evaluation.
+        skip: patterns of names of layers to leave alone.
+        **options: further keywords of FastDeconv.
 
     Returns:
-        A row for each such layer, in the network's order: a tuple that prints as a table.
+        One row per layer, in the order of the model. The tuple prints as a table.
 
     Raises:
-        ValueError, TypeError: as `convert`, but having nothing to replace is no error here.
+        ValueError, TypeError: as `convert`; a plan that replaces nothing is no error.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
+        >>> print(plan(model))
+        layer  class        action    becomes                              reason
+        0      Conv2d       replaced  FastDeconv, blocks of 3, with a bias
+        1      BatchNorm2d  replaced  Identity                             follows 0
+        2 replaced, 0 kept, 0 skipped
     """
     refuse_wrapped(model, "Convert")
-    _refuse_unknown(options)
-    layers = {name: module for name, module in model.named_modules() if _is_concerned(module)}
-    skipped = _find_skipped(layers, skip)
+    _refuse_unknown_options(options)
+    layers = {name: module for name, module in model.named_modules() if _is_planned(module)}
+    skipped = _match_patterns(layers, skip)
     shared = signature(Delinear).parameters.keys() & options.keys() - {"block"}
-    of_head = {"block": block_linear, **{name: options[name] for name in shared}}
-    *_, last = None, *(module for module in layers.values() if type(module) is nn.Linear)
+    head_options = {"block": block_linear, **{name: options[name] for name in shared}}
+    linears = [module for module in layers.values() if type(module) is nn.Linear]
+    head = linears[-1] if linear and linears else None
     rows: dict[int, Row] = {}
     for name, module in layers.items():
         if name in skipped:
-            rows[id(module)] = Row(name, module, SKIPPED, reason=f"as {skipped[name]!r} asks")
+            row = Row(
+                name, module, SKIPPED, reason=f"matches the pattern {skipped[name]!r} of skip"
+            )
         elif isinstance(module, torch.jit.ScriptModule):
-            reason = "is TorchScript: convert the network before torch.jit.script"
-            rows[id(module)] = Row(name, module, SKIPPED, reason=reason)
+            reason = "is TorchScript: convert the model before torch.jit.script"
+            row = Row(name, module, SKIPPED, reason=reason)
         elif isinstance(module, Whitening):
-            rows[id(module)] = Row(name, module, KEPT, reason="is a deconvolution already")
+            row = Row(name, module, KEPT, reason="is a deconvolution already")
         elif isinstance(module, _ConvNd):
-            rows[id(module)] = _plan_convolution(name, module, options)
+            row = _plan_convolution(name, module, options)
         elif isinstance(module, nn.Linear):
-            take = linear and module is last
-            rows[id(module)] = _plan_linear(name, module, of_head if take else None)
+            row = _plan_linear(name, module, head_options if module is head else None)
         elif not is_batchnorm(module):
-            rows[id(module)] = Row(name, module, KEPT, reason="is no BatchNorm")
-    _plan_batchnorms(layers, rows, Dataflow(model), pretrained)
+            row = Row(name, module, KEPT, reason="is not a BatchNorm")
+        else:
+            continue
+        rows[id(module)] = row
+    batchnorms = _BatchNormPlanner(layers, rows, Dataflow(model), pretrained)
+    for name, module in layers.items():
+        if id(module) not in rows:
+            batchnorms.plan(name, module)
     if bias and any(row.action == REPLACED and row.layer is None for row in rows.values()):
-        _give_biases(rows)
+        _add_biases(rows)
     return Plan(rows[id(module)] for module in layers.values())
 
 
-def _refuse_unknown(options: Mapping[str, object]) -> None:
-    """Raise TypeError for what is no option of whitening that all convolutions take by keyword."""
+def _refuse_unknown_options(options: Mapping[str, object]) -> None:
+    """Raise TypeError for any option that is not a keyword of all deconvolutions."""
     parameters = signature(Convolution).parameters.values()
     known = {each.name for each in parameters if each.kind is each.KEYWORD_ONLY}
     for name in sorted(options.keys() - (known - {"device", "dtype"})):
         raise TypeError(f"convert() got an unexpected keyword argument {name!r}")
 
 
-def _is_concerned(module: nn.Module) -> bool:
-    if isinstance(module, torch.jit.ScriptModule):  # has no class of torch's
+def _is_planned(module: nn.Module) -> bool:
+    """Tell whether a plan has a row for the module."""
+    if isinstance(module, torch.jit.ScriptModule):  # its class does not tell what it is
         return next(module.parameters(recurse=False), None) is not None
-    kinds = (_ConvNd, nn.Linear, *_OTHER_NORMS)
-    return isinstance(module, kinds) or is_batchnorm(module)
+    return isinstance(module, (_ConvNd, nn.Linear, *_OTHER_NORMS)) or is_batchnorm(module)
 
 
-def _find_skipped(layers: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
-    """The layers that patterns name, and the pattern of each."""
+def _match_patterns(layers: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
+    """Map the name of each layer that a pattern matches to the pattern."""
     if isinstance(patterns, str):
         raise ValueError(f"skip must be a list of patterns, got {patterns!r}")
-    skipped: dict[str, str] = {}
+    matches: dict[str, str] = {}
     for pattern in patterns:
-        found = [name for name in layers if fnmatchcase(name, pattern)]
-        if not found:
-            raise ValueError(f"skip: no layer of the model is called {pattern!r}")
-        skipped |= dict.fromkeys(found, pattern)
-    return skipped
+        names = [name for name in layers if fnmatchcase(name, pattern)]
+        if not names:
+            raise ValueError(f"skip: no layer of the model matches {pattern!r}")
+        matches |= dict.fromkeys(names, pattern)
+    return matches
 
 
-def _plan_convolution(name: str, conv: nn.Module, options: Mapping[str, object]) -> Row:
+def _plan_convolution(name: str, conv: _ConvNd, options: Mapping[str, Any]) -> Row:
     if type(conv) not in DECONVOLUTIONS:
-        return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_kind(conv)}")
+        return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_class(conv)}")
     if reason := _find_obstacle(conv):
         return Row(name, conv, SKIPPED, reason=reason)
     shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
-    where = {**find_geometry(conv), "bias": conv.bias is not None}
-    on = {"device": "meta", "dtype": conv.weight.dtype}
-    return _replace(name, conv, DECONVOLUTIONS[type(conv)](*shape, **where, **options, **on))
+    geometry = {**find_geometry(conv), "bias": conv.bias is not None}
+    like = {"device": "meta", "dtype": conv.weight.dtype}
+    make: Any = DECONVOLUTIONS[type(conv)]
+    return _replace(name, conv, make(*shape, **geometry, **options, **like))
 
 
-def _plan_linear(name: str, linear: nn.Module, options: Mapping[str, object] | None) -> Row:
+def _plan_linear(name: str, linear: nn.Linear, options: Mapping[str, Any] | None) -> Row:
     if options is None:
-        return Row(name, linear, KEPT, reason="linear=True takes the last linear layer only")
+        return Row(name, linear, KEPT, reason="linear=True replaces the last linear layer only")
     if reason := _find_obstacle(linear):
         return Row(name, linear, SKIPPED, reason=reason)
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
-    on = {"device": "meta", "dtype": linear.weight.dtype}
-    return _replace(name, linear, Delinear(*shape, **options, **on))
+    like = {"device": "meta", "dtype": linear.weight.dtype}
+    make: Any = Delinear
+    return _replace(name, linear, make(*shape, **options, **like))
 
 
-def _find_obstacle(module: nn.Module) -> str:
-    """Why a layer of a class that can be replaced cannot, or nothing."""
-    if "weight" in vars(module) or "bias" in vars(module):  # what a hook set
+def _find_obstacle(module: _ConvNd | nn.Linear) -> str:
+    """Return the reason why a layer of a supported class cannot be replaced, or ""."""
+    if "weight" in vars(module) or "bias" in vars(module):  # set by a hook
         return "a hook computes its weight or its bias"
     if not module.weight.is_floating_point():
         return f"only real numbers are whitened, not {module.weight.dtype}"
@@ -195,104 +221,116 @@ def _replace(name: str, module: nn.Module, layer: Whitening) -> Row:
     return Row(name, module, REPLACED, becomes, layer=layer)
 
 
-def _name_kind(module: nn.Module) -> str:
-    """The class; with its home where that is not torch, as the name may be one of torch's."""
+def _name_class(module: nn.Module) -> str:
+    """Return the name of the class, with its module unless that is torch's own."""
     kind = type(module)
-    return (
-        kind.__name__
-        if kind.__module__.startswith("torch.nn.")
-        else f"{kind.__module__}.{kind.__name__}"
-    )
+    if kind.__module__.startswith("torch.nn."):
+        return kind.__name__
+    return f"{kind.__module__}.{kind.__name__}"
 
 
-def _plan_batchnorms(
-    layers: Mapping[str, nn.Module], rows: dict[int, Row], flow: Dataflow, pretrained: bool
-) -> None:
-    """Add the rows of the BatchNorms, and pair those of convolutions whose output they get."""
-    whitens = any(row.layer or isinstance(row.module, Whitening) for row in rows.values())
-    # One class of SyncBatchNorm is for images of all dimensions: those of the network's.
-    seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
-    of_any = seen.pop() if len(seen) == 1 else 2
-    for name, norm in layers.items():
-        if id(norm) in rows:
-            continue
-        if reason := _find_tie(name, norm, layers, flow):
-            rows[id(norm)] = Row(name, norm, KEPT, reason=reason)
-            continue
-        source = flow.find_source(norm)
-        before = None if source is None or is_batchnorm(source) else rows.get(id(source))
-        after = [rows.get(id(layer)) for layer in flow.find_targets(norm, (_ConvNd, nn.Linear))]
-        if after and all(row and row.layer for row in after):
-            goes, why = True, "what follows it whitens"
-        elif whitens and _is_of_maps(norm, flow):
-            goes, why = True, "every BatchNorm of maps does"
-        elif whitens:
-            goes, why = False, "may be of vectors, which nothing after it whitens"
-        else:
-            goes, why = False, "no layer of the network whitens"
-        row = _plan_batchnorm(name, norm, before, flow, pretrained, goes, why)
-        rows[id(norm)] = replace(row, dims=count_dims(norm, of_any))
+class _BatchNormPlanner:
+    """Plan the BatchNorms of a model, given the rows of its other layers.
+
+    Args:
+        layers: the layers of the plan, by name.
+        rows: their rows, by id of the layer; `plan` adds to them.
+        flow: the dataflow of the model.
+        pretrained: keep the function that each BatchNorm computes in evaluation.
+    """
+
+    def __init__(
+        self,
+        layers: Mapping[str, nn.Module],
+        rows: dict[int, Row],
+        flow: Dataflow,
+        pretrained: bool,
+    ) -> None:
+        self.layers, self.rows, self.flow, self.pretrained = layers, rows, flow, pretrained
+        self.whitens = any(
+            row.layer is not None or isinstance(row.module, Whitening) for row in rows.values()
+        )
+        # SyncBatchNorm is one class for images of all dimensions: use those of the convolutions.
+        seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
+        self.sync_dims = seen.pop() if len(seen) == 1 else 2
+
+    def plan(self, name: str, norm: nn.Module) -> None:
+        """Add the row of a BatchNorm, and pair it with the convolution that it is folded into."""
+        row = self._plan(name, norm)
+        self.rows[id(norm)] = replace(row, dims=count_dims(norm, self.sync_dims))
         if row.partner is not None:
-            rows[id(source)] = replace(before, partner=norm)
+            self.rows[id(row.partner)] = replace(self.rows[id(row.partner)], partner=norm)
+
+    def _plan(self, name: str, norm: nn.Module) -> Row:
+        if reason := self._find_dependency(name, norm):
+            return Row(name, norm, KEPT, reason=reason)
+        if not is_known_batchnorm(norm):
+            return Row(name, norm, SKIPPED, reason=f"what {_name_class(norm)} does is not known")
+        source = self.flow.find_exclusive_source(norm)
+        before = None if source is None or is_batchnorm(source) else self.rows.get(id(source))
+        if before is not None and before.action != REPLACED:
+            return Row(name, norm, KEPT, reason=f"follows {before.name}, which is {before.action}")
+        if self.pretrained and find_affine(norm) is None:
+            return Row(name, norm, SKIPPED, reason="has no running statistics to fold")
+        rest = [type(module).__name__ for module in extra_modules(norm)]
+        becomes = ", ".join(rest) or "Identity"
+        if before is None:
+            redundant, reason = self._find_whitener(norm)
+            obstacle = "no convolution before it can take it in"
+        elif (ancestor := self.flow.find_untraced_ancestor(norm)) is None:
+            reason = f"{'folded into' if self.pretrained else 'follows'} {before.name}"
+            return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
+        else:
+            redundant, reason = True, f"follows {before.name}"
+            obstacle = f"{_explain_untraced(ancestor)}, so {before.name} may have other uses"
+        if not redundant:
+            return Row(name, norm, KEPT, reason=reason)
+        if self.pretrained:
+            return Row(name, norm, REPLACED, ", ".join(["ChannelAffine", *rest]), obstacle)
+        if function := None if rest else self.flow.find_inplace_function(norm):
+            return Row(name, norm, SKIPPED, reason=f"{function} after it would overwrite its input")
+        return Row(name, norm, REPLACED, becomes, reason)
+
+    def _find_dependency(self, name: str, norm: nn.Module) -> str:
+        """Return the reason why code of the model may depend on a BatchNorm, or ""."""
+        owner = name.rpartition(".")[0]
+        if owner in self.layers and self.layers[owner] is not norm:
+            return f"is a part of {owner or 'the model'}, {_name_class(self.layers[owner])}"
+        if (reader := self.flow.find_reader(norm)) is not None:
+            return f"{_name_class(reader)} uses more than its output"
+        if (caller := self.flow.find_untraced_caller(norm)) is not None:
+            return f"{_explain_untraced(caller)}, so nothing is known of its input and output"
+        return ""
+
+    def _find_whitener(self, norm: nn.Module) -> tuple[bool, str]:
+        """Tell whether some deconvolution makes a BatchNorm redundant, and the reason."""
+        if not self.whitens:
+            return False, "no layer of the network whitens"
+        consumers = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
+        after = [self.rows.get(id(layer)) for layer in consumers]
+        if after and all(row is not None and row.layer is not None for row in after):
+            return True, "what follows it whitens"
+        if self._sees_maps(norm):
+            return True, "every BatchNorm of maps does"
+        return False, "may be of vectors, which nothing after it whitens"
+
+    def _sees_maps(self, norm: nn.Module) -> bool:
+        """Tell maps from vectors, which BatchNorm1d and SyncBatchNorm also normalise."""
+        origin = self.flow.find_origin(norm)
+        if isinstance(norm, nn.BatchNorm1d):
+            return isinstance(origin, _ConvNd)
+        return not (
+            isinstance(norm, nn.SyncBatchNorm) and isinstance(origin, nn.Linear | nn.Flatten)
+        )
 
 
-def _find_tie(name: str, norm: nn.Module, layers: Mapping[str, nn.Module], flow: Dataflow) -> str:
-    """Why code of the network cannot do without a BatchNorm, or nothing."""
-    owner = name.rpartition(".")[0]
-    if owner in layers and layers[owner] is not norm:
-        return f"is a part of {owner or 'the model'}, {_name_kind(layers[owner])}"
-    reader = flow.find_reader(norm)
-    return "" if reader is None else f"{_name_kind(reader)} uses more than its output"
+def _explain_untraced(module: nn.Module) -> str:
+    return f"forward of {_name_class(module)} cannot be traced"
 
 
-def _is_of_maps(norm: nn.Module, flow: Dataflow) -> bool:
-    """Whether a BatchNorm sees maps: two classes are for vectors as well, which nothing whitens."""
-    maker = flow.find_maker(norm)
-    if isinstance(norm, nn.BatchNorm1d):
-        return isinstance(maker, _ConvNd)
-    return not (isinstance(norm, nn.SyncBatchNorm) and isinstance(maker, nn.Linear | nn.Flatten))
-
-
-def _give_biases(rows: dict[int, Row]) -> None:
-    """To new convolutions that have none: BatchNorm's shift stood for it."""
+def _add_biases(rows: dict[int, Row]) -> None:
+    """Give a bias to new convolutions without one, in place of the shift of BatchNorm."""
     for key, row in rows.items():
         if isinstance(row.layer, Convolution) and row.layer.bias is None:
             row.layer.bias = nn.Parameter(row.layer.weight.new_empty(row.layer.out_channels))
             rows[key] = replace(row, becomes=f"{row.becomes}, with a bias")
-
-
-def _plan_batchnorm(
-    name: str,
-    norm: nn.Module,
-    before: Row | None,
-    flow: Dataflow,
-    pretrained: bool,
-    goes: bool,
-    why: str,
-) -> Row:
-    """What becomes of a BatchNorm.
-
-    Args:
-        before: what becomes of the layer whose output it gets; None where that is none of ours.
-        goes, why: whether it does, and the reason, where `before` is None.
-    """
-    if not is_understood(norm):
-        return Row(name, norm, SKIPPED, reason=f"what {_name_kind(norm)} does is not known")
-    if before is not None and before.action != REPLACED:
-        return Row(name, norm, KEPT, reason=f"follows {before.name}, which is {before.action}")
-    if pretrained and find_affine(norm) is None:
-        return Row(name, norm, SKIPPED, reason="has no running statistics to fold")
-    rest = [type(part).__name__ for part in extra_modules(norm)]
-    if before is not None:
-        becomes = ", ".join(rest) or "Identity"
-        reason = f"folded into {before.name}" if pretrained else f"follows {before.name}"
-        return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
-    if not goes:
-        return Row(name, norm, KEPT, reason=why)
-    if pretrained:
-        becomes = ", ".join(["ChannelAffine", *rest])
-        return Row(name, norm, REPLACED, becomes, "no layer before it can take it in")
-    if function := None if rest else flow.find_overwriter(norm):
-        return Row(name, norm, SKIPPED, reason=f"{function} after it would overwrite its input")
-    becomes = ", ".join(rest) or "Identity"
-    return Row(name, norm, REPLACED, becomes, why)

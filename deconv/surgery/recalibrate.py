@@ -1,8 +1,9 @@
-"""Running statistics afresh, for a network whose weights have changed without training."""
+"""Average the running statistics of a model anew."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,26 +17,30 @@ def recalibrate(
 ) -> int:
     """Replace the running statistics of all deconvolution layers by averages over some batches.
 
-    For a network after surgery, or whose weights are averages of several networks': nothing is
-    learned, no weight changes. Each layer whitens by its batch, as in training, and in the end has
-    the plain mean of mu and of Cov over all batches that are finite, or over all its runs where it
-    has several of each, while training has a mean that forgets. All other
-    layers work as in evaluation (dropout drops nothing).
+    Use it after surgery, or after averaging the weights of several models. Weights do not change.
+    Each layer whitens by its batch, as in training. Its new statistics are the plain mean of mu and
+    of Cov over all finite batches, or over all its calls if a forward calls it several times.
+    Other layers work as in evaluation; dropout, for example, drops nothing.
 
     Args:
-        model: whose forward takes a batch; its layers' training flags are as before afterwards.
-        batches: (N, ...) inputs as in training, or tuples that begin with them, as loaders give;
-            they are moved to the device of the network.
-        limit: batches looked at, at most.
+        model: a model whose forward takes a batch; training flags are restored afterwards.
+        batches: (N, ...) inputs as in training, or tuples that start with them, as loaders yield.
+            They are moved to the device of the model.
+        limit: maximum number of batches.
 
     Returns:
-        How many were.
+        The number of batches used.
 
     Raises:
         ValueError: no deconvolution layer has running statistics, there is no batch, or `limit` is
             below 1.
+
+    Example:
+        >>> model = nn.Sequential(FastDeconv(3, 8, 3), nn.ReLU())
+        >>> recalibrate(model, torch.randn(4, 16, 3, 9, 9))
+        4
     """
-    layers = [
+    layers: list[Any] = [
         module
         for module in model.modules()
         if isinstance(module, Whitening) and module.track_running_stats
@@ -51,7 +56,7 @@ def recalibrate(
     try:
         for batch in batches:
             for layer in layers:
-                if count == 0:  # not before: an empty loader must leave the network as it is
+                if count == 0:  # an empty loader must not change the model
                     layer.reset_running_stats()
                 layer.training, layer.momentum = True, None
             model((batch if isinstance(batch, torch.Tensor) else batch[0]).to(device))

@@ -1,113 +1,112 @@
-"""Which module's output goes to which: read from the code of a network, without running it."""
+"""Dataflow between the modules of a network, from symbolic traces of their forwards."""
 
 from __future__ import annotations
 
 import copy
-import dis
 import inspect
 import warnings
-from itertools import pairwise
-from types import CodeType
+from collections.abc import Iterator
 
 from torch import fx, nn
 
-# Files of torch.nn, and functions.
-_SHAPELESS_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
-_SHAPELESS_FUNCTIONS = {"dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh"}
-_TENSORS = {"weight", "bias", "running_mean", "running_var"}  # of a BatchNorm
+# Files of torch.nn, and functions, that keep the number of dimensions of their input.
+_RANK_PRESERVING_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
+_RANK_PRESERVING_FUNCTIONS = {
+    *("dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh")
+}
 
 
 class Dataflow:
-    """The calls of modules in a network, as far as the code of those that call them tells.
+    """Calls between the modules of a network: whose output enters whose input.
 
-    The forward of each module is traced by itself, and everything that it calls is opaque. Where
-    that is impossible (forward looks at values or shapes), nothing is known of its children, nor of
-    what is within them under names that its code mentions, but whose tensors it reads by name.
+    `torch.fx` traces the forward of each module by itself; the modules that it calls are opaque and
+    nothing is computed. Some forwards cannot be traced, for example those that branch on a value or
+    on a shape. Nothing is known of the modules that such a forward calls, see `find_untraced`.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._calls: dict[int, list[fx.Node | None]] = {}  # None: nobody knows how often and where
+        self._calls: dict[int, list[fx.Node]] = {}
         self._called: dict[fx.Node, nn.Module] = {}
         self._readers: dict[int, nn.Module] = {}
+        self._untraced_callers: dict[int, nn.Module] = {}
+        self._untraced_ancestors: dict[int, nn.Module] = {}
         for owner in model.modules():
-            if next(owner.children(), None) is not None and _has_forward(owner):
-                self._read(owner)
+            if next(owner.children(), None) is not None and _defines_forward(owner):
+                self._record_calls(owner)
 
-    def _read(self, owner: nn.Module) -> None:
+    def _record_calls(self, owner: nn.Module) -> None:
         graph = _trace(owner)
         if graph is None:
-            mentioned, read = _find_names(type(owner)), _find_read(type(owner))
-            for path, module in owner.named_modules():
-                first, *deeper = path.split(".")
-                if first and mentioned.issuperset("[]" if d.isdecimal() else d for d in deeper):
-                    self._calls.setdefault(id(module), []).append(None)
-                    if path.rpartition(".")[2] in read:
-                        self._readers[id(module)] = owner
+            self._untraced_callers |= {id(module): owner for module in _iter_callees(owner)}
+            self._untraced_ancestors |= {id(module): owner for module in owner.modules()}
             return
         for node in graph.nodes:
             if node.op == "call_module":
                 self._called[node] = module = owner.get_submodule(node.target)
                 self._calls.setdefault(id(module), []).append(node)
-            elif node.op == "get_attr" and "." in node.target:  # a weight, used without its module
+            elif node.op == "get_attr" and "." in node.target:  # a tensor, used without its module
                 module = owner.get_submodule(node.target.rpartition(".")[0])
-                self._calls.setdefault(id(module), []).append(None)
                 self._readers[id(module)] = owner
 
+    def find_untraced_caller(self, module: nn.Module) -> nn.Module | None:
+        """Return the module that calls this one in a forward that cannot be traced, if any."""
+        return self._untraced_callers.get(id(module))
+
+    def find_untraced_ancestor(self, module: nn.Module) -> nn.Module | None:
+        """Return an ancestor whose forward cannot be traced, if any.
+
+        Such a forward may call a module at any depth below it, in addition to the calls that the
+        traces show.
+        """
+        return self._untraced_ancestors.get(id(module))
+
     def find_reader(self, module: nn.Module) -> nn.Module | None:
-        """The module whose code uses tensors of this one by themselves, if any is known to."""
+        """Return a module whose traced forward uses tensors of this one by name, if any."""
         return self._readers.get(id(module))
 
-    def _find_call(self, module: nn.Module) -> fx.Node | None:
-        """The one call of the module; None if there are several, or maybe others."""
-        calls = self._calls.get(id(module), [])
-        return calls[0] if len(calls) == 1 else None
+    def find_exclusive_source(self, module: nn.Module) -> nn.Module | None:
+        """Return the module whose output enters this one and nothing else.
 
-    def find_source(self, module: nn.Module) -> nn.Module | None:
-        """The module whose whole output goes to this one and nowhere else; both are called once.
-
-        Where that is a Sequential it is the last one in it. None: there is no such module, the code
-        does not tell, or a hook stands between the two.
+        Both are called exactly once, and no hook stands between them. For a Sequential, its last
+        module is returned. None: there is no such module.
         """
         call = self._find_call(module)
         if call is None or len(call.all_input_nodes) != 1 or module._forward_pre_hooks:
             return None
-        (source,) = call.all_input_nodes
-        while (producer := self._find_producer(source)) is not None:
+        source: fx.Node | None = call.all_input_nodes[0]
+        while source is not None and len(source.users) == 1:
+            producer = self._called.get(source)
+            if producer is None or self._find_call(producer) is not source:
+                return None
             if producer._forward_hooks:
                 return None
-            if not _is_sequence(producer):
+            if not _is_sequential(producer):
                 return producer
-            source = self._find_call(producer[-1])
+            source = self._find_call(_get_last(producer))
         return None
 
-    def _find_producer(self, call: fx.Node | None) -> nn.Module | None:
-        """The module of a call, if it has no other call and its output one use."""
-        producer = self._called.get(call)
-        once = producer is not None and self._find_call(producer) is call and len(call.users) == 1
-        return producer if once else None
-
-    def find_maker(self, module: nn.Module) -> nn.Module | None:
-        """The module that this one's input comes from, through layers that leave a map a map.
-
-        None: the code does not tell.
-        """
+    def find_origin(self, module: nn.Module) -> nn.Module | None:
+        """Return the module that set the number of dimensions of this one's input, if traced."""
         call = self._find_call(module)
         while call is not None and len(call.all_input_nodes) == 1:
-            (call,) = call.all_input_nodes
-            while _is_sequence(maker := self._called.get(call)):
-                call = self._find_call(maker[-1])
-            if not _leaves_a_map(call, maker):
-                return maker
+            call = call.all_input_nodes[0]
+            producer = self._called.get(call)
+            while producer is not None and _is_sequential(producer):
+                call = self._find_call(_get_last(producer))
+                producer = None if call is None else self._called.get(call)
+            if call is None or not _preserves_rank(call, producer):
+                return producer
         return None
 
-    def find_targets(
+    def find_consumers(
         self, module: nn.Module, kinds: tuple[type[nn.Module], ...]
     ) -> list[nn.Module]:
-        """The first modules of some kinds on all hooks that this one's output takes.
+        """Return the first modules of some kinds on every path of this one's output.
 
-        Within the code that calls it: none where it may also leave that.
+        The list is empty where a path leaves the calling forward without meeting one.
         """
-        targets, calls, seen = [], [self._find_call(module)], set()
+        consumers: list[nn.Module] = []
+        calls, seen = [self._find_call(module)], set[fx.Node]()
         while calls:
             call = calls.pop()
             if call is None or call.op == "output":
@@ -115,16 +114,13 @@ class Dataflow:
             for user in call.users.keys() - seen:
                 seen.add(user)
                 if isinstance(self._called.get(user), kinds):
-                    targets.append(self._called[user])
+                    consumers.append(self._called[user])
                 else:
                     calls.append(user)
-        return targets
+        return consumers
 
-    def find_overwriter(self, module: nn.Module) -> str | None:
-        """The function, if any, that works in place on this module's output.
-
-        None where it is a module, or where the code does not tell.
-        """
+    def find_inplace_function(self, module: nn.Module) -> str | None:
+        """Return the name of a function that works in place on this module's output, if any."""
         call = self._find_call(module)
         for user in call.users if call is not None else ():
             name = getattr(user.target, "__name__", str(user.target))
@@ -133,88 +129,65 @@ class Dataflow:
                 return name
         return None
 
+    def _find_call(self, module: nn.Module) -> fx.Node | None:
+        """Return the only call of the module; None if it may have another number of calls."""
+        calls = self._calls.get(id(module), [])
+        unsure = id(module) in self._untraced_callers or id(module) in self._readers
+        return calls[0] if len(calls) == 1 and not unsure else None
+
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def _get_forward(module: nn.Module) -> object:
-    """The function of the class; None where it has a forward that is no Python (torch.jit)."""
-    return getattr(type(module), "forward", None)
-
-
-def _is_sequence(module: nn.Module | None) -> bool:
-    """Whether its output is that of the last module in it."""
-    return module is not None and _get_forward(module) is nn.Sequential.forward and len(module) > 0
-
-
-def _leaves_a_map(call: fx.Node | None, module: nn.Module | None) -> bool:
-    """Whether what a call gives is a map if its input is one, and a vector if that is one."""
-    if module is not None:
-        home, _, kind = type(module).__module__.rpartition(".")
-        return home == "torch.nn.modules" and kind in _SHAPELESS_LAYERS
-    name = None if call is None else getattr(call.target, "__name__", call.target)
-    return name in _SHAPELESS_FUNCTIONS
-
-
-def _has_forward(module: nn.Module) -> bool:
-    """Lists and dicts of modules have none: others call what is in them."""
-    return _get_forward(module) is not nn.Module.forward
-
-
-def _find_methods(kind: type[nn.Module]) -> list[CodeType]:
-    """The code of all methods of a class and of its bases."""
-    bases = kind.__mro__[: kind.__mro__.index(nn.Module)]
-    methods = [f for base in bases for f in vars(base).values() if inspect.isfunction(f)]
-    return [method.__code__ for method in methods]
-
-
-def _with_inner(code: CodeType) -> list[CodeType]:
-    """A function's code, and that of the functions and comprehensions in it."""
-    inner = [const for const in code.co_consts if inspect.iscode(const)]
-    return [code, *(each for one in inner for each in _with_inner(one))]
-
-
-def _find_read(kind: type[nn.Module]) -> set[str]:
-    """Names of modules whose tensors forward, or a method that it mentions, reads: `NAME.weight`.
-
-    Not in other methods, as many a one fills the weights of its modules at the start.
-    """
-    read, mentioned, methods = set(), {"forward"}, _find_methods(kind)
-    while now := [code for code in methods if code.co_name in mentioned]:
-        methods = [code for code in methods if code not in now]
-        for code in (each for method in now for each in _with_inner(method)):
-            mentioned.update(code.co_names)
-            steps = [s for s in dis.get_instructions(code) if s.opname != "EXTENDED_ARG"]
-            loads = [step.argval if step.opname == "LOAD_ATTR" else None for step in steps]
-            read.update(name for name, of_it in pairwise(loads) if name and of_it in _TENSORS)
-    return read
-
-
-def _find_names(kind: type[nn.Module]) -> set[str]:
-    """The names in the methods of a class and of its bases; "[]" where they index anything."""
-    names = set()
-    for code in (each for method in _find_methods(kind) for each in _with_inner(method)):
-        names.update(code.co_names)
-        if any(
-            "SUBSCR" in step.opname or step.argrepr == "[]" for step in dis.get_instructions(code)
-        ):
-            names.add("[]")
-    return names
-
-
 def _trace(owner: nn.Module) -> fx.Graph | None:
-    """What the owner's forward does in evaluation, with all options as they are by default."""
-    if "forward" in vars(owner):  # put there by someone; the tracer would read that of the class
+    """Trace the owner's forward in evaluation, with the defaults of all optional arguments."""
+    if "forward" in vars(owner):  # fx would trace the forward of the class instead
         return None
     try:
-        probe = copy.copy(owner)  # whatever forward writes to attributes stays there
+        probe = copy.copy(owner)  # receives the attributes that forward may set
         probe.training = False
         parameters = inspect.signature(probe.forward).parameters.values()
         defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return _Tracer().trace(probe, concrete_args=defaults)
-    except Exception:  # code of others that meets symbols may raise whatever it likes
+    except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
+
+
+def _get_forward(module: nn.Module) -> object:
+    """Return the forward of the class; None where it is not Python (torch.jit)."""
+    return getattr(type(module), "forward", None)
+
+
+def _defines_forward(module: nn.Module) -> bool:
+    """Tell modules from mere containers, such as ModuleList, whose parent calls their children."""
+    return _get_forward(module) is not nn.Module.forward
+
+
+def _iter_callees(owner: nn.Module) -> Iterator[nn.Module]:
+    """Yield the modules that the owner's forward is expected to call itself."""
+    for child in owner.children():
+        yield child
+        if not _defines_forward(child):
+            yield from _iter_callees(child)
+
+
+def _is_sequential(module: nn.Module) -> bool:
+    return (
+        _get_forward(module) is nn.Sequential.forward and next(module.children(), None) is not None
+    )
+
+
+def _get_last(sequential: nn.Module) -> nn.Module:
+    return list(sequential.children())[-1]
+
+
+def _preserves_rank(call: fx.Node, module: nn.Module | None) -> bool:
+    """Tell whether the output of a call has as many dimensions as its input."""
+    if module is not None:
+        package, _, file = type(module).__module__.rpartition(".")
+        return package == "torch.nn.modules" and file in _RANK_PRESERVING_LAYERS
+    return getattr(call.target, "__name__", call.target) in _RANK_PRESERVING_FUNCTIONS

@@ -234,8 +234,8 @@ def test_a_converted_network_is_plain_again():
     block = [nn.BatchNorm2d(3), nn.ReLU(), nn.Conv2d(3, 4, 3, bias=False), nn.BatchNorm2d(4)]
     model = convert(nn.Sequential(*block), pretrained=True)
     with torch.no_grad():
-        model[0].weight.uniform_()
-        model[0].bias.uniform_()
+        model[0].scale.uniform_()
+        model[0].shift.uniform_()
     model, x = trained(model.double(), 5, 3, 9, 9)
     fused = fuse(model)
     assert [type(m) for m in fused] == [nn.Conv2d, nn.ReLU, nn.Conv2d, nn.Identity]
