@@ -1,4 +1,4 @@
-"""The content of checkpoints, as runs write it, without a run."""
+"""Content of checkpoints as a run writes it, made without a run."""
 
 import torch
 
@@ -11,7 +11,7 @@ from util.training.resume import Progress, snapshot
 
 
 def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
-    """Of a run after `epoch` epochs, which had `step` steps, and so many batches of the next."""
+    """Return the state after `epoch` epochs of `step` steps in all and `batches` of the next."""
     model = torch.nn.Linear(3, 2)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     model(torch.ones(1, 3)).sum().backward()
@@ -34,6 +34,9 @@ def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
             "std": (0.5,),
         },
         "rng": [rng_state()],
+        "own_buffers": [{}],
+        "images": {"number of images": 20},
+        "skipped": [],
         "history": dict.fromkeys(HISTORY, [float("nan")] * epoch) | past,
         **changes,
     }

@@ -33,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import Delinear, FastDeconv, whitening
 from deconv.ops import covariance
 from scripts.bench import steps
-from util.cli.parser import Parser, whole
+from util.cli.parser import Parser, bounded_int
 from util.training.accelerator import Accelerator
 
 # The names of deconv.whitening and their steps.
@@ -232,9 +232,9 @@ def make_parser() -> Parser:
     add("--layer", "one layer", layer_shape, metavar="C,OUT,SIDE[,KERNEL[,STRIDE]]")
     add("--arch", "a network", None, None, ARCH, metavar="NAME")
     add("--by-layer", "a row for each layer", action="store_true")
-    add("--batch-size", "images", whole(1), 128, metavar="N")
-    add("--mode", "of the deconvolution", whole(1, 5), 5, metavar="M")
-    add("--block", "channels whitened together", whole(1), 16, metavar="B")
+    add("--batch-size", "images", bounded_int(1), 128, metavar="N")
+    add("--mode", "of the deconvolution", bounded_int(1, 5), 5, metavar="M")
+    add("--block", "channels whitened together", bounded_int(1), 16, metavar="B")
     add("--dtype", "bf16 is autocast", None, "float32", choices=tuple(steps.AMP))
     steps.add_layer_flags(parser)
     steps.add_run_flags(parser)

@@ -40,7 +40,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import FastDeconv, fuse
 from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
-from util.cli.parser import Parser, real, str2bool, whole
+from util.cli.parser import Parser, bounded_float, bounded_int, str2bool
 from util.device import choose_graphs, describe_device, read_processor
 from util.errors import RunError
 from util.files import atomic_write
@@ -120,10 +120,10 @@ def make_parser() -> Parser:
     add = parser.add_group("cases: every combination")
     several = {"nargs": "+"}
     add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
-    add("--batch-size", "images in a step", whole(1), [128], "128", metavar="N", **several)
+    add("--batch-size", "images in a step", bounded_int(1), [128], "128", metavar="N", **several)
     add("--dtype", "bf16 is autocast", None, ["float32"], "float32", choices=tuple(AMP), **several)
-    add("--mode", "of the deconvolution", whole(1, 5), [5], "5", metavar="M", **several)
-    add("--block", "channels whitened together", whole(1), [16], "16", metavar="B", **several)
+    add("--mode", "of the deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
+    add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
     add("--against", "the network beside it", None, "bn", choices=("bn", "plain", UNCHECKED))
     add_layer_flags(parser)
     add_run_flags(parser)
@@ -141,22 +141,22 @@ def make_parser() -> Parser:
 def add_layer_flags(parser: Parser) -> None:
     """The flags of layers and images that all cases share."""
     add = parser.add_group("layers and images")
-    add("--block-fc", "features whitened together before the last layer", whole(0), None, 512)
-    add("--eps", "regularisation, in units of variance", real(above=0), 1e-2)
+    add("--block-fc", "features whitened together before the last layer", bounded_int(0), None, 512)
+    add("--eps", "regularisation, in units of variance", bounded_float(above=0), 1e-2)
     text = f"further keywords of FastDeconv: {', '.join(OPTIONS)}"
     add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
-    add("--image-size", "side of the images, in pixels", whole(1), 32, metavar="N")
-    add("--classes", "", whole(1), 10, metavar="N")
-    add("--in-channels", "channels of the images", whole(1), 3, metavar="N")
+    add("--image-size", "side of the images, in pixels", bounded_int(1), 32, metavar="N")
+    add("--classes", "", bounded_int(1), 10, metavar="N")
+    add("--in-channels", "channels of the images", bounded_int(1), 3, metavar="N")
 
 
 def add_run_flags(parser: Parser) -> None:
     """The flags of the machine and of how often to measure."""
     add = parser.add_group("machine")
-    add("--rounds", "measured steps of each network", whole(2), 11, metavar="N")
-    add("--eval-rounds", "the same in evaluation", whole(2), None, "as --rounds", metavar="N")
-    add("--warmup", "steps before them", whole(0), 3, metavar="N")
-    add("--threads", "CPU threads of PyTorch", whole(1, 1024), metavar="N")
+    add("--rounds", "measured steps of each network", bounded_int(2), 11, metavar="N")
+    add("--eval-rounds", "the same in evaluation", bounded_int(2), None, "as --rounds", metavar="N")
+    add("--warmup", "steps before them", bounded_int(0), 3, metavar="N")
+    add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024), metavar="N")
     add("--device", "", None, None, "a GPU where there is one", choices=("cpu", "cuda"))
     text = "images in memory pixel by pixel"
     add("--channels-last", text, str2bool, False, nargs="?", const=True)

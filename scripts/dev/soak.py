@@ -25,7 +25,7 @@ from unittest.mock import patch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main as program
 from scripts.bench.steps import read_resident
-from util.cli.parser import Parser, whole
+from util.cli.parser import Parser, bounded_int
 from util.training.recorder import Recorder
 
 RUN = "--dataset digits --arch simple_v2 --deconv True -b 8 --lr .01 --threads 1 --use-gpu False"
@@ -52,8 +52,8 @@ class Part(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("soak.py", __doc__.splitlines()[0])
     add = parser.add_group("how long")
-    add("--steps", "optimizer steps", whole(6), 2000, metavar="N")
-    add("--rows", "parts of the table", whole(3), 10, metavar="N")
+    add("--steps", "optimizer steps", bounded_int(6), 2000, metavar="N")
+    add("--rows", "parts of the table", bounded_int(3), 10, metavar="N")
     add("words", "flags of main.py, after --", nargs="*", metavar="FLAG")
     flags = parser.parse_args(argv)
     if flags.steps < 2 * flags.rows:

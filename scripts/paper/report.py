@@ -20,7 +20,7 @@ from scripts.paper import batch_size, best_rates, filters, modes, regression, ta
 from scripts.paper.records import RESULTS, ROOT, Records, load, save
 from scripts.paper.runner import RUNS, Recipe, gather
 from scripts.paper.tables import format_table, show_loss
-from util.cli.parser import Parser, place
+from util.cli.parser import Parser, path_name
 from util.files import atomic_write
 
 RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
@@ -41,9 +41,16 @@ pictures as JPEG files where a record's `dataset` is `folder`, its binary files 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser("paper_report.py", __doc__.splitlines()[0])
     add = parser.add_group("folders")
-    add("--runs", "of the recipes' runs", place, str(RUNS), "runs/paper", metavar="DIR")
-    add("--results", "of the records", place, str(RESULTS), "results", metavar="DIR")
-    add("--docs", "of the page and its pictures", place, str(ROOT / "docs"), "docs", metavar="DIR")
+    add("--runs", "of the recipes' runs", path_name, str(RUNS), "runs/paper", metavar="DIR")
+    add("--results", "of the records", path_name, str(RESULTS), "results", metavar="DIR")
+    add(
+        "--docs",
+        "of the page and its pictures",
+        path_name,
+        str(ROOT / "docs"),
+        "docs",
+        metavar="DIR",
+    )
     flags = parser.parse_args(argv)
     results, docs = Path(flags.results), Path(flags.docs)
     for folder in (results, docs):

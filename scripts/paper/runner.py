@@ -27,7 +27,7 @@ from main import build_script
 from scripts.paper.records import RESULTS, ROOT, Records, load, read_or_exit, read_record, top1_of
 from util.checkpoint.store import BEST_NAME, PREVIOUS_NAME
 from util.cli.inherited import MAY_CHANGE
-from util.cli.parser import Parser, place, whole
+from util.cli.parser import Parser, bounded_int, path_name
 from util.tracking.provenance import RECORD_NAME
 from util.training.recorder import DIVERGED_NAME
 from util.training.signals import HANGUP
@@ -134,8 +134,8 @@ def make_parser(recipe: Recipe) -> Parser:
     text = f"runs go to DIR/{recipe.name}"
     add("--out", text, absolute, str(RUNS), "runs/paper", metavar="DIR")
     add("--only", "only runs whose name contains TEXT", default_text="all", metavar="TEXT")
-    add("--jobs", "runs at a time", whole(1, 64), 1, metavar="N")
-    add("--threads", "CPU threads of each", whole(1, 1024), 1, metavar="N")
+    add("--jobs", "runs at a time", bounded_int(1, 64), 1, metavar="N")
+    add("--threads", "CPU threads of each", bounded_int(1, 1024), 1, metavar="N")
     text = "leave out runs whose figures are in results/ already, made here or elsewhere"
     add("--skip-recorded", text, action="store_true", default=False, default_text="")
     text = "say what would be run, and how long it would take"
@@ -145,7 +145,7 @@ def make_parser(recipe: Recipe) -> Parser:
 
 def absolute(text: str) -> str:
     """A place as main.py finds it, which is started in the project's folder."""
-    return str(Path(place(text)).resolve())
+    return str(Path(path_name(text)).resolve())
 
 
 @cache

@@ -26,7 +26,7 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from util.cli.parser import Parser, place, real, whole
+from util.cli.parser import Parser, bounded_float, bounded_int, path_name
 
 ROOT = Path(__file__).resolve().parents[2]
 KINDS = {"BatchNorm": "False", "deconvolution": "True"}  # and their --deconv
@@ -104,16 +104,22 @@ def search(train: Train, flags: Namespace, begin: int) -> Outcome:
 def make_parser() -> Parser:
     parser = Parser("time_to_accuracy.py", __doc__.splitlines()[0])
     add = parser.add_group("what to find")
-    add("--target", "test top-1, in percent", real(above=0, below=100), required=True, metavar="P")
+    add(
+        "--target",
+        "test top-1, in percent",
+        bounded_float(above=0, below=100),
+        required=True,
+        metavar="P",
+    )
     rates = [0.003, 0.01, 0.03, 0.1, 0.3]
     shown = "five from .003 to .3"
-    add("--lr", "learning rates", real(above=0), rates, shown, nargs="+", metavar="LR")
-    add("--seeds", "of the runs", whole(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
-    add("--grain", "unit of the length of training, in steps", whole(1), 25, metavar="N")
+    add("--lr", "learning rates", bounded_float(above=0), rates, shown, nargs="+", metavar="LR")
+    add("--seeds", "of the runs", bounded_int(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
+    add("--grain", "unit of the length of training, in steps", bounded_int(1), 25, metavar="N")
     text = "lengths to begin with: of BatchNorm, of deconvolution"
-    add("--begin", text, whole(1), [400, 200], "400 200", nargs=2, metavar="N")
-    add("--longest", "training that is tried, in steps", whole(1), 2000, metavar="N")
-    add("--out", "folder of the runs", place, "runs/time-to-accuracy", metavar="DIR")
+    add("--begin", text, bounded_int(1), [400, 200], "400 200", nargs=2, metavar="N")
+    add("--longest", "training that is tried, in steps", bounded_int(1), 2000, metavar="N")
+    add("--out", "folder of the runs", path_name, "runs/time-to-accuracy", metavar="DIR")
     return parser
 
 

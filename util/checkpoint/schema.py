@@ -1,6 +1,6 @@
-"""What a checkpoint holds, as a table that its content is compared with whenever it is read.
+"""Schema of a checkpoint, which every checkpoint is validated against when it is read.
 
-A checksum tells that a file is as it was written, not that this program wrote it.
+A checksum proves that a file is unchanged, not that this program wrote it.
 """
 
 from __future__ import annotations
@@ -13,56 +13,62 @@ import torch
 from torch import Tensor
 
 from util.checkpoint.validators import (
-    MOST,
-    anything,
-    blank_or,
+    MAX_COUNT,
+    any_value,
     describe,
-    each,
-    expect,
-    fields,
-    items,
-    maybe,
-    real,
-    row,
+    dict_of,
+    integer,
+    list_of,
+    number,
+    optional,
+    optional_dict,
+    record,
+    require,
     tensor,
-    whole,
+    text,
+    tuple_of,
 )
 from util.errors import ContentError
 
-MOST_CHANNELS = 1024  # of images: a layer as wide as a file says could need all memory
-TWISTER = 624  # words of the Mersenne Twister's state
-VALUES = ("loss", "top1", "top5", "lr", "seconds")  # of a row of train.log and of test.log
+MAX_CHANNELS = 1024  # a file that claims more would make the first layer fill the memory
+TWISTER_WORDS = 624  # size of the state of a Mersenne Twister
+VALUES = ("loss", "top1", "top5", "lr", "seconds")  # columns of train.log and test.log
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
 
 
 def check_content(state: Any, *, has_values: bool = True) -> None:
-    """See that `state` is what a checkpoint holds: types, ranges, shapes, and sums that agree.
+    """Check types, ranges, shapes and the agreement of counts in a checkpoint.
 
     Args:
-        has_values: False where it was read to the device "meta", and tensors hold nothing.
+        state: the content of a file.
+        has_values: False if `state` was read to the device "meta", where tensors hold no values.
 
     Raises:
-        ContentError: naming the first that is wrong.
+        ContentError: names the first value that is not valid.
     """
     CONTENT("", state)
-    for place, value in _name_own_tensors(state):
-        if has_values and value.is_meta:  # a file can say that a tensor has none
-            raise ContentError(f"{place} is {describe(value)} without values")
-    done, rows = state["progress"], state["meters"]["rows"] if state["meters"] else ()
-    _agree("epoch", state["epoch"], "that of progress", done["epoch"])
-    _agree("step", state["step"], "progress.step and the rows of meters", done["step"] + len(rows))
-    _agree("best_top1", state["best_top1"], "that of progress", done["best_top1"])
-    whole(0, done["epoch"])("progress.best_epoch", done["best_epoch"])
-    whole(0, state["config"]["epochs"])("epoch", done["epoch"])
-    past = state["history"]
+    for path, value in _list_own_tensors(state):
+        if has_values and value.is_meta:  # a file may store a tensor without values
+            raise ContentError(f"{path} is {describe(value)} without values")
+    progress = state["progress"]
+    batches = len(state["meters"]["rows"]) if state["meters"] else 0
+    _check_equal("epoch", state["epoch"], "progress.epoch is", progress["epoch"])
+    _check_equal(
+        "step", state["step"], "progress.step and meters.rows add up to", progress["step"] + batches
+    )
+    _check_equal("best_top1", state["best_top1"], "progress.best_top1 is", progress["best_top1"])
+    integer(0, progress["epoch"])("progress.best_epoch", progress["best_epoch"])
+    integer(0, state["config"]["epochs"])("epoch", progress["epoch"])
+    history = state["history"]
+    epochs = len(history["epoch"])
     for key in HISTORY:
-        _agree(f"the length of history.{key}", len(past[key]), "of epoch", len(past["epoch"]))
-    for key in ("epoch", "step") if past["epoch"] else ():
-        _agree(f"history.{key}[-1]", past[key][-1], "that of progress", done[key])
+        _check_equal(f"the length of history.{key}", len(history[key]), "of epoch it is", epochs)
+    for key in ("epoch", "step") if epochs else ():
+        _check_equal(f"history.{key}[-1]", history[key][-1], f"progress.{key} is", progress[key])
 
 
-def _name_own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that this program reads itself; PyTorch refuses others that have no values."""
+def _list_own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that this program reads; PyTorch checks those of model and optimizer."""
     if state["meters"]:
         yield "meters.rows", state["meters"]["rows"]
     for rank, generators in enumerate(state["rng"]):
@@ -72,15 +78,15 @@ def _name_own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
             yield f"rng[{rank}].cuda[{index}]", value
 
 
-def _agree(name: str, value: float, other_name: str, other: float) -> None:
-    if value != other:
-        raise ContentError(f"{name} is {describe(value)}, but {other_name} {describe(other)}")
+def _check_equal(name: str, value: float, expected_name: str, expected: float) -> None:
+    if value != expected:
+        raise ContentError(f"{name} is {describe(value)}, but {expected_name} {describe(expected)}")
 
 
-def weights(place: str, value: Any) -> None:
-    """What `Module.state_dict` gives, with the versions of layers as an attribute."""
-    each(str, tensor())(place, value)
-    each(str, each(str, whole()))(f"{place}._metadata", getattr(value, "_metadata", {}))
+def model_state(path: str, value: Any) -> None:
+    """Validate a `Module.state_dict()`, whose attribute `_metadata` holds versions of layers."""
+    dict_of(str, tensor())(path, value)
+    dict_of(str, dict_of(str, integer()))(f"{path}._metadata", getattr(value, "_metadata", {}))
 
 
 def _is_torch_state(value: Any) -> bool:
@@ -97,82 +103,78 @@ def _is_python_state(value: Any) -> bool:
         return False
 
 
-WORD = expect("a word", lambda value: type(value) is str)
-RNG = {
-    "torch": expect("a state of PyTorch's generator", _is_torch_state),
-    "cuda": items(tensor(torch.uint8, shape=(16,))),
-    "numpy": fields(
-        {
-            "bit_generator": expect("'MT19937'", lambda value: describe(value) == "'MT19937'"),
-            "state": fields(
-                {"key": tensor(torch.int64, shape=(TWISTER,)), "pos": whole(0, TWISTER)}
-            ),
-            "has_gauss": whole(0, 1),
-            "gauss": real(),
-        }
+NUMPY_STATE = {
+    "bit_generator": require("'MT19937'", lambda value: describe(value) == "'MT19937'"),
+    "state": record(
+        {"key": tensor(torch.int64, shape=(TWISTER_WORDS,)), "pos": integer(0, TWISTER_WORDS)}
     ),
-    "python": row(
-        whole(3, 3), expect("a state of Python's generator", _is_python_state), maybe(real())
+    "has_gauss": integer(0, 1),
+    "gauss": number(),
+}
+RNG = {
+    "torch": require("a state of PyTorch's generator", _is_torch_state),
+    "cuda": list_of(tensor(torch.uint8, shape=(16,))),
+    "numpy": record(NUMPY_STATE),
+    "python": tuple_of(
+        integer(3, 3),
+        require("a state of Python's generator", _is_python_state),
+        optional(number()),
     ),
 }
 SPEC = {
-    "name": WORD,
-    "in_channels": whole(1, MOST_CHANNELS),
-    "image_size": whole(1),
-    "classes": items(WORD, 1),
-    "mean": items(real(), 1),
-    "std": items(real(), 1),
+    "name": text,
+    "in_channels": integer(1, MAX_CHANNELS),
+    "image_size": integer(1),
+    "classes": list_of(text, 1),
+    "mean": list_of(number(), 1),
+    "std": list_of(number(), 1),
 }
 PROGRESS = {
-    "epoch": whole(),
-    "step": whole(),
-    "images": whole(),
-    "best_top1": real(most=100),
-    "best_epoch": whole(),
-    "train_seconds": real(0, MOST),
-    "test_seconds": real(0, MOST),
-    "latest": each(str, real(nan=True)),
+    "epoch": integer(),
+    "step": integer(),
+    "images": integer(),
+    "best_top1": number(maximum=100),
+    "best_epoch": integer(),
+    "train_seconds": number(0, MAX_COUNT),
+    "test_seconds": number(0, MAX_COUNT),
+    "latest": dict_of(str, number(nan=True)),
+}
+METERS = {
+    "rows": tensor(torch.float64, torch.float32, shape=(None, 4), finite=True),
+    "lr": number(nan=True),
+    "seconds": number(0, MAX_COUNT),
+}
+OPTIMIZER = {
+    "state": dict_of(int, dict_of(str, optional(tensor()))),
+    "param_groups": list_of(record({"params": list_of(integer())}), 1),
 }
 SCALER = {
-    "scale": real(2.0**-60, 2.0**60),
-    "growth_factor": real(1, MOST),
-    "backoff_factor": real(2.0**-60, 1),
-    "growth_interval": whole(1),
-    "_growth_tracker": whole(),
+    "scale": number(2.0**-60, 2.0**60),
+    "growth_factor": number(1, MAX_COUNT),
+    "backoff_factor": number(2.0**-60, 1),
+    "growth_interval": integer(1),
+    "_growth_tracker": integer(),
 }
-CONTENT = fields(
+CONTENT = record(
     {
-        "epoch": whole(),
-        "step": whole(),
+        "epoch": integer(),
+        "step": integer(),
         "best_top1": PROGRESS["best_top1"],
-        "config": fields({"epochs": whole(1)}),  # flags have rules of their own
-        "spec": fields(SPEC),
-        "progress": fields(PROGRESS),
-        "meters": maybe(
-            fields(
-                {
-                    "rows": tensor(torch.float64, torch.float32, shape=(None, 4), finite=True),
-                    "lr": real(nan=True),
-                    "seconds": real(0, MOST),
-                }
-            )
+        "config": record({"epochs": integer(1)}),  # util.cli.inherited validates the flags
+        "spec": record(SPEC),
+        "progress": record(PROGRESS),
+        "meters": optional(record(METERS)),
+        "model": model_state,
+        "optimizer": record(OPTIMIZER),
+        "scheduler": any_value,
+        "scaler": optional_dict(record(SCALER)),  # only --amp fp16 has one
+        "rng": list_of(record(RNG), 1),
+        "history": record(
+            dict.fromkeys(HISTORY, list_of(number(nan=True)))
+            | dict.fromkeys(("epoch", "step"), list_of(integer()))
         ),
-        "model": weights,
-        "optimizer": fields(
-            {
-                "state": each(int, each(str, maybe(tensor()))),
-                "param_groups": items(fields({"params": items(whole())}), 1),
-            }
-        ),
-        "scheduler": anything,
-        "scaler": blank_or(fields(SCALER)),  # only --amp fp16 has one
-        "rng": items(fields(RNG), 1),
-        "history": fields(
-            dict.fromkeys(HISTORY, items(real(nan=True)))
-            | dict.fromkeys(("epoch", "step"), items(whole()))
-        ),
-    },
-    own_buffers=items(each(str, tensor())),
-    images=each(str, whole(1)),
-    skipped=items(WORD),
+        "own_buffers": list_of(dict_of(str, tensor())),  # one dict per rank
+        "images": dict_of(str, integer(1)),
+        "skipped": list_of(text),
+    }
 )

@@ -1,6 +1,6 @@
-"""Checkpoints that survive a crash while writing, and that cannot run code while loading.
+"""Checkpoint files: written atomically, verified on reading, never executing code.
 
-A checkpoint is a dict of tensors and plain values, so `weights_only=True` suffices to read it.
+A checkpoint is a dict of tensors and plain values, so `torch.load(weights_only=True)` reads it.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from util.errors import CheckpointError, ContentError
 from util.files import atomic_write
 
 FORMAT_VERSION = 3
-ABSENT = object()
 LATEST_NAME = "checkpoint.pth.tar"
 PREVIOUS_NAME = "checkpoint_previous.pth.tar"
 BEST_NAME = "model_best.pth.tar"
+_ABSENT = object()
 
 
 def save_checkpoint(
@@ -37,27 +37,30 @@ def save_checkpoint(
     filename: str = LATEST_NAME,
     is_best: bool = False,
 ) -> Path:
-    """Write `state` and its format version to `run_dir/filename`; copy it to the best if `is_best`.
+    """Write `state` and the format version to `run_dir/filename`.
 
-    The new file is read back before it takes the old one's place, so whatever goes wrong (power,
-    disk, a value that is not plain), a checkpoint that loads stays behind. The latest but one stays
-    as well, as PREVIOUS_NAME.
+    The new file is read back before it replaces the old one. Whatever fails (power, disk, a value
+    that is not plain), a checkpoint that loads remains. The replaced latest checkpoint is kept as
+    PREVIOUS_NAME.
 
     Args:
-        state: what `content.CONTENT` tells: tensors and plain values in dicts, lists and tuples.
+        state: tensors and plain values that match `schema.CONTENT`.
+        run_dir: the folder of the run.
+        filename: name of the file in `run_dir`.
+        is_best: whether to copy the file to BEST_NAME.
 
     Returns:
         The path written.
 
     Raises:
-        CheckpointError: `state` lacks something or holds something that would not load again.
-        OSError: it cannot be written; see `atomic_write`.
+        CheckpointError: `state` does not match the schema or would not load again.
+        OSError: the file cannot be written; see `atomic_write`.
     """
     path = Path(run_dir) / filename
     with atomic_write(path, keep=PREVIOUS_NAME if filename == LATEST_NAME else None) as file:
-        _serialise({**state, "format_version": FORMAT_VERSION}, file)
+        _serialize({**state, "format_version": FORMAT_VERSION}, file)
         file.flush()
-        _read(Path(file.name), "meta", shown=path)  # "meta": everything but the tensors' memory
+        _read(Path(file.name), "meta", name=path)  # "meta": no memory for tensors
     if is_best:
         with atomic_write(path.with_name(BEST_NAME)) as best, open(path, "rb") as latest:
             shutil.copyfileobj(latest, best)
@@ -65,90 +68,90 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | Path, device: torch.device | str) -> dict[str, Any]:
-    """Read a checkpoint with its tensors on `device`, never running code from the file.
+    """Read a checkpoint with its tensors on `device`, never executing code of the file.
 
     Raises:
-        CheckpointError: missing, damaged, of another format, or with content that no run has.
+        CheckpointError: the file is missing, damaged, of another format, or its content does not
+            match the schema.
     """
-    return _read(Path(path), device, shown=Path(path))
+    return _read(Path(path), device, name=Path(path))
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
-    """The checkpoints in the folder of a run: the latest, the one before, the best, then others.
+    """Return the checkpoints of a run: latest, previous, best, then the numbered ones.
 
-    A link that leads nowhere, as to a disk that is not there now, is one that cannot be read.
+    A dangling link, as to a disk that is not mounted, counts as a checkpoint that cannot be read.
     """
     run_dir = Path(run_dir)
-    usual = [run_dir / name for name in (LATEST_NAME, PREVIOUS_NAME, BEST_NAME)]
-    numbered = sorted(set(run_dir.glob("checkpoint_*.pth.tar")) - set(usual))
-    return [path for path in (*usual, *numbered) if os.path.lexists(path)]
+    named = [run_dir / name for name in (LATEST_NAME, PREVIOUS_NAME, BEST_NAME)]
+    numbered = sorted(set(run_dir.glob("checkpoint_*.pth.tar")) - set(named))
+    return [path for path in (*named, *numbered) if os.path.lexists(path)]
 
 
 def load_newest(
     run_dir: str | Path, load: Callable[[Path], dict[str, Any]]
 ) -> tuple[Path, dict[str, Any], list[str]]:
-    """The checkpoint of a run's folder that can be read and had come farthest.
+    """Load the readable checkpoint of a run with the most steps.
 
     Args:
-        load: reads one, its tensors to the CPU.
+        run_dir: the folder of the run.
+        load: reads one checkpoint, its tensors to the CPU.
 
     Returns:
-        Its path, its content with tensors on the CPU, and what is wrong with those that cannot be
-        read and may be newer.
+        Path and content of the checkpoint, and one message for each newer one that is damaged.
 
     Raises:
-        CheckpointError: the folder has none, or all are damaged; or one must not be read: it is
-            no worse for that, and going on from another would replace it.
+        CheckpointError: the folder holds no readable checkpoint, or permission to read one is
+            denied. That one may be good and newer, and continuing from another would replace it.
     """
-    found, faults = [], []
+    loaded, errors = [], []
     for path in list_checkpoints(run_dir):
         try:
-            found.append((path, load(path)))
+            loaded.append((path, load(path)))
         except CheckpointError as error:
             if isinstance(error.__cause__, PermissionError):
-                text = "it may be good and newer than others; let it be read, or --resume another"
-                raise CheckpointError(f"{error}: {text}") from error
-            faults.append(str(error))
-        if found and not faults and path.name != BEST_NAME:
-            break  # no other can be ahead of the latest
-    if not found:
-        raise CheckpointError("; ".join(faults) or f"{run_dir}: no checkpoint in this folder")
-    return *max(found, key=lambda one: one[1]["step"]), faults
+                remedy = "it may be the newest; make it readable, or --resume another file"
+                raise CheckpointError(f"{error}: {remedy}") from error
+            errors.append(str(error))
+        if loaded and not errors and path.name != BEST_NAME:
+            break  # no other checkpoint is newer than the latest
+    if not loaded:
+        raise CheckpointError("; ".join(errors) or f"{run_dir}: no checkpoint in this folder")
+    return *max(loaded, key=lambda item: item[1]["step"]), errors
 
 
 def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
-    """Compare what a checkpoint was trained with to what this run asks for, key by key.
+    """Check that the settings of a checkpoint equal those of the current run.
 
     Raises:
-        CheckpointError: naming the first key that differs, its saved and its current value.
+        CheckpointError: names the first setting that differs, with both values.
     """
     for key in {**current, **saved}:
-        if repr(saved.get(key, ABSENT)) != repr(current.get(key, ABSENT)):
-            name, before, now = _first_difference(
-                key, saved.get(key, ABSENT), current.get(key, ABSENT)
-            )
+        before, now = saved.get(key, _ABSENT), current.get(key, _ABSENT)
+        if repr(before) != repr(now):
+            name, before, now = _find_difference(key, before, now)
             raise CheckpointError(
                 f"cannot resume: {name} is {before} in the checkpoint, {now} in this run"
             )
 
 
-def _first_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
-    """What differs between two values, down to the item of a list; name and both, in short."""
+def _find_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
+    """Return the path of the first difference between two values, and both values in short."""
     if isinstance(before, (list, tuple)) and isinstance(now, (list, tuple)):
         if len(before) != len(now):
             return f"the number of {name}", str(len(before)), str(len(now))
-        for index, items in enumerate(zip(before, now, strict=True)):
-            if repr(items[0]) != repr(items[1]):
-                return _first_difference(f"{name}[{index}]", *items)
-    return name, *("absent" if v is ABSENT else _shorten(v) for v in (before, now))
+        for index, pair in enumerate(zip(before, now, strict=True)):
+            if repr(pair[0]) != repr(pair[1]):
+                return _find_difference(f"{name}[{index}]", *pair)
+    return name, *("absent" if v is _ABSENT else _shorten(v) for v in (before, now))
 
 
 def _shorten(value: Any) -> str:
     return textwrap.shorten(repr(value), 80)
 
 
-def _serialise(state: dict[str, Any], file: BinaryIO) -> None:
-    """torch.save, whose errors about a full disk would speak of positions."""
+def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
+    """Call torch.save, but raise the OSError behind its RuntimeError, as on a full disk."""
     try:
         torch.save(state, file)
     except RuntimeError as error:
@@ -157,23 +160,27 @@ def _serialise(state: dict[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def _read(path: Path, device: torch.device | str, *, shown: Path) -> dict[str, Any]:
-    """Read and check `path`; errors speak of `shown`."""
+def _read(path: Path, device: torch.device | str, *, name: Path) -> dict[str, Any]:
+    """Read and verify the file at `path`; errors call it `name`."""
     try:
         _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about kinds of files that are not ours
+            warnings.simplefilter("ignore")  # about files that another program wrote
             state = torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
-        raise CheckpointError(f"{shown}: {error.strerror or error}") from error
-    except Exception as error:  # a foreign file may upset the reader in any way at all
-        raise CheckpointError(f"{shown}: {_explain(error)}") from error
-    _check_format(state, shown, has_values=str(device) != "meta")
+        raise CheckpointError(f"{name}: {error.strerror or error}") from error
+    except Exception as error:  # a foreign file may raise anything in the reader
+        raise CheckpointError(f"{name}: {_explain(error)}") from error
+    _check_version(state, name)
+    try:
+        check_content(state, has_values=str(device) != "meta")
+    except ContentError as error:
+        raise CheckpointError(f"{name}: damaged or foreign content: {error}") from error
     return state
 
 
 def _check_archive(path: Path) -> None:
-    """Compare every checksum; torch.load would take altered numbers for good ones."""
+    """Verify every checksum; torch.load would accept altered numbers."""
     if path.stat().st_size == 0:
         raise zipfile.BadZipFile("the file is empty")
     with zipfile.ZipFile(path) as archive:
@@ -182,28 +189,22 @@ def _check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
 
 
-def _check_format(state: Any, shown: Path, *, has_values: bool) -> None:
+def _check_version(state: Any, name: Path) -> None:
     version = state.get("format_version") if type(state) is dict else None
-    if version == 2:  # which knew whole epochs only
-        version = state["format_version"] = FORMAT_VERSION
-        state["meters"] = None
     if version is None:
-        raise CheckpointError(f"{shown}: not a checkpoint of this program (no format_version)")
-    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{name}: not a checkpoint of this program (no format_version)")
+    if type(version) is not int or version != FORMAT_VERSION:
         raise CheckpointError(
-            f"{shown}: format_version is {describe(version)}, this program reads {FORMAT_VERSION}"
+            f"{name}: format_version is {describe(version)}, but this program reads version "
+            f"{FORMAT_VERSION}; train again, or use the version of the program that wrote the file"
         )
-    try:
-        check_content(state, has_values=has_values)
-    except ContentError as error:
-        raise CheckpointError(f"{shown}: damaged or foreign content: {error}") from error
 
 
 def _explain(error: Exception) -> str:
-    """The reason in a few words; torch's own text recommends to load the file unsafely."""
+    """Return the reason in a few words; PyTorch's own message advises to load unsafely."""
     if isinstance(error, pickle.UnpicklingError):
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {asked[1]}, which" if asked else "it"
-        return f"refused, {what} is more than tensors and plain values and may run code"
-    text = textwrap.shorten(str(error), 120) or type(error).__name__
-    return f"damaged, or not a checkpoint ({text})"
+        name = re.search(r"GLOBAL (\S+)", str(error))
+        subject = f"it asks for {name[1]}, which" if name else "it"
+        return f"refused, {subject} is more than tensors and plain values and may run code"
+    reason = textwrap.shorten(str(error), 120) or type(error).__name__
+    return f"damaged, or not a checkpoint ({reason})"

@@ -1,4 +1,11 @@
-"""Rules that content is compared with, made of smaller ones: types, ranges, shapes, nesting."""
+"""Validators for the content of a checkpoint: types, ranges, shapes and nesting.
+
+A validator is a function of a path such as "progress.step" and the value that stands there. It
+raises `ContentError` if the value is not valid. Small validators combine into larger ones.
+
+Example:
+    >>> record({"step": integer(0), "loss": optional(number())})("", {"step": 3, "loss": None})
+"""
 
 from __future__ import annotations
 
@@ -12,16 +19,16 @@ from torch import Tensor
 
 from util.errors import ContentError
 
-MOST = 2**62  # of any count
+MAX_COUNT = 2**62
 
-Rule = Callable[[str, Any], None]  # (place, value); raises ContentError
+Validator = Callable[[str, Any], None]  # (path, value); raises ContentError
 
 
 def describe(value: Any) -> str:
-    """A value in a few words, whatever it is: how large, how deep, how odd."""
+    """Describe any value in a few words, however large or nested it is."""
     if isinstance(value, Tensor):
         return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
-    if type(value) is int and abs(value) >= MOST:
+    if type(value) is int and abs(value) >= MAX_COUNT:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (str, bytes)):
         return repr(value[:40]) + ("..." if len(value) > 40 else "")
@@ -31,121 +38,146 @@ def describe(value: Any) -> str:
     return f"a {type(value).__name__}{size}"
 
 
-def expect(what: str, fits: Callable[[Any], bool]) -> Rule:
-    """A rule for a value; `what` it has to be, in words."""
+def require(expected: str, is_valid: Callable[[Any], bool]) -> Validator:
+    """Return a validator that calls `is_valid`; `expected` describes a valid value."""
 
-    def check(place: str, value: Any) -> None:
-        if not fits(value):
-            raise ContentError(f"{place} is {describe(value)}, not {what}")
+    def validate(path: str, value: Any) -> None:
+        if not is_valid(value):
+            raise ContentError(f"{path} is {describe(value)}, not {expected}")
 
-    return check
-
-
-def whole(least: int = 0, most: int = MOST) -> Rule:
-    """A whole number; True is none."""
-    bounds = f"of {least} or more" if most == MOST else f"from {least} to {most}"
-    return expect(f"a whole number {bounds}", lambda v: type(v) is int and least <= v <= most)
+    return validate
 
 
-def real(least: float = -math.inf, most: float = math.inf, *, nan: bool = False) -> Rule:
-    """A number that a float holds, and NaN if `nan`."""
-
-    def fits(value: Any) -> bool:
-        number = type(value) is float or (type(value) is int and abs(value) < MOST)
-        return number and (least <= value <= most or (nan and math.isnan(value)))
-
-    return expect(f"a number from {least:g} to {most:g}", fits)
+def any_value(path: str, value: Any) -> None:
+    """Accept any value; nothing reads it."""
 
 
-def tensor(*dtypes: torch.dtype, shape: tuple[int | None, ...] = (), finite: bool = False) -> Rule:
-    """A plain tensor; of one of `dtypes`, then also compact and of a shape (None: any size)."""
+def integer(minimum: int = 0, maximum: int = MAX_COUNT) -> Validator:
+    """Return a validator of integers in a range; a bool is not an integer."""
+    bounds = f"of {minimum} or more" if maximum == MAX_COUNT else f"from {minimum} to {maximum}"
+    return require(
+        f"an integer {bounds}", lambda value: type(value) is int and minimum <= value <= maximum
+    )
 
-    def fits(value: Any) -> bool:
+
+def number(
+    minimum: float = -math.inf, maximum: float = math.inf, *, nan: bool = False
+) -> Validator:
+    """Return a validator of numbers that a float holds; `nan` accepts NaN, too."""
+
+    def is_valid(value: Any) -> bool:
+        is_number = type(value) is float or (type(value) is int and abs(value) < MAX_COUNT)
+        return is_number and (minimum <= value <= maximum or (nan and math.isnan(value)))
+
+    return require(f"a number from {minimum:g} to {maximum:g}", is_valid)
+
+
+def text(path: str, value: Any) -> None:
+    """Accept a str."""
+    require("a text", lambda value: type(value) is str)(path, value)
+
+
+def tensor(
+    *dtypes: torch.dtype, shape: tuple[int | None, ...] = (), finite: bool = False
+) -> Validator:
+    """Return a validator of plain strided tensors.
+
+    Args:
+        dtypes: accepted dtypes; any if empty. A tensor of given dtypes must be contiguous, too.
+        shape: sizes, where None is any size; ignored without `dtypes`.
+        finite: whether all values must be finite.
+    """
+
+    def is_valid(value: Any) -> bool:
         if not isinstance(value, Tensor) or value.layout != torch.strided or vars(value):
             return False
         if not dtypes:
             return True
-        same = len(shape) == value.ndim and all(
-            size in (None, side) for size, side in zip(shape, value.shape, strict=True)
+        has_shape = len(shape) == value.ndim and all(
+            size in (None, actual) for size, actual in zip(shape, value.shape, strict=True)
         )
-        known = same and value.dtype in dtypes and value.is_contiguous()
-        return known and (not finite or value.is_meta or bool(value.isfinite().all()))
+        if not (has_shape and value.dtype in dtypes and value.is_contiguous()):
+            return False
+        return not finite or value.is_meta or bool(value.isfinite().all())
 
-    sides = " x ".join("N" if size is None else str(size) for size in shape)
-    kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-    more = f" of {kinds}, {sides}" if dtypes else ""
-    return expect(f"a plain{' and finite' if finite else ''} tensor{more}", fits)
-
-
-def fields(rules: Mapping[str, Rule], **optional: Rule) -> Rule:
-    """A dict of words with these keys, each with its rule; `optional` ones may lack."""
-
-    def check(place: str, value: Any) -> None:
-        each(str, anything)(place, value)
-        within = f"{place}." if place else ""
-        for key in rules:
-            if key not in value:
-                raise ContentError(f"{within}{key} is missing")
-        for key, rule in {**rules, **optional}.items():
-            if key in value:
-                rule(within + key, value[key])
-
-    return check
+    sizes = " x ".join("N" if size is None else str(size) for size in shape)
+    names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    details = f" of {names}, {sizes}" if dtypes else ""
+    return require(f"a plain{' and finite' if finite else ''} tensor{details}", is_valid)
 
 
-def each(kind: type, rule: Rule) -> Rule:
-    """A dict whose keys are of one kind, and whose values obey one rule."""
-    is_kind = expect(f"of type {kind.__name__}", lambda key: type(key) is kind)
+def optional(validator: Validator) -> Validator:
+    """Return a validator that accepts None, too."""
+    return lambda path, value: None if value is None else validator(path, value)
 
-    def check(place: str, value: Any) -> None:
-        expect("a dict", _is_dict)(place or "the content", value)
+
+def optional_dict(validator: Validator) -> Validator:
+    """Return a validator that accepts an empty dict, too."""
+    return lambda path, value: (
+        None if _is_plain_dict(value) and not value else validator(path, value)
+    )
+
+
+def dict_of(key_type: type, validator: Validator) -> Validator:
+    """Return a validator of dicts with keys of one type and values of one kind."""
+    validate_key = require(f"of type {key_type.__name__}", lambda key: type(key) is key_type)
+
+    def validate(path: str, value: Any) -> None:
+        require("a dict", _is_plain_dict)(path or "the content", value)
         for key, item in value.items():
-            is_kind(f"a key of {place or 'the content'}", key)
-            rule(f"{place}.{str(key)[:80]}", item)
+            validate_key(f"a key of {path or 'the content'}", key)
+            validator(f"{path}.{str(key)[:80]}", item)
 
-    return check
+    return validate
 
 
-def items(rule: Rule, least: int = 0) -> Rule:
-    """A list or tuple, of at least so many items, which obey one rule."""
+def record(fields: Mapping[str, Validator]) -> Validator:
+    """Return a validator of dicts that hold at least the keys of `fields`."""
 
-    def check(place: str, value: Any) -> None:
-        long = lambda v: type(v) in (list, tuple) and len(v) >= least
-        expect(f"a list of {least} or more", long)(place, value)
+    def validate(path: str, value: Any) -> None:
+        dict_of(str, any_value)(path, value)
+        prefix = f"{path}." if path else ""
+        for key in fields:
+            if key not in value:
+                raise ContentError(f"{prefix}{key} is missing")
+        for key, validator in fields.items():
+            validator(prefix + key, value[key])
+
+    return validate
+
+
+def list_of(validator: Validator, minimum: int = 0) -> Validator:
+    """Return a validator of lists and tuples with at least `minimum` items of one kind."""
+    validate_length = require(
+        f"a list of {minimum} or more",
+        lambda value: type(value) in (list, tuple) and len(value) >= minimum,
+    )
+
+    def validate(path: str, value: Any) -> None:
+        validate_length(path, value)
         for index, item in enumerate(value):
-            rule(f"{place}[{index}]", item)
+            validator(f"{path}[{index}]", item)
 
-    return check
-
-
-def row(*rules: Rule) -> Rule:
-    """A tuple with a rule for each place."""
-
-    def check(place: str, value: Any) -> None:
-        long = lambda v: type(v) is tuple and len(v) == len(rules)
-        expect(f"a tuple of {len(rules)}", long)(place, value)
-        for index, (rule, item) in enumerate(zip(rules, value, strict=True)):
-            rule(f"{place}[{index}]", item)
-
-    return check
+    return validate
 
 
-def maybe(rule: Rule) -> Rule:
-    """None, or what obeys the rule."""
-    return lambda place, value: None if value is None else rule(place, value)
+def tuple_of(*validators: Validator) -> Validator:
+    """Return a validator of tuples with one validator per item."""
+    validate_length = require(
+        f"a tuple of {len(validators)}",
+        lambda value: type(value) is tuple and len(value) == len(validators),
+    )
+
+    def validate(path: str, value: Any) -> None:
+        validate_length(path, value)
+        for index, (validator, item) in enumerate(zip(validators, value, strict=True)):
+            validator(f"{path}[{index}]", item)
+
+    return validate
 
 
-def blank_or(rule: Rule) -> Rule:
-    """An empty dict, or what obeys the rule."""
-    return lambda place, value: None if _is_dict(value) and not value else rule(place, value)
-
-
-def anything(place: str, value: Any) -> None:
-    """What nobody reads."""
-
-
-def _is_dict(value: Any) -> bool:
-    """A dict and nothing more: in a file an OrderedDict may have attributes, `items` for one."""
+def _is_plain_dict(value: Any) -> bool:
+    """Check for a dict without attributes: an OrderedDict of a file may override `items`."""
     if type(value) is OrderedDict:
         return vars(value).keys() <= {"_metadata"}
     return type(value) is dict

@@ -7,7 +7,15 @@ import os
 from collections.abc import Callable, Collection
 from typing import Any
 
-from util.cli.parser import Parser, meeting_url, mirror_url, place, real, str2bool, whole
+from util.cli.parser import (
+    Parser,
+    bounded_float,
+    bounded_int,
+    mirror_url,
+    path_name,
+    rendezvous_url,
+    str2bool,
+)
 from util.data.datasets import SMALLEST
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
@@ -56,7 +64,7 @@ def add_network_flags(
     add("--bias", "bias in convolutions", str2bool, default_text="True, or False with BatchNorm")
     dropout = {"default_text": "as published" if dropout_rate is None else None, "metavar": "P"}
     text = "dropout before the last layer"
-    add("--dropout-rate", text, real(least=0, below=1), dropout_rate, **dropout)
+    add("--dropout-rate", text, bounded_float(minimum=0, below=1), dropout_rate, **dropout)
     return add
 
 
@@ -65,7 +73,7 @@ def add_method_flag(add: Callable[..., None]) -> None:
         "--method",
         "layers of simple_v1 and mlp: 1 plain, 2 channel deconvolution, 3 joint deconvolution, 4 "
         "deconvolution in blocks of 32",
-        whole(1, 4),
+        bounded_int(1, 4),
         default_text="1, or 3 with --deconv True",
         metavar="1..4",
     )
@@ -78,19 +86,19 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "--mode",
         "what is whitened: 1 channels, then pixels; 2 pixels; 3 channels; 4 both jointly, over "
         "every patch; 5 both jointly, over sampled patches",
-        whole(1, 5),
+        bounded_int(1, 5),
         5,
         metavar="1..5",
     )
-    add("--num-groups --block", "channels whitened together", whole(1), 16, metavar="B")
+    add("--num-groups --block", "channels whitened together", bounded_int(1), 16, metavar="B")
     add(
         "--num-groups-final --block-fc",
         "features whitened together before the last linear layer, 0: it is not whitened",
-        whole(0),
+        bounded_int(0),
         default_text=f"{final_block}, or 0 without --deconv True",
         metavar="B",
     )
-    steps = whole(1, 15)  # more would lose accuracy in float32
+    steps = bounded_int(1, 15)  # more would lose accuracy in float32
     add(
         "--deconv-iter",
         "Newton-Schulz steps to the inverse root, or whose floor it has, up to 15",
@@ -102,14 +110,14 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     add(
         "--eps",
         "regularisation of the covariance, in units of variance",
-        real(least=1e-12, below=HUGE),
+        bounded_float(minimum=1e-12, below=HUGE),
         1e-2,
         metavar="E",
     )
     add(
         "--stride",
         "sampled patches lie N strides of the convolution apart",
-        whole(1),
+        bounded_int(1),
         3,
         metavar="N",
     )
@@ -118,7 +126,7 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "modes 1, 2 and 5: look at so few patches, spread over images and positions, that a "
         "batch has N rows (of each block one) for each feature of a matrix; 0: at all that "
         "--stride leaves",
-        real(least=0),
+        bounded_float(minimum=0),
         24,
         metavar="N",
     )
@@ -145,7 +153,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
         "--data",
         "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
         "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits takes none",
-        place,
+        path_name,
         "./data",
         metavar="DIR",
     )
@@ -161,7 +169,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--image-size",
         "side that images are brought to, in pixels",
-        whole(SMALLEST, 4096),
+        bounded_int(SMALLEST, 4096),
         SMALLEST,
         metavar="N",
     )
@@ -177,15 +185,15 @@ def add_imagenet_flags(parser: Parser) -> None:
     """The images of main_imagenet.py, and what is done with them."""
     add = parser.add_group("data")
     text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
-    add("data", text, place, nargs="?", metavar="DIR")
+    add("data", text, path_name, nargs="?", metavar="DIR")
     add("--dummy", "noise in place of images, for timing without data", **YES)
-    size = whole(SMALLEST, 4096)
+    size = bounded_int(SMALLEST, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
     add_reading_flags(add, os.cpu_count() or 1)
     text = "only test the network of --resume, or --pretrained; all about training is left aside"
     add("-e --evaluate", text, **YES)
     add("--test-run", "only some batches of each epoch, and of each test", str2bool, False)
-    add("--test-iter", "of --test-run: so many", whole(1), 500, metavar="N")
+    add("--test-iter", "of --test-run: so many", bounded_int(1), 500, metavar="N")
 
 
 def add_reading_flags(add: Callable[..., None], workers: int) -> None:
@@ -193,7 +201,7 @@ def add_reading_flags(add: Callable[..., None], workers: int) -> None:
     text = "a image file that cannot be decoded ends the run, or is left out and listed"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
     text = "processes that load images on this machine, 0: none but those that train"
-    add("-j --num-workers --workers", text, whole(0, 1024), workers, metavar="N")
+    add("-j --num-workers --workers", text, bounded_int(0, 1024), workers, metavar="N")
 
 
 def add_training_flags(
@@ -209,24 +217,36 @@ def add_training_flags(
             "beside it win",
             choices=presets,
         )
-    add("--epochs", "epochs in all", whole(1), epochs, metavar="N")
-    add("--start-epoch", "count and schedule as if N epochs were done", whole(0), 0, metavar="N")
+    add("--epochs", "epochs in all", bounded_int(1), epochs, metavar="N")
+    add(
+        "--start-epoch",
+        "count and schedule as if N epochs were done",
+        bounded_int(0),
+        0,
+        metavar="N",
+    )
     add(
         "--max-steps",
         "stop after N optimizer steps in all; the schedule spans them",
-        whole(1),
+        bounded_int(1),
         metavar="N",
     )
     text = "images per step, over all devices together"
-    add("-b --batch-size", text, whole(1, 10**6), batch_size, metavar="N")
+    add("-b --batch-size", text, bounded_int(1, 10**6), batch_size, metavar="N")
     text = "cross-entropy, or half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
-    rate = real(above=0, below=HUGE)
+    rate = bounded_float(above=0, below=HUGE)
     add("--lr --learning-rate", "learning rate at the start", rate, 0.1, metavar="LR")
-    add("--momentum", "of SGD", real(least=0, below=1), 0.9, metavar="M")
+    add("--momentum", "of SGD", bounded_float(minimum=0, below=1), 0.9, metavar="M")
     decay = {"metavar": "W", "dest": "weight_decay"}
-    add("--wd --weight-decay", "weight decay", real(least=0, below=HUGE), weight_decay, **decay)
+    add(
+        "--wd --weight-decay",
+        "weight decay",
+        bounded_float(minimum=0, below=HUGE),
+        weight_decay,
+        **decay,
+    )
     add(
         "--lr-scheduler",
         "cosine falls to 0 step by step over the run, multistep drops at the milestones, step "
@@ -239,22 +259,24 @@ def add_training_flags(
         "--milestone",
         "of multistep: epochs (60 80) or fractions of the run (.5 .75); a single fraction repeats, "
         "0.4 again at 0.8",
-        real(least=1e-3),
+        bounded_float(minimum=1e-3),
         [0.4],
         default_text=0.4,
         nargs="+",
         metavar="M",
     )
-    add("--multistep-gamma", "factor at a drop", real(above=0, most=1), 0.1, metavar="G")
-    add("--scheduler-step-size", "of step: epochs between drops", whole(1), 30, metavar="N")
+    add(
+        "--multistep-gamma", "factor at a drop", bounded_float(above=0, maximum=1), 0.1, metavar="G"
+    )
+    add("--scheduler-step-size", "of step: epochs between drops", bounded_int(1), 30, metavar="N")
     add(
         "--warmup-epochs",
         "epochs, or a part of one, in which the learning rate climbs to --lr",
-        real(least=0),
+        bounded_float(minimum=0),
         0.0,
         metavar="N",
     )
-    add("--seed", "same seed, same result", whole(0, 2**62), 0, metavar="N")
+    add("--seed", "same seed, same result", bounded_int(0, 2**62), 0, metavar="N")
 
 
 def add_device_flags(parser: Parser) -> None:
@@ -266,11 +288,11 @@ def add_device_flags(parser: Parser) -> None:
         str2bool,
         default_text="if there are any",
     )
-    add("--gpu", "only on the GPU of this number", whole(0, 1023), metavar="N")
+    add("--gpu", "only on the GPU of this number", bounded_int(0, 1023), metavar="N")
     add(
         "--threads",
         "CPU threads of PyTorch",
-        whole(1, 1024),
+        bounded_int(1, 1024),
         default_text="as PyTorch chooses",
         metavar="N",
     )
@@ -297,10 +319,10 @@ def add_device_flags(parser: Parser) -> None:
     )
     add("--multiprocessing-distributed", "one process for each GPU, as is the default", **YES)
     machines = "machines that train together, see also torchrun"
-    add("--world-size", machines, whole(1, 10**5), default_text=1, metavar="N")
-    add("--rank", "number of this machine, from 0", whole(0, 10**5), metavar="N")
+    add("--world-size", machines, bounded_int(1, 10**5), default_text=1, metavar="N")
+    add("--rank", "number of this machine, from 0", bounded_int(0, 10**5), metavar="N")
     text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
-    add("--dist-url", text, meeting_url, metavar="URL")
+    add("--dist-url", text, rendezvous_url, metavar="URL")
     text = "how processes talk"
     add("--dist-backend", text, default_text="nccl on GPUs, else gloo", choices=("nccl", "gloo"))
 
@@ -310,11 +332,11 @@ def add_output_flags(parser: Parser) -> None:
     add(
         "--out",
         "runs go to DIR/<dataset>-<arch>-<kind>/<time>/, cached statistics of data sets to DIR",
-        place,
+        path_name,
         default_text="./runs, or the parent of the run's folder",
         metavar="DIR",
     )
-    add("--run-dir", "the run goes exactly here instead", place, metavar="DIR")
+    add("--run-dir", "the run goes exactly here instead", path_name, metavar="DIR")
     add(
         "--resume",
         "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
@@ -322,20 +344,20 @@ def add_output_flags(parser: Parser) -> None:
         "Flags left out are the checkpoint's, but for places and those about GPUs and machines; "
         "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
         "that of the new total, so the rate rises to its curve",
-        place,
+        path_name,
         metavar="FILE",
     )
     add(
         "--checkpoint-epoch",
         "also keep checkpoint_<epoch>.pth.tar every N epochs, 0: never",
-        whole(0),
+        bounded_int(0),
         0,
         metavar="N",
     )
     text = "save the checkpoint every N optimizer steps as well, 0: after each epoch only"
-    add("--checkpoint-steps", text, whole(0), 0, metavar="N")
+    add("--checkpoint-steps", text, bounded_int(0), 0, metavar="N")
     text = "steps between two rows of train_batch.log, points in TensorBoard, lines without a bar"
-    add("-p --print-freq", text, whole(1), 10, metavar="N")
+    add("-p --print-freq", text, bounded_int(1), 10, metavar="N")
     add("--msg", "print a line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)
     add("--tensorboardX --tensorboard", "write TensorBoard events", str2bool, True)

@@ -86,7 +86,7 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
     parser = script.parser
     for name, value in config.items():
         known = name in parser.spelling and name not in OF_THIS_MACHINE
-        if known and value is not None and (fault := parser.find_misfit(name, value)):
+        if known and value is not None and (fault := parser.explain_misfit(name, value)):
             raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {fault}")
     if (arch := config.get("arch")) not in script.architectures:
         fault = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"

@@ -1,11 +1,10 @@
-"""A command line that refuses in one line, and the types of its values."""
+"""Command-line parser that reports errors in one line, and the types of flag values."""
 
 from __future__ import annotations
 
 import argparse
 import math
 import os
-import sys
 import textwrap
 from collections.abc import Callable, Sequence
 from difflib import get_close_matches
@@ -21,7 +20,7 @@ _NOT_TYPED = object()
 
 
 class HelpFormatter(argparse.HelpFormatter):
-    """Help as wide as the terminal, up to 100 columns, with no flag broken at its hyphens."""
+    """Help as wide as the terminal, at most 100 columns; flags and examples stay in one piece."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(
@@ -31,34 +30,44 @@ class HelpFormatter(argparse.HelpFormatter):
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
 
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        keeps_lines = "\n" in text  # as the examples do
+        return text if keeps_lines else super()._fill_text(text, width, indent)
+
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses in one line, `prog: error: ...`, with exit code 2.
+    """Parser that reports an error in one line, `prog: error: ...`, with exit code 2.
 
     Attributes:
-        spelling: of each flag, batch_size -> --batch-size; as it was typed, where it was.
+        spelling: name in the namespace -> the flag as typed, or else its first long spelling.
     """
 
-    def __init__(self, prog: str, description: str) -> None:
-        form = {"formatter_class": HelpFormatter, "allow_abbrev": False}
-        super().__init__(prog, description=description, **form)
+    def __init__(self, prog: str, description: str, examples: str | None = None) -> None:
+        super().__init__(
+            prog,
+            description=description,
+            epilog=examples,
+            formatter_class=HelpFormatter,
+            allow_abbrev=False,
+        )
         self.spelling: dict[str, str] = {}
 
     def error(self, message: str) -> NoReturn:
+        """Print `message` as one line and exit with code 2."""
         lines = [" ".join(line.split()) for line in message.splitlines()]
-        text = "; ".join(line for line in lines if line) + self._suggest(message)
+        text = "; ".join(line for line in lines if line) + self._suggest_flag(message)
         self.exit(2, f"{self.prog}: error: {text}\n")
 
-    def _suggest(self, message: str) -> str:
-        """The flag that is most like an unknown one."""
-        _, unknown, words = message.partition("unrecognized arguments: ")
-        near = (
-            get_close_matches(words.split()[0], self._option_string_actions, 1) if unknown else []
-        )
-        return "".join(f"; did you mean {name}?" for name in near)
+    def _suggest_flag(self, message: str) -> str:
+        """Return "; did you mean --flag?" where `message` is about an unknown flag."""
+        _, is_unknown, words = message.partition("unrecognized arguments: ")
+        if not is_unknown:
+            return ""
+        names = get_close_matches(words.split()[0], self._option_string_actions, 1)
+        return "".join(f"; did you mean {name}?" for name in names)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        """Leave, with one line; of several processes with the same trouble the first is heard."""
+        """Exit with one line; other ranks wait first, so that one error is printed, not many."""
         message = message and visible(message.rstrip("\n")) + "\n"
         if status and not speaks():
             wait_for_first_error()
@@ -66,142 +75,148 @@ class Parser(argparse.ArgumentParser):
         super().exit(status, message)
 
     def defaults(self) -> dict[str, Any]:
-        """Every flag's value where nothing is typed."""
+        """Return the value of every flag on an empty command line."""
         return vars(self.parse_args([]))
 
-    def parse_typed(self, argv: Sequence[str] | None = None) -> dict[str, Any]:
-        """Only the flags that stand on the command line, by their names in the namespace."""
-        blank = argparse.Namespace(**dict.fromkeys(self.defaults(), _NOT_TYPED))
-        words = sys.argv[1:] if argv is None else argv
-        flags = vars(self.parse_args(self._free_positional(words), blank))
-        typed = {word.partition("=")[0] for word in words} & self._option_string_actions.keys()
+    def parse_typed(self, argv: Sequence[str]) -> dict[str, Any]:
+        """Return name -> value of the flags that stand in `argv`; defaults are left out."""
+        namespace = argparse.Namespace(**dict.fromkeys(self.spelling, _NOT_TYPED))
+        flags = vars(self.parse_args(self._move_positionals_first(argv), namespace))
+        typed = {word.partition("=")[0] for word in argv} & self._option_string_actions.keys()
         self.spelling |= {self._option_string_actions[name].dest: name for name in typed}
-        # None: a positional that was left out, to which argparse gives its default all the same.
+        # argparse sets a positional that is left out to None.
         return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
 
-    def _free_positional(self, words: Sequence[str]) -> list[str]:
-        """The words, but one that follows a flag whose value may be left out, and is none, first.
+    def _move_positionals_first(self, argv: Sequence[str]) -> list[str]:
+        """Move a positional to the front if it follows a flag with an optional or repeated value.
 
-        argparse would take DIR for a milestone in `--milestone .4 .8 DIR`, for a truth value in
-        `--compile DIR`.
+        argparse would take DIR for the flag's value in `--milestone 0.4 DIR` and `--deconv DIR`.
         """
-        if all(action.option_strings for action in self._actions):  # there is no positional
-            return list(words)
-        takes = {
-            name: a for a in self._actions if a.nargs in ("+", "?") for name in a.option_strings
+        if all(action.option_strings for action in self._actions):  # no positional
+            return list(argv)
+        open_ended = {
+            name: action
+            for name, action in self._option_string_actions.items()
+            if action.nargs in ("+", "?")
         }
-        first, rest, taker = [], [], None
-        for word in words:
-            fits = taker is not None and _is_fit(taker.type, word)
-            stray = taker is not None and not fits and not word.startswith("-")
-            (first if stray else rest).append(word)
-            taker = takes.get(word, taker if fits and taker.nargs == "+" else None)
-        return first + rest
+        positionals, rest, flag = [], [], None
+        for word in argv:
+            is_value = flag is not None and _is_valid(flag.type, word)
+            is_positional = flag is not None and not is_value and not word.startswith("-")
+            (positionals if is_positional else rest).append(word)
+            flag = open_ended.get(word, flag if is_value and flag.nargs == "+" else None)
+        return positionals + rest
 
-    def find_misfit(self, name: str, value: Any) -> str:
-        """What is wrong with a flag's value that was not typed; nothing if it could have been."""
+    def explain_misfit(self, name: str, value: Any) -> str:
+        """Return why `value` could not have been typed for the flag `name`; "" if it could."""
         action = next(action for action in self._actions if action.dest == name)
         if action.nargs == "+" and type(value) is list and value:
-            return next(filter(None, (_find_misfit(action, item) for item in value)), "")
-        return _find_misfit(action, value)
+            return next(filter(None, (_explain_misfit(action, item) for item in value)), "")
+        return _explain_misfit(action, value)
 
-    def add_group(self, title: str) -> Callable[..., None]:
-        """Return add(flags, text, kind, default, default_text=, ...), which adds a flag to a group.
+    def add_group(self, title: str, description: str | None = None) -> Callable[..., None]:
+        """Return `add(flags, text, parse, default, default_text, **kwargs)` for one group of flags.
 
-        The help is `text` and, in parentheses, `default_text` or else the default.
+        The help is `text` and, in parentheses, `default_text` or else the default. A flag of type
+        `str2bool` may be typed without a value, which means True.
         """
-        group = self.add_argument_group(title)
+        group = self.add_argument_group(title, description)
 
         def add(
             flags: str,
             text: str,
-            kind: Callable[[str], Any] | None = None,
+            parse: Callable[[str], Any] | None = None,
             default: Any = None,
             default_text: Any = None,
-            **more: Any,
+            **kwargs: Any,
         ) -> None:
             default_text = default if default_text is None else default_text
             text = text if default_text in (None, "") else f"{text} ({default_text})"
             text = text.replace("%", "%%")
-            more |= {"type": kind} if kind else {}
-            more |= {"metavar": "BOOL"} if kind is str2bool else {}
-            action = group.add_argument(*flags.split(), help=text, default=default, **more)
+            if parse is not None:
+                kwargs["type"] = parse
+            if parse is str2bool:
+                kwargs = {"nargs": "?", "const": True, "metavar": "BOOL"} | kwargs
+            action = group.add_argument(*flags.split(), help=text, default=default, **kwargs)
             names = [name for name in flags.split() if name.startswith("--")]
-            self.spelling[action.dest] = names[0] if names else more["metavar"]
+            self.spelling[action.dest] = names[0] if names else kwargs["metavar"]
 
         return add
 
 
-def _find_misfit(action: argparse.Action, value: Any) -> str:
-    shown = f"is {describe(value)}"
-    if type(value) not in ((bool,) if action.nargs == 0 else (bool, int, float, str)):
-        return f"{shown}, which cannot be typed"
+def _explain_misfit(action: argparse.Action, value: Any) -> str:
+    text = f"is {describe(value)}"
+    if type(value) not in (bool, int, float, str):
+        return f"{text}, which cannot be typed"
     try:
-        same = value if action.nargs == 0 else (action.type or str)(str(value))
+        parsed = (action.type or str)(str(value))
     except (argparse.ArgumentTypeError, ValueError) as error:  # ValueError: thousands of digits
-        return f"{shown}: {error}"
-    if type(same) is not type(value) and not (type(same) is float and type(value) is int):
-        return f"{shown}, not of type {type(same).__name__}"
-    lost = action.choices and same not in action.choices
-    return f"{shown}, not one of {', '.join(action.choices)}" if lost else ""
+        return f"{text}: {error}"
+    if type(parsed) is not type(value) and not (type(parsed) is float and type(value) is int):
+        return f"{text}, not of type {type(parsed).__name__}"
+    if action.choices and parsed not in action.choices:
+        return f"{text}, not one of {', '.join(action.choices)}"
+    return ""
 
 
-def _is_fit(kind: Callable[[str], Any], word: str) -> bool:
+def _is_valid(parse: Callable[[str], Any], word: str) -> bool:
     try:
-        kind(word)
+        parse(word)
     except argparse.ArgumentTypeError:
         return False
     return True
 
 
-def place(text: str) -> str:
-    """The name of a file or folder, with ~ for the user's own."""
+def path_name(text: str) -> str:
+    """Return the name of a file or folder, with ~ expanded."""
     if not text.strip() or "\0" in text:
         raise argparse.ArgumentTypeError(f"expected the name of a file or folder, got {text!r}")
     return os.path.expanduser(text)
 
 
 def str2bool(text: str) -> bool:
-    """True/False, yes/no or 1/0, in any case."""
+    """Parse True/False, yes/no or 1/0, in any case."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
     if text.lower() not in words:
         raise argparse.ArgumentTypeError(f"expected True or False (or yes/no, 1/0), got {text!r}")
     return words[text.lower()]
 
 
-def whole(least: int, most: int = 10**9) -> Callable[[str], int]:
-    """A whole number from `least` to `most`."""
-    bounds = f"from {least} to {most}"
+def bounded_int(minimum: int, maximum: int = 10**9) -> Callable[[str], int]:
+    """Return a parser of integers from `minimum` to `maximum`."""
 
     def parse(text: str) -> int:
         try:
-            if least <= int(text) <= most:
+            if minimum <= int(text) <= maximum:
                 return int(text)
         except ValueError:
             pass
-        raise argparse.ArgumentTypeError(f"expected a whole number {bounds}, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected an integer from {minimum} to {maximum}, got {text!r}"
+        )
 
     return parse
 
 
-def real(
+def bounded_float(
     *,
-    least: float | None = None,
+    minimum: float | None = None,
     above: float | None = None,
     below: float = math.inf,
-    most: float = math.inf,
+    maximum: float = math.inf,
 ) -> Callable[[str], float]:
-    """A finite number; `least` and `most` themselves are allowed, `above` and `below` are not."""
-    bounds = f"of at least {least:g}" if above is None else f"above {above:g}"
-    end = f"below {below:g}" if most == math.inf else f"at most {most:g}"
-    bounds += " and finite" if below == most else f" and {end}"
+    """Return a parser of finite numbers; `above` and `below` are exclusive bounds."""
+    bounds = f"of at least {minimum:g}" if above is None else f"above {above:g}"
+    end = f"below {below:g}" if maximum == math.inf else f"at most {maximum:g}"
+    bounds += " and finite" if below == maximum else f" and {end}"
 
     def parse(text: str) -> float:
         try:
             value = float(text)
         except ValueError:
             value = math.nan
-        if (value >= least if above is None else value > above) and value < below and value <= most:
+        is_large = value >= minimum if above is None else value > above
+        if is_large and value < below and value <= maximum:
             return value
         raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
 
@@ -209,7 +224,7 @@ def real(
 
 
 def mirror_url(text: str) -> str:
-    """The address of a folder: https://, http:// or file:///."""
+    """Check the URL of a folder: https://, http:// or file:///."""
     url = urlsplit(text)
     known = {"https": url.netloc, "http": url.netloc, "file": url.path.strip("/")}
     if known.get(url.scheme) and text.isprintable() and " " not in text:
@@ -219,12 +234,12 @@ def mirror_url(text: str) -> str:
     )
 
 
-def meeting_url(text: str) -> str:
-    """tcp://HOST:PORT or env://."""
+def rendezvous_url(text: str) -> str:
+    """Check the URL where machines meet: tcp://HOST:PORT or env://."""
     url = urlsplit(text)
     try:
         if text == "env://" or (url.scheme == "tcp" and url.hostname and url.port):
             return text
-    except ValueError:  # a port that is no number
+    except ValueError:  # the port is not a number
         pass
     raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT or env://, got {text!r}")

@@ -56,7 +56,7 @@ def resume(script, path):
 def keep(state, path):
     """Write what `save_checkpoint` would refuse."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(store, "_read", lambda *args, **more: None)
+        patch.setattr(store, "_read", lambda *args, **kwargs: None)
         return save_checkpoint(state, path.parent, filename=path.name)
 
 
@@ -98,26 +98,26 @@ ANY = [
 ODD = [
     ("progress", "gone", "progress is missing"),
     ("best_top1", NAN, "best_top1 is nan, not a number"),
-    ("best_top1", 12.5, "best_top1 is 12.5, but that of progress"),
-    ("step", True, "step is True, not a whole number"),
-    ("step", -1, "step is -1, not a whole number"),
-    ("step", HUGE, "step is a number of 71 bits, not a whole"),
-    ("step", 10**6, "step is 1000000, but progress.step and the rows"),
-    ("epoch", "1", "epoch is '1', not a whole number"),
+    ("best_top1", 12.5, "best_top1 is 12.5, but progress.best_top1 is"),
+    ("step", True, "step is True, not an integer"),
+    ("step", -1, "step is -1, not an integer"),
+    ("step", HUGE, "step is a number of 71 bits, not an integer"),
+    ("step", 10**6, "step is 1000000, but progress.step and meters.rows"),
+    ("epoch", "1", "epoch is '1', not an integer"),
     ("progress", [1, 2], "progress is a list of 2, not a dict"),
     ("progress/7", 1, "a key of progress is 7, not of type str"),
-    ("progress/step", 2.0, "progress.step is 2.0, not a whole"),
+    ("progress/step", 2.0, "progress.step is 2.0, not an integer"),
     ("progress/images", "gone", "progress.images is missing"),
     ("progress/best_top1", NAN, "progress.best_top1 is nan"),
-    ("progress/best_epoch", 5, "progress.best_epoch is 5, not a whole number from 0 to 1"),
+    ("progress/best_epoch", 5, "progress.best_epoch is 5, not an integer from 0 to 1"),
     ("progress/latest", {"train_loss": "1"}, "progress.latest.train_loss is '1', not a number"),
     ("meters/rows", torch.zeros(0, 3), "meters.rows is a tensor of float32 (0, 3), not a plain"),
     ("meters/rows", torch.full((1, 4), NAN), "meters.rows is a tensor of float32 (1, 4), not"),
     ("meters/rows", torch.zeros(1, 1).expand(2**40, 4), "meters.rows is a tensor of float32 (10"),
     ("meters/seconds", -1.0, "meters.seconds is -1.0, not a number from 0"),
     ("history", {}, "history.epoch is missing"),
-    ("history/train_loss", [], "the length of history.train_loss is 0, but of epoch 1"),
-    ("history/epoch", [9], "history.epoch[-1] is 9, but that of progress 1"),
+    ("history/train_loss", [], "the length of history.train_loss is 0, but of epoch it is 1"),
+    ("history/epoch", [9], "history.epoch[-1] is 9, but progress.epoch is 1"),
     ("history/test_top1", ["99"], "history.test_top1[0] is '99', not a number"),
     ("rng", [], "rng is a list of 0, not a list of 1 or more"),
     ("rng/0/torch", torch.zeros(5056, dtype=torch.uint8), "rng[0].torch is a tensor of uint8"),
@@ -126,7 +126,7 @@ ODD = [
     ("rng/0/numpy/bit_generator", "PCG64", "rng[0].numpy.bit_generator is 'PCG64', not"),
     ("rng/0/python", (3, (1, 2), None), "rng[0].python[1] is a tuple of 2, not a state"),
     ("config", "--lr 1", "config is '--lr 1', not a dict"),
-    ("config/epochs", 0, "config.epochs is 0, not a whole number"),
+    ("config/epochs", 0, "config.epochs is 0, not an integer"),
     ("config/lr", "0.1", "config.lr is '0.1', not of type float"),
     ("config/lr", NAN, "config.lr is nan: expected a number above 0"),
     ("config/arch", "nonsense", "config.arch: 'nonsense' is no architecture of"),
@@ -135,9 +135,9 @@ ODD = [
     ("config/deconv", 1, "config.deconv is 1, not of type bool"),
     ("config/optimizer", "SGDM", "config.optimizer is 'SGDM', not one of SGD, Adam, AMSGrad"),
     ("config/milestone", [0.4, "x"], "config.milestone is 'x': expected a number"),
-    ("spec/classes", ("a", 2), "spec.classes[1] is 2, not a word"),
+    ("spec/classes", ("a", 2), "spec.classes[1] is 2, not a text"),
     ("spec/mean", [0.5, NAN], "spec.mean[1] is nan"),
-    ("spec/in_channels", 2**40, "spec.in_channels is 1099511627776, not a whole number from 1"),
+    ("spec/in_channels", 2**40, "spec.in_channels is 1099511627776, not an integer from 1"),
     ("scaler", [1], "scaler is a list of 1, not a dict"),
     ("scaler", torch.zeros(3), "scaler is a tensor of float32 (3,), not a dict"),
     ("scaler", {"scale": 2.0}, "scaler.growth_factor is missing"),
@@ -196,7 +196,7 @@ def test_what_fits_not_the_run_is_refused_by_place(runs, tmp_path, place, value,
 def test_odd_content_in_the_other_script_too(runs, tmp_path):
     state = runs(main_imagenet)
     path = keep(change(state, "config/test_iter", "all"), tmp_path / "checkpoint.pth.tar")
-    refuse(main_imagenet, path, "config.test_iter is 'all': expected a whole number")
+    refuse(main_imagenet, path, "config.test_iter is 'all': expected an integer")
     check_foreign(runs, tmp_path, main_imagenet, *FOREIGN[0])
 
 

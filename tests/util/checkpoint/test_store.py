@@ -109,7 +109,7 @@ def test_a_checkpoint_that_must_not_be_read_is_not_passed_over(tmp_path, monkeyp
         whole(path)
 
     monkeypatch.setattr(store, "_check_archive", refuse)
-    with pytest.raises(CheckpointError, match=r"h\.tar: Permission denied: it may be good"):
+    with pytest.raises(CheckpointError, match=r"h\.tar: Permission denied: it may be the newest"):
         load_newest(tmp_path, read)
 
 
@@ -260,12 +260,8 @@ def test_bits_flipped_anywhere_are_noticed_or_mean_nothing(tmp_path):
 def test_another_format_and_missing_parts_are_named(tmp_path):
     path = tmp_path / "file"
     torch.save({**make_state(), "format_version": 99}, path)
-    with pytest.raises(CheckpointError, match="format_version is 99"):
+    with pytest.raises(CheckpointError, match=f"^{path}: format_version is 99.*train again"):
         load_checkpoint(path, "cpu")
-    older = {**make_state(), "format_version": 2}
-    del older["meters"]
-    torch.save(older, path)
-    assert load_checkpoint(path, "cpu")["meters"] is None  # it stands between two epochs
     torch.save({"format_version": FORMAT_VERSION, "epoch": 1}, path)
     with pytest.raises(CheckpointError, match="content: step is missing"):
         load_checkpoint(path, "cpu")
@@ -339,7 +335,7 @@ def test_a_program_of_torchscript_is_refused(tmp_path):
 
 def test_no_other_reader_of_pickles_is_in_use():
     root = Path(__file__).resolve().parents[3]
-    for path in (*root.glob("*.py"), *(root / "util").glob("*.py"), *root.glob("scripts/*.py")):
+    for path in (*root.glob("*.py"), *root.glob("util/**/*.py"), *root.glob("scripts/**/*.py")):
         text = path.read_text()
         assert "weights_only=False" not in text and "pickle.load" not in text, path
         assert text.count("torch.load(") == text.count("weights_only=True)"), path

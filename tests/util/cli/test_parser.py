@@ -4,15 +4,15 @@ import argparse
 
 import pytest
 
-from util.cli.parser import Parser, place, real, str2bool, whole
+from util.cli.parser import Parser, bounded_float, bounded_int, path_name, str2bool
 
 
 @pytest.fixture
 def parser():
     parser = Parser("x.py", "")
     add = parser.add_group("numbers")
-    add("-s --share", "of 100 %", whole(0), 5)
-    add("--batch-size --size", "images", whole(1), default_text="as many as fit")
+    add("-s --share", "of 100 %", bounded_int(0), 5)
+    add("--batch-size --size", "images", bounded_int(1), default_text="as many as fit")
     return parser
 
 
@@ -29,7 +29,7 @@ def test_messages_spell_a_flag_as_it_was_typed(parser):
 
 
 def test_help_fits_the_terminal_and_breaks_no_flag(parser, monkeypatch):
-    parser.add_group("more")("--flag", "see --batch-size-of-tests " * 9, whole(0))
+    parser.add_group("more")("--flag", "see --batch-size-of-tests " * 9, bounded_int(0))
     for columns in (60, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
         text = parser.format_help()
@@ -56,10 +56,10 @@ def test_flags_cannot_be_shortened(parser, capsys):
 
 def test_a_place_has_a_name(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
-    assert place("~/runs") == "/home/me/runs" and place("a b") == "a b"
+    assert path_name("~/runs") == "/home/me/runs" and path_name("a b") == "a b"
     for text in ("", " "):
         with pytest.raises(argparse.ArgumentTypeError, match="name of a file or folder"):
-            place(text)
+            path_name(text)
 
 
 @pytest.mark.parametrize("text", ["True", "true", "1", "yes", "YES"])
@@ -80,14 +80,14 @@ def test_neither_true_nor_false(text):
 
 @pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", "11"])
 def test_whole_numbers_have_bounds(text):
-    assert whole(1, 10)("10") == 10
+    assert bounded_int(1, 10)("10") == 10
     with pytest.raises(argparse.ArgumentTypeError, match=f"from 1 to 10, got '{text}'"):
-        whole(1, 10)(text)
+        bounded_int(1, 10)(text)
 
 
 @pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "much", "1"])
 def test_real_numbers_have_bounds(text):
-    assert real(above=0, below=1)("1e-3") == 1e-3
+    assert bounded_float(above=0, below=1)("1e-3") == 1e-3
     with pytest.raises(argparse.ArgumentTypeError, match="above 0 and below 1"):
-        real(above=0, below=1)(text)
-    assert real(least=0)("0") == 0
+        bounded_float(above=0, below=1)(text)
+    assert bounded_float(minimum=0)("0") == 0

@@ -7,7 +7,7 @@ import main_imagenet
 from tests.states import make_state
 from util.checkpoint.store import save_checkpoint
 from util.cli.inherited import OF_THIS_MACHINE
-from util.cli.parser import meeting_url, mirror_url, place
+from util.cli.parser import mirror_url, path_name, rendezvous_url
 from util.cli.script import PRESETS
 from util.cli.settings import read_settings
 
@@ -144,7 +144,9 @@ def test_machines_that_torchrun_has_not_started_are_not_waited_for(capsys, monke
 @pytest.mark.parametrize("script", [main, main_imagenet])
 def test_no_flag_that_names_a_place_is_inherited(script):
     actions = script.build_script().parser._actions
-    places = {action.dest for action in actions if action.type in (place, mirror_url, meeting_url)}
+    places = {
+        action.dest for action in actions if action.type in (path_name, mirror_url, rendezvous_url)
+    }
     assert {"data", "out", "run_dir", "resume", "dist_url"} <= places <= OF_THIS_MACHINE
 
 
