@@ -16,9 +16,9 @@ from util.cli.launch import start
 from util.cli.parser import Parser
 from util.cli.script import PRESETS, Rules, Script
 from util.cli.settings import choose_layers
-from util.data.datasets import DATASETS, DataSpec, build_loaders
+from util.data.datasets import DATASETS, build_loaders, is_downloaded, is_embedded
+from util.data.images import DataSpec
 from util.data.loader import ImageLoader
-from util.data.torchvision_sets import STANDARD_SETS
 from util.random_state import seed_everything
 from util.training.hooks import ModelHooks
 from util.training.session import RunContext, describe_kind, fit, test
@@ -66,9 +66,9 @@ def build_script() -> Script:
 
 def data_rules(flags: Namespace) -> Rules:
     """What is wrong with the flags about the images of this script."""
-    yield "data", flags.dataset != "digits", "does not apply to digits, which are embedded"
-    fetched = flags.dataset in STANDARD_SETS
-    yield "data_url", fetched, f"does not apply to {flags.dataset}, which is not downloaded"
+    name = flags.dataset
+    yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
+    yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
     yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
     yield "evaluate", flags.resume, "needs --resume FILE: which network?"
 

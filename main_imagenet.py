@@ -22,8 +22,8 @@ from util.cli.launch import start
 from util.cli.parser import Parser
 from util.cli.script import Rules, Script
 from util.cli.settings import choose_layers
-from util.data.datasets import DataSpec
 from util.data.imagenet import build_dummy_loaders, build_imagenet_loaders
+from util.data.images import DataSpec
 from util.data.loader import ImageLoader
 from util.errors import RunError
 from util.random_state import seed_everything

@@ -22,9 +22,10 @@ import main as small_images
 import main_imagenet as large_images
 from util.checkpoint.store import load_checkpoint, load_newest
 from util.cli.inherited import OF_THIS_MACHINE, check_config
-from util.data.datasets import DataError, DataSpec, build_loaders
+from util.data.datasets import build_loaders, is_embedded
 from util.data.imagenet import build_imagenet_loaders
-from util.errors import CheckpointError, RunError
+from util.data.images import DataSpec
+from util.errors import CheckpointError, DataError, RunError
 from util.training.resume import restore_model
 
 LEAST_IMAGES = 4
@@ -91,8 +92,8 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
     data = flags.data if data is None else data
     settings = {"batch_size": count, "image_size": flags.image_size}
     if "dataset" in flags:
-        if flags.dataset == "digits" and data != flags.data:
-            raise ValueError(f"--data {data} does not apply to digits, which are embedded")
+        if is_embedded(flags.dataset) and data != flags.data:
+            raise ValueError(f"--data {data} does not apply to {flags.dataset}, which is embedded")
         try:
             with tempfile.TemporaryDirectory() as cache:
                 *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)

@@ -33,7 +33,7 @@ from models import (
 )
 from util.cli.parser import Parser
 from util.console import print_line
-from util.data.torchvision_sets import load_digits
+from util.data.datasets import DATASETS
 from util.files import atomic_write
 from util.training.accelerator import Accelerator
 from util.training.optim import build_criterion, build_optimizer
@@ -139,7 +139,7 @@ def build(arch: str, kind: str) -> nn.Module:
 @cache
 def pictures(size: int, channels: int, moved: float) -> tuple[Tensor, Tensor]:
     """The first handwritten digits, normalised, with noise, and what they are."""
-    spec, train, _ = load_digits(size)
+    spec, train, _ = DATASETS["digits"].load("digits", size)
     digits = train.source.images[: BATCH * STEPS].double() / 255
     digits = ((digits - spec.mean[0]) / spec.std[0]).expand(-1, channels, -1, -1)
     noise = torch.Generator().manual_seed(0)

@@ -15,7 +15,7 @@ from PIL import Image
 import main
 from util.checkpoint.store import load_checkpoint
 from util.cli.settings import read_settings
-from util.data.datasets import DataSpec
+from util.data.images import DataSpec
 from util.data.sampler import EpochBatches
 from util.device import choose_algorithms
 from util.distributed.world import World

@@ -14,7 +14,7 @@ import main
 import main_imagenet
 from scripts import export
 from scripts.trained_network import read_images
-from util.data.datasets import DataError
+from util.errors import DataError
 
 FORMATS = ["onnx", "torch-export", "safetensors"]
 LINE = "--use-gpu False --tensorboardX False --save-plot False --batch-size 8 --epochs 1 --lr .01"

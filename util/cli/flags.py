@@ -16,7 +16,7 @@ from util.cli.parser import (
     rendezvous_url,
     str2bool,
 )
-from util.data.datasets import SMALLEST
+from util.data.loader import MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
@@ -152,7 +152,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--data",
         "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
-        "train/CLASS/* and test/CLASS/* (or val/CLASS/*); digits takes none",
+        "train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take none",
         path_name,
         "./data",
         metavar="DIR",
@@ -169,8 +169,8 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--image-size",
         "side that images are brought to, in pixels",
-        bounded_int(SMALLEST, 4096),
-        SMALLEST,
+        bounded_int(MIN_IMAGE_SIZE, 4096),
+        MIN_IMAGE_SIZE,
         metavar="N",
     )
     add_reading_flags(add, 0)
@@ -187,7 +187,7 @@ def add_imagenet_flags(parser: Parser) -> None:
     text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
     add("data", text, path_name, nargs="?", metavar="DIR")
     add("--dummy", "noise in place of images, for timing without data", **YES)
-    size = bounded_int(SMALLEST, 4096)
+    size = bounded_int(MIN_IMAGE_SIZE, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
     add_reading_flags(add, os.cpu_count() or 1)
     text = "only test the network of --resume, or --pretrained; all about training is left aside"

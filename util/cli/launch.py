@@ -13,7 +13,6 @@ from util import console
 from util.cli.parser import Parser
 from util.cli.script import Script
 from util.cli.settings import read_settings
-from util.data.datasets import DataError
 from util.device import choose_algorithms, choose_device, count_processes
 from util.distributed.launcher import (
     check_agreement,
@@ -24,7 +23,7 @@ from util.distributed.launcher import (
     tell_if_it_fails,
     wait_for_first_error,
 )
-from util.errors import CheckpointError, PeerFailed, RunError, TrainingDiverged
+from util.errors import CheckpointError, DataError, PeerFailed, RunError, TrainingDiverged
 from util.files import describe_fault
 from util.training.session import RunContext
 

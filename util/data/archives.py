@@ -1,4 +1,4 @@
-"""The files that torchvision's data sets are read from: as published, found, fetched, unpacked."""
+"""Published archives of torchvision's datasets: list, check, download and unpack them."""
 
 from __future__ import annotations
 
@@ -16,126 +16,131 @@ from util.console import print_line
 from util.data.download import fetch
 from util.lock import take_lock
 
-Kind = type[datasets.VisionDataset]
+DatasetClass = type[datasets.VisionDataset]
 
 
 @dataclass(frozen=True)
 class Archive:
-    """A file that is published, and what it is unpacked to.
+    """A published file, and the files that it unpacks to. All paths are relative to the root.
 
     Attributes:
-        path: below the root, as all paths here.
-        md5: published.
+        path: of the published file.
+        md5: published checksum.
         urls: published addresses.
-        files: -> their checksums, None where none is published; only itself if it is not packed.
-        most: bytes that it can have, above what it has.
+        files: checksum of each unpacked file, None where none is published. A file that is not
+            packed unpacks to itself.
+        max_bytes: upper limit of the download.
     """
 
     path: Path
     md5: str | None
     urls: tuple[str, ...]
     files: Mapping[Path, str | None]
-    most: int = 2**28  # CIFAR and SVHN have up to 182,040,794
+    max_bytes: int = 2**28  # CIFAR and SVHN have up to 182,040,794
 
     def addresses(self, mirror: str | None) -> list[str]:
-        """Where to get it: from the mirror, else as published, by https if that is offered."""
+        """Return the address below `mirror`, else the published ones, by https where offered."""
         if mirror:
             return [f"{mirror.rstrip('/')}/{self.path.name}"]
         return [url for url in self.urls if url.startswith("https:")] or list(self.urls)
 
 
-def list_archives(kind: Kind) -> list[Archive]:
-    """What torchvision knows of a data set: CIFAR, STL-10, the MNISTs or SVHN."""
-    if issubclass(kind, datasets.MNIST):
-        raw = Path(kind.__name__, "raw")
+def list_archives(dataset: DatasetClass) -> list[Archive]:
+    """Return the archives of a torchvision class: CIFAR, STL-10, an MNIST or SVHN."""
+    if issubclass(dataset, datasets.MNIST):
+        raw = Path(dataset.__name__, "raw")
         return [
             Archive(
                 raw / name,
                 md5,
-                tuple(mirror + name for mirror in kind.mirrors),
+                tuple(mirror + name for mirror in dataset.mirrors),
                 {raw / name.removesuffix(".gz"): None},
                 2**26,  # up to 26,421,880
             )
-            for name, md5 in kind.resources
+            for name, md5 in dataset.resources
         ]
-    if issubclass(kind, datasets.SVHN):
-        parts = [kind.split_list[part] for part in ("train", "test")]
-        return [Archive(Path(n), md5, (url,), {Path(n): md5}) for url, n, md5 in parts]
-    files = dict([*kind.train_list, *kind.test_list])
-    if meta := getattr(kind, "meta", None):
+    if issubclass(dataset, datasets.SVHN):
+        parts = [dataset.split_list[part] for part in ("train", "test")]
+        return [Archive(Path(name), md5, (url,), {Path(name): md5}) for url, name, md5 in parts]
+    files = dict([*dataset.train_list, *dataset.test_list])
+    if meta := getattr(dataset, "meta", None):
         files[meta["filename"]] = meta["md5"]
-    below = {Path(kind.base_folder, name): md5 for name, md5 in files.items()}
-    packed = Archive(Path(kind.filename), kind.tgz_md5, (kind.url,), below)
-    return [replace(packed, most=2**32) if issubclass(kind, datasets.STL10) else packed]
+    unpacked = {Path(dataset.base_folder, name): md5 for name, md5 in files.items()}
+    archive = Archive(Path(dataset.filename), dataset.tgz_md5, (dataset.url,), unpacked)
+    return [replace(archive, max_bytes=2**32) if issubclass(dataset, datasets.STL10) else archive]
 
 
 def find_faults(archive: Archive, root: Path) -> dict[Path, str]:
-    """The files of an archive that cannot be used, by path: "missing", or in what way damaged."""
+    """Return the unusable unpacked files by path: "missing", or a description of the damage."""
     faults = {root / name: _find_fault(root / name, md5) for name, md5 in archive.files.items()}
     return {path: fault for path, fault in faults.items() if fault}
 
 
-def find_damaged(kind: Kind, root: Path) -> list[str]:
-    """A clause for each file of a data set that is there and damaged, archives included."""
+def find_damaged(dataset: DatasetClass, root: Path) -> list[str]:
+    """Describe each damaged file of a dataset, archives included; skip missing files."""
     faults: dict[Path, str] = {}
-    for archive in list_archives(kind):
+    for archive in list_archives(dataset):
         path = root / archive.path
         faults |= find_faults(archive, root) | {path: _find_fault(path, archive.md5)}
     return [f"{path} {fault}" for path, fault in faults.items() if fault not in ("", "missing")]
 
 
-def is_complete(kind: Kind, root: Path) -> bool:
-    return not any(find_faults(archive, root) for archive in list_archives(kind))
+def is_complete(dataset: DatasetClass, root: Path) -> bool:
+    """Return True if no unpacked file is missing or damaged."""
+    return not any(find_faults(archive, root) for archive in list_archives(dataset))
 
 
-def obtain(kind: Kind, root: Path, mirror: str | None = None) -> None:
-    """Fetch and unpack what is missing or damaged; archives that are there are used.
+def download(dataset: DatasetClass, root: Path, mirror: str | None = None) -> None:
+    """Download and unpack missing or damaged files; use archives that are already there.
 
-    Of several processes one does so, while the others wait.
+    One of several processes downloads, the others wait.
 
     Args:
-        mirror: the address of a folder that holds the archives, in place of the published ones.
+        dataset: the torchvision class.
+        root: folder for the archives and the unpacked files.
+        mirror: address of a folder that holds the archives. None means the published addresses.
 
     Raises:
-        DownloadError: an archive is not to be had.
-        OSError: something cannot be written.
+        DownloadError: no address gives an archive.
+        OSError: a file cannot be written.
     """
     root.mkdir(parents=True, exist_ok=True)
-    busy = lambda owner: print_line(
-        f"waiting for {owner}, which downloads {kind.__name__} to {root}"
-    )
-    with closing(take_lock(root / f".{kind.__name__}.lock", busy)):
-        for archive in list_archives(kind):
+
+    def on_wait(owner: str) -> None:
+        print_line(f"waiting for {owner}, which downloads {dataset.__name__} to {root}")
+
+    with closing(take_lock(root / f".{dataset.__name__}.lock", on_wait)):
+        for archive in list_archives(dataset):
             if find_faults(archive, root):
-                _obtain_one(archive, root, mirror)
+                _download_archive(archive, root, mirror)
 
 
-def _obtain_one(archive: Archive, root: Path, mirror: str | None) -> None:
+def _download_archive(archive: Archive, root: Path, mirror: str | None) -> None:
     path = root / archive.path
     path.parent.mkdir(parents=True, exist_ok=True)
     if not check_integrity(path, archive.md5):
-        fetch(path, archive.md5, archive.addresses(mirror), archive.most)
+        fetch(path, archive.md5, archive.addresses(mirror), archive.max_bytes)
     if archive.path not in archive.files:
         extract_archive(str(path), str(path.parent))
 
 
 def _find_fault(path: Path, md5: str | None) -> str:
-    """Nothing, "missing", or in what way the file is damaged."""
+    """Return "" for a sound file, "missing", or a description of the damage."""
     if not path.is_file():
         return "missing"
     if md5 is not None and calculate_md5(path) != md5:
         return f"has another checksum than the published one, and {path.stat().st_size:,} bytes"
-    if path.name.endswith("-ubyte") and _is_torn(path):
-        return f"has {path.stat().st_size:,} bytes, not those that it announces"
+    if path.name.endswith("-ubyte") and _has_wrong_length(path):
+        return f"has {path.stat().st_size:,} bytes, another number than its header announces"
     return ""
 
 
-def _is_torn(path: Path) -> bool:
-    """Whether a file of the format IDX has another length than its header tells.
+def _has_wrong_length(path: Path) -> bool:
+    """Compare the length of an IDX file with its header.
 
-    Source: http://yann.lecun.com/exdb/mnist, the IDX format: two zeros, the type, the number of
-    dimensions; each dimension as four bytes, the first byte the highest; the values, here bytes.
+    The IDX format (http://yann.lecun.com/exdb/mnist): two zeros, the type, the number of
+    dimensions; each dimension as four bytes, highest first; the values, here bytes.
     """
     content = path.read_bytes()
-    numbers = np.frombuffer(content[: 4 + 4 * content[3]] if len(content) > 3 else b"", ">u4")
-    return len(content) < 8 or len(content) != 4 * len(numbers) + math.prod(numbers[1:].tolist())
+    header = np.frombuffer(content[: 4 + 4 * content[3]] if len(content) > 3 else b"", ">u4")
+    return len(content) < 8 or len(content) != 4 * len(header) + math.prod(header[1:].tolist())

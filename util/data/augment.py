@@ -57,6 +57,9 @@ class Augmentation:
         return images
 
 
+NO_AUGMENTATION = Augmentation()
+
+
 def crop_padded(
     images: Tensor, pad: int, top: Tensor, left: Tensor, fill: Sequence[int] = (0,)
 ) -> Tensor:

@@ -163,3 +163,35 @@ def channel_statistics(
     mean = total.double() / pixels
     std = (squares.double() / pixels - mean.square()).clamp(min=1).sqrt()
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+
+
+def to_nchw(data: np.ndarray | Tensor) -> Tensor:
+    """Return images (N, H, W), (N, H, W, 3) or (N, C, H, W) as (N, C, H, W)."""
+    images = torch.as_tensor(data)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
+    return images.contiguous()
+
+
+def make_split(
+    data: np.ndarray | Tensor, targets: np.ndarray | Tensor | list[int], image_size: int
+) -> Split:
+    """Hold images in memory at `image_size`.
+
+    Images of 28 x 28 pixels are first padded to 32 with black. Images of another size than
+    `image_size` are resized.
+
+    Args:
+        data: uint8 images in a layout of `to_nchw`.
+        targets: (N,) integers.
+        image_size: side in pixels.
+    """
+    images = to_nchw(data)
+    if images.shape[-1] == 28:
+        images = functional.pad(images, [2])
+    held = Held(images)
+    same = images.shape[-1] == image_size
+    source = held if same else hold_in_memory(Resized(held, image_size))
+    return Split(source, torch.as_tensor(targets, dtype=torch.int64))

@@ -20,7 +20,7 @@ from util.data.images import DataSpec, Split, is_good
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
 
-SMALLEST = 32  # pixels, the side of the smallest image that the networks take
+MIN_IMAGE_SIZE = 32  # pixels, the side of the smallest image that the networks take
 TEST_BATCH = 256  # images at most: the figures of a test depend on no larger batch size
 
 T = TypeVar("T")
@@ -34,8 +34,8 @@ def check_arguments(
     Raises:
         ValueError: naming the argument and its value.
     """
-    if image_size < SMALLEST:
-        raise ValueError(f"image_size must be at least {SMALLEST} pixels, got {image_size}")
+    if image_size < MIN_IMAGE_SIZE:
+        raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     if num_workers < 0:

@@ -22,7 +22,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from util.console import print_line
-from util.data.datasets import DataSpec
+from util.data.datasets import is_embedded
+from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
 from util.device import choose_graphs
 from util.distributed.world import World
@@ -244,7 +245,7 @@ def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
 
 def name_images(flags: Namespace) -> str:
     """The words of the command line that tell where the images are: --data DIR, or DIR alone."""
-    if getattr(flags, "dataset", None) == "digits":  # embedded: refuses --data
+    if is_embedded(getattr(flags, "dataset", None)):  # refuses --data
         return ""
     words = [] if flags.data is None else [flags.data]
     return shlex.join(["--data", *words] if hasattr(flags, "dataset") else words)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from util.data.datasets import DataError, DataSpec
+from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
 from util.distributed.world import World
-from util.errors import Stopped, TrainingDiverged
+from util.errors import DataError, Stopped, TrainingDiverged
 from util.random_state import rng_state
 from util.training.accelerator import Accelerator
 from util.training.engine import evaluate, first_input, train_one_epoch

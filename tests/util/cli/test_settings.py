@@ -77,6 +77,7 @@ def test_preset_serves_batchnorm_too():
         ("--multistep-gamma .1", "--multistep-gamma 0.1", "multistep"),
         ("--lr-scheduler multistep --epochs 50 --milestone 60", "--milestone 60", "--epochs 50"),
         ("--dataset digits --data D", "--data D", "embedded"),
+        ("--dataset fashion-mini --data D", "--data D", "embedded"),
         ("--method 1", "--method 1", "simple_v1"),
         ("--arch resnet --dropout-rate .5", "--dropout-rate 0.5", "vgg11"),
         ("--arch simple_v1 --method 1 --deconv True", "--method 1", "contradicts --deconv True"),

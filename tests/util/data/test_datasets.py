@@ -1,26 +1,50 @@
 import re
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from util.data.datasets import AUGMENTATIONS, DATASETS, build_loaders
+from tests.util.data.test_torchvision_sets import WRITERS
+from util.data.archives import list_archives
+from util.data.datasets import DATASETS, build_loaders
+from util.data.embedded_sets import EmbeddedSet
+from util.data.torchvision_sets import TorchvisionSet
+
+ROOT = Path(__file__).resolve().parents[3]
+PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def build(dataset="digits", **options):
     return build_loaders(dataset, "none", **{"batch_size": 100, "cache_dir": "none", **options})
 
 
-def test_the_data_sets_are_those_documented():
-    documented = "cifar10 cifar100 mnist fashion svhn stl10 digits folder"
-    assert " ".join(DATASETS) == documented
+@pytest.mark.parametrize("name", DATASETS)
+def test_a_dataset_has_all_its_places(name):
+    """Each place that a new dataset needs beside its entry in DATASETS fails by name."""
+    entry, tests = DATASETS[name], "tests/util/data/test_torchvision_sets.py"
+    if isinstance(entry, TorchvisionSet):
+        assert name in WRITERS, f"{name}: add a writer of tiny files to WRITERS in {tests}"
+        try:
+            archives = list_archives(entry.dataset)
+        except AttributeError as error:
+            pytest.fail(f"{name}: extend list_archives in util/data/archives.py: {error}")
+        assert all(archive.files and archive.urls for archive in archives), f"{name}: {archives}"
+        assert len(entry.mean) == len(entry.std), f"{name}: mean and std in util/data/datasets.py"
+    elif isinstance(entry, EmbeddedSet):
+        for part in entry.read():
+            labels = set(np.asarray(part[1]).tolist())
+            assert labels == set(range(len(entry.classes))), f"{name}: classes in DATASETS"
+    word = re.compile(rf"(?<![\w-]){name}(?![\w-])")
+    assert any(word.search(page.read_text()) for page in PAGES), f"{name}: name it in a page"
 
 
 def test_augmentation_is_where_it_belongs():
-    flipped = {name for name, augmentation in AUGMENTATIONS.items() if augmentation.flip}
-    cropped = {name for name, augmentation in AUGMENTATIONS.items() if augmentation.pad == 4}
+    flipped = {name for name, entry in DATASETS.items() if entry.augmentation.flip}
+    cropped = {name for name, entry in DATASETS.items() if entry.augmentation.pad == 4}
     images = {"cifar10", "cifar100", "stl10", "folder"}
     assert cropped == images | {"svhn"}  # house numbers, which no mirror keeps
-    assert flipped == images | {"fashion"}
+    assert flipped == images | {"fashion", "fashion-mini"}
 
 
 def test_digits_are_not_augmented_but_shuffled():

@@ -9,8 +9,9 @@ import torch
 from PIL import ExifTags, Image
 
 from util.data import images
-from util.data.datasets import DataError, build_loaders
+from util.data.datasets import build_loaders
 from util.data.images import MEMORY_BUDGET
+from util.errors import DataError
 
 SIDE = 40
 

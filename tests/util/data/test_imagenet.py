@@ -8,9 +8,9 @@ import torch
 from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
-from util.data.datasets import DataError
 from util.data.image_files import random_crop
 from util.data.imagenet import IMAGE_SIZE, MEAN, STD, build_dummy_loaders, build_imagenet_loaders
+from util.errors import DataError
 
 rng = np.random.default_rng(0)
 SCENE = np.kron(rng.integers(0, 256, (5, 7, 3)), np.ones((8, 8, 1))).astype(np.uint8)  # 40 56 3

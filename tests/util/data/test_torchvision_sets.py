@@ -22,8 +22,9 @@ from torchvision.datasets.utils import calculate_md5
 
 from util.data import archives, download
 from util.data.archives import list_archives
-from util.data.datasets import DataError, build_loaders
-from util.data.torchvision_sets import STANDARD_SETS, folder_of
+from util.data.datasets import DATASETS, build_loaders
+from util.data.torchvision_sets import find_folder
+from util.errors import DataError
 
 rng = np.random.default_rng(0)
 fork = multiprocessing.get_context("fork")
@@ -165,7 +166,7 @@ def test_batches_have_the_size_asked_for(tmp_path, monkeypatch, name, image_size
 
 def files_of(name):
     """The files that are read, and the published addresses."""
-    archives = list_archives(STANDARD_SETS[name].kind)
+    archives = list_archives(DATASETS[name].dataset)
     files = [path for archive in archives for path in archive.files]
     return files, [url for archive in archives for url in archive.addresses(None)]
 
@@ -175,7 +176,7 @@ def test_a_failed_download_says_what_was_tried_and_where_files_go(tmp_path, name
     with pytest.raises(DataError) as caught:
         build(name, tmp_path)
     message, (files, urls) = str(caught.value), files_of(name)
-    folder = str(folder_of(name, tmp_path))
+    folder = str(find_folder(DATASETS[name].dataset, tmp_path))
     for part in (name, urls[0], "no network in tests", folder, *(file.name for file in files)):
         assert part in message
     assert "damaged" not in message and "--data-url" in message
@@ -213,7 +214,7 @@ def test_places_for_files_are_named_in_full(tmp_path, monkeypatch):
 def test_a_torn_idx_file_is_named(tmp_path):
     write_idx(tmp_path, "MNIST", damage=100)
     path = tmp_path / "MNIST" / "raw" / "train-images-idx3-ubyte"
-    with pytest.raises(DataError, match=f"damaged: {path} has 3,836 bytes, not those that it"):
+    with pytest.raises(DataError, match=f"damaged: {path} has 3,836 bytes, another number"):
         build("mnist", tmp_path)
 
 
@@ -228,7 +229,7 @@ def test_what_no_checksum_tells_is_named_by_its_folder(tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
 def test_a_damaged_file_or_archive_is_named(tmp_path, name):
     """One of another checksum than the published one."""
-    archives = list_archives(STANDARD_SETS[name].kind)
+    archives = list_archives(DATASETS[name].dataset)
     places = {archives[0].path, list(archives[0].files)[-1]}
     for path in places:
         (tmp_path / path).parent.mkdir(exist_ok=True)
@@ -286,7 +287,7 @@ def test_an_archive_of_another_checksum_is_not_unpacked(tmp_path):
     root = tmp_path / "root"
     root.mkdir()
     for name in ("cifar10", "stl10"):
-        (published,) = list_archives(STANDARD_SETS[name].kind)
+        (published,) = list_archives(DATASETS[name].dataset)
         with tarfile.open(root / published.path, "w:gz") as archive:
             archive.addfile(tarfile.TarInfo("../outside"))
         with pytest.raises(DataError, match=f"{name} is missing or incomplete"):
@@ -365,11 +366,11 @@ def test_of_two_processes_one_downloads_and_one_waits(tmp_path, monkeypatch, mir
         time.sleep(0.5)
         fetch(*args)
 
-    def obtain():
-        archives.obtain(datasets.CIFAR10, tmp_path / "root", mirror.as_uri())
+    def download_once():
+        archives.download(datasets.CIFAR10, tmp_path / "root", mirror.as_uri())
 
     monkeypatch.setattr(archives, "fetch", slow_fetch)
-    both = [fork.Process(target=obtain) for _ in range(2)]
+    both = [fork.Process(target=download_once) for _ in range(2)]
     for process in both:
         process.start()
     for process in both:
