@@ -1,10 +1,11 @@
-"""The networks: the tables of architectures, and what makes one of them.
+"""Networks: the tables of architectures, and the functions that build one.
 
     layers = make_layers(deconv=True)
     model = build_model("vgg11", layers, num_classes=100)
     model = build_imagenet_model("resnet18d", layers)
 
-Every architecture has one definition, made of the layers it is given (see `factory.py`).
+Every architecture has one definition, made of the layers that it is given; see `factory.py`. To add
+a network, see `registry.py`.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The block that several networks have in common: narrow or widen, look around, and back."""
+"""Parts that several networks share: bottlenecks, shortcuts, gates and stems."""
 
 from __future__ import annotations
 
@@ -18,14 +18,18 @@ def make_bottleneck(
     groups: int = 1,
     max_iter: tuple[int | None, int | None] = (None, None),
 ) -> nn.Sequential:
-    """1 x 1, 3 x 3 and 1 x 1 convolutions, each with norm, ReLU after the first two.
+    """Make 1 x 1, 3 x 3 and 1 x 1 convolutions, each with norm, the first two with ReLU.
 
     (N, channels, H, W) -> (N, out, H/stride, W/stride).
 
     Args:
-        width: channels that the 3 x 3 convolution works on.
+        layers: from `make_layers`.
+        channels: of the input.
+        width: channels of the 3 x 3 convolution.
+        out: channels of the output.
+        stride: of the 3 x 3 convolution.
         groups: of the 3 x 3 convolution; `width` for a depthwise one.
-        max_iter: most Newton-Schulz steps of the 3 x 3 convolution and of the last.
+        max_iter: maximum of Newton-Schulz steps in the 3 x 3 and in the last convolution.
     """
     middle, last = ({"max_iter": steps} for steps in max_iter)
     return nn.Sequential(
@@ -41,22 +45,24 @@ def make_bottleneck(
 
 
 def make_projection(layers: Layers, channels: int, out: int, stride: int = 1) -> nn.Sequential:
-    """1 x 1 convolution and norm: (N, channels, H, W) -> (N, out, H/stride, W/stride)."""
+    """Make a 1 x 1 convolution and norm: (N, channels, H, W) -> (N, out, H/stride, W/stride)."""
     return nn.Sequential(layers.conv(channels, out, 1, stride=stride), layers.norm(out))
 
 
 def make_shortcut(layers: Layers, channels: int, out: int, stride: int = 1) -> nn.Module:
-    """What a residual block adds its convolutions to: its input, projected if shapes differ."""
+    """Make the shortcut of a residual block: the identity, or a projection if shapes differ."""
     if stride == 1 and channels == out:
         return nn.Identity()
     return make_projection(layers, channels, out, stride)
 
 
 class SqueezeExcitation(nn.Module):
-    """x * sigmoid(two linear maps of its global average): (N, C, H, W) -> (N, C, H, W).
+    """Gate of Squeeze-and-Excitation (Hu et al., 2018): x * sigmoid(MLP(global average of x)).
 
-    The linear maps are plain in either kind of network: BatchNorm has no place in them that
-    deconvolution could take. NOTE (differs from the published code): there they were whitened.
+    (N, C, H, W) -> (N, C, H, W).
+
+    The linear layers are plain with either kind of layers, since there is no BatchNorm to replace.
+    NOTE (differs from the published code): there they were whitened.
     """
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
@@ -71,18 +77,21 @@ class SqueezeExcitation(nn.Module):
 
 
 def conv_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
-    """One 3 x 3 convolution: (N, in_channels, H, W) -> (N, width, H, W)."""
+    """Make a 3 x 3 convolution: (N, in_channels, H, W) -> (N, width, H, W)."""
     return layers.stem(in_channels, width, 3, padding=1)
 
 
 def small_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
-    """3 x 3, norm, ReLU: (N, in_channels, H, W) -> (N, width, H, W)."""
+    """Make a 3 x 3 convolution, norm, ReLU: (N, in_channels, H, W) -> (N, width, H, W)."""
     conv = conv_stem(layers, in_channels, width)
     return nn.Sequential(conv, layers.norm(width), nn.ReLU(inplace=True))
 
 
 def large_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
-    """7 x 7 of stride 2, norm, ReLU, max-pool: (N, in_channels, H, W) -> (N, width, H/4, W/4)."""
+    """Make a 7 x 7 convolution of stride 2, norm, ReLU, max-pool.
+
+    (N, in_channels, H, W) -> (N, width, H/4, W/4).
+    """
     return nn.Sequential(
         layers.stem(in_channels, width, 7, stride=2, padding=3),
         layers.norm(width),

@@ -1,4 +1,7 @@
-"""DenseNet (Huang et al., 2017), for small and large images: they differ in the stem alone."""
+"""DenseNet (Huang et al., Densely Connected Convolutional Networks, CVPR 2017).
+
+The networks for small and for large images differ in the stem only.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ DEPTHS = {121: (6, 12, 24, 16)}
 
 
 class DenseLayer(nn.Module):
-    """Appends `growth` channels to its input: norm, ReLU, 1 x 1; norm, ReLU, 3 x 3.
+    """Dense layer, appends `growth` channels: norm, ReLU, 1 x 1; norm, ReLU, 3 x 3.
 
     (N, C, H, W) -> (N, C + growth, H, W).
     """
@@ -36,7 +39,7 @@ class DenseLayer(nn.Module):
 
 
 def make_transition(layers: Layers, channels: int) -> nn.Module:
-    """Half the channels, half the side: (N, C, H, W) -> (N, C/2, H/2, W/2)."""
+    """Make a transition that halves channels and side: (N, C, H, W) -> (N, C/2, H/2, W/2)."""
     return nn.Sequential(
         layers.norm(channels),
         nn.ReLU(),
@@ -46,14 +49,17 @@ def make_transition(layers: Layers, channels: int) -> nn.Module:
 
 
 class DenseNet(nn.Module):
-    """Stem, dense blocks with a transition between any two, global average, linear.
+    """Stem, dense blocks with transitions between them, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
+        layers: from `make_layers`.
         depth: a key of `DEPTHS`.
-        growth: channels that each layer adds.
-        stem: stem(layers, in_channels, width) -> the first layers, see `stem.py`.
+        growth: channels that each dense layer adds.
+        stem: stem(layers, in_channels, width) -> the first layers, see `building_blocks.py`.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(

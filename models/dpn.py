@@ -1,4 +1,7 @@
-"""DPN-92 (Chen et al., 2017, Dual Path Networks): residual sums and dense growth side by side."""
+"""DPN-92 (Chen et al., Dual Path Networks, NeurIPS 2017).
+
+Some channels are residual sums, the others grow densely.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ STEM_WIDTH, GROUPS = 64, 32
 
 
 class Stage(NamedTuple):
-    """Blocks that look at `width` channels, sum `out` of them, and grow by `growth` each.
+    """Stage of `depth` blocks: bottleneck width, residual channels, depth, dense growth per block.
 
     All stages but the first halve the image.
     """
@@ -35,10 +38,13 @@ STAGES = (
 
 
 class DualPathBlock(nn.Module):
-    """relu of: the first `out` channels of x' and of bottleneck(x) summed, the others of both.
+    """Dual path block: ReLU of summed residual channels and concatenated dense channels.
 
-    x' = x, or its projection in the first block of a stage. (N, C, H, W) -> (N, D, H/stride,
-    W/stride), D = out + 2 growth in the first block of a stage, else C + growth.
+    With y = bottleneck(x) and x' = x, or a projection of x in the first block of a stage, the first
+    `out` channels of x' and y are summed and their other channels are concatenated.
+
+    (N, C, H, W) -> (N, D, H/stride, W/stride), with D = out + 2 growth in the first block of a
+    stage, else C + growth.
     """
 
     def __init__(
@@ -46,10 +52,12 @@ class DualPathBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.out = stage.out
-        wide = stage.out + stage.growth
-        shape = (channels, stage.width, wide)
+        body_channels = stage.out + stage.growth
+        shape = (channels, stage.width, body_channels)
         self.body = make_bottleneck(layers, *shape, stride=stride, groups=GROUPS)
-        self.shortcut = make_projection(layers, channels, wide, stride) if first else nn.Identity()
+        self.shortcut = (
+            make_projection(layers, channels, body_channels, stride) if first else nn.Identity()
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         x, y = self.shortcut(x), self.body(x)

@@ -1,4 +1,7 @@
-"""Networks of torchvision and timm: made there, and given our layers where that is asked for."""
+"""Networks of torchvision and timm, built by these libraries and converted to our layers.
+
+They initialise their own weights and cite their own papers.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +17,18 @@ from .factory import Layers
 from .registry import MIN_IMAGE_SIZE, Architecture
 
 PRETRAINED_CLASSES = 1000
-AUXILIARY = ("googlenet", "inception_v3")  # more than one output in training, unless told
-# Below these sides some layer has nothing left to look at; every other network takes 32.
+TIMM = "timm/"  # prefix of the names of timm's networks
+AUXILIARY = ("googlenet", "inception_v3")  # have more than one output in training
+# Smallest sides at which every layer has input; all other networks take MIN_IMAGE_SIZE.
 TORCHVISION_MIN_SIZES = {"alexnet": 63, "inception_v3": 75}
-TIMM = "timm/"
 
 
 def list_torchvision() -> dict[str, Architecture]:
-    """Torchvision's networks for classification: the names that torchvision.models itself has."""
-    return {name: _torchvision(name) for name in list_models(module=torchvision_models)}
+    """Return the entries of torchvision's networks for classification."""
+    return {name: _make_torchvision_entry(name) for name in list_models(module=torchvision_models)}
 
 
-def _torchvision(name: str) -> Architecture:
+def _make_torchvision_entry(name: str) -> Architecture:
     sized = ("image_size",) if name.startswith(("vit", "maxvit")) else ()
     return Architecture(
         partial(_build_torchvision, name=name),
@@ -36,23 +39,11 @@ def _torchvision(name: str) -> Architecture:
     )
 
 
-def timm_architecture(arch: str) -> Architecture:
-    """The entry of timm/NAME."""
+def make_timm_entry(arch: str) -> Architecture:
+    """Return the entry of timm/NAME."""
     name = arch.removeprefix(TIMM)
     build = partial(_build_timm, name=name)
     return Architecture(build, f"timm's {name}", ("pretrained", "image_size"), init=None)
-
-
-def _check(name: str, layers: Layers, num_classes: int, pretrained: bool) -> None:
-    if layers.adapt is None:
-        raise ValueError(
-            f"{name} has layers of its own: BatchNorm can neither be left out nor stand beside a "
-            "deconvolution of the last layer"
-        )
-    if pretrained and num_classes != PRETRAINED_CLASSES:
-        raise ValueError(
-            f"pretrained weights know {PRETRAINED_CLASSES} classes, got num_classes={num_classes}"
-        )
 
 
 def _build_torchvision(
@@ -63,11 +54,11 @@ def _build_torchvision(
     image_size: int | None = None,
     pretrained: bool = False,
 ) -> nn.Module:
-    """Torchvision's network of that name, without auxiliary heads; `image_size` if made for one."""
+    """Build a network of torchvision without auxiliary heads."""
     _check(name, layers, num_classes, pretrained)
     options: dict[str, object] = {"num_classes": num_classes}
     if name in AUXILIARY and not pretrained:
-        options["init_weights"] = True  # the present default, which warns unless asked for
+        options["init_weights"] = True  # the default, which warns unless given
     if image_size is not None:
         square = {"input_size": (image_size, image_size)}
         options |= square if name.startswith("maxvit") else {"image_size": image_size}
@@ -83,32 +74,45 @@ def _build_torchvision(
     return layers.adapt(model, pretrained=pretrained)
 
 
-def _drop_auxiliary_heads(model: nn.Module) -> None:
-    """Make training give one output, as evaluation does."""
-    model.aux_logits = False
-    for head in ("aux1", "aux2", "AuxLogits"):
-        if hasattr(model, head):
-            setattr(model, head, None)
-
-
 def _build_timm(
     layers: Layers, *, name: str, num_classes: int, image_size: int, pretrained: bool = False
 ) -> nn.Module:
-    """Timm's network of that name, made for `image_size` if it is made for one."""
+    """Build a network of timm, for `image_size` if it needs to know."""
     _check(f"{TIMM}{name}", layers, num_classes, pretrained)
     if find_spec("timm") is None:
         raise ValueError(f"{TIMM}{name} needs timm, which is not installed: pip install timm")
-    import timm  # takes seconds, and few need it
+    import timm  # takes seconds, and few runs need it
 
     if not timm.is_model(name):
-        near = get_close_matches(name, timm.list_models(), n=4, cutoff=0)
-        raise ValueError(f"timm has no {name!r}, but {', '.join(near)}")
-    settings = timm.get_pretrained_cfg(name)
-    sized = settings is not None and settings.fixed_input_size
+        closest = get_close_matches(name, timm.list_models(), n=4, cutoff=0)
+        raise ValueError(f"timm has no {name!r}; the closest names are {', '.join(closest)}")
+    config = timm.get_pretrained_cfg(name)
+    sized = config is not None and config.fixed_input_size
     options = {"img_size": image_size} if sized else {}
     try:
         model = timm.create_model(name, pretrained, num_classes=num_classes, **options)
     except (AssertionError, RuntimeError, TypeError) as error:
-        reason = str(error).splitlines()[0]  # it is not made for this size; there are no weights
-        raise ValueError(f"timm cannot make {name}: {reason}") from error
+        reason = str(error).splitlines()[0]  # the size does not fit, or there are no weights
+        raise ValueError(f"timm cannot build {name}: {reason}") from error
     return layers.adapt(model, pretrained=pretrained)
+
+
+def _check(name: str, layers: Layers, num_classes: int, pretrained: bool) -> None:
+    """Raise ValueError if the network cannot have these layers or these pretrained weights."""
+    if layers.adapt is None:
+        raise ValueError(
+            f"{name} has layers of its own: BatchNorm can neither be omitted nor be combined with "
+            "a deconvolution in the last layer"
+        )
+    if pretrained and num_classes != PRETRAINED_CLASSES:
+        raise ValueError(
+            f"pretrained weights have {PRETRAINED_CLASSES} classes, got num_classes={num_classes}"
+        )
+
+
+def _drop_auxiliary_heads(model: nn.Module) -> None:
+    """Reduce the outputs in training to the one of evaluation."""
+    model.aux_logits = False
+    for head in ("aux1", "aux2", "AuxLogits"):
+        if hasattr(model, head):
+            setattr(model, head, None)

@@ -1,8 +1,9 @@
-"""The networks for images of ImageNet's size: ours, torchvision's and timm's, of either kind.
+"""Table of networks for images of ImageNet's size: our own, torchvision's and timm's.
 
-Ours end in `d`. With BatchNorm they are the networks that torchvision calls by the same name
-without the `d` (vgg11d: vgg11_bn, its convolutions without the bias that BatchNorm takes back).
-With deconvolution no BatchNorm is left, shortcuts included. Those of others are converted to it.
+Names of our own end in `d`. With BatchNorm they equal torchvision's networks of the same name
+without the `d`; vgg11d equals vgg11_bn without the redundant bias of its convolutions. With
+deconvolution they have no BatchNorm, in shortcuts neither. Networks of torchvision and timm are
+converted; see `external.py`.
 """
 
 from __future__ import annotations
@@ -14,24 +15,25 @@ from torch import nn
 
 from .building_blocks import large_stem
 from .densenet import DenseNet
-from .external import PRETRAINED_CLASSES, TIMM, list_torchvision, timm_architecture
+from .external import PRETRAINED_CLASSES, TIMM, list_torchvision, make_timm_entry
 from .factory import Layers
 from .registry import Architecture, build_from, describe
 from .resnet import ResNet
 from .vgg import VGG
 
 
-def _resnet(depth: int, gloss: str) -> Architecture:
-    return Architecture(partial(ResNet, depth=depth, stem=large_stem), f"ResNet-{depth}: {gloss}")
+def _resnet(depth: int, description: str) -> Architecture:
+    build = partial(ResNet, depth=depth, stem=large_stem)
+    return Architecture(build, f"ResNet-{depth}: {description}")
 
 
 def _vgg(depth: int) -> Architecture:
     build = partial(VGG, depth=depth, side=7, hidden=(4096, 4096), dropout_rate=0.5)
-    gloss = f"VGG-{depth}: {depth - 3} convolutions and three linear layers"
-    return Architecture(build, gloss, ("dropout_rate",))
+    description = f"VGG-{depth}: {depth - 3} convolutions and three linear layers"
+    return Architecture(build, description, ("dropout_rate",))
 
 
-_OURS: dict[str, Architecture] = {
+OURS: dict[str, Architecture] = {
     "resnet18d": _resnet(18, "eight residual blocks of two 3 x 3 convolutions"),
     "resnet34d": _resnet(34, "sixteen residual blocks of two 3 x 3 convolutions"),
     "resnet50d": _resnet(50, "sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
@@ -42,16 +44,14 @@ _OURS: dict[str, Architecture] = {
     "vgg16d": _vgg(16),
     "densenet121d": Architecture(
         partial(DenseNet, depth=121, stem=large_stem),
-        "DenseNet-121: four dense blocks, 32 channels grown by each layer",
+        "DenseNet-121: four dense blocks, each layer adds 32 channels",
     ),
 }
+_TORCHVISION = list_torchvision()
 
 
-_THEIRS = list_torchvision()
-
-
-class _WithTimm(dict[str, Architecture]):
-    """A table that has, besides what it lists, every `timm/NAME`: whether it exists shows later."""
+class _TableWithTimm(dict[str, Architecture]):
+    """Table that also has an entry `timm/NAME` for any NAME; building it checks the name."""
 
     def __contains__(self, arch: object) -> bool:
         return super().__contains__(arch) or str(arch).startswith(TIMM)
@@ -59,10 +59,10 @@ class _WithTimm(dict[str, Architecture]):
     def __missing__(self, arch: str) -> Architecture:
         if arch not in self:
             raise KeyError(arch)
-        return timm_architecture(arch)
+        return make_timm_entry(arch)
 
 
-IMAGENET_ARCHITECTURES = _WithTimm(_OURS | _THEIRS)
+IMAGENET_ARCHITECTURES = _TableWithTimm(OURS | _TORCHVISION)
 
 
 def build_imagenet_model(
@@ -74,24 +74,29 @@ def build_imagenet_model(
     pretrained: bool = False,
     dropout_rate: float | None = None,
 ) -> nn.Module:
-    """A network that maps (N, 3, H, W) to (N, num_classes); freshly initialised unless pretrained.
+    """Build a network that maps (N, 3, H, W) to (N, num_classes).
 
     Args:
         arch: a name of `IMAGENET_ARCHITECTURES`, or timm/NAME for a network of timm.
-        layers: from `make_layers`. The networks of torchvision and timm have layers of their own,
-            which stay or are converted: they take the ordinary layers and those of deconvolution.
+        layers: from `make_layers`. Networks of torchvision and timm take the layers of plain
+            BatchNorm or of plain deconvolution only.
+        num_classes: classes of the output.
         image_size: side of the images, in pixels. The vit and maxvit networks take exactly this
-            one, all others any from their `min_image_size` upward.
-        pretrained: start from the weights of torchvision or timm (downloaded once), their networks
-            and 1000 classes only; with deconvolution BatchNorm is folded in.
-        dropout_rate: probability of dropping a feature between linear layers, vgg11d and vgg16d
+            size, all others any size from their `min_image_size`.
+        pretrained: start from the weights of torchvision or timm, which are downloaded once. Only
+            for their networks with 1000 classes; deconvolution folds the BatchNorm in.
+        dropout_rate: probability of dropping a feature between linear layers, for vgg11d and vgg16d
             only; None: 0.5.
 
     Raises:
-        ValueError: an unknown `arch`, timm is not installed, layers or an option it does not take,
-            images of a size it does not take, or pretrained weights for another number of
-            classes.
+        ValueError: `arch` is unknown, timm is not installed, the network does not take the layers,
+            an option or the image size, or pretrained weights have another number of classes.
         OSError: the weights cannot be downloaded.
+
+    Example:
+        >>> model = build_imagenet_model("resnet18d", make_layers(deconv=True))
+        >>> model(torch.randn(2, 3, 224, 224)).shape
+        torch.Size([2, 1000])
     """
     return build_from(
         IMAGENET_ARCHITECTURES,
@@ -104,8 +109,12 @@ def build_imagenet_model(
 
 
 def describe_imagenet_architectures() -> str:
-    """The table as text: ours one line each, torchvision's by name."""
-    names = textwrap.fill(", ".join(_THEIRS), width=98, initial_indent="  ", subsequent_indent="  ")
-    theirs = f"torchvision's, converted to deconvolution where that is asked for:\n{names}"
-    more = f"{TIMM}NAME: any network of timm, where timm is installed, in the same way"
-    return f"{describe(_OURS)}\n\n{theirs}\n\n{more}"
+    """Format the table as text: a line for each network of our own, and names of the others."""
+    names = textwrap.fill(
+        ", ".join(_TORCHVISION), width=98, initial_indent="  ", subsequent_indent="  "
+    )
+    return (
+        f"{describe(OURS)}\n\n"
+        f"networks of torchvision, converted with --deconv True:\n{names}\n\n"
+        f"{TIMM}NAME: any network of timm, if installed, converted with --deconv True"
+    )

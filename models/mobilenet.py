@@ -1,7 +1,9 @@
-"""Inverted residuals: MobileNet v2 (Sandler et al., 2018), EfficientNet-B0 (Tan and Le, 2019).
+"""Networks of inverted residuals: MobileNet v2 and EfficientNet-B0, in their small-image forms.
 
-The forms for small images that are in common use. NOTE (differs from Tan and Le): EfficientNet-B0
-has 3 x 3 kernels and ReLU throughout, and its gates come last in a block, on its outputs.
+MobileNet v2: Sandler et al., Inverted Residuals and Linear Bottlenecks, CVPR 2018.
+EfficientNet: Tan and Le, Rethinking Model Scaling for Convolutional Neural Networks, ICML 2019.
+NOTE (differs from Tan and Le): EfficientNet-B0 has 3 x 3 kernels and ReLU throughout, and its gates
+act on the outputs of a block.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ STEM_WIDTH = 32
 
 
 class Stage(NamedTuple):
-    """Inverted residuals of `out` channels, `expansion` times as many inside.
+    """Stage of `depth` inverted residuals: expansion of the input, output channels, depth, stride.
 
-    The first of the `depth` blocks takes the stride.
+    The first block has the stride.
     """
 
     expansion: int
@@ -51,7 +53,9 @@ EFFICIENTNET_B0 = (
 
 
 class InvertedResidual(nn.Module):
-    """x' + y, y = a wide depthwise bottleneck of x, x' = x or its projection; y where it strides.
+    """Inverted residual: x' + y, or y alone with a stride above 1.
+
+    y is a wide depthwise bottleneck of x; x' is x or a projection of x.
 
     (N, C, H, W) -> (N, out, H/stride, W/stride).
     """
@@ -62,10 +66,10 @@ class InvertedResidual(nn.Module):
         super().__init__()
         width = expansion * channels
         shape = (channels, width, out)
-        # As published. With five steps MobileNet v2 does not learn: the 3 x 3 pixels of a single
-        # channel are so alike that nearly all of their whitening is noise made louder.
-        few = {"max_iter": (1, 1)}
-        self.body = make_bottleneck(layers, *shape, stride=stride, groups=width, **few)
+        # One Newton-Schulz step, as published: with five, MobileNet v2 does not learn. The pixels
+        # of a single channel are so correlated that their whitening mostly amplifies noise.
+        options = {"groups": width, "max_iter": (1, 1)}
+        self.body = make_bottleneck(layers, *shape, stride=stride, **options)
         self.shortcut = make_shortcut(layers, channels, out) if stride == 1 else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ class InvertedResidual(nn.Module):
 
 
 class GatedResidual(InvertedResidual):
-    """x' + gated y, y and x' as in `InvertedResidual`; y + gated y where it strides."""
+    """Inverted residual with a gate g: x' + g(y), or y + g(y) with a stride above 1."""
 
     def __init__(self, layers: Layers, channels: int, out: int, **options: int) -> None:
         super().__init__(layers, channels, out, **options)
@@ -91,7 +95,12 @@ class MobileNet(nn.Module):
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
+        layers: from `make_layers`.
+        block: class of the blocks.
+        stages: see `Stage`.
         head: channels of the 1 x 1 convolution; 0 for none.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(

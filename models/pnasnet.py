@@ -1,4 +1,7 @@
-"""PNASNet (Liu et al., 2018), the two small forms A and B for small images in common use."""
+"""PNASNet (Liu et al., Progressive Neural Architecture Search, ECCV 2018).
+
+A and B are the two variants in common use for small images.
+"""
 
 from __future__ import annotations
 
@@ -9,26 +12,26 @@ from torch.nn import functional as F
 from .building_blocks import make_projection, small_stem
 from .factory import Layers
 
-DEPTH = 6  # cells of each of the three stages, between which one cell halves the image
+DEPTH = 6  # cells per stage; a further cell between stages halves the image
 
 
 def make_depthwise(
     layers: Layers, channels: int, out: int, kernel_size: int, stride: int
 ) -> nn.Module:
-    """A convolution of each channel by itself, and norm; `out` is a multiple of `channels`."""
+    """Make a depthwise convolution and norm; `out` is a multiple of `channels`."""
     padding = kernel_size // 2
     options = {"stride": stride, "padding": padding, "groups": channels}
     return nn.Sequential(layers.conv(channels, out, kernel_size, **options), layers.norm(out))
 
 
 def make_pool(layers: Layers, channels: int, out: int, stride: int) -> nn.Module:
-    """3 x 3 max-pool; with a stride, a projection to `out` channels behind it."""
+    """Make a 3 x 3 max-pool, followed by a projection if it has a stride."""
     pool = nn.MaxPool2d(3, stride=stride, padding=1)
     return pool if stride == 1 else nn.Sequential(pool, make_projection(layers, channels, out))
 
 
 class CellA(nn.Module):
-    """relu(7 x 7 depthwise + max-pool): (N, C, H, W) -> (N, out, H/stride, W/stride)."""
+    """Cell A, relu(7 x 7 depthwise + max-pool): (N, C, H, W) -> (N, out, H/stride, W/stride)."""
 
     def __init__(self, layers: Layers, channels: int, out: int, stride: int) -> None:
         super().__init__()
@@ -40,9 +43,11 @@ class CellA(nn.Module):
 
 
 class CellB(nn.Module):
-    """relu of 1 x 1 on two branches: 7 x 7 + 3 x 3 depthwise, and max-pool + 5 x 5 depthwise.
+    """Cell B, relu(1 x 1(relu(left), relu(right))).
 
-    Both are rectified before. (N, C, H, W) -> (N, out, H/stride, W/stride).
+    left is 7 x 7 + 3 x 3 depthwise; right is max-pool + 5 x 5 depthwise.
+
+    (N, C, H, W) -> (N, out, H/stride, W/stride).
     """
 
     def __init__(self, layers: Layers, channels: int, out: int, stride: int) -> None:
@@ -59,12 +64,16 @@ class CellB(nn.Module):
 
 
 class PNASNet(nn.Module):
-    """Stem, three stages of six cells with a halving cell between any two, average, linear.
+    """Stem, three stages of six cells with a halving cell between them, average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        width: channels of the first stage; each further one has twice as many.
+        layers: from `make_layers`.
+        cell: class of the cells.
+        width: channels of the first stage; each further stage doubles them.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(
@@ -79,9 +88,9 @@ class PNASNet(nn.Module):
         super().__init__()
         self.stem = small_stem(layers, in_channels, width)
         cells = [cell(layers, width, width, 1) for _ in range(DEPTH)]
-        for wide in (2 * width, 4 * width):
-            cells.append(cell(layers, wide // 2, wide, 2))
-            cells += [cell(layers, wide, wide, 1) for _ in range(DEPTH)]
+        for out in (2 * width, 4 * width):
+            cells.append(cell(layers, out // 2, out, 2))
+            cells += [cell(layers, out, out, 1) for _ in range(DEPTH)]
         self.cells = nn.Sequential(*cells)
         self.linear = layers.linear(4 * width, num_classes)
 

@@ -1,7 +1,8 @@
-"""Preactivation ResNet (He et al., 2016, Identity Mappings), and SENet-18 (Hu et al., 2018).
+"""Preactivation ResNet-18 and SENet-18, in their small-image forms.
 
-The forms for small images that are in common use: SENet-18 has preactivation blocks with a gate.
-NOTE (differs from He et al.): no norm and ReLU before the global average, as in that form.
+Preactivation: He et al., Identity Mappings in Deep Residual Networks, ECCV 2016.
+SENet: Hu et al., Squeeze-and-Excitation Networks, CVPR 2018; here a gate in preactivation blocks.
+NOTE (differs from He et al.): there is no norm and ReLU before the global average.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from .building_blocks import conv_stem
 from .factory import Layers
 from .resnet import WIDTHS
 
-DEPTH = 2  # blocks of each stage, those of ResNet-18
+DEPTH = 2  # blocks per stage, as in ResNet-18
 
 
 class PreActBlock(nn.Module):
-    """x' + gated convolutions: twice norm, ReLU and 3 x 3; x' = x, or projected after the ReLU.
+    """Preactivation block: x' + gate(3 x 3, ReLU, norm, 3 x 3, ReLU, norm of x).
+
+    x' is x, or a projection of relu(norm(x)) if shapes differ.
 
     (N, C, H, W) -> (N, width, H/stride, W/stride).
     """
@@ -48,7 +51,7 @@ class PreActBlock(nn.Module):
 
 
 def no_gate(channels: int) -> nn.Module:
-    """All channels pass as they are."""
+    """Make a gate that passes every channel unchanged."""
     return nn.Identity()
 
 
@@ -58,8 +61,11 @@ class PreActResNet(nn.Module):
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        stem: stem(layers, in_channels, width) -> the first layers, see `stem.py`.
-        gate: gate(channels) -> what the convolutions of a block go through before the sum.
+        layers: from `make_layers`.
+        stem: stem(layers, in_channels, width) -> the first layers, see `building_blocks.py`.
+        gate: gate(channels) -> a module on the output of a block, before the sum.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(

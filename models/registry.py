@@ -1,4 +1,21 @@
-"""What an entry of the tables of networks is, and how a network is made from one."""
+"""Registry of networks: its entries, the construction of a model from one, and its help text.
+
+To add a network for small images:
+
+1. Define it in a module of `models/`, from the layers of a `Layers` bundle and the parts in
+   `building_blocks.py`. Its docstring cites the paper and gives the shapes.
+2. Register it in `ARCHITECTURES` in `small_images.py`; a network for large images, with a name that
+   ends in `d`, in `OURS` in `imagenet.py`. The mains, their help texts, tests and scripts read
+   these tables.
+3. Add its number of parameters with either kind of layers to `PARAMETERS` in
+   `tests/models/test_small_images.py`; for large images its torchvision twin to `TWINS` in
+   `tests/models/test_imagenet.py`.
+4. Record its loss curves: `python scripts/dev/record_golden.py NAME` writes
+   `tests/golden/NAME.txt`.
+5. Add a line to CHANGELOG.md.
+
+`tests/models/test_registry.py` names the place that was forgotten.
+"""
 
 from __future__ import annotations
 
@@ -11,14 +28,14 @@ from torch import nn
 from .factory import Layers
 
 MIN_IMAGE_SIZE = 32  # pixels; five halvings leave one
-NAMES_SHOWN = 24  # in an error
+MAX_NAMES = 24  # in an error message
 
 
 def init_weights(model: nn.Module) -> None:
-    """Draw every weight anew: the only initialisation there is, the same for both kinds of network.
+    """Initialise all weights of a model, in the same way for both kinds of layers.
 
-    Weights and biases of convolutions and linear layers are uniform in +-1/sqrt(fan_in), BatchNorm
-    starts as the identity. That is PyTorch's own default, written out so that it stays.
+    Weights and biases of convolutions and linear layers are uniform in +-1/sqrt(fan_in); BatchNorm
+    starts as the identity. These are the defaults of PyTorch, fixed here against changes.
     """
     for module in model.modules():
         if isinstance(module, nn.Conv2d | nn.Linear):
@@ -33,18 +50,19 @@ def init_weights(model: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Architecture:
-    """An entry of a table: build(layers, num_classes=, **options) -> network.
+    """Entry of a table of networks.
 
     Args:
-        build: the maker.
-        gloss: one line for the help text.
-        options: which of the further arguments of `build_model` or `build_imagenet_model` it takes.
-        min_image_size: side of the smallest images that it takes, in pixels.
-        init: draws the weights of the new network; None where `build` has done so.
+        build: build(layers, num_classes=, **options) -> model.
+        description: one line for the help text.
+        options: names of the optional arguments of `build_model` or `build_imagenet_model` that
+            the network takes.
+        min_image_size: side of the smallest images that the network takes, in pixels.
+        init: initialises the weights; None if `build` does.
     """
 
     build: Callable[..., nn.Module]
-    gloss: str
+    description: str
     options: tuple[str, ...] = ()
     min_image_size: int = MIN_IMAGE_SIZE
     init: Callable[[nn.Module], None] | None = init_weights
@@ -54,7 +72,7 @@ Table = Mapping[str, Architecture]
 
 
 class Options(Mapping[str, Collection[str]]):
-    """The options of the architectures of a table, by name; also of those it does not list."""
+    """Names of the options of each network of a table, including networks it does not list."""
 
     def __init__(self, table: Table) -> None:
         self._table = table
@@ -78,45 +96,51 @@ def build_from(
     optional: Mapping[str, tuple[object, object]],
     **shape: int,
 ) -> nn.Module:
-    """A freshly initialised network of a table.
+    """Build and initialise a network of a table.
 
     Args:
-        image_size: side of the images, in pixels; handed on to networks made for one size.
-        optional: name -> (value, the value that asks for nothing) of what some networks take.
-        shape: of every network's input and output.
+        table: the table.
+        arch: a name in the table.
+        layers: from `make_layers`.
+        image_size: side of the images, in pixels; passed to networks that need it.
+        optional: name -> (value, default) of each option that only some networks take.
+        **shape: channels of the input and classes of the output, as every network takes them.
 
     Raises:
-        ValueError: an unknown `arch`, an option it does not take, or images too small for it.
+        ValueError: `arch` is unknown, does not take an option, or needs larger images.
     """
     if arch not in table:
-        raise ValueError(f"arch must be one of {_name_some(table, arch)}; got {arch!r}")
+        raise ValueError(f"arch must be one of {_list_names(table, arch)}; got {arch!r}")
     architecture = table[arch]
-    if image_size < (least := architecture.min_image_size):
-        raise ValueError(f"image_size must be at least {least} for {arch}, got {image_size}")
-    given = {"image_size": image_size}
-    for name, (value, idle) in optional.items():
-        if value == idle:
+    if image_size < (minimum := architecture.min_image_size):
+        raise ValueError(f"image_size must be at least {minimum} for {arch}, got {image_size}")
+    options: dict[str, object] = {}
+    if "image_size" in architecture.options:
+        options["image_size"] = image_size
+    for name, (value, default) in optional.items():
+        if value == default:
             continue
         if name not in architecture.options:
-            takers = _name_some([key for key, a in table.items() if name in a.options], arch)
-            raise ValueError(f"{name}={value} does not apply to {arch}, only to {takers}")
-        given[name] = value
-    options = {name: given[name] for name in architecture.options if name in given}
+            takers = [key for key, entry in table.items() if name in entry.options]
+            raise ValueError(
+                f"{name}={value} does not apply to {arch}, only to {_list_names(takers, arch)}"
+            )
+        options[name] = value
     model = architecture.build(layers, **shape, **options)
-    if architecture.init:
+    if architecture.init is not None:
         architecture.init(model)
     return model
 
 
 def describe(table: Table) -> str:
-    """A table as text, one line an architecture."""
+    """Format a table as text, one network a line."""
     width = max(map(len, table))
-    return "\n".join(f"  {name:{width}}  {a.gloss}" for name, a in table.items())
+    return "\n".join(f"  {name:{width}}  {entry.description}" for name, entry in table.items())
 
 
-def _name_some(names: Collection[str], near: str) -> str:
-    """All names where they are few, else those most like `near`."""
-    if len(names) <= NAMES_SHOWN:
+def _list_names(names: Collection[str], arch: str) -> str:
+    """Join the names; of more than `MAX_NAMES` only those closest to `arch`."""
+    if len(names) <= MAX_NAMES:
         return ", ".join(names)
-    shown = get_close_matches(near, names, n=4, cutoff=0)
-    return f"{', '.join(shown)} and {len(names) - len(shown)} more"
+    closest = get_close_matches(arch, names, n=4, cutoff=0)
+    return f"{', '.join(closest)} and {len(names) - len(closest)} more"

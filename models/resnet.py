@@ -1,4 +1,7 @@
-"""ResNet (He et al., 2016), for small and large images: they differ in the stem alone."""
+"""ResNet (He et al., Deep Residual Learning for Image Recognition, CVPR 2016).
+
+The networks for small and for large images differ in the stem only.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,7 @@ WIDTHS = (64, 128, 256, 512)
 
 
 class BasicBlock(nn.Module):
-    """relu(x' + two 3 x 3 convolutions of x), x' = x or its projection.
+    """Basic block: relu(x' + 3 x 3, 3 x 3 convolutions of x), x' = x or a projection of x.
 
     (N, C, H, W) -> (N, width, H/stride, W/stride).
     """
@@ -36,7 +39,7 @@ class BasicBlock(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """relu(x' + 1 x 1, 3 x 3 and 1 x 1 convolutions of x), x' = x or its projection.
+    """Bottleneck: relu(x' + 1 x 1, 3 x 3, 1 x 1 convolutions of x), x' = x or a projection of x.
 
     (N, C, H, W) -> (N, 4 * width, H/stride, W/stride).
     """
@@ -62,7 +65,7 @@ class Bottleneck(nn.Module):
 
 
 Block = type[BasicBlock] | type[Bottleneck]
-# The block, and how many of it in each stage; all stages but the first halve the image.
+# Depth -> block and its number in each stage; all stages but the first halve the image.
 DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
     18: (BasicBlock, (2, 2, 2, 2)),
     34: (BasicBlock, (3, 4, 6, 3)),
@@ -74,7 +77,7 @@ DEPTHS: dict[int, tuple[Block, tuple[int, int, int, int]]] = {
 def _make_stage(
     layers: Layers, block: Block, channels: int, width: int, depth: int, stride: int
 ) -> nn.Module:
-    """`depth` residual blocks; the first takes the stride and the change of channels."""
+    """Make `depth` residual blocks; the first has the stride and changes the channels."""
     inputs = [channels] + [width * block.expansion] * (depth - 1)
     strides = [stride] + [1] * (depth - 1)
     return nn.Sequential(
@@ -88,8 +91,11 @@ class ResNet(nn.Module):
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
+        layers: from `make_layers`.
         depth: a key of `DEPTHS`.
-        stem: stem(layers, in_channels, width) -> the first layers, see `stem.py`.
+        stem: stem(layers, in_channels, width) -> the first layers, see `building_blocks.py`.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(

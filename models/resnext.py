@@ -1,4 +1,7 @@
-"""ResNeXt-29 (Xie et al., 2017): bottlenecks whose 3 x 3 convolutions are grouped."""
+"""ResNeXt-29 (Xie et al., Aggregated Residual Transformations, CVPR 2017).
+
+Bottlenecks with grouped 3 x 3 convolutions.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +12,11 @@ from .building_blocks import make_bottleneck, make_shortcut
 from .factory import Layers
 
 STEM_WIDTH = 64
-DEPTHS = (3, 3, 3)  # blocks of each stage; all stages but the first halve the image
+DEPTHS = (3, 3, 3)  # blocks per stage; all stages but the first halve the image
 
 
 class ResNeXtBlock(nn.Module):
-    """relu(x' + bottleneck(x)), x' = x or its projection.
+    """ResNeXt block: relu(x' + bottleneck(x)), x' = x or a projection of x.
 
     (N, C, H, W) -> (N, 2 * width, H/stride, W/stride).
     """
@@ -23,8 +26,8 @@ class ResNeXtBlock(nn.Module):
     ) -> None:
         super().__init__()
         shape = (channels, width, 2 * width)
-        few = {"max_iter": (3, None)}  # as published
-        self.body = make_bottleneck(layers, *shape, stride=stride, groups=groups, **few)
+        options = {"groups": groups, "max_iter": (3, None)}  # as published
+        self.body = make_bottleneck(layers, *shape, stride=stride, **options)
         self.shortcut = make_shortcut(layers, channels, 2 * width, stride)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,11 +39,14 @@ class ResNeXt(nn.Module):
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
-    The stem is a 1 x 1 convolution, as in the form for small images that is in common use.
+    The stem is a 1 x 1 convolution, as in the common form for small images.
 
     Args:
+        layers: from `make_layers`.
         groups: of the 3 x 3 convolutions.
         group_width: channels of a group in the first stage; each further stage doubles them.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
     """
 
     def __init__(

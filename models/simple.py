@@ -1,4 +1,9 @@
-"""The small networks: linear regression, few convolutions, a multi-layer perceptron."""
+"""Small networks: linear regression, LeNet-5, three convolutions, multi-layer perceptron.
+
+simple_v1 and mlp: Ye et al., Network Deconvolution, ICLR 2020, experiments on regression and on
+fully connected networks. LeNet-5: LeCun et al., Gradient-Based Learning Applied to Document
+Recognition, Proceedings of the IEEE 1998.
+"""
 
 from __future__ import annotations
 
@@ -15,15 +20,15 @@ def simple_v1(
     image_size: int = 32,
     method: int | None = None,
 ) -> nn.Module:
-    """Linear regression, or with cross-entropy logistic regression, on whole images.
+    """Build a linear regression on whole images; with cross-entropy, a logistic regression.
 
     (N, C, image_size, image_size) -> (N, num_classes).
     """
-    return layers.choose_method(method).image(in_channels, image_size, num_classes)
+    return layers.select_method(method).image(in_channels, image_size, num_classes)
 
 
 class SimpleCNN(nn.Module):
-    """Three 3 x 3 convolutions with a max-pool each, global average, linear.
+    """Three 3 x 3 convolutions with max-pools, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
     """
@@ -55,10 +60,11 @@ class SimpleCNN(nn.Module):
 
 
 class LeNet(nn.Module):
-    """LeNet-5 with ReLU and max-pool (LeCun et al., 1998): two 5 x 5 convolutions, three linear.
+    """LeNet-5 with ReLU and max-pools: two 5 x 5 convolutions, three linear layers.
 
-    (N, C, H, W), at least 32 x 32 -> (N, num_classes). The hidden linear layers are plain, as in
-    `VGG`.
+    (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    The hidden linear layers are plain with either kind of layers, as in `VGG`.
     """
 
     def __init__(self, layers: Layers, *, in_channels: int = 3, num_classes: int = 10) -> None:
@@ -68,7 +74,7 @@ class LeNet(nn.Module):
             modules += [conv(channels, width, 5), layers.norm(width)]
             modules += [nn.ReLU(inplace=True), nn.MaxPool2d(2)]
         self.features = nn.Sequential(*modules)
-        self.pool = nn.AdaptiveAvgPool2d(5)  # does nothing at 32
+        self.pool = nn.AdaptiveAvgPool2d(5)  # the identity at 32 x 32
         self.hidden = nn.Sequential(
             nn.Linear(16 * 25, 120),
             nn.ReLU(inplace=True),
@@ -91,14 +97,14 @@ def mlp(
     method: int | None = None,
     dropout_rate: float = 0.0,
 ) -> nn.Module:
-    """Hidden layers of `widths` features, the first on the whole image, then a linear layer.
+    """Build hidden layers of `widths` features, the first on whole images, and a linear layer.
 
     (N, C, image_size, image_size) -> (N, num_classes).
     """
-    chosen = layers.choose_method(method)
-    modules = [chosen.image(in_channels, image_size, widths[0])]
+    selected = layers.select_method(method)
+    modules = [selected.image(in_channels, image_size, widths[0])]
     for index, width in enumerate(widths):
         if index > 0:
-            modules.append(chosen.hidden(widths[index - 1], width))
-        modules += [chosen.norm(width), nn.ReLU(inplace=True)]
-    return nn.Sequential(*modules, nn.Dropout(dropout_rate), chosen.last(widths[-1], num_classes))
+            modules.append(selected.hidden(widths[index - 1], width))
+        modules += [selected.norm(width), nn.ReLU(inplace=True)]
+    return nn.Sequential(*modules, nn.Dropout(dropout_rate), selected.last(widths[-1], num_classes))

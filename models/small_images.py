@@ -1,4 +1,4 @@
-"""TODO: models/small_images.py."""
+"""Table of networks for small images, from 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -20,31 +20,30 @@ from .resnext import ResNeXt
 from .simple import LeNet, SimpleCNN, mlp, simple_v1
 from .vgg import VGG
 
-_RESNET18 = Architecture(
-    partial(ResNet, depth=18), "ResNet-18: eight residual blocks of two 3 x 3 convolutions"
-)
+
+def _vgg(depth: int) -> Architecture:
+    description = f"VGG-{depth}: {depth - 3} convolutions, global average, one linear layer"
+    return Architecture(partial(VGG, depth=depth), description, ("dropout_rate",))
+
+
+def _resnet(depth: int, description: str) -> Architecture:
+    return Architecture(partial(ResNet, depth=depth), f"ResNet-{depth}: {description}")
+
+
+_RESNET18 = _resnet(18, "eight residual blocks of two 3 x 3 convolutions")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    **{
-        f"vgg{depth}": Architecture(
-            partial(VGG, depth=depth),
-            f"VGG-{depth}: {depth - 3} convolutions, global average, one linear layer",
-            ("dropout_rate",),
-        )
-        for depth in (11, 13, 16, 19)
-    },
-    "resnet": replace(_RESNET18, gloss="the same as resnet18"),
+    "vgg11": _vgg(11),
+    "vgg13": _vgg(13),
+    "vgg16": _vgg(16),
+    "vgg19": _vgg(19),
+    "resnet": replace(_RESNET18, description="the same as resnet18"),
     "resnet18": _RESNET18,
-    "resnet34": Architecture(
-        partial(ResNet, depth=34), "ResNet-34: sixteen residual blocks of two 3 x 3 convolutions"
-    ),
-    "resnet50": Architecture(
-        partial(ResNet, depth=50),
-        "ResNet-50: sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions",
-    ),
+    "resnet34": _resnet(34, "sixteen residual blocks of two 3 x 3 convolutions"),
+    "resnet50": _resnet(50, "sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
     "densenet121": Architecture(
         partial(DenseNet, depth=121),
-        "DenseNet-121: four dense blocks, 32 channels grown by each layer",
+        "DenseNet-121: four dense blocks, each layer adds 32 channels",
     ),
     "preact": Architecture(
         PreActResNet,
@@ -52,7 +51,7 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
     "senet": Architecture(
         partial(PreActResNet, stem=small_stem, gate=SqueezeExcitation),
-        "SENet-18: the same with squeeze and excitation of each block",
+        "SENet-18: Preact-ResNet-18 with squeeze and excitation in each block",
     ),
     "resnext": Architecture(
         ResNeXt, "ResNeXt-29 32x4d: nine bottlenecks, 3 x 3 convolutions in 32 groups"
@@ -100,19 +99,27 @@ def build_model(
     method: int | None = None,
     dropout_rate: float = 0.0,
 ) -> nn.Module:
-    """A freshly initialised network that maps (N, in_channels, H, W) to (N, num_classes).
+    """Build and initialise a network that maps (N, in_channels, H, W) to (N, num_classes).
 
     Args:
         arch: a name of `ARCHITECTURES`.
         layers: from `make_layers`.
-        image_size: side of the images, in pixels. Convolutional networks accept any size from 32
-            upward, whatever this says; simple_v1 and mlp exactly this one.
-        method: 1 to 4, simple_v1 and mlp only; None: plain, or joint deconvolution if `layers` is.
-        dropout_rate: probability of dropping a feature before a linear layer, where the network has
-            dropout.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
+        image_size: side of the images, in pixels. simple_v1 and mlp take exactly this size,
+            convolutional networks any size from 32.
+        method: variant of simple_v1 and mlp, 1 to 4; None: plain layers, or joint deconvolution
+            with deconvolution layers.
+        dropout_rate: probability of dropping a feature before a linear layer, for networks that
+            have dropout.
 
     Raises:
-        ValueError: an unknown `arch`, an option it does not take, or images too small for it.
+        ValueError: `arch` is unknown, does not take an option, or needs larger images.
+
+    Example:
+        >>> model = build_model("vgg11", make_layers(deconv=True))
+        >>> model(torch.randn(2, 3, 32, 32)).shape
+        torch.Size([2, 10])
     """
     return build_from(
         ARCHITECTURES,
@@ -126,5 +133,5 @@ def build_model(
 
 
 def describe_architectures() -> str:
-    """The table as text, one line an architecture: what `--arch help` prints."""
+    """Format the table as the text that `--arch help` prints."""
     return describe(ARCHITECTURES)

@@ -1,4 +1,7 @@
-"""VGG (Simonyan and Zisserman, 2015): one linear layer for small images, three for large ones."""
+"""VGG (Simonyan and Zisserman, Very Deep Convolutional Networks, ICLR 2015).
+
+Networks for small images have one linear layer, networks for large images three.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from torch import Tensor, nn
 from .factory import Layers
 
 WIDTHS = (64, 128, 256, 512, 512)
-# Convolutions per stage; every stage ends in a 2 x 2 max-pool.
+# Depth -> convolutions per stage; every stage ends in a 2 x 2 max-pool.
 DEPTHS = {
     11: (1, 1, 2, 2, 2),
     13: (2, 2, 2, 2, 2),
@@ -19,18 +22,21 @@ DEPTHS = {
 
 
 class VGG(nn.Module):
-    """Five stages of 3 x 3 convolutions, averages, hidden linear layers, linear.
+    """Five stages of 3 x 3 convolutions, average pooling, hidden linear layers, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
-    The hidden layers are plain in either kind of network: BatchNorm has no place in them that
-    deconvolution could take, and the whitened linear layer is the last one alone.
+    The hidden linear layers are plain with either kind of layers, since there is no BatchNorm to
+    replace; only the last linear layer whitens.
 
     Args:
+        layers: from `make_layers`.
         depth: a key of `DEPTHS`.
-        side: of the grid of averages that the linear layers look at; 1 for the global average.
-        hidden: features of the linear layers before the last.
-        dropout_rate: of the features before the last layer, and between hidden ones.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
+        side: of the grid of averages before the linear layers; 1 for the global average.
+        hidden: features of each linear layer before the last.
+        dropout_rate: probability of dropping a feature after each hidden layer and before the last.
     """
 
     def __init__(
@@ -46,7 +52,7 @@ class VGG(nn.Module):
     ) -> None:
         super().__init__()
         self.features = nn.Sequential(*_stack_stages(layers, in_channels, DEPTHS[depth]))
-        self.pool = nn.AdaptiveAvgPool2d(side)  # does nothing at 32 * side
+        self.pool = nn.AdaptiveAvgPool2d(side)  # the identity at 32 * side
         features = WIDTHS[-1] * side**2
         self.hidden = nn.Sequential(*_stack_hidden(features, hidden, dropout_rate))
         self.dropout = nn.Dropout(dropout_rate)
@@ -74,4 +80,4 @@ def _stack_hidden(features: int, widths: Sequence[int], dropout_rate: float) -> 
     for width in widths:
         modules += [nn.Linear(features, width), nn.ReLU(inplace=True), nn.Dropout(dropout_rate)]
         features = width
-    return modules[:-1]  # the last dropout is the network's own
+    return modules[:-1]  # the last dropout is `VGG.dropout`

@@ -105,7 +105,7 @@ def test_deconvolution_needs_no_norm():
 def test_methods_whiten_what_they_say(deconv):
     layers = make_layers(deconv=deconv, eps=1e-3, n_iter=3, stem_iter=7, momentum=0.3)
     plain, channel, joint, blocks = (
-        next(m for m in layers.choose_method(n).image(2, 8, 5) if hasattr(m, "weight"))
+        next(m for m in layers.select_method(n).image(2, 8, 5) if hasattr(m, "weight"))
         for n in (1, 2, 3, 4)
     )
     assert type(plain) is nn.Conv2d
@@ -119,14 +119,14 @@ def test_methods_whiten_what_they_say(deconv):
 def test_bias_reaches_the_regressions():
     layers = make_layers(deconv=False, bias=False)
     for number in (1, 2, 3, 4):
-        image = layers.choose_method(number).image(2, 8, 5)
+        image = layers.select_method(number).image(2, 8, 5)
         assert all(layer.bias is None for layer in image if hasattr(layer, "weight"))
 
 
 def test_default_method_is_of_the_kind_of_the_bundle():
     plain, deconvolved = make_layers(deconv=False), make_layers(deconv=True)
-    assert plain.choose_method(None) is plain.methods[1]
-    assert deconvolved.choose_method(None) is deconvolved.methods[3]
+    assert plain.select_method(None) is plain.methods[1]
+    assert deconvolved.select_method(None) is deconvolved.methods[3]
 
 
 @pytest.mark.parametrize(

@@ -289,7 +289,7 @@ def test_timms_networks_are_known_by_name(deconv):
         sized = build("timm/vit_tiny_patch16_224", deconv=deconv, num_classes=7, image_size=64)
         assert sized(torch.randn(2, 3, 64, 64)).shape == (2, 7)
     assert bool(find(model, FastDeconv)) == deconv != bool(find(model, nn.BatchNorm2d))
-    with pytest.raises(ValueError, match="timm has no 'resnet17', but resnet"):
+    with pytest.raises(ValueError, match="timm has no 'resnet17'; the closest names are resnet"):
         build("timm/resnet17", deconv=deconv)
 
 
@@ -300,7 +300,7 @@ def test_what_timm_refuses_is_one_line(monkeypatch):
         raise RuntimeError("no weights for it\nand more")
 
     monkeypatch.setattr(timm, "create_model", refuse)
-    with pytest.raises(ValueError, match="^timm cannot make resnet18: no weights for it$"):
+    with pytest.raises(ValueError, match="^timm cannot build resnet18: no weights for it$"):
         build("timm/resnet18")
 
 
