@@ -1,60 +1,61 @@
-"""BatchNorm at its own best rate and weight decay, against deconvolution at its own.
+"""Best rates: BatchNorm and deconvolution, each at its own best learning rate and weight decay.
 
     python scripts/paper/best_rates.py --cifar10 DIR --jobs 2
 
-VGG-16 and ResNet-18 on CIFAR-10. First all rates at the paper's weight decay, and the next one
-where the best is at an end of them, then the best at other decays, then that pair with more seeds.
-Every training has the whole epoch, for the best rate of a shorter one is another.
+VGG-16 and ResNet-18 on CIFAR-10. The search first tries the learning rates at the paper's weight
+decay, and extends the range while the best rate is at its end. It then tries other weight decays at
+the best rate, and repeats the best pair with more seeds. Every run trains for the whole epoch,
+because a shorter training has another best rate.
 """
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.records import Records
-from scripts.paper.runner import Find, Recipe, Run, count_steps, main
-from scripts.paper.table1 import FLAGS
-from scripts.paper.tables import format_table, mean_top1, show_top1, wrap
+from scripts.paper.records import Records, look_up_top1
+from scripts.paper.runner import FindTop1, Recipe, Run, main
+from scripts.paper.table1 import BATCH_SIZE, FLAGS, STEPS
+from scripts.paper.tables import KINDS, format_table, mean_top1, show_top1, wrap
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
-KINDS = {"bn": "BatchNorm", "deconv": "deconvolution"}
-SERIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # of learning rates
-RATES = {"bn": SERIES[1:5], "deconv": SERIES[3:6]}  # that all networks are tried with
-DECAY, DECAYS = 1e-3, (5e-4, 2e-3)  # the paper's, and those tried with the best rate
+SERIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates
+RATES = {"bn": SERIES[1:5], "deconv": SERIES[3:6]}  # start of the search
+DECAY, DECAYS = 1e-3, (5e-4, 2e-3)  # the paper's, and the others at the best rate
 SEEDS = (0, 1, 2)
-BATCH = 128
-STEPS = count_steps("cifar10", BATCH)
 
 Pair = tuple[float, float]  # learning rate, weight decay
 
 
-def plan(find: Find) -> list[Run]:
+def plan(find_top1: FindTop1) -> list[Run]:
+    """Return the runs of the search, and those of the best pairs once it has ended."""
     runs = []
     for arch, kind in product(NETWORKS, KINDS):
-        pairs, best = search(arch, kind, find)
+        pairs, best = search(arch, kind, find_top1)
         runs += [make_run(arch, kind, pair, SEEDS[0]) for pair in pairs]
         if best is not None:
             runs += [make_run(arch, kind, best, seed) for seed in SEEDS[1:]]
     return runs
 
 
-def search(arch: str, kind: str, find: Find) -> tuple[list[Pair], Pair | None]:
-    """The pairs to be tried as far as they follow from what is found, and the best when all are."""
+def search(arch: str, kind: str, find_top1: FindTop1) -> tuple[list[Pair], Pair | None]:
+    """Return the pairs to try, as far as results determine them, and the best pair at the end."""
 
     def choose() -> Pair | None:
-        found = {pair: find(name_run(arch, kind, pair, SEEDS[0])) for pair in pairs}
-        return None if None in found.values() else max(found, key=found.__getitem__)
+        top1 = {pair: find_top1(name_run(arch, kind, pair, SEEDS[0])) for pair in pairs}
+        return None if None in top1.values() else max(top1, key=top1.__getitem__)
 
     pairs = [(rate, DECAY) for rate in RATES[kind]]
-    while (best := choose()) and find(name_run(arch, kind, best, SEEDS[0])):  # 0: none is better
-        if (more := _find_beyond(best[0], [rate for rate, _ in pairs])) is None:
+    # A top-1 of 0 means that every run diverged, or that a dry run only plans.
+    while (best := choose()) and find_top1(name_run(arch, kind, best, SEEDS[0])):
+        if (beyond := _find_beyond(best[0], [rate for rate, _ in pairs])) is None:
             break
-        pairs.append((more, DECAY))
+        pairs.append((beyond, DECAY))
     if best is None:
         return pairs, None
     pairs += [(best[0], decay) for decay in DECAYS]
@@ -62,40 +63,52 @@ def search(arch: str, kind: str, find: Find) -> tuple[list[Pair], Pair | None]:
 
 
 def _find_beyond(best: float, rates: Sequence[float]) -> float | None:
-    """The next of the series where the best one is the lowest or highest tried."""
+    """Return the next rate of the series if the best rate is the lowest or highest."""
     step = {min(rates): -1, max(rates): 1}.get(best, 0)
-    place = SERIES.index(best) + step
-    return SERIES[place] if step and 0 <= place < len(SERIES) else None
+    index = SERIES.index(best) + step
+    return SERIES[index] if step and 0 <= index < len(SERIES) else None
 
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
+    """Return the run of one network, kind, pair and seed."""
     lr, decay = pair
     flags = f"--preset paper --arch {arch} {FLAGS[kind]}"
     flags += f" --lr {lr:g} --wd {decay:g} --epochs 1 --seed {seed}"
-    seconds = estimate(arch, kind == "deconv", STEPS, BATCH)
+    seconds = estimate(arch, kind == "deconv", STEPS, BATCH_SIZE)
     return Run(name_run(arch, kind, pair, seed), "cifar10", flags, STEPS, seconds)
 
 
 def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
+    """Return the name of a run."""
     return f"{arch}-{kind}-lr{pair[0]:g}-wd{pair[1]:g}-seed{seed}"
 
 
-def page(records: Records) -> str:
-    text = f"""
-        CIFAR-10, test top-1 in percent after one epoch, `--preset paper --root newton` but for
-        learning rate and weight decay. Seed {SEEDS[0]}, all rates at weight decay {DECAY:g}, the
-        next one where the best is the lowest or highest of them, and the best at other decays, and
-        whatever else was run. ResNet-18's at lr 0.1 and decay 0.001 are also in Table 1:
+def find_best(arch: str, kind: str, records: Records) -> tuple[Pair | None, list[str]]:
+    """Return the best pair of the records, None before the search has ended, and its runs."""
+    _, pair = search(arch, kind, partial(look_up_top1, records))
+    return pair, [name_run(arch, kind, pair, seed) for seed in SEEDS] if pair else []
+
+
+def format_section(records: Records) -> str:
+    """Return the section of docs/results.md."""
+    grid = f"""
+        CIFAR-10, test top-1 (%) after one epoch with seed {SEEDS[0]}. The settings are those of
+        `--preset paper --root newton` except for learning rate and weight decay. The search tries
+        the learning rates at weight decay {DECAY:g}, extends the range while the best rate is the
+        lowest or highest, then tries other weight decays at the best rate. The table also holds
+        runs outside the search. The runs of ResNet-18 at learning rate 0.1 and weight decay 0.001
+        are also in Table 1.
         """
     best = f"""
-        Then the best pair of each kind, which seed {SEEDS[0]} has chosen, with the seeds
+        Best pair of each kind, chosen with seed {SEEDS[0]} and repeated with seeds
         {", ".join(map(str, SEEDS))}:
         """
-    return f"{wrap(text)}\n{_describe_grid(records)}\n{wrap(best)}\n{_describe_best(records)}"
+    return f"{wrap(grid)}\n{_format_grid(records)}\n{wrap(best)}\n{_format_best(records)}"
 
 
-def _describe_grid(records: Records) -> str:
-    tried = [search_records(arch, kind, records)[0] for arch, kind in product(NETWORKS, KINDS)]
+def _format_grid(records: Records) -> str:
+    find_top1 = partial(look_up_top1, records)
+    tried = [search(arch, kind, find_top1)[0] for arch, kind in product(NETWORKS, KINDS)]
     rates = sorted({rate for pairs in tried for rate, _ in pairs})
     header = ["network", "layers", "weight decay", *(f"lr {rate:g}" for rate in rates)]
     rows = []
@@ -106,32 +119,22 @@ def _describe_grid(records: Records) -> str:
     return format_table(header, rows)
 
 
-def _describe_best(records: Records) -> str:
-    header = ["network", "layers", "lr", "weight decay", "test top-1"]
+def _format_best(records: Records) -> str:
+    header = ["network", "layers", "lr", "weight decay", "test top-1 (%)"]
     rows = []
     for arch in NETWORKS:
-        lists = []
+        means = []
         for kind, title in KINDS.items():
-            _, pair = search_records(arch, kind, records)
-            lists.append([name_run(arch, kind, pair, seed) for seed in SEEDS] if pair else [])
-            shown = [f"{value:g}" for value in pair] if pair else [None, None]
-            rows.append([NETWORKS[arch], title, *shown, show_top1(records, lists[-1])])
-        bn, deconv = (mean_top1(records, names) for names in lists)
-        more = None if bn is None or deconv is None else f"{deconv - bn:+.2f}"
-        rows.append([NETWORKS[arch], "deconvolution above BatchNorm", None, None, more])
+            pair, names = find_best(arch, kind, records)
+            means.append(mean_top1(records, names))
+            values = [f"{value:g}" for value in pair] if pair else [None, None]
+            rows.append([NETWORKS[arch], title, *values, show_top1(records, names)])
+        difference = None if None in means else f"{means[1] - means[0]:+.2f}"
+        rows.append([NETWORKS[arch], "deconvolution minus BatchNorm", None, None, difference])
     return format_table(header, rows)
 
 
-def search_records(arch: str, kind: str, records: Records) -> tuple[list[Pair], Pair | None]:
-    """The same from records, where one that has diverged counts as 0."""
-
-    def find(name: str) -> float | None:
-        return (mean_top1(records, [name]) or 0.0) if name in records else None
-
-    return search(arch, kind, find)
-
-
-RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, page)
+RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, format_section)
 
 if __name__ == "__main__":
     main(RECIPE)

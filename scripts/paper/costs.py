@@ -1,10 +1,10 @@
-"""How long a training takes on one CPU thread, roughly: for planning, not for comparing."""
+"""Estimate how long a training takes on one CPU thread: for planning, not for comparison."""
 
 from __future__ import annotations
 
-# Of a core of an Intel Xeon, torch 2.14.1, float32, blocks of 64: seconds of a step whatever its
-# batch, and milliseconds of each picture; BatchNorm, then deconvolution. By steps of 16 and of 48
-# pictures on a busy machine; DenseNet-121, DPN-92 and blocks of 16 are guessed.
+# BatchNorm, then deconvolution: seconds per step, and milliseconds per image on top.
+# One core of an Intel Xeon, torch 2.14.1, float32, blocks of 64. Fitted to steps of 16 and 48
+# images on a busy machine; DenseNet-121, DPN-92 and blocks of 16 are guesses.
 COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "vgg11": ((0.05, 8.6), (0.49, 13.2)),
     "vgg11, blocks of 16": ((0.05, 8.6), (0.12, 10.2)),
@@ -19,18 +19,14 @@ COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "pnasnetA": ((0.31, 38.8), (0.61, 92.8)),
     "efficient": ((0.18, 9.5), (0.44, 22.9)),
 }
-TESTED = 10_000  # pictures of a test, of CIFAR-10 and Fashion-MNIST
-FORWARD = 1 / 3  # of a picture in training is a picture in a test
+TEST_IMAGES = 10_000  # of CIFAR-10 and Fashion-MNIST
+FORWARD = 1 / 3  # cost of a test image, relative to a training image
 
 
 def estimate(
-    arch: str, deconv: bool, steps: int, batch_size: int, *, tests: int = 1, slower: float = 1
+    arch: str, deconv: bool, steps: int, batch_size: int, *, tests: int = 1, slowdown: float = 1
 ) -> float:
-    """Seconds of a run of so many steps and tests.
-
-    Args:
-        slower: factor of its steps.
-    """
-    fixed, each = COSTS[arch][deconv]
-    training = slower * steps * (fixed + batch_size * each / 1000)
-    return training + tests * TESTED * FORWARD * each / 1000
+    """Return the seconds of a run: training steps, slower by a factor `slowdown`, and tests."""
+    per_step, per_image = COSTS[arch][deconv]
+    training = slowdown * steps * (per_step + batch_size * per_image / 1000)
+    return training + tests * TEST_IMAGES * FORWARD * per_image / 1000

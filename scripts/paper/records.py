@@ -1,13 +1,13 @@
-"""What is kept of a run: a record of settings, machine and figures, in results/RECIPE.json.
+"""Records of runs in results/RECIPE.json: settings, machine, metrics and training curve.
 
-Neither pictures nor checkpoints, nor where files lay on the machine that trained.
+A record holds no image, no checkpoint and no path of the machine.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from util.cli.inherited import MAY_CHANGE
@@ -19,45 +19,45 @@ from util.training.recorder import DIVERGED_NAME
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "results"
 KEPT = {"epochs", "max_steps", "preset"}
-KEPT |= {"threads", "deterministic", "compile", "cuda_graphs", "channels_last"}  # for the seconds
-LEFT_OUT = MAY_CHANGE - KEPT  # flags
+KEPT |= {"threads", "deterministic", "compile", "cuda_graphs", "channels_last"}  # set the time
+DROPPED = MAY_CHANGE - KEPT  # flags
 MACHINE = ("versions", "commit", "device", "processor", "processes", "platform")
-FIGURES = ("kind", "parameters", "epoch_steps", "steps", "train_loss", "train_top1")
-FIGURES += ("test_loss", "test_top1", "train_seconds", "test_seconds", "peak_memory_mb")
+METRICS = ("kind", "parameters", "epoch_steps", "steps", "train_loss", "train_top1")
+METRICS += ("test_loss", "test_top1", "train_seconds", "test_seconds", "peak_memory_mb")
 EPOCH_COLUMNS = ("epoch", "train_loss", "train_top1", "test_loss", "test_top1", "lr", "seconds")
-CURVE_POINTS = 120  # of the training loss; longer curves are averaged to fewer
+CURVE_POINTS = 120  # a longer curve of the training loss is averaged
 
-Records = dict[str, dict[str, Any]]  # by the names of the runs
+Records = dict[str, dict[str, Any]]  # by run name
 
 
 def read_record(folder: Path) -> dict[str, Any]:
-    """The record of a run that has come to its end."""
-    made = read_or_exit(folder / RECORD_NAME)
-    flags = {name: value for name, value in made["flags"].items() if name not in LEFT_OUT}
-    record = {"flags": flags, **{key: made.get(key) for key in MACHINE}}
+    """Return the record of a finished or diverged run."""
+    provenance = read_or_exit(folder / RECORD_NAME)
+    flags = {name: value for name, value in provenance["flags"].items() if name not in DROPPED}
+    record = {"flags": flags, **{key: provenance.get(key) for key in MACHINE}}
     if (folder / DIVERGED_NAME).exists():
         record["diverged"] = read_or_exit(folder / DIVERGED_NAME)["step"]
     if (folder / "summary.json").exists():
         summary = read_or_exit(folder / "summary.json")
-        record |= {key: summary.get(key) for key in FIGURES}
-    return _rounded({**record, "epochs": _read_epochs(folder), "curve": _read_curve(folder)})
+        record |= {key: summary.get(key) for key in METRICS}
+    return _round({**record, "epochs": _read_epochs(folder), "curve": _read_curve(folder)})
 
 
 def load(name: str, results: Path = RESULTS) -> Records:
-    """The records of a recipe, none where it has no file yet.
+    """Return the records of a recipe, empty before its first `save`.
 
     Raises:
-        SystemExit: the file is not what `save` has written.
+        SystemExit: the file was not written by `save`.
     """
     path = results / f"{name}.json"
     return read_or_exit(path) if path.exists() else {}
 
 
 def read_or_exit(path: Path) -> dict[str, Any]:
-    """What a file says that this project has written.
+    """Return the JSON object in a file.
 
     Raises:
-        SystemExit: it cannot be read, or says something else.
+        SystemExit: the file cannot be read or holds something else.
     """
     try:
         return read_json(path)
@@ -66,7 +66,7 @@ def read_or_exit(path: Path) -> dict[str, Any]:
 
 
 def save(name: str, records: Records, results: Path = RESULTS) -> None:
-    """Write them, a line for each run."""
+    """Write the records of a recipe, one line per run."""
     lines = [f"{json.dumps(key)}: {json.dumps(records[key])}" for key in sorted(records)]
     results.mkdir(exist_ok=True)
     with atomic_write(results / f"{name}.json") as file:
@@ -74,8 +74,13 @@ def save(name: str, records: Records, results: Path = RESULTS) -> None:
 
 
 def top1_of(record: dict[str, Any] | None) -> float | None:
-    """Test top-1 in percent; None where it was not run, or has diverged."""
+    """Return the test top-1 in percent, None for a missing or diverged run."""
     return None if record is None or "diverged" in record else record["test_top1"]
+
+
+def look_up_top1(records: Records, name: str, unknown: float | None = None) -> float | None:
+    """Return the test top-1 of a run in percent, 0 after divergence, `unknown` if missing."""
+    return (top1_of(records[name]) or 0.0) if name in records else unknown
 
 
 def _read_epochs(folder: Path) -> list[list[float]]:
@@ -87,25 +92,21 @@ def _read_epochs(folder: Path) -> list[list[float]]:
 
 
 def _read_curve(folder: Path) -> list[list[float]]:
-    """Optimizer step and training loss, by the rows of train_batch.log."""
+    """Return pairs of optimizer step and training loss from train_batch.log."""
     log = read_log(folder / BATCH_LOG_NAME)
     longest = max(log["batch"], default=0)
     steps = [(e - 1) * longest + b for e, b in zip(log["epoch"], log["batch"], strict=True)]
-    share = -(-len(steps) // CURVE_POINTS) if steps else 1
-    parts = [slice(start, start + share) for start in range(0, len(steps), share)]
-    return [[steps[part][-1], _mean(log["loss"][part])] for part in parts]
+    width = -(-len(steps) // CURVE_POINTS) if steps else 1
+    parts = [slice(start, start + width) for start in range(0, len(steps), width)]
+    return [[steps[part][-1], fmean(log["loss"][part])] for part in parts]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _rounded(value: Any) -> Any:
-    """Six digits, which no table needs more of; what is not finite becomes null."""
+def _round(value: Any) -> Any:
+    """Round to six significant digits; replace a non-finite number by None."""
     if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
+        return {key: _round(item) for key, item in value.items()}
     if isinstance(value, list):
-        return [_rounded(item) for item in value]
+        return [_round(item) for item in value]
     if isinstance(value, float):
         return float(f"{value:.6g}") if abs(value) < float("inf") else None
     return value

@@ -1,10 +1,10 @@
-"""Gather finished runs of scripts/paper/ into results/, and write docs/results.md from there.
+"""Gather the finished runs of scripts/paper/ into results/, and write docs/results.md from them.
 
     python scripts/paper/report.py                # runs/paper -> results/*.json, docs/results.md
-    python scripts/paper/report.py --runs DIR     # runs that lie elsewhere
+    python scripts/paper/report.py --runs DIR     # runs in another folder
 
-Runs that are not in --runs keep their records, so those of several machines come together. The
-page, its pictures and the table in README.md beside docs/ follow from results/ alone.
+Records of runs outside --runs are kept, so several machines can contribute. The page, its plots and
+the table in README.md depend on results/ alone.
 """
 
 from __future__ import annotations
@@ -13,142 +13,156 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
-from scripts.paper.records import RESULTS, ROOT, Records, load, save
+from scripts.paper.records import RESULTS, ROOT, Records, load, save, top1_of
 from scripts.paper.runner import RUNS, Recipe, gather
-from scripts.paper.tables import format_table, show_loss
+from scripts.paper.tables import KINDS, format_table, show_loss
 from util.cli.parser import Parser, path_name
 from util.files import atomic_write
 
 RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
 PAGE, README = "results.md", "README.md"
-MARKS = "<!-- by scripts/paper/report.py -->\n", "<!-- to here -->\n"  # around README's table
+MARKS = "<!-- by scripts/paper/report.py -->\n", "<!-- end -->\n"  # around README's table
+README_NETWORKS = ("vgg16", "resnet18", "mobilev2")  # rows of README's table
 INTRO = """\
 # Results
 
-Written by `python scripts/paper/report.py` from the records in `results/`: every accuracy measured
-here is of a run whose settings, seed, machine, versions and commit are there. Each section is one
-recipe; with `--dry-run` it says what it would run, and how long that takes. A dash: not run yet.
-Accuracy is test top-1 in percent after the last epoch, not the best. CIFAR-10 is its 60,000
-pictures as JPEG files where a record's `dataset` is `folder`, its binary files where it is
-`cifar10`.
+`python scripts/paper/report.py` writes this page from the records in `results/`. Each record holds
+the settings, seed, machine, versions and commit of a run. Each section is one recipe; its command
+with `--dry-run` lists the runs and their estimated durations.
+
+Accuracy is test top-1 in percent after the last epoch, not the best epoch. CIFAR-10 is read from
+60,000 JPEG files where a record's `dataset` is `folder`, and from the binary files where it is
+`cifar10`. A dash stands for a value that was not published, was not measured or does not apply.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("paper_report.py", __doc__.splitlines()[0])
+    """Write records, page, plots and the table in README.md."""
+    parser = Parser("report.py", __doc__.splitlines()[0])
     add = parser.add_group("folders")
-    add("--runs", "of the recipes' runs", path_name, str(RUNS), "runs/paper", metavar="DIR")
-    add("--results", "of the records", path_name, str(RESULTS), "results", metavar="DIR")
-    add(
-        "--docs",
-        "of the page and its pictures",
-        path_name,
-        str(ROOT / "docs"),
-        "docs",
-        metavar="DIR",
-    )
+    add("--runs", "runs of the recipes", path_name, str(RUNS), "runs/paper", metavar="DIR")
+    add("--results", "records", path_name, str(RESULTS), "results", metavar="DIR")
+    add("--docs", "page and plots", path_name, str(ROOT / "docs"), "docs", metavar="DIR")
     flags = parser.parse_args(argv)
     results, docs = Path(flags.results), Path(flags.docs)
     for folder in (results, docs):
         folder.mkdir(parents=True, exist_ok=True)
     for recipe in RECIPES:
         known = load(recipe.name, results)
-        if found := gather(recipe, Path(flags.runs) / recipe.name, known):
-            save(recipe.name, known | found, results)
-            print(f"{len(found)} runs in {results / recipe.name}.json")
+        if records := gather(recipe, Path(flags.runs) / recipe.name, known):
+            save(recipe.name, known | records, results)
+            print(f"{len(records)} runs in {results / recipe.name}.json")
     write_page(results, docs)
-    print(f"written: {docs / PAGE}")
-    write_cut(results, docs.parent / README)
+    print(f"wrote {docs / PAGE}")
+    write_readme_table(results, docs.parent / README)
 
 
-def write_cut(results: Path, readme: Path) -> None:
-    """Table 1 in short, between the marks in a README; nothing where there is none.
-
-    Raises:
-        SystemExit: the marks are not there, in this order; nothing is written.
-    """
-    if not readme.exists():
-        return
-    before, begin, rest = readme.read_text().partition(MARKS[0])
+def write_readme_table(results: Path, readme: Path) -> None:
+    """Write the short table between the marks in a README; skip a README without both marks."""
+    text = readme.read_text() if readme.exists() else ""
+    before, begin, rest = text.partition(MARKS[0])
     _, end, after = rest.partition(MARKS[1])
     if not (begin and end):
-        raise SystemExit(
-            f"{readme}: no lines {MARKS[0].strip()} and {MARKS[1].strip()} for Table 1"
-        )
+        print(f"skipped {readme}: no lines {MARKS[0].strip()} and {MARKS[1].strip()}")
+        return
     with atomic_write(readme) as file:
-        file.write(f"{before}{begin}\n{table1.cut(load('table1', results))}\n{end}{after}".encode())
+        file.write(f"{before}{begin}\n{format_readme_table(results)}\n{end}{after}".encode())
+
+
+def format_readme_table(results: Path) -> str:
+    """Return five rows: networks at the paper's learning rate, and each kind at its own best."""
+    paper, best = load("table1", results), load("best_rates", results)
+    header = ["top-1 (%)"]
+    header += [f"{kind}: {source}" for kind in KINDS.values() for source in ("paper", "here")]
+    rows = []
+    for arch in README_NETWORKS:
+        network, cells = table1.NETWORKS[arch], []
+        for index, kind in enumerate(KINDS):
+            published = f"{network['paper']['1'][index]:.1f}"
+            cells += [published, _show_mean(paper, table1.name_runs(arch, kind))]
+        rows.append([network["title"], *cells])
+        if arch in best_rates.NETWORKS:
+            names = [best_rates.find_best(arch, kind, best)[1] for kind in KINDS]
+            cells = [cell for runs in names for cell in (None, _show_mean(best, runs))]
+            rows.append([f"{network['title']}, each kind at its own best rate", *cells])
+    return format_table(header, rows)
+
+
+def _show_mean(records: Records, names: Sequence[str]) -> str | None:
+    """Return the mean test top-1, None unless every run has finished."""
+    top1 = [top1_of(records.get(name)) for name in names]
+    return f"{mean(top1):.1f}" if top1 and None not in top1 else None
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """The page and its pictures, from the records alone."""
+    """Write the page and its plots from the records."""
     parts = [INTRO]
     for recipe in RECIPES:
         records = load(recipe.name, results)
         parts.append(format_section(recipe, records))
         if recipe.draw and records:
-            recipe.draw(records, docs / name_picture(recipe))
+            recipe.draw(records, docs / name_plot(recipe))
     with atomic_write(docs / PAGE) as file:
         file.write("\n".join(parts).encode())
 
 
-def name_picture(recipe: Recipe) -> str:
+def name_plot(recipe: Recipe) -> str:
+    """Return the file name of a recipe's plot."""
     return f"results_{recipe.name}.png"
 
 
 def format_section(recipe: Recipe, records: Records) -> str:
-    pictures = {run.pictures for run in recipe.plan(lambda name: 0.0)}
-    where = " --cifar10 DIR" if "cifar10" in pictures else ""
-    command = f"python scripts/paper/{recipe.name}.py{where}"
-    parts = [f"## {recipe.title}\n", f"```sh\n{command}\n```\n"]
-    parts.append(recipe.page(records))
+    """Return the section of one recipe: command, tables, plot, machines and runs."""
+    datasets = {run.dataset for run in recipe.plan(lambda name: 0.0)}
+    data = " --cifar10 DIR" if "cifar10" in datasets else ""
+    command = f"python scripts/paper/{recipe.name}.py{data}"
+    parts = [f"## {recipe.title}\n", f"```sh\n{command}\n```\n", recipe.format(records)]
     if recipe.draw and records:
-        parts.append(f"![{recipe.title}]({name_picture(recipe)})\n")
+        parts.append(f"![{recipe.title}]({name_plot(recipe)})\n")
     if records:
-        parts += [describe_runs(records), list_runs(records)]
+        parts += [describe_machines(records), list_runs(records)]
     return "\n".join(parts)
 
 
-def describe_runs(records: Records) -> str:
-    """Where the runs were made, and how long they took."""
-    machines = Counter(describe_machine(record) for record in records.values())
+def describe_machines(records: Records) -> str:
+    """Return the number of runs per machine, and the total training time."""
+    machines = Counter(_describe_machine(record) for record in records.values())
     seconds = sum(record.get("train_seconds") or 0 for record in records.values())
-    places = "; ".join(f"{count} on {machine}" for machine, count in sorted(machines.items()))
-    return f"Runs: {places}. {seconds / 3600:.1f} hours of training in all.\n"
+    counts = "; ".join(f"{count} on {machine}" for machine, count in sorted(machines.items()))
+    return f"Runs: {counts}. Total training time: {seconds / 3600:.1f} hours.\n"
 
 
-def describe_machine(record: dict[str, Any]) -> str:
-    versions = record["versions"]
-    return f"{record['processor']} ({record['device']}), torch {versions['torch']}"
+def _describe_machine(record: dict[str, Any]) -> str:
+    return f"{record['processor']} ({record['device']}), torch {record['versions']['torch']}"
 
 
 def list_runs(records: Records) -> str:
-    """Every run, folded away."""
-    header = ["run", "seed", "lr", "weight decay", "batch", "steps", "training loss"]
-    header += ["test top-1", "seconds of training", "device", "commit"]
+    """Return a collapsed table of all runs."""
+    header = ["run", "seed", "lr", "weight decay", "batch size", "steps", "training loss"]
+    header += ["test top-1 (%)", "training (s)", "device", "commit"]
     rows = [describe_run(name, record) for name, record in sorted(records.items())]
-    title = f"<details><summary>All {len(rows)} runs</summary>"
+    title = f"<details><summary>Runs ({len(rows)})</summary>"
     return f"{title}\n\n{format_table(header, rows)}\n</details>\n"
 
 
 def describe_run(name: str, record: dict[str, Any]) -> list[Any]:
-    made = [record["flags"][key] for key in ("seed", "lr", "weight_decay", "batch_size")]
-    where = [record["device"], (record["commit"] or "-")[:9]]
+    """Return the row of a run."""
+    flags = [record["flags"][key] for key in ("seed", "lr", "weight_decay", "batch_size")]
+    machine = [record["device"], (record["commit"] or "-")[:9]]
     if "diverged" in record:
-        return [name, *made, f"diverged at {record['diverged']}", None, None, None, *where]
-    loss = show_loss(record["train_loss"], 4)
-    figures = [format_figure(record[key], form) for key, form in FORMS.items()]
-    return [name, *made, record["steps"], loss, *figures, *where]
+        return [name, *flags, f"diverged at {record['diverged']}", None, None, None, *machine]
+    loss, top1 = show_loss(record["train_loss"], 4), _format(record["test_top1"], ".2f")
+    seconds = _format(record["train_seconds"], ",.0f")
+    return [name, *flags, record["steps"], loss, top1, seconds, *machine]
 
 
-FORMS = {"test_top1": ".2f", "train_seconds": ",.0f"}
-
-
-def format_figure(value: float | None, form: str) -> str | None:
-    return None if value is None else format(value, form)
+def _format(value: float | None, spec: str) -> str | None:
+    return None if value is None else format(value, spec)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,8 @@
-"""What all recipes of this folder share: runs of main.py, each in its own folder, made once.
+"""Run the trainings of a recipe: one run of main.py each, in its own folder.
 
-A recipe plans runs. One that has finished or diverged is not run again, one that was interrupted
-goes on from its last checkpoint; a folder that is removed is run anew, unless its record
-is in results/ and `--skip-recorded` says that this is enough: several machines can share a recipe.
-What was run with other flags than the recipe's is refused, not taken for its own.
+A finished or diverged run is not repeated. An interrupted run continues from its last checkpoint.
+With `--skip-recorded`, a run with a record in results/ is not repeated either, so several machines
+can share a recipe. A folder that holds a run with other flags is refused.
 """
 
 from __future__ import annotations
@@ -24,7 +23,15 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from main import build_script
-from scripts.paper.records import RESULTS, ROOT, Records, load, read_or_exit, read_record, top1_of
+from scripts.paper.records import (
+    RESULTS,
+    ROOT,
+    Records,
+    load,
+    look_up_top1,
+    read_or_exit,
+    read_record,
+)
 from util.checkpoint.store import BEST_NAME, PREVIOUS_NAME
 from util.cli.inherited import MAY_CHANGE
 from util.cli.parser import Parser, bounded_int, path_name
@@ -33,10 +40,10 @@ from util.training.recorder import DIVERGED_NAME
 from util.training.signals import HANGUP
 
 RUNS = ROOT / "runs" / "paper"
-PICTURES = {"cifar10": 50_000, "fashion": 60_000}  # of training
+TRAIN_IMAGES = {"cifar10": 50_000, "fashion": 60_000}
 CONSOLE_NAME = "console.txt"
-SAVE_EVERY = 100  # optimizer steps
-TO_MAKE = ("begun", "to do")  # states of a run
+CHECKPOINT_STEPS = 100
+UNFINISHED = ("begun", "to do")  # states of a run
 
 
 @dataclass(frozen=True)
@@ -44,178 +51,181 @@ class Run:
     """One training.
 
     Args:
-        name: of its folder.
-        pictures: a key of `PICTURES`.
-        flags: of main.py, but those about data, folders and threads.
-        steps: optimizer steps when it is finished.
-        seconds: estimated, for one CPU thread.
+        name: name of the run's folder.
+        dataset: a key of `TRAIN_IMAGES`.
+        flags: flags of main.py, without those of data, folders and threads.
+        steps: optimizer steps of the finished run.
+        seconds: estimated duration on one CPU thread.
     """
 
     name: str
-    pictures: str
+    dataset: str
     flags: str
     steps: int
     seconds: float
 
 
-# name -> test top-1 in percent; 0 where it has diverged, None where it was not tested yet.
-Find = Callable[[str], float | None]
+# Run name -> test top-1 in percent: 0 after divergence, None before the first test.
+FindTop1 = Callable[[str], float | None]
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A result: the runs it needs, and what is made of them.
+    """The runs behind one table or plot, and the functions that show the results.
 
     Args:
-        name: of the folder of its runs, and of its file in results/.
+        name: name of the recipe's folder of runs, and of its file in results/.
         title: one line.
-        plan: plan(find) -> all runs but those that depend on results not yet found.
-        page: page(records by name) -> its part of docs/results.md, see `paper_report.py`.
-        draw: draw(records by name, path) -> its picture; None where it has none.
-        after: after(folder of the runs, folder of CIFAR-10) -> command lines, run when all runs are
-            finished.
+        plan: plan(find_top1) -> runs, without those that depend on missing results.
+        format: format(records by run name) -> section of docs/results.md.
+        draw: draw(records by run name, path) -> plot; None for a recipe without a plot.
+        follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> command lines to run once
+            all runs have finished.
     """
 
     name: str
     title: str
-    plan: Callable[[Find], list[Run]]
-    page: Callable[[dict[str, dict]], str]
-    draw: Callable[[dict[str, dict], Path], None] | None = None
-    after: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
+    plan: Callable[[FindTop1], list[Run]]
+    format: Callable[[Records], str]
+    draw: Callable[[Records, Path], None] | None = None
+    follow_up: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
 
 
-def count_steps(pictures: str, batch_size: int) -> int:
-    """Optimizer steps of an epoch."""
-    return math.ceil(PICTURES[pictures] / batch_size)
+def count_steps(dataset: str, batch_size: int) -> int:
+    """Return the optimizer steps of one epoch."""
+    return math.ceil(TRAIN_IMAGES[dataset] / batch_size)
 
 
 def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
-    """Make what a recipe needs. Exit: 1 where a run has failed, 128 + signal."""
+    """Run the trainings of a recipe; exit with 1 after a failed run, 128 + number by a signal."""
     parser = make_parser(recipe)
-    flags, more = parser.parse_known_args(argv)
-    more = [word for word in more if word != "--"]
+    flags, passed = parser.parse_known_args(argv)
+    passed = [word for word in passed if word != "--"]
     folder = Path(flags.out) / recipe.name
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     if not (planned := list_runs(recipe, folder, flags.only, known, unknown=0.0)):
-        parser.error(f"--only {flags.only} is in the name of no run; --dry-run shows them all")
-    check_more(planned, flags, more, parser)
+        parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
+    refuse_recipe_flags(planned, flags, passed, parser)
     if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
-        parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of pictures")
+        parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
     if flags.dry_run:
-        print(describe_plan(planned, folder, flags, more, known))
+        print(describe_plan(planned, folder, flags, passed, known))
         return
     tried: set[str] = set()
 
     def list_left() -> list[Run]:
-        return list_todo(recipe, folder, flags.only, known)
+        return list_unfinished(recipe, folder, flags.only, known)
 
-    while todo := [run for run in list_left() if run.name not in tried]:
-        lines = {run.name: make_command(run, folder / run.name, flags, more) for run in todo}
+    while runs := [run for run in list_left() if run.name not in tried]:
+        lines = {run.name: make_command(run, folder / run.name, flags, passed) for run in runs}
         run_all(lines, folder, flags.jobs)
         tried |= lines.keys()
     if failed := [run.name for run in list_left()]:
         names = ", ".join(failed)
         raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
     runs = list_runs(recipe, folder, flags.only, known)
-    print(f"{recipe.name}: {len(runs)} runs, all made", flush=True)
-    all_here = all(find_state(run, folder / run.name) == "finished" for run in runs)
-    if all_here and flags.only is None:
-        for line in recipe.after(folder, flags.cifar10 or flags.data):
+    print(f"{recipe.name}: all {len(runs)} runs complete", flush=True)
+    complete = all(find_state(run, folder / run.name) == "finished" for run in runs)
+    if complete and flags.only is None:
+        for line in recipe.follow_up(folder, flags.cifar10 or flags.data):
             subprocess.run(line, cwd=ROOT, check=True)
 
 
 def make_parser(recipe: Recipe) -> Parser:
-    parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Flags unknown here go to main.py.")
+    """Return the parser that all recipes share."""
+    parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Other flags are passed on to main.py.")
     add = parser.add_group("runs")
-    text = "folder that holds CIFAR-10 as pictures, train/CLASS/* and test/CLASS/*"
-    add("--cifar10", text, absolute, default_text="its binary files, in --data", metavar="DIR")
-    text = "where Fashion-MNIST and binary CIFAR-10 lie or are downloaded to"
+    text = "folder of CIFAR-10 as image files, train/CLASS/* and test/CLASS/*"
+    add("--cifar10", text, absolute, default_text="binary files in --data", metavar="DIR")
+    text = "folder of Fashion-MNIST and binary CIFAR-10, downloaded if missing"
     add("--data", text, absolute, str(ROOT / "data"), "data", metavar="DIR")
-    text = f"runs go to DIR/{recipe.name}"
+    text = f"write runs to DIR/{recipe.name}"
     add("--out", text, absolute, str(RUNS), "runs/paper", metavar="DIR")
-    add("--only", "only runs whose name contains TEXT", default_text="all", metavar="TEXT")
-    add("--jobs", "runs at a time", bounded_int(1, 64), 1, metavar="N")
-    add("--threads", "CPU threads of each", bounded_int(1, 1024), 1, metavar="N")
-    text = "leave out runs whose figures are in results/ already, made here or elsewhere"
+    add("--only", "select runs whose name contains TEXT", default_text="all", metavar="TEXT")
+    add("--jobs", "concurrent runs", bounded_int(1, 64), 1, metavar="N")
+    add("--threads", "CPU threads per run", bounded_int(1, 1024), 1, metavar="N")
+    text = "skip runs with a record in results/, of this or another machine"
     add("--skip-recorded", text, action="store_true", default=False, default_text="")
-    text = "say what would be run, and how long it would take"
+    text = "list the runs and their estimated durations, run nothing"
     add("--dry-run", text, action="store_true", default=False, default_text="")
     return parser
 
 
 def absolute(text: str) -> str:
-    """A place as main.py finds it, which is started in the project's folder."""
+    """Return an absolute path: main.py starts in the project's folder."""
     return str(Path(path_name(text)).resolve())
 
 
 @cache
 def find_parser() -> Parser:
-    """That of main.py."""
+    """Return the parser of main.py."""
     return build_script().parser
 
 
-def check_more(runs: Sequence[Run], flags: Namespace, more: Sequence[str], parser: Parser) -> None:
-    """Refuse flags that main.py does not know, and those that the recipe itself gives it."""
+def refuse_recipe_flags(
+    runs: Sequence[Run], flags: Namespace, passed: Sequence[str], parser: Parser
+) -> None:
+    """Refuse passed flags that main.py does not know or that the recipe sets itself."""
     own = {name for r in runs for name in find_parser().parse_typed(list_flags(r, Path(), flags))}
-    for name in find_parser().parse_typed(more).keys() & own:
+    for name in find_parser().parse_typed(passed).keys() & own:
         parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
 
 
-def check_made(run: Run, made: Mapping[str, Any], where: str) -> None:
-    """Refuse a run that was made with other flags than the recipe says.
+def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
+    """Refuse recorded flags that differ from the recipe's.
 
     Raises:
         SystemExit: names the run, the flag and both values.
     """
-    asked = find_parser().parse_typed(shlex.split(run.flags))
-    for name in (asked.keys() & made.keys()) - MAY_CHANGE:
-        if made[name] != asked[name]:
+    expected = find_parser().parse_typed(shlex.split(run.flags))
+    for name in (expected.keys() & recorded.keys()) - MAY_CHANGE:
+        if recorded[name] != expected[name]:
             flag = find_parser().spelling[name]
             raise SystemExit(
-                f"{where} was made with {flag} {made[name]}, the recipe's {run.name} has "
-                f"{asked[name]}: it is another run, to be moved away"
+                f"{source} was made with {flag} {recorded[name]}, the recipe's {run.name} has "
+                f"{expected[name]}: move this other run away"
             )
 
 
 def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
-    """The records of the runs in `folder` that have come to their end.
+    """Return the records of the finished and diverged runs in `folder`.
 
-    What was to be run may follow from `known` figures, of runs made elsewhere.
+    The plan may depend on the results of `known` runs, made elsewhere.
     """
     runs = list_runs(recipe, folder, None, known)
-    names = [run.name for run in runs if find_state(run, folder / run.name) not in TO_MAKE]
+    names = [run.name for run in runs if find_state(run, folder / run.name) not in UNFINISHED]
     return {name: read_record(folder / name) for name in names}
 
 
-def list_todo(recipe: Recipe, folder: Path, only: str | None, known: Records) -> list[Run]:
-    """The runs that are neither over nor known, as far as they can be planned by now."""
+def list_unfinished(recipe: Recipe, folder: Path, only: str | None, known: Records) -> list[Run]:
+    """Return the planned runs that are neither over nor recorded in `known`."""
     runs = list_runs(recipe, folder, only, known)
-    return [run for run in runs if find_state(run, folder / run.name, known) in TO_MAKE]
+    return [run for run in runs if find_state(run, folder / run.name, known) in UNFINISHED]
 
 
 def list_runs(
     recipe: Recipe, folder: Path, only: str | None, known: Records, unknown: float | None = None
 ) -> list[Run]:
-    """Those planned, where results neither `known` nor found are taken to be `unknown`."""
+    """Return the planned runs, with missing results taken as `unknown`."""
 
-    def find(name: str) -> float | None:
+    def find_top1(name: str) -> float | None:
         if (folder / name / DIVERGED_NAME).exists():
             return 0.0
         if summary := read_summary(folder / name):
             return summary["test_top1"]
-        return (top1_of(known[name]) or 0.0) if name in known else unknown
+        return look_up_top1(known, name, unknown)
 
-    return [run for run in recipe.plan(find) if only is None or only in run.name]
+    return [run for run in recipe.plan(find_top1) if only is None or only in run.name]
 
 
 def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
-    """finished, diverged, recorded, begun or to do.
+    """Return one of finished, diverged, recorded, begun, to do.
 
     Raises:
-        SystemExit: what there is was made with other flags, or its files cannot be read.
+        SystemExit: the run was made with other flags, or its files cannot be read.
     """
     if (folder / RECORD_NAME).exists():
-        check_made(run, read_or_exit(folder / RECORD_NAME)["flags"], str(folder))
+        check_flags(run, read_or_exit(folder / RECORD_NAME)["flags"], str(folder))
     if (folder / DIVERGED_NAME).exists():
         return "diverged"
     summary = read_summary(folder)
@@ -223,62 +233,63 @@ def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
         return "finished"
     record = (known or {}).get(run.name)
     if record and ("diverged" in record or record["steps"] >= run.steps):
-        check_made(run, record.get("flags", {}), f"its record in {RESULTS}")
+        check_flags(run, record.get("flags", {}), f"the record in {RESULTS}")
         return "recorded"
     return "begun" if folder.exists() else "to do"
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
+    """Return the summary of a run, None before its first test."""
     path = folder / "summary.json"
     return read_or_exit(path) if path.exists() else None
 
 
-def make_command(run: Run, folder: Path, flags: Namespace, more: Sequence[str]) -> list[str]:
-    """The command line of a run, which goes on where it was begun."""
-    return ["python", "main.py", *list_flags(run, folder, flags), *more]
+def make_command(run: Run, folder: Path, flags: Namespace, passed: Sequence[str]) -> list[str]:
+    """Return the command line that starts or continues a run."""
+    return ["python", "main.py", *list_flags(run, folder, flags), *passed]
 
 
 def list_flags(run: Run, folder: Path, flags: Namespace) -> list[str]:
-    """What the recipe itself gives to main.py."""
-    if run.pictures == "cifar10" and flags.cifar10:
+    """Return the flags of main.py that the recipe sets."""
+    if run.dataset == "cifar10" and flags.cifar10:
         data = ["--dataset", "folder", "--data", flags.cifar10, "--out", flags.out]
     else:
-        data = ["--dataset", run.pictures, "--data", flags.data]
-    save = ["--checkpoint-steps", str(min(SAVE_EVERY, run.steps)), "--resume", "auto"]
-    where = ["--threads", str(flags.threads), "--run-dir", str(folder)]
-    return [*shlex.split(run.flags), *data, *where, *save]
+        data = ["--dataset", run.dataset, "--data", flags.data]
+    save = ["--checkpoint-steps", str(min(CHECKPOINT_STEPS, run.steps)), "--resume", "auto"]
+    machine = ["--threads", str(flags.threads), "--run-dir", str(folder)]
+    return [*shlex.split(run.flags), *data, *machine, *save]
 
 
 def describe_plan(
-    runs: Sequence[Run], folder: Path, flags: Namespace, more: Sequence[str], known: Records
+    runs: Sequence[Run], folder: Path, flags: Namespace, passed: Sequence[str], known: Records
 ) -> str:
-    """A line for each run, with its minutes and its command, and how long all will take.
+    """Return a line per run, with state, minutes and command, and the total duration.
 
-    Rates that are still to be found are shown as the first of those to be tried.
+    A learning rate that the search has not found yet is shown as the first candidate.
     """
     lines, seconds = [], 0.0
     for run in runs:
         state = find_state(run, folder / run.name, known)
-        seconds += run.seconds if state in TO_MAKE else 0
-        command = shlex.join(make_command(run, folder / run.name, flags, more))
+        seconds += run.seconds if state in UNFINISHED else 0
+        command = shlex.join(make_command(run, folder / run.name, flags, passed))
         lines.append(f"{state:8} {run.seconds / 60:5.0f} min  {command}")
     hours = seconds / 3600 / flags.jobs
-    told = f"about {hours:.1f} hours to go, {flags.jobs} at a time, on an idle CPU core each"
-    return "\n".join([*lines, told])
+    total = f"about {hours:.1f} hours to go, {flags.jobs} at a time, on an idle CPU core each"
+    return "\n".join([*lines, total])
 
 
 def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None:
-    """Run commands, by the names of their folders; one that fails does not stop the others.
+    """Run commands, keyed by the names of their folders; continue after a failed one.
 
     Raises:
-        SystemExit: interrupted; the runs under way have saved what they have.
+        SystemExit: after a signal, once the active runs have saved a checkpoint.
     """
     waiting, running = list(lines), {}
     numbers = filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP))
     before = {number: signal.getsignal(number) for number in numbers}
     for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # as SIGHUP is below nohup
-            signal.signal(number, _leave)
+        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, _exit_on_signal)
     try:
         while waiting or running:
             while waiting and len(running) < jobs:
@@ -288,8 +299,8 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
             for name in [name for name, process in running.items() if process.poll() is not None]:
                 finish(running.pop(name).returncode, folder / name)
     except SystemExit:
-        with suppress(OSError):  # the terminal may have gone
-            print("stopped; the same command goes on", flush=True)
+        with suppress(OSError):  # the terminal may be closed
+            print("stopped; the same command continues", flush=True)
         raise
     finally:
         stop(running.values())
@@ -298,39 +309,39 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
 
 
 def start(line: Sequence[str], folder: Path) -> subprocess.Popen:
-    """Begin a run, or go on with it; what it says goes to its folder."""
+    """Start or continue a run; append its output to the console file in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     print(f"{time.strftime('%H:%M')} {folder.name}", flush=True)
     with open(folder / CONSOLE_NAME, "a") as console:
         command = [sys.executable, *line[1:]]
-        # In a session of its own, so that Ctrl-C comes once, from here.
-        more = {"stderr": subprocess.STDOUT, "start_new_session": True}
-        return subprocess.Popen(command, cwd=ROOT, stdout=console, **more)
+        # A new session keeps Ctrl-C from the run; `stop` passes the signal on once.
+        kwargs = {"stderr": subprocess.STDOUT, "start_new_session": True}
+        return subprocess.Popen(command, cwd=ROOT, stdout=console, **kwargs)
 
 
 def finish(code: int, folder: Path) -> None:
-    """Say how a run has ended, and drop the checkpoints but the last."""
+    """Print the outcome of a run; keep only its last checkpoint."""
     summary = read_summary(folder)
     if (folder / DIVERGED_NAME).exists():
-        told = "diverged"
+        outcome = "diverged"
     elif code or summary is None:
-        said = (folder / CONSOLE_NAME).read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(said) if line.strip()), "")
-        told = f"failed with code {code}: {last}"
+        output = (folder / CONSOLE_NAME).read_text(errors="replace").split("\n")
+        last = next((line for line in reversed(output) if line.strip()), "")
+        outcome = f"failed with code {code}: {last}"
     else:
-        told = f"test top-1 {summary['test_top1']:.2f} %"
+        outcome = f"test top-1 {summary['test_top1']:.2f} %"
         for name in (PREVIOUS_NAME, BEST_NAME):
             (folder / name).unlink(missing_ok=True)
-    print(f"{time.strftime('%H:%M')} {folder.name}: {told}", flush=True)
+    print(f"{time.strftime('%H:%M')} {folder.name}: {outcome}", flush=True)
 
 
 def stop(processes: Collection[subprocess.Popen]) -> None:
-    """Let them save what they have, and wait for it."""
+    """Terminate runs and wait until each has saved its checkpoint."""
     for process in processes:
         process.terminate()
     for process in processes:
         process.wait()
 
 
-def _leave(number: int, frame: object) -> None:
+def _exit_on_signal(number: int, frame: object) -> None:
     raise SystemExit(128 + number)

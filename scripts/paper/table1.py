@@ -3,9 +3,9 @@
     python scripts/paper/table1.py --cifar10 DIR --dry-run
     python scripts/paper/table1.py --cifar10 DIR --jobs 2
 
-`--preset paper` and the published root, for BatchNorm and for deconvolution. Three seeds for VGG-16
-and ResNet-18, one for the others; DenseNet-121 and DPN-92 stop after the first half of the epoch,
-to which the schedule is fitted.
+Both kinds of layers train with `--preset paper`, deconvolution with the published root. VGG-16 and
+ResNet-18 have three seeds, the other networks one. DenseNet-121 and DPN-92 train for half an epoch,
+with the schedule fitted to it.
 """
 
 from __future__ import annotations
@@ -16,26 +16,26 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
-from scripts.paper.records import Records, top1_of
-from scripts.paper.runner import Find, Recipe, Run, count_steps, main
-from scripts.paper.tables import format_table, mean_top1, show_seconds, show_top1, wrap
+from scripts.paper.records import Records
+from scripts.paper.runner import FindTop1, Recipe, Run, count_steps, main
+from scripts.paper.tables import KINDS, format_table, mean_top1, show_seconds, show_top1, wrap
 
-HERE = Path(__file__).parent
-PUBLISHED = json.loads((HERE / "published.json").read_text())
-GAPS = json.loads((HERE / "gaps.json").read_text())  # reasons for wide gaps, by network
+PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
+GAPS = json.loads(Path(__file__).with_name("gaps.json").read_text())  # explanations, by network
 NETWORKS = PUBLISHED["networks"]
 SEEDS = {"vgg16": (0, 1, 2), "resnet18": (0, 1, 2)}
 HALVED = ("densenet121", "dpn")
 FLAGS = {"bn": "--deconv False", "deconv": "--deconv True --root newton"}
-KINDS = tuple(FLAGS)
-SOURCES = ("paper", "reproduced", "here")
-COLUMNS = [f"{kind}: {of}" for kind in ("BatchNorm", "deconvolution") for of in SOURCES]
-BATCH, LONG = 128, 20  # pictures of a step; epochs of VGG-11
-STEPS = count_steps("cifar10", BATCH)
-TOLERANCE = 2.0  # points of top-1; a wider gap to the paper wants a reason
+SOURCES = ("paper", "reproduced")
+COLUMNS = [f"{kind}: {source}" for kind in KINDS.values() for source in (*SOURCES, "here")]
+TIME_COLUMNS = [f"{kind}: training (s)" for kind in KINDS.values()]
+BATCH_SIZE, LONG = 128, 20  # images per step; epochs of VGG-11
+STEPS = count_steps("cifar10", BATCH_SIZE)
+TOLERANCE = 2.0  # points of top-1; a wider gap to the paper needs an explanation
 
 
-def plan(find: Find) -> list[Run]:
+def plan(find_top1: FindTop1) -> list[Run]:
+    """Return all runs, the short ones first."""
     runs = [
         make_run(arch, kind, seed, STEPS // 2 if arch in HALVED else STEPS)
         for arch in NETWORKS
@@ -47,112 +47,106 @@ def plan(find: Find) -> list[Run]:
 
 
 def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
+    """Return the run of one network, kind and seed."""
     epochs = -(-steps // STEPS)
     flags = f"--preset paper --arch {arch} {FLAGS[kind]} --seed {seed}"
     flags += f" --epochs {epochs}" + (f" --max-steps {steps}" if steps % STEPS else "")
-    seconds = estimate(arch, kind == "deconv", steps, BATCH, tests=epochs)
+    seconds = estimate(arch, kind == "deconv", steps, BATCH_SIZE, tests=epochs)
     return Run(name_run(arch, kind, seed), "cifar10", flags, steps, seconds)
 
 
 def name_run(arch: str, kind: str, seed: int) -> str:
+    """Return the name of a run."""
     return f"{arch}-{kind}-seed{seed}"
 
 
 def name_runs(arch: str, kind: str) -> list[str]:
+    """Return the names of the runs of all seeds."""
     return [name_run(arch, kind, seed) for seed in SEEDS.get(arch, (0,))]
 
 
-def page(records: Records) -> str:
-    return "\n".join(
-        [_describe_first_epoch(records), *_list_differences(), _describe_long(records)]
-    )
+def format_section(records: Records) -> str:
+    """Return the section of docs/results.md."""
+    parts = [_format_one_epoch(records), *_list_differences(), _format_long(records)]
+    return "\n".join(parts)
 
 
-def _describe_first_epoch(records: Records) -> str:
-    header = ["network", "million parameters", *COLUMNS, "seconds of training, both"]
-    header.append(f"gap to the paper of more than {TOLERANCE:g} points")
-    rows = [_describe_network(arch, records) for arch in NETWORKS]
-    text = f"""
-        CIFAR-10, test top-1 in percent after one epoch, settings of `--preset paper --root newton`
-        for both kinds: batch {BATCH}, SGD .1 with momentum .9, weight decay 1e-3, cosine over the
-        epoch, blocks of 64, eps 1e-5, 5 Newton-Schulz steps, 15 in the first layer, 3 in the
-        grouped convolutions of ResNeXt, 1 in the depthwise and the last convolution of a block of
-        MobileNet v2 and EfficientNet, all patches that the stride leaves, last layer 512.
+def _format_one_epoch(records: Records) -> str:
+    header = ["network", "parameters (million)", *COLUMNS, *TIME_COLUMNS]
+    header.append(f"gap to the paper above {TOLERANCE:g} points, and why")
+    rows = [_format_network(arch, records) for arch in NETWORKS]
+    settings = f"""
+        CIFAR-10, test top-1 (%) after one epoch. Both kinds use `--preset paper --root newton`:
+        batch size {BATCH_SIZE}, SGD with learning rate 0.1, momentum 0.9 and weight decay 1e-3,
+        cosine schedule over the epoch. Deconvolution whitens blocks of 64 channels, and of 512
+        before the last layer, with eps 1e-5, from every patch at the sampling stride. It takes 5
+        Newton-Schulz steps; 15 in the first layer, 3 in the grouped convolutions of ResNeXt, 1 in
+        the depthwise convolutions and the last convolution of each block of MobileNet v2 and
+        EfficientNet.
+        """
+    columns = f"""
         *Paper*: {PUBLISHED["sources"]["paper"]}. *Reproduced*:
-        {PUBLISHED["sources"]["reproduced"]}. Three seeds of VGG-16 and ResNet-18, one of the
-        others; ½: DenseNet-121 and DPN-92 had the first half of the epoch alone, their schedule
-        fitted to it. BatchNorm has the rate of deconvolution here, not its own best one: see *Best
-        rates* below. Seconds compare where a machine did nothing else.
+        {PUBLISHED["sources"]["reproduced"]}. A bold value is the mean of the three seeds in
+        brackets; the other networks have one seed. ½ marks DenseNet-121 and DPN-92, which trained
+        for half an epoch here, with the schedule fitted to it. BatchNorm trains at deconvolution's
+        learning rate in this table; *Best rates* below gives each kind its own. Training times
+        compare only between runs on an otherwise idle machine.
+        """
+    return f"{wrap(settings)}\n{wrap(columns)}\n{format_table(header, rows)}"
+
+
+def _format_network(arch: str, records: Records) -> list[str | None]:
+    network, cells = NETWORKS[arch], []
+    for index, kind in enumerate(KINDS):
+        cells += [f"{network[source]['1'][index]:.2f}" for source in SOURCES]
+        names = name_runs(arch, kind)
+        half = "½ " if arch in HALVED and mean_top1(records, names) else ""
+        cells.append(half + show_top1(records, names))
+    seconds = [show_seconds(records, name_runs(arch, kind)) for kind in KINDS]
+    title, millions = f"{network['title']} (`{arch}`)", f"{network['millions']:.2f}"
+    return [title, millions, *cells, *seconds, explain_gap(arch, records)]
+
+
+def explain_gap(arch: str, records: Records) -> str | None:
+    """Return the wide gaps between our means and the paper's, with the explanation, if any."""
+    gaps = []
+    for index, (kind, title) in enumerate(KINDS.items()):
+        ours = mean_top1(records, name_runs(arch, kind))
+        gap = 0.0 if ours is None else ours - NETWORKS[arch]["paper"]["1"][index]
+        if abs(gap) > TOLERANCE:
+            gaps.append(f"{title} {gap:+.1f}")
+    return f"{', '.join(gaps)}: {GAPS.get(arch, 'not explained yet')}" if gaps else None
+
+
+def _list_differences() -> list[str]:
+    """Return the differences of the published code, which may explain gaps."""
+    lines = [f"Networks in {PUBLISHED['sources']['code']}, that differ from those here:\n"]
+    for arch, text in PUBLISHED["differences"].items():
+        name = NETWORKS[arch]["title"] if arch in NETWORKS else "All but VGG and EfficientNet"
+        lines.append(f"- {name}: the published code {text}.")
+    return [*lines, ""]
+
+
+def _format_long(records: Records) -> str:
+    header = ["network", *COLUMNS, *TIME_COLUMNS]
+    rows = []
+    for arch in ("vgg16", "resnet18"):
+        cells = []
+        for index in range(2):
+            published = [NETWORKS[arch][source][str(LONG)][index] for source in SOURCES]
+            cells += [*(f"{value:.2f}" for value in published), None]
+        rows.append([NETWORKS[arch]["title"], *cells, None, None])
+    names = [[name_run("vgg11", kind, 0)] for kind in KINDS]
+    top1 = [cell for name in names for cell in (None, None, show_top1(records, name))]
+    rows.append(["VGG-11", *top1, *(show_seconds(records, name) for name in names)])
+    text = f"""
+        Test top-1 (%) after {LONG} epochs with the same settings. VGG-11 has no published value;
+        VGG-16 and ResNet-18 are the nearest networks that have.
         """
     return f"{wrap(text)}\n{format_table(header, rows)}"
 
 
-def _describe_network(arch: str, records: Records) -> list[str | None]:
-    known, cells = NETWORKS[arch], []
-    for index, kind in enumerate(KINDS):
-        cells += [f"{known[source]['1'][index]:.2f}" for source in ("paper", "reproduced")]
-        half = "½ " if arch in HALVED and mean_top1(records, name_runs(arch, kind)) else ""
-        cells.append(half + show_top1(records, name_runs(arch, kind)))
-    seconds = [show_seconds(records, name_runs(arch, kind)) for kind in KINDS]
-    title, millions = f"{known['title']} (`{arch}`)", f"{known['millions']:.2f}"
-    return [title, millions, *cells, ", ".join(seconds), explain_gap(arch, records)]
-
-
-def cut(records: Records) -> str:
-    """The table in short, with means alone."""
-    rows = []
-    for arch, known in NETWORKS.items():
-        cells = []
-        for index, kind in enumerate(KINDS):
-            cells += [f"{known[source]['1'][index]:.1f}" for source in ("paper", "reproduced")]
-            names = name_runs(arch, kind)
-            whole = all(top1_of(records.get(name)) is not None for name in names)
-            ours = mean_top1(records, names) if whole else None
-            half = "½ " if arch in HALVED else ""
-            cells.append(None if ours is None else f"{half}**{ours:.1f}**")
-        rows.append([known["title"], *cells])
-    return format_table(["network", *COLUMNS], rows)
-
-
-def explain_gap(arch: str, records: Records) -> str | None:
-    """How far our means are from the paper's, where that is far, and why; None where none is."""
-    gaps = []
-    for index, kind in enumerate(KINDS):
-        ours = mean_top1(records, name_runs(arch, kind))
-        gap = 0.0 if ours is None else ours - NETWORKS[arch]["paper"]["1"][index]
-        if abs(gap) > TOLERANCE:
-            gaps.append(f"{kind} {gap:+.1f}")
-    if not gaps:
-        return None
-    return f"{', '.join(gaps)}: {GAPS.get(arch, 'not explained yet')}"
-
-
-def _list_differences() -> list[str]:
-    """What the published code does otherwise, which may be where a gap comes from."""
-    lines = [f"Where {PUBLISHED['sources']['code']}, differs from what is built here:\n"]
-    for arch, text in PUBLISHED["differences"].items():
-        name = NETWORKS[arch]["title"] if arch in NETWORKS else "All but VGG and EfficientNet"
-        lines.append(f"- {name}: it {text}.")
-    return [*lines, ""]
-
-
-def _describe_long(records: Records) -> str:
-    header = ["network", *COLUMNS, "seconds of training, both"]
-    rows = []
-    for arch in ("vgg16", "resnet18"):
-        known = [NETWORKS[arch][source][str(LONG)] for source in ("paper", "reproduced")]
-        cells = [[f"{value[index]:.2f}" for value in known] + [None] for index in range(2)]
-        rows.append([NETWORKS[arch]["title"], *cells[0], *cells[1], None])
-    ours = [show_top1(records, [name_run("vgg11", kind, 0)]) for kind in KINDS]
-    seconds = [show_seconds(records, [name_run("vgg11", kind, 0)]) for kind in KINDS]
-    rows.append(["VGG-11", None, None, ours[0], None, None, ours[1], ", ".join(seconds)])
-    text = (
-        f"After {LONG} epochs, the same settings. VGG-11 was not published; the nearest that were:"
-    )
-    return f"{text}\n\n{format_table(header, rows)}"
-
-
-RECIPE = Recipe("table1", "Table 1 of the paper, after one epoch", plan, page)
+RECIPE = Recipe("table1", "Table 1 of the paper, after one epoch", plan, format_section)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -1,16 +1,18 @@
-"""Seconds of training to a test accuracy: BatchNorm beside deconvolution, each at its best rate.
+"""Measure the training time to a test accuracy, each kind of layers at its best learning rate.
 
     python scripts/paper/time_to_accuracy.py --target 70 --dataset folder --data DIR
     python scripts/paper/time_to_accuracy.py --target 90 --dataset fashion --data DIR
 
-The rate of each kind is the best of --lr, with the first seed, for trainings as long as that which
-its search begins with: the best of short trainings is not that of longer ones. Then the length of
-training is found, in units of --grain steps: the shortest at whose end the mean test accuracy of
-all seeds has reached the target. Both are then trained once more, in turn, seed by seed, and these
-runs count with their seconds of training, tests left out. Every training is a run of main.py, a
-cosine over its own length. Flags unknown here go to main.py. Runs stay in --out: one that has
-finished is not run again, one that was stopped goes on. The search may run beside other work; the
-seconds of --out/timed compare only where nothing else runs on the machine.
+1. The best of the --lr is found with the first seed, in trainings of --begin steps: a much shorter
+   training has another best rate.
+2. The shortest training is found, in units of --grain steps, whose mean test accuracy over all
+   seeds reaches the target.
+3. Both kinds repeat their shortest training in turn, seed by seed. The table shows the training
+   time of these runs, without tests.
+
+Every training is a run of main.py with a cosine schedule over its own length. Other flags are
+passed on to main.py. A finished run in --out is not repeated, an interrupted run continues. Only
+the runs in --out/timed need an otherwise idle machine.
 """
 
 from __future__ import annotations
@@ -29,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from util.cli.parser import Parser, bounded_float, bounded_int, path_name
 
 ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"BatchNorm": "False", "deconvolution": "True"}  # and their --deconv
+KINDS = {"BatchNorm": "False", "deconvolution": "True"}  # values of --deconv
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one run: test top-1 in percent, and seconds of training."""
+    """Test top-1 of one run in percent, and its training time in seconds."""
 
     top1: float
     seconds: float
@@ -42,12 +44,12 @@ class Result:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Of one kind of network.
+    """Search result of one kind of layers.
 
     Args:
-        screened: top-1 that each rate has reached.
-        steps: of the shortest training that reaches the target at the best rate.
-        runs: timed ones of that length, one for each seed.
+        screened: top-1 in percent by learning rate.
+        steps: length of the shortest training that reaches the target at the best rate.
+        runs: timed runs of this length, one per seed.
     """
 
     screened: dict[float, float]
@@ -56,12 +58,12 @@ class Outcome:
 
     @property
     def lr(self) -> float:
-        """The best rate."""
+        """Return the best learning rate."""
         return max(self.screened, key=self.screened.__getitem__)
 
     @property
     def seconds(self) -> float:
-        """Of training, mean over the seeds."""
+        """Return the mean training time over the seeds."""
         return mean(run.seconds for run in self.runs)
 
 
@@ -69,13 +71,14 @@ Train = Callable[[float, int, int], Result]  # learning rate, steps, seed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Search both kinds, time both, and print the table."""
     parser = make_parser()
-    flags, more = parser.parse_known_args(argv)
+    flags, passed = parser.parse_known_args(argv)
     out = Path(flags.out)
 
     def train(kind: str, out: Path, lr: float, steps: int, seed: int) -> Result:
         own = {"deconv": KINDS[kind], "lr": lr, "max-steps": steps, "seed": seed}
-        return run(out, own, more)
+        return run(out, own, passed)
 
     outcomes = {
         kind: search(partial(train, kind, out), flags, begin)
@@ -89,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def search(train: Train, flags: Namespace, begin: int) -> Outcome:
-    """The best rate of a kind of network, and the length of its training; nothing timed yet."""
+    """Find the best learning rate of one kind of layers and the shortest training, untimed."""
     begin = max(begin // flags.grain, 1) * flags.grain
     screened = {lr: train(lr, begin, flags.seeds[0]).top1 for lr in flags.lr}
     best = max(screened, key=screened.__getitem__)
@@ -102,56 +105,60 @@ def search(train: Train, flags: Namespace, begin: int) -> Outcome:
 
 
 def make_parser() -> Parser:
+    """Return the parser; main.py takes the other flags."""
     parser = Parser("time_to_accuracy.py", __doc__.splitlines()[0])
-    add = parser.add_group("what to find")
+    add = parser.add_group("search")
     add(
         "--target",
-        "test top-1, in percent",
+        "test top-1 to reach, in percent",
         bounded_float(above=0, below=100),
         required=True,
         metavar="P",
     )
     rates = [0.003, 0.01, 0.03, 0.1, 0.3]
-    shown = "five from .003 to .3"
-    add("--lr", "learning rates", bounded_float(above=0), rates, shown, nargs="+", metavar="LR")
-    add("--seeds", "of the runs", bounded_int(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
-    add("--grain", "unit of the length of training, in steps", bounded_int(1), 25, metavar="N")
-    text = "lengths to begin with: of BatchNorm, of deconvolution"
+    text = "learning rates to try"
+    add("--lr", text, bounded_float(above=0), rates, "0.003 to 0.3", nargs="+", metavar="LR")
+    add("--seeds", "seeds of the runs", bounded_int(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
+    add("--grain", "unit of training length, in steps", bounded_int(1), 25, metavar="N")
+    text = "training length to begin with, in steps: BatchNorm, deconvolution"
     add("--begin", text, bounded_int(1), [400, 200], "400 200", nargs=2, metavar="N")
-    add("--longest", "training that is tried, in steps", bounded_int(1), 2000, metavar="N")
-    add("--out", "folder of the runs", path_name, "runs/time-to-accuracy", metavar="DIR")
+    add("--longest", "longest training to try, in steps", bounded_int(1), 2000, metavar="N")
+    add("--out", "write runs to this folder", path_name, "runs/time-to-accuracy", metavar="DIR")
     return parser
 
 
-def run(out: Path, own: dict[str, object], more: Sequence[str]) -> Result:
-    """The result of a run of main.py in a folder of `out`, which may have it already.
+def run(out: Path, own: dict[str, object], passed: Sequence[str]) -> Result:
+    """Return the result of a run of main.py, made in a folder of `out` unless it is there.
 
     Raises:
-        SystemExit: main.py has failed, with its exit code; it has said why.
+        SystemExit: main.py has failed; with its exit code.
     """
     folder = out / "-".join(f"{name}{value}" for name, value in own.items())
     summary = folder / "summary.json"
     if not (summary.exists() and json.loads(summary.read_text())["steps"] == own["max-steps"]):
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
         words += ["--run-dir", str(folder.resolve()), "--resume", "auto"]
-        line = [sys.executable, "main.py", *words, *more]
+        line = [sys.executable, "main.py", *words, *passed]
         if code := subprocess.run(line, cwd=ROOT).returncode:
             raise SystemExit(code)
-    figures = json.loads(summary.read_text())
-    return Result(figures["test_top1"], figures["train_seconds"])
+    metrics = json.loads(summary.read_text())
+    return Result(metrics["test_top1"], metrics["train_seconds"])
 
 
 def find_shortest(
     reach: Callable[[int], float], target: float, *, begin: int, grain: int, longest: int
 ) -> int:
-    """The shortest length of training, a multiple of `grain`, that reaches the target.
+    """Return the shortest training, in steps, that reaches the target.
 
     Args:
-        reach: steps -> the accuracy that so many lead to.
-        begin: a multiple of `grain`, too.
+        reach: steps -> test accuracy in percent.
+        target: test accuracy in percent.
+        begin: steps to begin with, a multiple of `grain`.
+        grain: unit of the length, in steps.
+        longest: longest training to try, in steps.
 
     Raises:
-        SystemExit: not even the longest does.
+        SystemExit: the longest training does not reach the target.
     """
     steps = begin
     while reach(steps) < target:
@@ -164,9 +171,9 @@ def find_shortest(
 
 
 def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
-    """A Markdown table of two rows, and the ratio of their seconds."""
+    """Return a Markdown table of two rows, and the ratio of their training times."""
     lines = [
-        "| | top-1 by learning rate | best | steps | test top-1 | seconds of training | mean |",
+        "| layers | top-1 (%) by lr | best lr | steps | top-1 (%) | training (s) | mean (s) |",
         "|---|---|---|---|---|---|---|",
     ]
     for kind, outcome in outcomes.items():

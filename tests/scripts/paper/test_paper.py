@@ -1,4 +1,4 @@
-"""The recipes of scripts/paper/: what they run, that they run it once, and the page made of it."""
+"""Recipes of scripts/paper/: planned runs, execution, records and the report."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from scripts.paper import best_rates, filters, records, regression, report, runn
 from scripts.paper.runner import Recipe, Run, make_command, make_parser
 from util.cli.settings import read_settings
 
-FIGURES = {"test_top1": 50.0, "steps": 3}
+METRICS = {"test_top1": 50.0, "steps": 3}
 WAIT_SECONDS = 60  # for a child process, on a busy machine
 
 
@@ -30,15 +30,15 @@ by_recipe = pytest.mark.parametrize("recipe", [*map(by_name, report.RECIPES)])
 
 @by_recipe
 def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path):
-    flags, more = make_parser(recipe).parse_known_args(["--cifar10", "DIR", "--amp", "bf16"])
+    flags, passed = make_parser(recipe).parse_known_args(["--cifar10", "DIR", "--amp", "bf16"])
     script, runs = main.build_script(), recipe.plan(lambda name: 0.0)
     assert len({run.name for run in runs}) == len(runs) > 0
     for run in runs:
-        words = make_command(run, tmp_path / run.name, flags, more)
+        words = make_command(run, tmp_path / run.name, flags, passed)
         read = read_settings(script, words[2:])[0]
-        steps = read.epochs * runner.count_steps(run.pictures, read.batch_size)
+        steps = read.epochs * runner.count_steps(run.dataset, read.batch_size)
         assert run.steps == min(read.max_steps or steps, steps), run.name
-        assert read.dataset == {"cifar10": "folder"}.get(run.pictures, run.pictures)
+        assert read.dataset == {"cifar10": "folder"}.get(run.dataset, run.dataset)
         assert read.amp == "bf16" and 0 < run.seconds < 40 * 3600
 
 
@@ -94,12 +94,12 @@ def test_rates_are_tried_until_the_best_is_between_others(best, beyond):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """Short programs in the place of main.py; returns their ends by name, and the names run."""
+    """Short programs in place of main.py: a dict of outcomes by name, a list of names run."""
     ends, ran = {}, []
 
-    def command(run, folder, flags, more):
+    def command(run, folder, flags, passed):
         ran.append(run.name)
-        end, text = ends.get(run.name, "summary.json"), json.dumps(FIGURES | {"step": 3})
+        end, text = ends.get(run.name, "summary.json"), json.dumps(METRICS | {"step": 3})
         if end == "fails":
             return ["python", "-c", "print('no luck\\n'); raise SystemExit(2)"]
         return ["python", "-c", f"open({str(folder / end)!r}, 'w').write({text!r})"]
@@ -113,7 +113,7 @@ def make_recipe(*names, later=(), **more):
         known = names if None in map(find, names) else (*names, *later)
         return [Run(name, "fashion", "", 3, 1.0) for name in known]
 
-    return Recipe("tiny", "Tiny", plan, page=lambda found: "", **more)
+    return Recipe("tiny", "Tiny", plan, format=lambda records: "", **more)
 
 
 def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
@@ -139,7 +139,7 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
         (["--mode", "5"], "--mode is not passed on"),
         (["--run-dir", "x"], "--run-dir is not passed on"),
         (["--job", "2"], "unrecognized arguments: --job"),
-        (["--only", "z"], "--only z is in the name of no run"),
+        (["--only", "z"], "--only z matches no run"),
         (["--cifar10", "/nowhere"], "--cifar10 /nowhere has no folder train/"),
     ],
 )
@@ -147,7 +147,7 @@ def test_flags_that_the_recipe_sets_or_nobody_knows_are_refused(
     more, error, stand_in, tmp_path, capsys
 ):
     plan = [Run("a", "fashion", "--seed 0", 3, 1.0), Run("b", "fashion", "--mode 3", 3, 1.0)]
-    recipe = Recipe("tiny", "Tiny", lambda find: plan, page=lambda found: "")
+    recipe = Recipe("tiny", "Tiny", lambda find: plan, format=lambda records: "")
     with pytest.raises(SystemExit, match="2"):
         runner.main(recipe, ["--out", str(tmp_path), *more])
     assert error in capsys.readouterr().err and not any(tmp_path.iterdir())
@@ -190,7 +190,9 @@ def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
     stand_in, tmp_path, monkeypatch, capsys
 ):
     drawn, ran = [], stand_in[1]
-    recipe = make_recipe("a", "b", later=["best"], after=lambda *where: drawn.append(where) or [])
+    recipe = make_recipe(
+        "a", "b", later=["best"], follow_up=lambda *paths: drawn.append(paths) or []
+    )
     argv = ["--out", str(tmp_path / "runs")]
     found = {"a": {"test_top1": 40.0, "steps": 3}, "b": {"diverged": 3, "test_top1": 70.0}}
     monkeypatch.setattr(runner, "load", lambda name, results: found)
@@ -202,14 +204,17 @@ def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
     assert ran == ["best"] and not drawn  # what is drawn needs all runs here
     folder, longer = tmp_path / "runs" / "tiny", {"a": {"test_top1": 40.0, "steps": 1}}
     for known in ({}, longer):  # and records of shorter runs do not count
-        assert [run.name for run in runner.list_todo(recipe, folder, None, known)] == ["a", "b"]
+        assert [run.name for run in runner.list_unfinished(recipe, folder, None, known)] == [
+            "a",
+            "b",
+        ]
     runner.main(recipe, argv)
     assert ran == ["best", "a", "b"] and len(drawn) == 1
     runner.main(recipe, [*argv, "--skip-recorded"])
     assert ran == ["best", "a", "b"] and len(drawn) == 2
 
 
-def test_figures_recorded_elsewhere_tell_what_is_best():
+def test_results_recorded_elsewhere_enter_the_plan():
     seen = []
     recipe = Recipe("tiny", "Tiny", lambda find: seen.append([*map(find, "abc")]) or [], str)
     known = {"a": {"test_top1": 40.0}, "b": {"diverged": 3, "test_top1": 70.0}}
@@ -224,24 +229,24 @@ def test_records_that_cannot_be_read_are_named(text, tmp_path):
         records.load("tiny", tmp_path)
 
 
-def test_what_follows_the_runs_finds_the_pictures(stand_in, tmp_path):
+def test_the_follow_up_command_finds_the_images(stand_in, tmp_path):
     def draw(folder, cifar10):
-        words = filters.inspect(folder, cifar10)[0][1:]
+        words = filters.list_plot_commands(folder, cifar10)[0][1:]
         return [[sys.executable, "-c", f"open({str(drawn)!r}, 'w').write({' '.join(words)!r})"]]
 
     drawn = tmp_path / "drawn"
-    argv = ["--out", str(tmp_path), "--cifar10", str(tmp_path / "pictures")]
-    (tmp_path / "pictures" / "train").mkdir(parents=True)
-    runner.main(make_recipe("a", after=draw), argv)
+    argv = ["--out", str(tmp_path), "--cifar10", str(tmp_path / "images")]
+    (tmp_path / "images" / "train").mkdir(parents=True)
+    runner.main(make_recipe("a", follow_up=draw), argv)
     read = inspect_layers.parse_args(drawn.read_text().split()[1:])
     assert read.checkpoint == str(tmp_path / "tiny" / filters.NAME / "checkpoint.pth.tar")
-    assert read.data == str(tmp_path / "pictures") and read.out.parent.name == "docs"
+    assert read.data == str(tmp_path / "images") and read.out.parent.name == "docs"
 
 
-def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):
+def test_a_dry_run_only_lists_the_runs(tmp_path, capsys):
     recipe, folder = make_recipe("a", "b", later=["best"]), tmp_path / "tiny"
     (folder / "a").mkdir(parents=True)
-    (folder / "a" / "summary.json").write_text(json.dumps(FIGURES))
+    (folder / "a" / "summary.json").write_text(json.dumps(METRICS))
     runner.main(recipe, ["--out", str(tmp_path), "--dry-run", "--jobs", "2"])
     first, second, third, last = capsys.readouterr().out.splitlines()
     assert first.startswith("finished") and "python main.py" in first
@@ -251,7 +256,7 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path, capsys):
 
 
 def test_a_longer_run_is_taken_up_again(tmp_path):
-    (tmp_path / "summary.json").write_text(json.dumps(FIGURES))
+    (tmp_path / "summary.json").write_text(json.dumps(METRICS))
     assert runner.find_state(Run("a", "fashion", "", 3, 1.0), tmp_path) == "finished"
     assert runner.find_state(Run("a", "fashion", "", 60, 1.0), tmp_path) == "begun"
 
@@ -297,22 +302,22 @@ def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch)
 
 
 @pytest.fixture
-def pictures(tmp_path):
+def image_folder(tmp_path):
     for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
-        folder = tmp_path / "pictures" / part / name
+        folder = tmp_path / "images" / part / name
         folder.mkdir(parents=True)
         for number in range(6):
             noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
             Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    return tmp_path / "pictures"
+    return tmp_path / "images"
 
 
-def test_a_run_of_the_main_script_becomes_a_record_without_paths(pictures, tmp_path, capsys):
+def test_a_run_of_the_main_script_becomes_a_record_without_paths(image_folder, tmp_path, capsys):
     flags = "--arch simple_v1 --epochs 1 --batch-size 4 --max-steps 2 --lr .01 --print-freq 1"
     run = Run("a", "cifar10", f"{flags} --use-gpu False --save-plot False", 2, 1.0)
-    recipe = Recipe("tiny", "Tiny", lambda find: [run], page=lambda found: "")
+    recipe = Recipe("tiny", "Tiny", lambda find: [run], format=lambda records: "")
     out = tmp_path / "runs"
-    runner.main(recipe, ["--cifar10", str(pictures), "--out", str(out)])
+    runner.main(recipe, ["--cifar10", str(image_folder), "--out", str(out)])
     assert "a: test top-1" in capsys.readouterr().out
     assert not list((out / "tiny" / "a").glob("*previous*"))
     found = runner.gather(recipe, out / "tiny", {})
@@ -326,7 +331,7 @@ def test_a_run_of_the_main_script_becomes_a_record_without_paths(pictures, tmp_p
 
 
 def make_record(top1=50.0, **more):
-    """A record as `records.read_record` makes it."""
+    """Return a record like those of `records.read_record`."""
     flags = {"seed": 0, "lr": 0.1, "weight_decay": 0.001, "batch_size": 128}
     machine = {"versions": {"torch": "2"}, "commit": "c" * 40, "device": "cpu", "processor": "P"}
     figures = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 391}
@@ -335,24 +340,24 @@ def make_record(top1=50.0, **more):
 
 
 def test_table1_shows_means_gaps_and_dashes(monkeypatch):
-    monkeypatch.setattr(table1, "GAPS", {"dpn": "half of the epoch here"})
+    monkeypatch.setattr(table1, "GAPS", {"dpn": "half an epoch here"})
     found = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
     found["resnet18-bn-seed0"] = make_record(56.0)
     found["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
     found["dpn-bn-seed0"] = make_record(20.0)
-    lines = table1.page(found).splitlines()
+    lines = table1.format_section(found).splitlines()
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
             lines if line.startswith("| ")}  # fmt: skip
     vgg16 = rows["VGG-16 (`vgg16`)"]
     assert vgg16[:4] == ["14.71", "14.12", "14.38", "-"]
     assert vgg16[4:7] == ["74.18", "74.20", "**71.00** (70.00, 71.00, 72.00)"]
-    assert vgg16[7:] == ["-, 90", "deconv -3.2: not explained yet"]
+    assert vgg16[7:] == ["-", "90", "deconvolution -3.2: not explained yet"]
     assert (
         rows["ResNet-18 (`resnet18`)"][3] == "**56.00** (56.00, diverged at step 3)"
         and rows["ResNet-18 (`resnet18`)"][-1] == "-"
     )
     assert rows["DPN-92 (`dpn`)"][3] == "½ 20.00"
-    assert rows["DPN-92 (`dpn`)"][-1] == "bn -14.0: half of the epoch here"
+    assert rows["DPN-92 (`dpn`)"][-1] == "BatchNorm -14.0: half an epoch here"
     assert rows["SENet-18 (`senet`)"][3::3][:2] == ["-", "-"]
 
 
@@ -367,11 +372,11 @@ def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
     assert regression.choose_rate(case, 1, found) == 0.001
     assert regression.choose_rate(case, 2, found) is None
     row = "| 1 plain | - | diverged at step 12 | 2.0e+24 | 4.000 | 30.00 |"
-    assert row in regression.page(found)
-    assert "| 2 whitened channels | - | - | - | - |" in regression.page(found)
+    assert row in regression.format_section(found)
+    assert "| 2 whitened channels | - | - | - | - |" in regression.format_section(found)
 
 
-def test_page_and_pictures_follow_from_the_records_alone(tmp_path):
+def test_page_and_plots_depend_on_the_records_alone(tmp_path):
     results, pages = tmp_path / "results", []
     for recipe in report.RECIPES:
         names = [run.name for run in recipe.plan(lambda name: 0.0)]
@@ -392,21 +397,33 @@ def test_the_committed_page_is_that_of_the_committed_records(tmp_path):
     page = (runner.ROOT / "docs" / report.PAGE).read_bytes()
     assert (tmp_path / report.PAGE).read_bytes() == page
     readme = (runner.ROOT / report.README).read_text()
-    (tmp_path / "README.md").write_text(readme.replace("71.1", "99.9"))
-    report.write_cut(records.RESULTS, tmp_path / "README.md")
-    assert (tmp_path / "README.md").read_text() == readme and "**71.1**" in readme
+    (tmp_path / "README.md").write_text(readme)
+    report.write_readme_table(records.RESULTS, tmp_path / "README.md")
+    assert (tmp_path / "README.md").read_text() == readme
+
+
+def test_the_table_of_the_readme_has_five_rows(tmp_path):
+    readme = tmp_path / "README.md"
+    begin, end = report.MARKS
+    readme.write_text(f"before\n{begin}an old table\n{end}after\n")
+    report.write_readme_table(records.RESULTS, readme)
+    before, mark, _, header, rule, *rows, _, last, after = readme.read_text().splitlines()
+    assert (before, mark, last, after) == ("before", begin.strip(), end.strip(), "after")
+    assert len(rows) == 5 and {row.count("|") for row in (header, rule, *rows)} == {6}
+    assert all(len(row) <= 100 for row in (header, *rows))
+    assert rows[0] == "| VGG-16 | 14.1 | 13.2 | 74.2 | 71.1 |"
+    assert rows[1] == "| VGG-16, each kind at its own best rate | - | 64.1 | - | 71.5 |"
 
 
 @pytest.mark.parametrize("text", ["no marks\n", f"a\n{report.MARKS[0]}the rest\n"])
-def test_a_readme_without_both_marks_is_left_as_it_is(text, tmp_path):
+def test_a_readme_without_both_marks_is_left_unchanged(text, tmp_path, capsys):
     readme = tmp_path / "README.md"
     readme.write_text(text)
-    with pytest.raises(SystemExit, match="README.md: no lines"):
-        report.write_cut(records.RESULTS, readme)
-    assert readme.read_text() == text
+    report.write_readme_table(records.RESULTS, readme)
+    assert readme.read_text() == text and f"skipped {readme}" in capsys.readouterr().out
 
 
-def test_curves_longer_than_needed_are_averaged(tmp_path):
+def test_long_curves_are_averaged(tmp_path):
     rows = [f"1\t{batch}\t{batch}\t0\t0\t0\t0" for batch in range(1, 242)]
     text = "\n".join(["epoch\tbatch\tloss\ttop1\ttop5\tlr\tseconds", *rows])
     (tmp_path / "train_batch.log").write_text(text + "\n")
@@ -415,7 +432,7 @@ def test_curves_longer_than_needed_are_averaged(tmp_path):
     assert curve[0] == [3, 2.0] and curve[-1] == [241, 241.0]
 
 
-def test_published_figures_are_whole():
+def test_published_accuracies_are_complete():
     for network in table1.NETWORKS.values():
         assert set(network["paper"]) == {"1", "20", "100"} and "1" in network["reproduced"]
         assert all(bn < deconv for bn, deconv in network["paper"].values())

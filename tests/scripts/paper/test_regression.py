@@ -1,4 +1,4 @@
-"""Whitened jointly, squared error is so round a bowl that gradient descent needs about one step."""
+"""Gradient descent on squared error needs about one step once the input is whitened jointly."""
 
 import pytest
 import torch
@@ -11,14 +11,14 @@ from util.training.optim import build_criterion
 
 @pytest.fixture(scope="module")
 def digits():
-    """Pictures (N, 1, 8, 8) of mean 0 and variance 1, and their classes."""
+    """Images N 1 8 8 of mean 0 and variance 1, and their classes."""
     rows, targets = load_digits(return_X_y=True)
     images = torch.tensor(rows, dtype=torch.float32).reshape(-1, 1, 8, 8)
     return (images - images.mean()) / images.std(), torch.tensor(targets)
 
 
 def least_loss(images, targets):
-    """Of the best linear map: half the squared distance, mean over the pictures."""
+    """Return the loss of the best linear map: half the squared distance, mean over the images."""
     rows = F.pad(images.flatten(1), (0, 1), value=1.0).double()
     wanted = F.one_hot(targets, 10).double()
     solution = torch.linalg.lstsq(rows, wanted, driver="gelsd").solution
@@ -26,7 +26,7 @@ def least_loss(images, targets):
 
 
 def descend(digits, method, lr, steps, **options):
-    """Training losses before each step of gradient descent on all pictures at once."""
+    """Return the training loss before each step of full-batch gradient descent."""
     torch.manual_seed(0)
     layers = make_layers(deconv=method != 1, **options)
     model = build_model("simple_v1", layers, in_channels=1, image_size=8, method=method)
@@ -41,15 +41,15 @@ def descend(digits, method, lr, steps, **options):
     return losses
 
 
-def test_with_whitened_input_one_step_is_nearly_all_of_the_way(digits):
+def test_one_step_on_whitened_input_removes_99_percent_of_the_excess_loss(digits):
     least = least_loss(*digits)
     before, after, *more = descend(digits, method=3, lr=1.0, steps=10, eps=1e-5, n_iter=15)
     assert after - least < 0.01 * (before - least)
     assert more[-1] - least < 0.001 * (before - least)
 
 
-def test_without_fifty_steps_are_not_as_far(digits):
-    """At the highest rate that does not diverge, 2 over the largest curvature, nearly."""
+def test_fifty_steps_without_whitening_remove_less(digits):
+    """Descend just below the highest stable rate, 2 over the largest curvature."""
     rows = F.pad(digits[0].flatten(1), (0, 1), value=1.0)
     curvature = torch.linalg.matrix_norm(rows, 2).square().item() / len(rows)
     least = least_loss(*digits)

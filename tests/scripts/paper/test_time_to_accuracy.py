@@ -1,4 +1,4 @@
-"""The search for the shortest training, with trainings that are known, and once for real."""
+"""Search for the shortest training, with known accuracies and with real runs of main.py."""
 
 from argparse import Namespace
 
