@@ -67,4 +67,4 @@ __all__ = [
     "recalibrate",
     "whiteness",
 ]
-__version__ = "1.0.0"
+__version__ = "0.1.0"

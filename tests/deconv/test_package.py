@@ -60,11 +60,15 @@ def test_every_public_name_is_documented():
     assert set(deconv.__all__) <= set(re.findall(r"\w+", page))
 
 
+def list_files(folder):
+    files = [path.relative_to(folder) for path in folder.rglob("*") if path.is_file()]
+    return {str(path) for path in files if path.suffix != ".pyc"}
+
+
 def test_the_package_alone_is_installed(installed):
     folders = {path.name for path in installed.iterdir() if path.suffix != ".dist-info"}
     assert folders == {"deconv"}
-    sources = {path.name for path in (ROOT / "deconv").glob("*.py")} | {"py.typed"}
-    assert {path.name for path in (installed / "deconv").iterdir()} - {"__pycache__"} == sources
+    assert list_files(installed / "deconv") == list_files(ROOT / "deconv")
 
 
 def test_torch_is_its_only_dependency_and_it_has_a_version(installed):
