@@ -52,7 +52,8 @@ def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
 
 def build_script() -> Script:
     """The command line of this script, and what is allowed on it."""
-    parser = Parser("main.py", "Train an image classifier, with BatchNorm or with deconvolution.")
+    description = "Train an image classifier, with BatchNorm or with deconvolution."
+    parser = Parser("main.py", description, flags.EXAMPLES)
     add = flags.add_network_flags(parser, ARCHITECTURES, describe_architectures, "vgg11")
     flags.add_method_flag(add)
     flags.add_deconv_flags(parser, final_block=512)
@@ -60,6 +61,7 @@ def build_script() -> Script:
     flags.add_training_flags(parser, PRESETS, epochs=100, batch_size=512, weight_decay=5e-4)
     flags.add_device_flags(parser)
     flags.add_output_flags(parser)
+    flags.add_advanced_flags(parser)
     options = {name: architecture.options for name, architecture in ARCHITECTURES.items()}
     return Script(parser, options, rules=data_rules)
 
@@ -70,7 +72,7 @@ def data_rules(flags: Namespace) -> Rules:
     yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
     yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
-    yield "evaluate", flags.resume, "needs --resume FILE: which network?"
+    yield "evaluate", flags.resume or not flags.evaluate, "needs --resume FILE: which network?"
 
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:

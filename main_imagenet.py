@@ -19,7 +19,7 @@ from models import (
 )
 from util.cli import flags
 from util.cli.launch import start
-from util.cli.parser import Parser
+from util.cli.parser import Parser, str2bool
 from util.cli.script import Rules, Script
 from util.cli.settings import choose_layers
 from util.data.imagenet import build_dummy_loaders, build_imagenet_loaders
@@ -65,15 +65,18 @@ def count_batches(flags: Namespace) -> int:
 
 def build_script() -> Script:
     """The command line of this script, and what is allowed on it."""
-    parser = Parser("main_imagenet.py", "Train on ImageNet, with BatchNorm or with deconvolution.")
+    description = "Train on ImageNet, with BatchNorm or with deconvolution."
+    parser = Parser("main_imagenet.py", description, flags.IMAGENET_EXAMPLES)
     names = IMAGENET_ARCHITECTURES
     add = flags.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    add("--pretrained", "start from the weights of torchvision or timm", **flags.YES)
+    text = "start from the pretrained weights of torchvision or timm"
+    add("--pretrained", text, str2bool, False)
     flags.add_deconv_flags(parser, final_block=32)
     flags.add_imagenet_flags(parser)
     flags.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
     flags.add_device_flags(parser)
     flags.add_output_flags(parser)
+    flags.add_advanced_flags(parser)
     return Script(parser, Options(names), final_block=32, rules=own_rules)
 
 
@@ -82,12 +85,16 @@ def own_rules(flags: Namespace) -> Rules:
     yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no images"
     yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"
-    known = flags.resume or flags.pretrained
+    known = flags.resume or flags.pretrained or not flags.evaluate
     yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
     theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     both = flags.pretrained and flags.resume
     yield "pretrained", not both, "contradicts --resume, which brings its own weights"
-    yield "pretrained", theirs, f"does not apply to {flags.arch}: there are no weights for it"
+    yield (
+        "pretrained",
+        theirs or not flags.pretrained,
+        f"does not apply to {flags.arch}: there are no weights for it",
+    )
     ours = f"{flags.arch.removesuffix('_bn')}d"
     able = ours if ours in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
     fault = f"does not apply to {flags.arch}, which has layers of its own; choose {able}"

@@ -1,4 +1,4 @@
-"""The flags, in groups: names, meanings, ranges and defaults."""
+"""Flags of main.py and main_imagenet.py by group: names, help, ranges and defaults."""
 
 from __future__ import annotations
 
@@ -20,13 +20,26 @@ from util.data.loader import MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
-HUGE = 1e36  # what PyTorch takes beside float32, whose numbers end at 3e38, and a factor of ten
+FLOAT32_LIMIT = 1e36  # float32 ends at 3e38; a factor of 100 remains for products
 MIRROR_VARIABLE = "DECONV_DATA_URL"
-YES = {"action": "store_true", "default": False, "default_text": ""}  # a flag without a value
+MAX_NEWTON_STEPS = 15  # more lose accuracy in float32
+
+EXAMPLES = """examples:
+  train:             python main.py --arch vgg11 --dataset cifar10 -b 128 --epochs 20 --deconv
+  with BatchNorm:    python main.py --arch vgg11 --dataset cifar10 -b 128 --epochs 20 --lr 0.01
+  resume a run:      python main.py --resume runs/cifar10-vgg11-deconv-mode5/TIME --epochs 40
+  on two GPUs:       CUDA_VISIBLE_DEVICES=0,1 python main.py --arch resnet50 --deconv
+"""
+IMAGENET_EXAMPLES = """examples:
+  train:             python main_imagenet.py -a resnet18d -j 32 --deconv DIR
+  with BatchNorm:    python main_imagenet.py -a resnet18 -j 32 DIR
+  resume a run:      python main_imagenet.py --resume runs/imagenet-resnet18d-deconv-mode5/TIME DIR
+  evaluate on a GPU: python main_imagenet.py -e --gpu 0 -a resnet50 --pretrained DIR
+"""
 
 
 class _ArchAction(argparse.Action):
-    """`--arch NAME`; `--arch help` prints what there is."""
+    """`--arch NAME`; `--arch help` prints a list of the architectures."""
 
     def __init__(
         self, *args: Any, names: Collection[str], describe: Callable[[], str], **kwargs: Any
@@ -51,313 +64,296 @@ def add_network_flags(
     default: str,
     dropout_rate: float | None = 0.0,
 ) -> Callable[..., None]:
-    """The flags about networks that all scripts have; returns what adds further ones.
+    """Add the flags of the network; return the function that adds more of them.
 
     Args:
-        default: architecture.
-        dropout_rate: default; None: as the architecture was published.
+        parser: the parser to extend.
+        architectures: names of all architectures.
+        describe: returns the text of `--arch help`.
+        default: default architecture.
+        dropout_rate: default; None means the rate of the published architecture.
     """
-    arch = {"action": _ArchAction, "names": architectures, "describe": describe, "metavar": "NAME"}
     add = parser.add_group("network")
+    arch = {"action": _ArchAction, "names": architectures, "describe": describe, "metavar": "NAME"}
     add("-a --arch", "architecture; `--arch help` lists them", None, default, **arch)
-    add("--batchnorm", "BatchNorm", str2bool, default_text="True, or False with --deconv True")
-    add("--bias", "bias in convolutions", str2bool, default_text="True, or False with BatchNorm")
+    text = "normalize activations with BatchNorm"
+    add("--batchnorm", text, str2bool, default_text="True, or False with --deconv")
+    text = "give convolutions a bias"
+    add("--bias", text, str2bool, default_text="True, or False with BatchNorm")
     dropout = {"default_text": "as published" if dropout_rate is None else None, "metavar": "P"}
-    text = "dropout before the last layer"
+    text = "dropout probability before the last linear layer, below 1"
     add("--dropout-rate", text, bounded_float(minimum=0, below=1), dropout_rate, **dropout)
     return add
 
 
 def add_method_flag(add: Callable[..., None]) -> None:
+    """Add the flag of the fully connected networks."""
     add(
         "--method",
-        "layers of simple_v1 and mlp: 1 plain, 2 channel deconvolution, 3 joint deconvolution, 4 "
-        "deconvolution in blocks of 32",
+        "layers of simple_v1 and mlp: 1 plain; 2 whiten channels; 3 whiten all features jointly; "
+        "4 whiten features in blocks of 32",
         bounded_int(1, 4),
-        default_text="1, or 3 with --deconv True",
+        default_text="1, or 3 with --deconv",
         metavar="1..4",
     )
 
 
 def add_deconv_flags(parser: Parser, final_block: int) -> None:
-    add = parser.add_group("deconvolution")
-    add("--deconv", "deconvolution in place of BatchNorm", str2bool, False)
+    """Add the flags of the method; `final_block` is the default of --num-groups-final."""
+    add = parser.add_group(
+        "deconvolution",
+        "A deconvolution layer decorrelates the patches that a convolution sees: it multiplies "
+        "them by the inverse square root of their covariance.",
+    )
+    add("--deconv", "replace BatchNorm with deconvolution", str2bool, False)
     add(
         "--mode",
-        "what is whitened: 1 channels, then pixels; 2 pixels; 3 channels; 4 both jointly, over "
-        "every patch; 5 both jointly, over sampled patches",
+        "correlations to remove: 1 between channels, then between pixels; 2 between pixels; 3 "
+        "between channels; 4 between channels and pixels jointly; 5 as 4, with the covariance "
+        "estimated from a sample of the patches",
         bounded_int(1, 5),
         5,
         metavar="1..5",
     )
-    add("--num-groups --block", "channels whitened together", bounded_int(1), 16, metavar="B")
     add(
-        "--num-groups-final --block-fc",
-        "features whitened together before the last linear layer, 0: it is not whitened",
-        bounded_int(0),
-        default_text=f"{final_block}, or 0 without --deconv True",
+        "--num-groups --block",
+        "channels per block; only channels of the same block are decorrelated from each other, and "
+        "larger blocks cost more time",
+        bounded_int(1),
+        16,
         metavar="B",
     )
-    steps = bounded_int(1, 15)  # more would lose accuracy in float32
+    add(
+        "--num-groups-final --block-fc",
+        "features per block at the input of the last linear layer; 0 does not whiten this input",
+        bounded_int(0),
+        default_text=f"{final_block}, or 0 without --deconv",
+        metavar="B",
+    )
     add(
         "--deconv-iter",
-        "Newton-Schulz steps to the inverse root, or whose floor it has, up to 15",
-        steps,
+        "Newton-Schulz iterations for the inverse square root of the covariance, up to 15; more "
+        "whiten directions of low variance more completely. Without --root newton: the number of "
+        "iterations whose result --root approximates",
+        bounded_int(1, MAX_NEWTON_STEPS),
         5,
         metavar="N",
     )
-    add("--stem-iter", "in the first layer", steps, default_text="as --deconv-iter", metavar="N")
     add(
         "--eps",
-        "regularisation of the covariance, in units of variance",
-        bounded_float(minimum=1e-12, below=HUGE),
+        "regularization: added to the diagonal of the covariance, in units of variance",
+        bounded_float(minimum=1e-12, below=FLOAT32_LIMIT),
         1e-2,
         metavar="E",
     )
     add(
         "--stride",
-        "sampled patches lie N strides of the convolution apart",
+        "modes 1, 2, 3 and 5: estimate the covariance from every N-th patch in each direction",
         bounded_int(1),
         3,
         metavar="N",
     )
-    add(
-        "--rows-per-feature",
-        "modes 1, 2 and 5: look at so few patches, spread over images and positions, that a "
-        "batch has N rows (of each block one) for each feature of a matrix; 0: at all that "
-        "--stride leaves",
-        bounded_float(minimum=0),
-        24,
-        metavar="N",
-    )
-    text = (
-        "inverse root of the covariance: Newton-Schulz steps, as published; resolvents, the same "
-        "within 0.75 % for a small part of the price; the Cholesky factor, not symmetric"
-    )
-    add("--root", text, None, "cholesky", choices=("newton", "resolvent", "cholesky"))
-    text = "blocks of neighbouring channels, or channels dealt to them in turn"
-    add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
-    add(
-        "--share-blocks",
-        "the blocks of a layer share one whitening matrix",
-        str2bool,
-        True,
-    )
 
 
 def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
-    """The images of main.py."""
+    """Add the flags of main.py about images."""
     add = parser.add_group("data")
-    add("--dataset", "the images", None, "cifar10", choices=datasets)
+    add("--dataset", "dataset to train and test on", None, "cifar10", choices=datasets)
     add(
         "--data",
-        "where data sets lie or are downloaded to; for `--dataset folder` the folder that holds "
-        "train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take none",
+        "folder of the datasets, where missing ones are downloaded to; for `--dataset folder` the "
+        "folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take none",
         path_name,
         "./data",
         metavar="DIR",
     )
     add(
         "--data-url",
-        "the address of a folder that holds the archives of the data set by their published names, "
-        "to download them from there; checksums are compared all the same",
+        "folder to download from, which holds the archives under their published names; checksums "
+        "are verified all the same",
         mirror_url,
         os.environ.get(MIRROR_VARIABLE) or None,
         default_text=f"${MIRROR_VARIABLE}, or the published address",
         metavar="URL",
     )
-    add(
-        "--image-size",
-        "side that images are brought to, in pixels",
-        bounded_int(MIN_IMAGE_SIZE, 4096),
-        MIN_IMAGE_SIZE,
-        metavar="N",
-    )
-    add_reading_flags(add, 0)
-    add(
-        "-e --evaluate",
-        "only test the network of --resume; all about training is left aside",
-        **YES,
-    )
+    text = "side of the images after resizing, in pixels"
+    add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), MIN_IMAGE_SIZE, metavar="N")
+    _add_reading_flags(add, 0)
+    text = "test the model of --resume and exit; flags about training are ignored"
+    add("-e --evaluate", text, str2bool, False)
 
 
 def add_imagenet_flags(parser: Parser) -> None:
-    """The images of main_imagenet.py, and what is done with them."""
+    """Add the flags of main_imagenet.py about images."""
     add = parser.add_group("data")
-    text = "the folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
+    text = "folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
     add("data", text, path_name, nargs="?", metavar="DIR")
-    add("--dummy", "noise in place of images, for timing without data", **YES)
+    add("--dummy", "train on random noise, to time a step without data", str2bool, False)
     size = bounded_int(MIN_IMAGE_SIZE, 4096)
     add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
-    add_reading_flags(add, os.cpu_count() or 1)
-    text = "only test the network of --resume, or --pretrained; all about training is left aside"
-    add("-e --evaluate", text, **YES)
-    add("--test-run", "only some batches of each epoch, and of each test", str2bool, False)
-    add("--test-iter", "of --test-run: so many", bounded_int(1), 500, metavar="N")
+    _add_reading_flags(add, os.cpu_count() or 1)
+    text = "test the model of --resume or --pretrained and exit; flags about training are ignored"
+    add("-e --evaluate", text, str2bool, False)
+    add("--test-run", "shorten every epoch and every test to --test-iter batches", str2bool, False)
+    add("--test-iter", "batches of a --test-run", bounded_int(1), 500, metavar="N")
 
 
-def add_reading_flags(add: Callable[..., None], workers: int) -> None:
-    """How files of images are read; `workers` is a default."""
-    text = "a image file that cannot be decoded ends the run, or is left out and listed"
+def _add_reading_flags(add: Callable[..., None], workers: int) -> None:
+    """Add the flags about image files; `workers` is the default of --num-workers."""
+    text = "stop at an image file that cannot be decoded, or skip and list it"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
-    text = "processes that load images on this machine, 0: none but those that train"
+    text = "processes that load images on this machine; 0 loads in the training processes"
     add("-j --num-workers --workers", text, bounded_int(0, 1024), workers, metavar="N")
 
 
 def add_training_flags(
     parser: Parser, presets: Collection[str], *, epochs: int, batch_size: int, weight_decay: float
 ) -> None:
-    """How a network is trained; the keywords are defaults."""
+    """Add the flags of training; the keywords are defaults."""
     add = parser.add_group("training")
     if presets:
         add(
             "--preset",
-            "paper, for the paper's tables: --batch-size 128 --wd 1e-3 --num-groups 64 --eps 1e-5 "
-            "--deconv-iter 5 --stem-iter 15 --root resolvent --rows-per-feature 0; flags typed "
-            "beside it win",
+            "paper: the settings of the paper's tables, --batch-size 128 --wd 1e-3 --num-groups 64 "
+            "--eps 1e-5 --deconv-iter 5 --stem-iter 15 --root resolvent --rows-per-feature 0; "
+            "flags on the command line override them",
             choices=presets,
         )
-    add("--epochs", "epochs in all", bounded_int(1), epochs, metavar="N")
-    add(
-        "--start-epoch",
-        "count and schedule as if N epochs were done",
-        bounded_int(0),
-        0,
-        metavar="N",
-    )
-    add(
-        "--max-steps",
-        "stop after N optimizer steps in all; the schedule spans them",
-        bounded_int(1),
-        metavar="N",
-    )
-    text = "images per step, over all devices together"
+    add("--epochs", "total number of epochs", bounded_int(1), epochs, metavar="N")
+    text = "stop after N optimizer steps in total; the learning rate schedule spans them"
+    add("--max-steps", text, bounded_int(1), metavar="N")
+    text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size, metavar="N")
-    text = "cross-entropy, or half the squared distance to the one-hot target"
+    text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
-    add("--optimizer", "update rule", None, "SGD", choices=OPTIMIZERS)
-    rate = bounded_float(above=0, below=HUGE)
-    add("--lr --learning-rate", "learning rate at the start", rate, 0.1, metavar="LR")
-    add("--momentum", "of SGD", bounded_float(minimum=0, below=1), 0.9, metavar="M")
+    add("--optimizer", "optimizer", None, "SGD", choices=OPTIMIZERS)
+    rate = bounded_float(above=0, below=FLOAT32_LIMIT)
+    add("--lr --learning-rate", "initial learning rate", rate, 0.1, metavar="LR")
+    add("--momentum", "momentum of SGD", bounded_float(minimum=0, below=1), 0.9, metavar="M")
     decay = {"metavar": "W", "dest": "weight_decay"}
-    add(
-        "--wd --weight-decay",
-        "weight decay",
-        bounded_float(minimum=0, below=HUGE),
-        weight_decay,
-        **decay,
-    )
+    bounds = bounded_float(minimum=0, below=FLOAT32_LIMIT)
+    add("--wd --weight-decay", "weight decay", bounds, weight_decay, **decay)
     add(
         "--lr-scheduler",
-        "cosine falls to 0 step by step over the run, multistep drops at the milestones, step "
-        "every so many epochs",
+        "cosine: decay to 0 over the run, step by step; multistep: multiply by --multistep-gamma "
+        "at each --milestone; step: the same every --scheduler-step-size epochs",
         None,
         "cosine",
         choices=SCHEDULES,
     )
     add(
         "--milestone",
-        "of multistep: epochs (60 80) or fractions of the run (.5 .75); a single fraction repeats, "
-        "0.4 again at 0.8",
+        "milestones of multistep, in epochs (60 80) or as fractions of the run (0.5 0.75); a "
+        "single fraction repeats: 0.4 also stands for 0.8",
         bounded_float(minimum=1e-3),
         [0.4],
         default_text=0.4,
         nargs="+",
         metavar="M",
     )
-    add(
-        "--multistep-gamma", "factor at a drop", bounded_float(above=0, maximum=1), 0.1, metavar="G"
-    )
-    add("--scheduler-step-size", "of step: epochs between drops", bounded_int(1), 30, metavar="N")
-    add(
-        "--warmup-epochs",
-        "epochs, or a part of one, in which the learning rate climbs to --lr",
-        bounded_float(minimum=0),
-        0.0,
-        metavar="N",
-    )
-    add("--seed", "same seed, same result", bounded_int(0, 2**62), 0, metavar="N")
+    text = "factor of the learning rate at a milestone"
+    add("--multistep-gamma", text, bounded_float(above=0, maximum=1), 0.1, metavar="G")
+    text = "epochs between two drops of the schedule step"
+    add("--scheduler-step-size", text, bounded_int(1), 30, metavar="N")
+    text = "epochs, or a fraction of one, over which the learning rate rises linearly to --lr"
+    add("--warmup-epochs", text, bounded_float(minimum=0), 0.0, metavar="N")
+    text = "random seed; runs with the same seed and the same flags agree"
+    add("--seed", text, bounded_int(0, 2**62), 0, metavar="N")
 
 
 def add_device_flags(parser: Parser) -> None:
-    """What computes, and how."""
-    add = parser.add_group("devices")
-    add(
-        "--use-gpu",
-        "train on GPUs: all that are visible",
-        str2bool,
-        default_text="if there are any",
-    )
-    add("--gpu", "only on the GPU of this number", bounded_int(0, 1023), metavar="N")
-    add(
-        "--threads",
-        "CPU threads of PyTorch",
-        bounded_int(1, 1024),
-        default_text="as PyTorch chooses",
-        metavar="N",
-    )
-    text = "mixed precision; whitening stays in float32"
+    """Add the flags of devices."""
+    add = parser.add_group("device")
+    text = "train on all visible GPUs"
+    add("--use-gpu", text, str2bool, default_text="True if there is any")
+    add("--gpu", "train on the GPU of this index only", bounded_int(0, 1023), metavar="N")
+    text = "CPU threads of PyTorch per process"
+    add("--threads", text, bounded_int(1, 1024), default_text="PyTorch's choice", metavar="N")
+    text = "dtype of mixed precision training; statistics and whitening stay in float32"
     add("--amp", text, None, "off", choices=tuple(PRECISIONS))
-    alone = {"nargs": "?", "const": True}  # the flag without a value means True
-    text = "images in memory pixel by pixel, faster on some devices"
-    add("--channels-last", text, str2bool, False, **alone)
-    add("--compile", "translate the network with torch.compile", str2bool, False, **alone)
-    add(
-        "--cuda-graphs",
-        "record the kernels of a training step once and replay them, so that a GPU need not wait "
-        "for each",
-        str2bool,
-        default_text="on one GPU, unless --compile is given",
-    )
-    text = "only operations that give the same bits each time, on GPUs too; slower"
-    add("--deterministic", text, str2bool, False, **alone)
-    add(
-        "--sync-stats",
-        "whiten by the statistics of the whole batch; False: each device by those of its share",
-        str2bool,
-        True,
-    )
-    add("--multiprocessing-distributed", "one process for each GPU, as is the default", **YES)
-    machines = "machines that train together, see also torchrun"
-    add("--world-size", machines, bounded_int(1, 10**5), default_text=1, metavar="N")
-    add("--rank", "number of this machine, from 0", bounded_int(0, 10**5), metavar="N")
-    text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
-    add("--dist-url", text, rendezvous_url, metavar="URL")
-    text = "how processes talk"
-    add("--dist-backend", text, default_text="nccl on GPUs, else gloo", choices=("nccl", "gloo"))
+    add("--compile", "compile the network with torch.compile", str2bool, False)
 
 
 def add_output_flags(parser: Parser) -> None:
+    """Add the flags of what a run writes and resumes."""
     add = parser.add_group("output")
     add(
         "--out",
-        "runs go to DIR/<dataset>-<arch>-<kind>/<time>/, cached statistics of data sets to DIR",
+        "write runs to DIR/<dataset>-<arch>-<kind>/<time>/ and cached dataset statistics to DIR",
         path_name,
         default_text="./runs, or the parent of the run's folder",
         metavar="DIR",
     )
-    add("--run-dir", "the run goes exactly here instead", path_name, metavar="DIR")
+    add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
     add(
         "--resume",
-        "continue from a checkpoint, or the last one of a run's folder, to --epochs in all, in its "
-        "folder unless --run-dir is given; auto: from that of --run-dir, if there is one yet. "
-        "Flags left out are the checkpoint's, but for places and those about GPUs and machines; "
-        "--max-steps goes when --epochs is typed. With more epochs than before the schedule is "
-        "that of the new total, so the rate rises to its curve",
+        "checkpoint to continue from, up to --epochs in total, or a run's folder for its newest "
+        "checkpoint; auto: the newest in --run-dir, or a fresh start if there is none. Flags that "
+        "are left out are taken from the checkpoint, except paths and flags about GPUs and "
+        "machines. --epochs clears --max-steps and stretches the learning rate schedule",
         path_name,
         metavar="FILE",
     )
-    add(
-        "--checkpoint-epoch",
-        "also keep checkpoint_<epoch>.pth.tar every N epochs, 0: never",
-        bounded_int(0),
-        0,
-        metavar="N",
-    )
-    text = "save the checkpoint every N optimizer steps as well, 0: after each epoch only"
-    add("--checkpoint-steps", text, bounded_int(0), 0, metavar="N")
-    text = "steps between two rows of train_batch.log, points in TensorBoard, lines without a bar"
+    text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
+    add("--checkpoint-epoch", text, bounded_int(0), 0, metavar="N")
+    text = "steps between two rows of train_batch.log, TensorBoard points or printed lines"
     add("-p --print-freq", text, bounded_int(1), 10, metavar="N")
-    add("--msg", "print a line per batch", str2bool, False)
+    add("--msg", "print one line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)
     add("--tensorboardX --tensorboard", "write TensorBoard events", str2bool, True)
+
+
+def add_advanced_flags(parser: Parser) -> None:
+    """Add the flags that few runs need."""
+    add = parser.add_group("advanced: deconvolution")
+    steps = bounded_int(1, MAX_NEWTON_STEPS)
+    text = "--deconv-iter of the first layer"
+    add("--stem-iter", text, steps, default_text="as --deconv-iter", metavar="N")
+    add(
+        "--root",
+        "algorithm for the inverse square root of the covariance: newton, the published "
+        "Newton-Schulz iteration; resolvent, the same within 0.75 % and faster for large blocks; "
+        "cholesky, the fastest, which whitens with a triangular factor in place of the root",
+        None,
+        "cholesky",
+        choices=("newton", "resolvent", "cholesky"),
+    )
+    add(
+        "--rows-per-feature",
+        "modes 1, 2 and 5: estimate a covariance of F features from about N * F patches of a "
+        "batch, spread over images and positions; 0 uses every patch that --stride selects",
+        bounded_float(minimum=0),
+        24,
+        metavar="N",
+    )
+    text = "make blocks of adjacent channels, or deal channels to the blocks in turn"
+    add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
+    text = "use one whitening matrix for all blocks of a layer; False: one for each block"
+    add("--share-blocks", text, str2bool, True)
+    text = "compute statistics over the batch of all devices; False: each device over its own part"
+    add("--sync-stats", text, str2bool, True)
+
+    add = parser.add_group("advanced: training and output")
+    text = "start the epoch count and the learning rate schedule after N epochs"
+    add("--start-epoch", text, bounded_int(0), 0, metavar="N")
+    text = "save the checkpoint every N optimizer steps, too; 0 saves after each epoch only"
+    add("--checkpoint-steps", text, bounded_int(0), 0, metavar="N")
+
+    add = parser.add_group("advanced: devices and machines")
+    text = "store images and 4-d weights in channels_last memory format, faster on some devices"
+    add("--channels-last", text, str2bool, False)
+    text = "capture a training step as a CUDA graph, which saves the time to launch kernels"
+    default = "True on one GPU without --compile"
+    add("--cuda-graphs", text, str2bool, default_text=default)
+    text = "use only operations with reproducible results, on GPUs too; slower"
+    add("--deterministic", text, str2bool, False)
+    text = "start one process per GPU; always on"
+    add("--multiprocessing-distributed", text, str2bool, False, default_text="")
+    text = "number of machines that train together; torchrun needs no such flag"
+    add("--world-size", text, bounded_int(1, 10**5), default_text=1, metavar="N")
+    add("--rank", "index of this machine, from 0", bounded_int(0, 10**5), metavar="N")
+    text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
+    add("--dist-url", text, rendezvous_url, metavar="URL")
+    text = "communication backend"
+    default = "nccl on GPUs, else gloo"
+    add("--dist-backend", text, default_text=default, choices=("nccl", "gloo"))

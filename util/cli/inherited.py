@@ -1,4 +1,4 @@
-"""TODO: util/cli/inherited.py."""
+"""Flags that a resumed run takes over from its checkpoint, and those that must not change."""
 
 from __future__ import annotations
 
@@ -9,16 +9,21 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from util.checkpoint.store import list_checkpoints, load_checkpoint, load_newest
+from util.checkpoint.store import (
+    check_compatible,
+    list_checkpoints,
+    load_checkpoint,
+    load_newest,
+)
 from util.checkpoint.validators import describe
 from util.cli.parser import Parser
 from util.cli.script import Script
 from util.console import print_line
 from util.errors import CheckpointError
 
-# What a continued run takes from its command line only, and what else may differ from before.
+# Never inherited. A file must not choose which paths are read and written, nor the machines.
 OF_THIS_MACHINE = {
-    *("resume", "run_dir", "data", "data_url", "out"),  # a file must not say what is touched
+    *("resume", "run_dir", "data", "data_url", "out"),
     *("use_gpu", "gpu", "start_epoch"),
     *("evaluate", "pretrained"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
@@ -28,8 +33,7 @@ MAY_CHANGE = OF_THIS_MACHINE | {
     *("deterministic", "compile", "cuda_graphs", "channels_last"),
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }
-
-# What must be as it was where a network is only tested: itself, and what it is tested by.
+# All that --evaluate inherits: the flags of the model and of its test.
 OF_NETWORK = {
     *("dataset", "loss"),
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
@@ -39,72 +43,104 @@ OF_NETWORK = {
 
 
 def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
-    """The checkpoint that --resume asks for, whose file takes its place; None for a fresh start.
+    """Load the checkpoint of --resume; return None for a fresh start.
 
-    A folder, that of a run, stands for its newest checkpoint that can be read; `auto` for the
-    folder of --run-dir, or a fresh start where that has none.
+    A run's folder stands for its newest readable checkpoint. `auto` stands for the folder of
+    --run-dir, or for a fresh start if that holds no checkpoint.
+
+    Args:
+        script: the command line.
+        typed: the typed flags; "resume" becomes the file that was loaded, or is removed.
 
     Raises:
-        SystemExit: code 2, `auto` without --run-dir.
-        CheckpointError: there is none that can be read.
+        SystemExit: code 2, `--resume auto` without --run-dir.
+        CheckpointError: no checkpoint can be read.
     """
-    asked = typed.get("resume")
-    if asked == "auto":
+    path = typed.get("resume")
+    if path == "auto":
         if "run_dir" not in typed:
-            script.parser.error(
-                "--resume auto needs --run-dir, the folder whose checkpoint it looks for"
-            )
-        asked = typed["run_dir"]
-        if not list_checkpoints(asked):
+            script.parser.error("--resume auto needs --run-dir, the folder to search for one")
+        path = typed["run_dir"]
+        if not list_checkpoints(path):
             del typed["resume"]
             return None
-        typed.pop("start_epoch", None)  # of the first start
-    if asked is None or not os.path.isdir(asked):
-        return None if asked is None else _load(script, asked)
-    path, saved, faults = load_newest(asked, partial(_load, script))
+        typed.pop("start_epoch", None)  # applied to the first start only
+    if path is None:
+        return None
+    if not os.path.isdir(path):
+        return _load(script, path)
+    path, saved, errors = load_newest(path, partial(_load, script))
     typed["resume"] = str(path)
-    for fault in faults:
-        print_line(f"warning: {fault}")
-    if faults:
-        print_line(f"going on from {path}, step {saved['step']}")
+    for error in errors:
+        print_line(f"warning: {error}")
+    if errors:
+        print_line(f"resuming from {path}, step {saved['step']}")
     return saved
 
 
 def _load(script: Script, path: str | Path) -> dict[str, Any]:
-    """The checkpoint at `path`, with settings that could have been typed."""
+    """Load a checkpoint whose flags could have been typed."""
     saved = load_checkpoint(path, "cpu")
     check_config(script, saved["config"], path)
     return saved
 
 
 def check_config(script: Script, config: Mapping[str, Any], file: str | Path) -> None:
-    """See that the settings in a checkpoint, the content of `file`, could have been typed.
+    """Check that the flags in a checkpoint could have been typed.
+
+    Args:
+        script: the command line.
+        config: the flags in the checkpoint.
+        file: name of the checkpoint, for the error.
 
     Raises:
-        CheckpointError: naming the first that could not.
+        CheckpointError: names the first flag that could not have been typed.
     """
     parser = script.parser
     for name, value in config.items():
-        known = name in parser.spelling and name not in OF_THIS_MACHINE
-        if known and value is not None and (fault := parser.explain_misfit(name, value)):
-            raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {fault}")
+        is_known = name in parser.spelling and name not in OF_THIS_MACHINE
+        if is_known and (reason := parser.explain_misfit(name, value)):
+            raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {reason}")
     if (arch := config.get("arch")) not in script.architectures:
-        fault = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
-        raise CheckpointError(f"{file}: damaged or foreign content: {fault}")
+        reason = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
+        raise CheckpointError(f"{file}: damaged or foreign content: {reason}")
 
 
-def refuse_other_data(
+def inherit_flags(config: Mapping[str, Any], typed: Collection[str], parser: Parser) -> dict:
+    """Return the flags that a resumed run takes over from `config`, those of its checkpoint."""
+    names = parser.spelling.keys() - OF_THIS_MACHINE
+    if "evaluate" in typed:
+        names &= OF_NETWORK
+    if "epochs" in typed:  # or an inherited --max-steps would end the run early
+        names -= {"max_steps"}
+    return {name: config[name] for name in names & config.keys()}
+
+
+def check_unchanged(
     flags: Namespace, typed: Collection[str], config: Mapping[str, Any], parser: Parser
 ) -> None:
-    """End where a run would look for its images, or download them, elsewhere than before."""
-    before, here = config.get("data"), "data" in typed or getattr(flags, "dummy", False)
-    if type(before) is str and before != flags.data and not here:
+    """Check that a resumed run uses the data and the flags that its checkpoint was trained with.
+
+    Args:
+        flags: the flags of this run.
+        typed: names of the flags on the command line.
+        config: the flags in the checkpoint.
+        parser: knows the spelling of the flags.
+
+    Raises:
+        SystemExit: code 2, the images would be read from another place.
+        CheckpointError: names the first flag that differs.
+    """
+    trained_on, is_chosen = config.get("data"), "data" in typed or getattr(flags, "dummy", False)
+    if type(trained_on) is str and trained_on != flags.data and not is_chosen:
         parser.error(
-            f"--resume {flags.resume}: was trained with {parser.spelling['data']} {before}; "
-            "places are not taken from a checkpoint, so say where the images are"
+            f"--resume {flags.resume}: was trained with {parser.spelling['data']} {trained_on}; "
+            f"paths are not taken from a checkpoint, so give {parser.spelling['data']} again"
         )
-
-
-def _spell(parser: Parser, flags: Mapping[str, Any], names: Collection[str]) -> dict[str, Any]:
-    """Those of the flags that `names` has and the parser knows, as they are typed."""
-    return {spelt: flags.get(name) for name, spelt in parser.spelling.items() if name in names}
+    names = OF_NETWORK if flags.evaluate else parser.spelling.keys() - MAY_CHANGE
+    names = names & config.keys()  # a checkpoint lacks the flags that were added after it
+    before, now = (
+        {parser.spelling[name]: settings[name] for name in parser.spelling if name in names}
+        for settings in (config, vars(flags))
+    )
+    check_compatible(before, now)

@@ -110,6 +110,8 @@ class Parser(argparse.ArgumentParser):
     def explain_misfit(self, name: str, value: Any) -> str:
         """Return why `value` could not have been typed for the flag `name`; "" if it could."""
         action = next(action for action in self._actions if action.dest == name)
+        if value is None and action.default is None:  # nothing was typed
+            return ""
         if action.nargs == "+" and type(value) is list and value:
             return next(filter(None, (_explain_misfit(action, item) for item in value)), "")
         return _explain_misfit(action, value)
@@ -131,7 +133,7 @@ class Parser(argparse.ArgumentParser):
             **kwargs: Any,
         ) -> None:
             default_text = default if default_text is None else default_text
-            text = text if default_text in (None, "") else f"{text} ({default_text})"
+            text = text if default_text in (None, "") else f"{text} (default: {default_text})"
             text = text.replace("%", "%%")
             if parse is not None:
                 kwargs["type"] = parse

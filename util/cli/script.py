@@ -1,4 +1,4 @@
-"""TODO: util/cli/script.py."""
+"""Declaration of a script's command line, and the presets."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from util.cli.parser import Parser
 
-# The settings of the paper's tables. Flags typed beside `--preset` win.
+# Settings of the paper's tables. Flags typed along with `--preset` override them.
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {
         "batch_size": 128,
@@ -23,22 +23,22 @@ PRESETS: dict[str, dict[str, Any]] = {
     }
 }
 
-Rules = Iterator[tuple[str, bool, str]]  # flag, is it all right, else what is wrong with it
-Architectures = Mapping[str, Collection[str]]  # name -> options it takes: method, dropout_rate, ...
+Rules = Iterator[tuple[str, bool, str]]  # (flag, whether its value is allowed, error if it is not)
+ArchitectureOptions = Mapping[str, Collection[str]]  # architecture -> "method", "dropout_rate", ...
 
 
 @dataclass(frozen=True)
 class Script:
-    """What `read_settings` must know about a script.
+    """Command line of a script, as `read_settings` needs it.
 
     Attributes:
-        parser: with all its flags.
-        architectures: the options that each architecture takes.
-        final_block: --num-groups-final with deconvolution.
-        rules: its own, on (flags).
+        parser: parser with all flags of the script.
+        architectures: the options that each architecture accepts.
+        final_block: default of --num-groups-final with --deconv, in features.
+        rules: rules of this script alone, a function of the flags.
     """
 
     parser: Parser
-    architectures: Architectures
+    architectures: ArchitectureOptions
     final_block: int = 512
     rules: Callable[[Namespace], Rules] = lambda flags: iter(())

@@ -1,7 +1,4 @@
-"""From what was typed to the settings of a run.
-
-No flag is parsed and ignored: one that would do nothing or contradicts another is refused by name.
-"""
+"""Settings of a run: typed flags, preset, checkpoint and defaults in one namespace."""
 
 from __future__ import annotations
 
@@ -10,63 +7,50 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.checkpoint.store import check_compatible
 from util.cli.flag_rules import describe_value, find_fault
-from util.cli.inherited import (
-    MAY_CHANGE,
-    OF_NETWORK,
-    OF_THIS_MACHINE,
-    _spell,
-    load_saved,
-    refuse_other_data,
-)
+from util.cli.inherited import check_unchanged, inherit_flags, load_saved
 from util.cli.script import PRESETS, Script
 
 
-def read_settings(
-    script: Script, argv: Sequence[str] | None = None
-) -> tuple[Namespace, dict[str, Any] | None]:
-    """All flags, checked, and with --resume the checkpoint; touches neither data nor folders.
+def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[str, Any] | None]:
+    """Return all flags, checked, and the checkpoint of --resume.
 
-    What is typed comes before the preset, that before the checkpoint's own flags, those before the
-    defaults.
+    Typed flags override the preset, which overrides the checkpoint, which overrides the defaults.
+    No flag is ignored: one that would have no effect or contradicts another is refused.
+
+    Args:
+        script: the command line.
+        argv: the words of the command line, without the name of the script.
 
     Raises:
-        SystemExit: code 2, with one line about the flag that is at fault.
+        SystemExit: code 2, with one line that names the flag, its value and the remedy.
         CheckpointError: the checkpoint cannot be read, or was trained with other flags.
     """
     parser = script.parser
     typed = parser.parse_typed(argv)
     saved = load_saved(script, typed)
-    defaults = parser.defaults()
-    config = {
-        name: defaults.get(name) if value is None else value
-        for name, value in (saved["config"] if saved else {}).items()
-    }
-    inherited = {name: config[name] for name in (defaults.keys() & config.keys()) - OF_THIS_MACHINE}
-    if typed.get("evaluate"):
-        inherited = {name: inherited[name] for name in OF_NETWORK & inherited.keys()}
-    if "epochs" in typed:  # else a --max-steps of before would still end the run
-        inherited.pop("max_steps", None)
+    inherited = inherit_flags(saved["config"], typed, parser) if saved else {}
     preset = PRESETS[typed["preset"]] if "preset" in typed else {}
-    flags = Namespace(**{**defaults, **inherited, **preset, **typed})
+    flags = Namespace(**{**parser.defaults(), **inherited, **preset, **typed})
     resolve_flags(flags, typed, script)
     if fault := find_fault(flags, typed, script):
-        name, text = fault
-        parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {text}")
+        name, reason = fault
+        parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {reason}")
     if saved:
-        refuse_other_data(flags, typed, config, parser)
-        # A flag that is younger than the checkpoint has nothing to be compared with.
-        current = {name: value for name, value in vars(flags).items() if name in config}
-        only = OF_NETWORK if typed.get("evaluate") else parser.spelling.keys() - MAY_CHANGE
-        check_compatible(_spell(parser, config, only), _spell(parser, current, only))
+        check_unchanged(flags, typed, saved["config"], parser)
     return flags, saved
 
 
 def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
-    """Set the flags whose defaults follow from others, in place. `typed` names the typed ones."""
-    by_method = "method" in script.architectures[flags.arch]
-    if by_method:
+    """Set the flags whose defaults depend on other flags, in place.
+
+    Args:
+        flags: all flags.
+        typed: names of the flags on the command line.
+        script: the command line.
+    """
+    has_method = "method" in script.architectures[flags.arch]
+    if has_method:
         flags.method = flags.method or (3 if flags.deconv else 1)
         flags.deconv = flags.deconv if "deconv" in typed else flags.method != 1
     elif flags.num_groups_final is None:
@@ -74,14 +58,14 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
     if flags.batchnorm is None:
         flags.batchnorm = not flags.deconv and flags.arch != "simple_v1"
     if flags.bias is None:
-        flags.bias = by_method or not flags.batchnorm
+        flags.bias = has_method or not flags.batchnorm
     if flags.out is None:
         run_dir = flags.run_dir or (flags.resume and Path(flags.resume).resolve().parent)
         flags.out = str(Path(run_dir).parent) if run_dir else "./runs"
 
 
 def choose_layers(flags: Namespace) -> dict[str, Any]:
-    """The flags about layers, by the names that the makers of layers give them."""
+    """Return the flags about layers as the keyword arguments of `models.make_layers`."""
     return {
         "deconv": flags.deconv,
         "mode": flags.mode,

@@ -39,7 +39,7 @@ def test_help_fits_the_terminal_and_breaks_no_flag(parser, monkeypatch):
 
 def test_help_tells_the_default_or_what_stands_for_it_and_bears_a_percent_sign(parser):
     text = " ".join(parser.format_help().split())
-    assert "of 100 % (5)" in text and "images (as many as fit)" in text
+    assert "of 100 % (default: 5)" in text and "images (default: as many as fit)" in text
 
 
 def test_an_error_is_one_line_and_exit_code_two(parser, capsys):

@@ -159,7 +159,7 @@ def test_a_checkpoint_chooses_neither_what_is_read_nor_where_is_written(tmp_path
     path = save_checkpoint(state, tmp_path)
     with pytest.raises(SystemExit):
         read_settings(main.build_script(), ["--resume", str(path)])
-    assert f"was trained with --data {far}; places are not taken" in capsys.readouterr().err
+    assert f"was trained with --data {far}; paths are not taken" in capsys.readouterr().err
     flags, _ = read_settings(main.build_script(), ["--resume", str(path), "--data", "here"])
     assert far not in vars(flags).values() and not (tmp_path / "far").exists()
     assert (flags.data, flags.out) == ("here", str(tmp_path.parent))
