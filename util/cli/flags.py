@@ -162,7 +162,8 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add(
         "--data",
         "folder of the datasets, where missing ones are downloaded to; for `--dataset folder` the "
-        "folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take none",
+        "folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take "
+        "none",
         path_name,
         "./data",
         metavar="DIR",
