@@ -1,11 +1,11 @@
-"""What the processes of a run tell each other in a step, network by network, as a Markdown table.
+"""Message sizes of distributed training per step and network, as a Markdown table.
 
     python scripts/bench/messages.py                     the networks of docs/scaling.md
     python scripts/bench/messages.py resnet18d:64 vgg16:8
 
-Gradients are sent once a step, statistics in the forward and again in the backward. A ring of N
-processes sends and receives 2 (N-1)/N times as much through each of them. Rows are the sampled
-patches, for each image of 32 or 224 pixels a side, that the published layer keeps for its
+Gradients are sent once per step, statistics once in the forward and once in the backward. A ring of
+N processes moves 2 (N-1)/N times these bytes through each process. The last column is the size of
+the sampled patches per image of 32 or 224 pixels a side; the published layer keeps them for its
 backward.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv.ops.covariance import count_patches
 from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
 
-BYTES = 4  # of a float32 number
+BYTES = 4  # per float32 number
 SHOWN = (
     *("vgg11:16", "resnet18:16", "resnet18:64", "densenet121:16"),
     *("vgg11d:16", "resnet18d:16", "resnet18d:64", "resnet50d:16", "resnet50d:64"),
@@ -32,17 +32,20 @@ SHOWN = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Print a row per network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", type=int, default=5, help="of the deconvolution (5)")
-    parser.add_argument("--own", action="store_true", help="a matrix for each block")
+    parser.add_argument("--mode", type=int, default=5, help="mode of deconvolution (5)")
+    parser.add_argument("--own", action="store_true", help="one matrix per block")
     parser.add_argument("networks", nargs="*", default=SHOWN, metavar="NAME:BLOCK")
     flags = parser.parse_args(argv)
-    print("| network | block | gradients | statistics | of the gradients | messages | rows |")
+    print(
+        "| network | block | gradients | statistics | statistics / gradients | messages | patches |"
+    )
     print("|---|---|---|---|---|---|---|")
     for text in flags.networks:
         name, _, block = text.partition(":")
         if not block.isdigit() or int(block) < 1:
-            parser.error(f"expected NAME:BLOCK, as resnet18d:64, got {text!r}")
+            parser.error(f"expected NAME:BLOCK such as resnet18d:64, got {text!r}")
         try:
             model = build(name, flags.mode, int(block), shared=not flags.own)
         except ValueError as error:
@@ -52,12 +55,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         print(
             f"| {name} | {block} | {gradients / 1e6:.1f} MB | {sum(sizes) / 1e6:.1f} MB "
             f"| {100 * sum(sizes) / gradients:.0f} % | {2 * len(sizes)} "
-            f"| {BYTES * row_size(model, 32 if name in ARCHITECTURES else 224) / 1e6:.1f} MB |"
+            f"| {BYTES * patch_size(model, 32 if name in ARCHITECTURES else 224) / 1e6:.1f} MB |"
         )
 
 
 def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
-    """A network that is described, not held in memory."""
+    """Build a network on the meta device."""
     small = name in ARCHITECTURES
     final = 512 if small else 32
     layers = make_layers(
@@ -73,7 +76,7 @@ def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
 
 
 def message_sizes(model: nn.Module) -> list[int]:
-    """Numbers in each message of a forward: 1 + means + matrices, for every axis of a layer."""
+    """Return the numbers per message of a forward: count, means and matrices of every axis."""
     return [
         1 + module.running_mean.numel() + getattr(module, f"running_cov_{axis}").numel()
         for module in model.modules()
@@ -82,9 +85,9 @@ def message_sizes(model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def row_size(model: nn.Module, side: int) -> float:
-    """Numbers in the sampled patches of all layers, for one of a batch of images."""
-    sizes, images = [], 9  # so many that no layer is short of rows
+def patch_size(model: nn.Module, side: int) -> float:
+    """Return the numbers in the sampled patches of all layers, per image."""
+    sizes, images = [], 9  # enough images for every layer to subsample
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0] if inputs[0].dim() > 2 else inputs[0].unsqueeze(-1)

@@ -1,19 +1,21 @@
-"""Whole training steps, each network beside itself with BatchNorm, as a Markdown table.
+"""Time whole training steps against the same network with BatchNorm; print a Markdown table.
 
     python scripts/bench/steps.py                                  VGG-11, mode 5, blocks of 16
     python scripts/bench/steps.py --arch vgg11 resnet18 --mode 5 3 --block 16 64 --json steps.json
     python scripts/bench/steps.py --option shared=False --against plain --device cpu --threads 2
     python scripts/bench/steps.py --against plain --fuse --rounds 2 --eval-rounds 81
 
-A case is a network, mode, block, batch size and precision. Its two networks take their steps in
-turn in one process, in changing order, so that whatever else the machine does meets both: the ratio
-is the median over the pairs of steps, its quartiles in brackets. A step is zero_grad, forward,
-loss, backward and SGD, on random images that lie in place; `eval` is a forward in evaluation,
-with --fuse of the networks as `deconv.fuse` makes them, whose convolutions then have biases like
-those of --against plain. Gradients are looked at as in a run, but for --against unchecked: that is
-the network with deconvolution beside itself.
-Memory is the most that training steps take in a process of their own: on a GPU all tensors, on a
-CPU what the process has grown by since the imports (Linux only).
+A case is a network, mode, block, batch size and precision. The two networks of a case take steps in
+turn in one process, in alternating order, so other work on the machine affects both alike. The
+ratio is the median over the pairs of steps, with its quartiles in brackets.
+
+- A training step is zero_grad, forward, loss, backward and SGD, on random images already on the
+  device. Gradients are checked as in a run.
+- `eval` is a forward in evaluation. With --fuse, `deconv.fuse` first folds the whitening into the
+  convolutions, which then have biases like those of --against plain.
+- --against unchecked compares deconvolution with itself without the check of the gradients.
+- Memory is the peak of training steps in a fresh process: all tensors on a GPU; on a CPU the growth
+  of the process since the imports (Linux only).
 """
 
 from __future__ import annotations
@@ -54,7 +56,7 @@ OURS, UNCHECKED = "deconv", "unchecked"
 TITLES = {"bn": "BatchNorm", "plain": "plain", UNCHECKED: "deconv unchecked", OURS: "deconv"}
 AMP = {"float32": "off", "bf16": "bf16"}
 MEMORY_STEPS = 3
-# Keywords of FastDeconv that --option may set: those without a flag of their own.
+# Keywords of FastDeconv that --option may set; the others have flags.
 OPTIONS = [
     name
     for name, parameter in signature(FastDeconv).parameters.items()
@@ -65,7 +67,7 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A network and how it trains; the names are those of the flags."""
+    """A network and its training; each field is named after its flag."""
 
     arch: str
     mode: int
@@ -74,11 +76,13 @@ class Case:
     dtype: str
 
     def flags(self) -> list[str]:
-        named = asdict(self).items()
-        return [word for name, v in named for word in (f"--{name.replace('_', '-')}", str(v))]
+        """Return the flags that select this case."""
+        items = asdict(self).items()
+        return [word for name, v in items for word in (f"--{name.replace('_', '-')}", str(v))]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Measure the cases of a command line."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     flags = parser.parse_args(words)
@@ -89,13 +93,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None:
-    """Measure all cases, and print a row for each.
+    """Measure all cases and print a row for each.
 
     Raises:
-        RunError: training steps cannot be replayed as --cuda-graphs wants.
+        RunError: --cuda-graphs cannot capture the training steps.
     """
     device = find_device(parser, flags)
-    choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # before anything is measured
+    choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # fail before any measurement
     cases = [
         Case(*values) for values in product(*(getattr(flags, n) for n in Case.__annotations__))
     ]
@@ -110,60 +114,83 @@ def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None
         kinds = {} if flags.no_memory else {"base": flags.against, OURS: OURS}
         memory = {name: ask_memory(words, case, kind) for name, kind in kinds.items()}
         rows.append({**asdict(case), **measure_times(case, flags, device), "memory_mb": memory})
-        print(format_row(rows[-1], flags.against), flush=True)
+        print(format_row(rows[-1]), flush=True)
         if flags.json:
             write_json(flags.json, {"environment": environment, "flags": vars(flags), "rows": rows})
 
 
 def make_parser() -> Parser:
-    parser = Parser("benchmark.py", __doc__.splitlines()[0])
-    add = parser.add_group("cases: every combination")
+    """Return the parser of all flags."""
+    parser = Parser("steps.py", __doc__.splitlines()[0])
+    add = parser.add_group("cases (all combinations)")
     several = {"nargs": "+"}
     add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
-    add("--batch-size", "images in a step", bounded_int(1), [128], "128", metavar="N", **several)
-    add("--dtype", "bf16 is autocast", None, ["float32"], "float32", choices=tuple(AMP), **several)
-    add("--mode", "of the deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
+    add("--batch-size", "images per step", bounded_int(1), [128], "128", metavar="N", **several)
+    add(
+        "--dtype",
+        "precision; bf16 means autocast",
+        None,
+        ["float32"],
+        "float32",
+        choices=tuple(AMP),
+        **several,
+    )
+    add("--mode", "modes of deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
     add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
-    add("--against", "the network beside it", None, "bn", choices=("bn", "plain", UNCHECKED))
+    add("--against", "network to compare with", None, "bn", choices=("bn", "plain", UNCHECKED))
     add_layer_flags(parser)
     add_run_flags(parser)
-    add = parser.add_group("measuring")
-    add("--compile", "by torch.compile", str2bool, False, nargs="?", const=True)
-    text = "training steps recorded once and replayed"
-    add("--cuda-graphs", text, str2bool, default_text="on a GPU, unless --compile is given")
+    add = parser.add_group("measurement")
+    add(
+        "--compile",
+        "compile both networks with torch.compile",
+        str2bool,
+        False,
+        nargs="?",
+        const=True,
+    )
+    text = "capture training steps as CUDA graphs"
+    add("--cuda-graphs", text, str2bool, default_text="on a GPU without --compile")
     add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
-    add("--no-memory", "leave memory out, which takes seconds a case", action="store_true")
-    add("--json", "write all times to this file", Path, metavar="FILE")
+    add("--no-memory", "skip the measurement of memory", action="store_true")
+    add("--json", "write all times to FILE", Path, metavar="FILE")
     add("--memory-of", argparse.SUPPRESS, choices=tuple(TITLES))
     return parser
 
 
 def add_layer_flags(parser: Parser) -> None:
-    """The flags of layers and images that all cases share."""
+    """Add the flags of layers and images that all cases share."""
     add = parser.add_group("layers and images")
     add("--block-fc", "features whitened together before the last layer", bounded_int(0), None, 512)
-    add("--eps", "regularisation, in units of variance", bounded_float(above=0), 1e-2)
-    text = f"further keywords of FastDeconv: {', '.join(OPTIONS)}"
+    add("--eps", "regularization, in units of variance", bounded_float(above=0), 1e-2)
+    text = f"other keywords of FastDeconv: {', '.join(OPTIONS)}"
     add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
-    add("--image-size", "side of the images, in pixels", bounded_int(1), 32, metavar="N")
-    add("--classes", "", bounded_int(1), 10, metavar="N")
+    add("--image-size", "side of the images in pixels", bounded_int(1), 32, metavar="N")
+    add("--classes", "number of classes", bounded_int(1), 10, metavar="N")
     add("--in-channels", "channels of the images", bounded_int(1), 3, metavar="N")
 
 
 def add_run_flags(parser: Parser) -> None:
-    """The flags of the machine and of how often to measure."""
-    add = parser.add_group("machine")
-    add("--rounds", "measured steps of each network", bounded_int(2), 11, metavar="N")
-    add("--eval-rounds", "the same in evaluation", bounded_int(2), None, "as --rounds", metavar="N")
-    add("--warmup", "steps before them", bounded_int(0), 3, metavar="N")
+    """Add the flags of the machine and of the repetitions."""
+    add = parser.add_group("machine and repetitions")
+    add("--rounds", "measured training steps per network", bounded_int(2), 11, metavar="N")
+    add(
+        "--eval-rounds",
+        "measured evaluations per network",
+        bounded_int(2),
+        None,
+        "as --rounds",
+        metavar="N",
+    )
+    add("--warmup", "steps before the measurement", bounded_int(0), 3, metavar="N")
     add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024), metavar="N")
-    add("--device", "", None, None, "a GPU where there is one", choices=("cpu", "cuda"))
-    text = "images in memory pixel by pixel"
+    add("--device", "device", None, None, "a GPU if available", choices=("cpu", "cuda"))
+    text = "channels_last memory format"
     add("--channels-last", text, str2bool, False, nargs="?", const=True)
 
 
 def option(text: str) -> tuple[str, Any]:
-    """NAME=VALUE, a keyword of FastDeconv and a Python literal or else a string."""
+    """Parse NAME=VALUE: a keyword of FastDeconv, and a Python literal or else a string."""
     name, equals, value = text.partition("=")
     if not equals or name not in OPTIONS:
         raise argparse.ArgumentTypeError(
@@ -176,24 +203,24 @@ def option(text: str) -> tuple[str, Any]:
 
 
 def name_options(flags: argparse.Namespace) -> str:
-    """The options that may be to blame for an error, as the beginning of its line."""
+    """Return the options as the beginning of an error message."""
     return "".join(f"--option {name}={value}: " for name, value in flags.option)
 
 
 def find_device(parser: Parser, flags: argparse.Namespace) -> torch.device:
-    """The device that --device names, or a GPU where there is one; sets the threads as well."""
-    here = torch.cuda.is_available()
-    if flags.device == "cuda" and not here:
-        parser.error("--device cuda: PyTorch sees no CUDA device here")
+    """Return the device of --device, by default a GPU if available; set the CPU threads."""
+    has_gpu = torch.cuda.is_available()
+    if flags.device == "cuda" and not has_gpu:
+        parser.error("--device cuda: PyTorch finds no CUDA device")
     if flags.threads is not None:
         torch.set_num_threads(flags.threads)
-    return torch.device(flags.device or ("cuda" if here else "cpu"))
+    return torch.device(flags.device or ("cuda" if has_gpu else "cpu"))
 
 
 def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> None:
-    """Refuse what would fail after minutes of measuring."""
+    """Refuse invalid cases before any measurement."""
     if flags.json and not flags.json.absolute().parent.is_dir():
-        parser.error(f"--json {flags.json}: there is no such folder")
+        parser.error(f"--json {flags.json}: the folder does not exist")
     for case in cases:
         for kind in (flags.against, OURS):
             try:
@@ -204,11 +231,11 @@ def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> N
 
 
 def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
-    """The network of a case with layers of one kind: deconv (also unchecked), bn or plain.
+    """Build the network of a case with one kind of layers: deconv, unchecked, bn or plain.
 
     Raises:
-        ValueError: an unknown network, or one that does not take such layers or images.
-        TypeError: an option of another type than the layer takes.
+        ValueError: the network is unknown, or does not take such layers or images.
+        TypeError: an option has the wrong type.
     """
     ours = kind in (OURS, UNCHECKED)
     layers = make_layers(
@@ -224,14 +251,14 @@ def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
     if case.arch in ARCHITECTURES:
         return build_model(case.arch, layers, in_channels=flags.in_channels, **shape)
     if flags.in_channels != 3:
-        raise ValueError(f"--in-channels {flags.in_channels}: networks of ImageNet take 3")
+        raise ValueError(f"--in-channels {flags.in_channels}: ImageNet networks take 3")
     return build_imagenet_model(case.arch, layers, **shape)
 
 
 def make_steps(
     case: Case, kind: str, flags: argparse.Namespace, device: torch.device
 ) -> tuple[Step, Callable[[], Step]]:
-    """The training step of a network, and what ends its training and returns its evaluation."""
+    """Return the training step, and a function that ends training and returns the evaluation."""
     torch.manual_seed(0)
     accelerator = Accelerator(
         device,
@@ -275,19 +302,19 @@ def make_steps(
 def measure_times(
     case: Case, flags: argparse.Namespace, device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """train and eval of a case, each as `summarise` gives it."""
+    """Return the times of a case, summarized, under the keys `train` and `eval`."""
     steps = [make_steps(case, kind, flags, device) for kind in (flags.against, OURS)]
-    how = {"warmup": flags.warmup, "device": device}
-    trained = time_in_turn(*(train for train, _ in steps), rounds=flags.rounds, **how)
+    kwargs = {"warmup": flags.warmup, "device": device}
+    trained = time_in_turn(*(train for train, _ in steps), rounds=flags.rounds, **kwargs)
     rounds = flags.eval_rounds or flags.rounds
-    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds=rounds, **how)
-    return {"train": summarise(*trained), "eval": summarise(*evaluated)}
+    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds=rounds, **kwargs)
+    return {"train": summarize(*trained), "eval": summarize(*evaluated)}
 
 
 def time_in_turn(
     base: Step, ours: Step, *, rounds: int, warmup: int, device: torch.device
 ) -> tuple[list[float], list[float]]:
-    """Seconds of `rounds` pairs of calls, after `warmup` pairs; every other begins with ours."""
+    """Return the seconds of `rounds` pairs of calls, in alternating order, after a warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(warmup + rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
@@ -298,7 +325,7 @@ def time_in_turn(
 
 
 def time_call(call: Step, device: torch.device) -> float:
-    """Seconds from an idle device to its last piece of work."""
+    """Return the seconds of a call, from an idle device until the device is idle again."""
     if device.type != "cuda":
         start = time.perf_counter()
         call()
@@ -312,8 +339,8 @@ def time_call(call: Step, device: torch.device) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def summarise(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
-    """Medians of both in seconds, median and quartiles of the ratio ours / base, and all times."""
+def summarize(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
+    """Return medians in seconds, median and quartiles of the ratio ours / base, and all times."""
     ratios = [b / a for a, b in zip(base, ours, strict=True)]
     lower, ratio, upper = statistics.quantiles(ratios, n=4, method="inclusive")
     return {
@@ -327,18 +354,18 @@ def summarise(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
 
 
 def ask_memory(words: Sequence[str], case: Case, kind: str) -> float | None:
-    """`measure_memory` in a process that has done nothing before."""
+    """Run `measure_memory` in a fresh process."""
     command = [sys.executable, __file__, *words, *case.flags(), "--memory-of", kind]
-    end = subprocess.run(command, stdout=subprocess.PIPE)
-    if end.returncode:
-        raise SystemExit(f"benchmark.py: {' '.join(command)} ended with code {end.returncode}")
-    return json.loads(end.stdout)
+    process = subprocess.run(command, stdout=subprocess.PIPE)
+    if process.returncode:
+        raise SystemExit(f"steps.py: {' '.join(command)} failed with code {process.returncode}")
+    return json.loads(process.stdout)
 
 
 def measure_memory(
     case: Case, kind: str, flags: argparse.Namespace, device: torch.device
 ) -> float | None:
-    """The most that training steps take, in MiB; None where the system does not tell."""
+    """Return the peak memory of training steps in MiB, None on an unsupported system."""
     before = read_resident("VmRSS")
     train, _ = make_steps(case, kind, flags, device)
     for _ in range(MEMORY_STEPS):
@@ -350,19 +377,19 @@ def measure_memory(
 
 
 def read_resident(name: str) -> float | None:
-    """VmRSS, the resident memory of this process, or VmHWM, the most so far, in MiB.
+    """Return VmRSS, the resident memory of this process in MiB, or VmHWM, its peak.
 
-    The ru_maxrss of getrusage starts from the peak of the process that has started this one.
+    NOTE: ru_maxrss of getrusage starts at the peak of the parent process.
     """
     try:
-        found = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+        match = re.search(rf"{name}:\s+(\d+) kB", Path("/proc/self/status").read_text())
     except OSError:
         return None
-    return int(found[1]) / 1024 if found else None
+    return int(match[1]) / 1024 if match else None
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """What the figures depend on beside the flags."""
+    """Return processor, device and versions."""
     return {
         "processor": read_processor(),
         "device": describe_device(device),
@@ -372,15 +399,17 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def format_head(flags: argparse.Namespace) -> str:
+    """Return the two header lines of the table."""
     base, ours = TITLES[flags.against], {"eval (ms)": "fused"} if flags.fuse else {}
-    units = ("(ms)", "eval (ms)", "(MB)")
+    units = ("(ms)", "eval (ms)", "(MiB)")
     pairs = [f"{base} {unit} | {ours.get(unit, OURS)} {unit}" for unit in units]
-    titles = f"{pairs[0]} | ratio | {pairs[1]} | ratio | {pairs[2]}"
+    titles = f"{pairs[0]} | ratio | {pairs[1]} | eval ratio | {pairs[2]}"
     rule = "|---|" + "---:|" * 3 + "---|" + "---:|" * 8
     return f"| network | mode | block | batch | precision | {titles} |\n{rule}"
 
 
-def format_row(row: dict[str, Any], against: str) -> str:
+def format_row(row: dict[str, Any]) -> str:
+    """Return the table row of a case."""
     cells = [row[name] for name in ("arch", "mode", "block", "batch_size", "dtype")]
     for part in (row["train"], row["eval"]):
         cells += [f"{1000 * part[f'{name}_seconds']:.1f}" for name in ("base", OURS)]
@@ -391,6 +420,7 @@ def format_row(row: dict[str, Any], against: str) -> str:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write all results to a JSON file."""
     with atomic_write(path) as file:
         file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
 

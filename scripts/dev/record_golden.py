@@ -1,14 +1,14 @@
-"""Loss curves of 20 steps of every network with every kind of layer, kept to be compared with.
+"""Record the loss curves of the golden tests: 20 steps of every network with every kind of layers.
 
     python scripts/dev/record_golden.py                 record tests/golden/ARCH.txt of all networks
-    python scripts/dev/record_golden.py vgg11 mlp       of these
+    python scripts/dev/record_golden.py vgg11 mlp       record these networks
 
-Recorded anew where what is computed was meant to change; `tests/integration/test_golden.py`
-compares.
-Small batches of the embedded digits, with noise, because flat borders lie on the kinks of ReLU. In
-float64, because deep networks multiply what rounding does in every step; the learning rate of a
-curve is the highest power of ten, to .001, at which that stays small. What is set here does not
-follow defaults.
+Record again after an intended change of numerics; `tests/integration/test_golden.py` compares.
+
+The batches are small and hold the embedded digits with noise, because flat borders lie on the kinks
+of ReLU. Training is in float64, because deep networks amplify rounding errors in every step. The
+learning rate of a curve is the highest power of ten, up to 0.001, that keeps the effect of rounding
+small. Settings here do not follow changes of defaults.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ from util.training.optim import build_criterion, build_optimizer
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
 STEPS, BATCH, CLASSES = 20, 4, 10
 NOISE = 0.5  # standard deviations of the digits
-ROUNDING = 1e-15  # relative, of every pixel
-STEADY = 1e-10  # relative: how far that may move a loss
+ROUNDING = 1e-15  # relative perturbation of every pixel
+STEADY = 1e-10  # relative tolerance of a loss under this perturbation
 LAYERS = {
     "block": 16,
     "block_final": 32,
@@ -56,23 +56,24 @@ LAYERS = {
 }
 MODES = {f"mode{mode}": {"deconv": True, "mode": mode, **LAYERS} for mode in range(1, 6)}
 KINDS = {"bn": {"deconv": False}, **MODES}
-METHODS = {  # of the networks that have them in place of modes
+METHODS = {  # for networks with methods in place of modes
     f"method{number}": {"deconv": number > 1, **LAYERS, "block_final": None}
     for number in range(1, 5)
 }
 
 
 class Curve(NamedTuple):
-    """The learning rate of some steps, and the loss before each."""
+    """Learning rate, and the loss before each step."""
 
     rate: float
     losses: list[float]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser("golden.py", __doc__.splitlines()[0])
-    add, known = parser.add_group("what to record"), list_networks()
-    add("names", f"of {', '.join(known)}", default_text="all", nargs="*", metavar="ARCH")
+    """Record the networks of a command line."""
+    parser = Parser("record_golden.py", __doc__.splitlines()[0])
+    add, known = parser.add_group("networks"), list_networks()
+    add("names", f"any of {', '.join(known)}", default_text="all", nargs="*", metavar="ARCH")
     names = parser.parse_args(argv).names
     for name in set(names) - set(known):
         parser.error(f"ARCH {name}: unknown; choose from {', '.join(known)}")
@@ -84,40 +85,40 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def list_networks() -> list[str]:
-    """All networks of both tables that are ours, each once where several names stand for one."""
+    """Return the name of every network of this project, aliases once."""
     ours = {name: table for name, table in IMAGENET_ARCHITECTURES.items() if table.init}
     return list({entry.build: name for name, entry in (ARCHITECTURES | ours).items()}.values())
 
 
 def kinds_of(arch: str) -> dict[str, dict[str, Any]]:
-    """The kinds of layers that a network is recorded with, and their settings."""
+    """Return the kinds of layers to record a network with, and their settings."""
     has_methods = arch in ARCHITECTURES and "method" in ARCHITECTURES[arch].options
     return METHODS if has_methods else KINDS
 
 
 def record(arch: str, kind: str) -> Curve:
-    """The curve at the highest learning rate at which rounding moves no loss."""
+    """Return the curve at the highest learning rate at which no loss depends on rounding."""
     rates = (10.0**-power for power in count(3))
     curves = (Curve(rate, steady_losses(arch, kind, rate)) for rate in rates)
     return next(curve for curve in curves if len(curve.losses) == STEPS)
 
 
 def steady_losses(arch: str, kind: str, rate: float) -> list[float]:
-    """Those before the first that rounding moves."""
-    pairs = zip(losses(arch, kind, rate), losses(arch, kind, rate, moved=ROUNDING), strict=True)
+    """Return the losses before the first that depends on rounding."""
+    pairs = zip(losses(arch, kind, rate), losses(arch, kind, rate, noise=ROUNDING), strict=True)
     steady = takewhile(lambda pair: abs(pair[0] - pair[1]) <= STEADY * pair[0], pairs)
     return [loss for loss, _ in steady]
 
 
 def losses(
-    arch: str, kind: str, rate: float, steps: int = STEPS, moved: float = 0
+    arch: str, kind: str, rate: float, steps: int = STEPS, noise: float = 0
 ) -> Iterator[float]:
-    """The loss before each of some steps of training, on as many threads as PyTorch uses now."""
+    """Yield the loss before each training step, on the current number of threads."""
     model = build(arch, kind).double()
     criterion, accelerator = build_criterion("CE", CLASSES), Accelerator(torch.device("cpu"))
     optimizer = build_optimizer("SGD", model.parameters(), lr=rate, weight_decay=5e-4)
     size, channels = (32, 1) if arch in ARCHITECTURES else (64, 3)
-    images, targets = pictures(size, channels, moved)
+    images, targets = load_images(size, channels, noise)
     for first in range(0, BATCH * steps, BATCH):
         batch = slice(first, first + BATCH)
         loss = criterion(model(images[batch]), targets[batch])
@@ -126,7 +127,7 @@ def losses(
 
 
 def build(arch: str, kind: str) -> nn.Module:
-    """The network with fresh weights, always the same, and without dropout."""
+    """Build the network with reproducible weights and without dropout."""
     torch.manual_seed(0)
     layers = make_layers(**kinds_of(arch)[kind])
     if arch in ARCHITECTURES:
@@ -137,19 +138,19 @@ def build(arch: str, kind: str) -> nn.Module:
 
 
 @cache
-def pictures(size: int, channels: int, moved: float) -> tuple[Tensor, Tensor]:
-    """The first handwritten digits, normalised, with noise, and what they are."""
+def load_images(size: int, channels: int, perturbation: float) -> tuple[Tensor, Tensor]:
+    """Return the first handwritten digits, normalized, with noise, and their classes."""
     spec, train, _ = DATASETS["digits"].load("digits", size)
     digits = train.source.images[: BATCH * STEPS].double() / 255
     digits = ((digits - spec.mean[0]) / spec.std[0]).expand(-1, channels, -1, -1)
     noise = torch.Generator().manual_seed(0)
-    for share in (NOISE, moved * digits):
-        digits = digits + share * torch.randn(digits.shape, generator=noise, dtype=digits.dtype)
+    for scale in (NOISE, perturbation * digits):
+        digits = digits + scale * torch.randn(digits.shape, generator=noise, dtype=digits.dtype)
     return digits, train.targets[: BATCH * STEPS]
 
 
 def write_curves(arch: str, curves: Mapping[str, Curve]) -> None:
-    """A column for each kind, a row for each step."""
+    """Write a text table with a column per kind and a row per step."""
     rows = [
         f"{'step':>4} {' '.join(f'{kind:>11}' for kind in curves)}",
         f"rate {' '.join(f'{curve.rate:11.0e}' for curve in curves.values())}",
@@ -162,7 +163,7 @@ def write_curves(arch: str, curves: Mapping[str, Curve]) -> None:
 
 
 def read_curves(arch: str) -> dict[str, Curve]:
-    """What `write_curves` wrote.
+    """Read the table of `write_curves`.
 
     Raises:
         FileNotFoundError: the network has not been recorded.

@@ -1,4 +1,4 @@
-"""scripts/messages.py: sizes of messages, against what a layer really sends."""
+"""scripts/bench/messages.py: message sizes against the messages of a layer."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from scripts.bench import messages
     ],
     ids=["joint", "separable", "channels", "linear"],
 )
-def test_sizes_are_those_of_the_messages(monkeypatch, layer):
+def test_sizes_equal_those_of_the_sent_messages(monkeypatch, layer):
     sent = []
     monkeypatch.setattr(distributed, "all_reduce", lambda message: sent.append(message.numel()))
     monkeypatch.setattr("deconv.whitening.several_processes", lambda: True)

@@ -1,4 +1,4 @@
-"""scripts/steps.py: a row for each case, and the figures in it."""
+"""scripts/bench/steps.py: one row per case, and the metrics in it."""
 
 import json
 
@@ -13,10 +13,10 @@ SMALL += ["--device", "cpu"]
 
 
 def test_the_ratio_is_the_median_of_the_pairs():
-    figures = steps.summarise([1.0, 2.0, 4.0], [3.0, 2.0, 8.0])
-    assert figures["ratio"] == 2  # of 3, 1, 2; the ratio of the medians would be 1.5
-    assert figures["quartiles"] == [1.5, 2.5]
-    assert (figures["base_seconds"], figures["deconv_seconds"]) == (2, 3)
+    metrics = steps.summarize([1.0, 2.0, 4.0], [3.0, 2.0, 8.0])
+    assert metrics["ratio"] == 2  # of 3, 1, 2; the ratio of the medians would be 1.5
+    assert metrics["quartiles"] == [1.5, 2.5]
+    assert (metrics["base_seconds"], metrics["deconv_seconds"]) == (2, 3)
 
 
 def test_networks_take_turns_and_the_warm_up_is_dropped(monkeypatch):
@@ -74,7 +74,7 @@ def test_a_fused_network_has_the_parameters_of_the_plain_one(arch):
 
 
 @pytest.mark.parametrize("flags, modes", [([], {True, False}), (["--fuse"], {True})])
-def test_with_fuse_no_layer_of_ours_evaluates(flags, modes, monkeypatch, tmp_path, capsys):
+def test_fuse_evaluates_without_a_deconvolution_layer(flags, modes, monkeypatch, tmp_path, capsys):
     seen, forward = [], steps.FastDeconv.forward
     monkeypatch.setattr(
         steps.FastDeconv,
@@ -90,10 +90,10 @@ def test_with_fuse_no_layer_of_ours_evaluates(flags, modes, monkeypatch, tmp_pat
     assert [len(row[part]["deconv_times"]) for part in ("train", "eval")] == [2, 3]
 
 
-def test_gradients_are_looked_at_but_for_those_unchecked(monkeypatch):
-    looked, look = [], steps.Accelerator.backward
+def test_gradients_are_checked_except_for_unchecked(monkeypatch):
+    checked, check = [], steps.Accelerator.backward
     monkeypatch.setattr(
-        steps.Accelerator, "backward", lambda *args: looked.append(1) or look(*args)
+        steps.Accelerator, "backward", lambda *args: checked.append(1) or check(*args)
     )
     flags = steps.make_parser().parse_args(SMALL)
     case = steps.Case("simple_v2", 5, 16, 2, "float32")
@@ -101,19 +101,19 @@ def test_gradients_are_looked_at_but_for_those_unchecked(monkeypatch):
         train, finish = steps.make_steps(case, kind, flags, torch.device("cpu"))
         train()
         finish()()
-        assert len(looked) == count
+        assert len(checked) == count
 
 
 def test_memory_is_that_of_a_process_of_its_own():
-    ballast = torch.ones(2**26)  # 256 MiB that the other process does not have
+    ballast = torch.ones(2**26)  # 256 MiB that the fresh process does not hold
     case = steps.Case("simple_v2", 5, 16, 64, "float32")
     memory = steps.ask_memory(SMALL, case, "deconv")
     if memory is None:
-        pytest.skip("the system does not tell")
+        pytest.skip("the system does not report memory")
     assert 1 < memory < ballast.nbytes / 2**20
 
 
-def test_both_networks_are_asked_for_their_memory(monkeypatch, capsys):
+def test_memory_is_measured_for_both_networks(monkeypatch, capsys):
     answers = {"plain": 123.4, "deconv": None}
     monkeypatch.setattr(steps, "ask_memory", lambda words, case, kind: answers[kind])
     steps.main([*SMALL, "--against", "plain"])
@@ -139,7 +139,7 @@ def test_refuses_in_one_line(flags, words, capsys):
     assert stop.value.code == 2 and all(word in line for word in words), line
 
 
-def test_what_cannot_be_recorded_is_told_in_one_line(monkeypatch, capsys):
+def test_a_step_that_cannot_be_captured_is_refused_in_one_line(monkeypatch, capsys):
     def measure(case, flags, device):
         raise RunError("steps cannot be recorded (so it is): train with --cuda-graphs False")
 
@@ -150,8 +150,8 @@ def test_what_cannot_be_recorded_is_told_in_one_line(monkeypatch, capsys):
     assert stop.value.code == 2 and "--cuda-graphs False" in line
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(capsys):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is present")
+def test_a_missing_gpu_is_refused(capsys):
     with pytest.raises(SystemExit) as stop:
         steps.main(["--device", "cuda"])
     assert stop.value.code == 2 and "--device cuda" in capsys.readouterr().err

@@ -1,19 +1,19 @@
-"""scripts/dev/soak.py: growth is seen, and there is none."""
+"""scripts/dev/soak.py: growth of resource use is reported, and a run shows none."""
 
 import pytest
 
 from scripts.dev import soak
-from scripts.dev.soak import Moment
+from scripts.dev.soak import Sample
 
 
 def parts_of(**growth):
-    """Of a run in which something grows at every step by as much as is said."""
+    """Return the parts of a run whose resource use grows by the given amount per step."""
     by = {"seconds": 0.0, "resident": 0.0, "files": 0} | growth
-    moments, now = [], 0.0
+    samples, now = [], 0.0
     for step in range(100):
         now += 0.01 + step * by["seconds"]
-        moments.append(Moment(now, 200 + step * by["resident"], 10 + int(step * by["files"])))
-    return soak.summarise(moments, 5)
+        samples.append(Sample(now, 200 + step * by["resident"], 10 + int(step * by["files"])))
+    return soak.summarize(samples, 5)
 
 
 def test_the_table_has_the_run_in_equal_parts():
@@ -24,26 +24,31 @@ def test_the_table_has_the_run_in_equal_parts():
 
 
 @pytest.mark.parametrize(
-    ("growth", "told"),
+    ("growth", "message"),
     [
-        ({"seconds": 1e-4}, "milliseconds have grown"),
-        ({"resident": 0.1}, "MiB have grown from 203.9 to 209.9"),
-        ({"files": 0.1}, "files have grown from 13.0 to 19.0"),
+        ({"seconds": 1e-4}, "milliseconds grew"),
+        ({"resident": 0.1}, "MiB grew from 203.9 to 209.9"),
+        ({"files": 0.1}, "files grew from 13.0 to 19.0"),
     ],
 )
-def test_growth_is_seen(growth, told):
-    assert soak.find_growth(parts_of(**growth)).startswith(told)
+def test_growth_is_reported(growth, message):
+    assert soak.find_growth(parts_of(**growth)).startswith(message)
 
 
-def test_a_run_is_watched(capsys, monkeypatch):
-    monkeypatch.setattr(soak, "LIMITS", {"files": 1.5})  # too short to judge the others
+def test_the_table_of_a_run_is_printed(capsys, monkeypatch):
+    monkeypatch.setattr(soak, "LIMITS", {"files": 1.5})  # too short for the other limits
     soak.main(["--steps", "9", "--rows", "3", "--", "--arch", "simple_v1", "--msg", "True"])
-    said = capsys.readouterr().out
-    assert said.count("epoch 1 batch ") == 9
-    assert [row.split("|")[1].strip() for row in said.splitlines()[-4:]] == ["step", "3", "6", "9"]
+    output = capsys.readouterr().out
+    assert output.count("epoch 1 batch ") == 9
+    assert [row.split("|")[1].strip() for row in output.splitlines()[-4:]] == [
+        "step",
+        "3",
+        "6",
+        "9",
+    ]
 
 
 @pytest.mark.slow
 def test_nothing_grows_in_two_thousand_steps():
-    """simple_v2 does not yet meet the limit of memory, see docs/reliability.md."""
+    """simple_v2 does not meet the limit of memory yet, see docs/reliability.md."""
     soak.main(["--", "--arch", "mlp", "--method", "4"])
