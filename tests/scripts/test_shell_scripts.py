@@ -67,6 +67,16 @@ def test_installs_once_and_again_only_when_requirements_change(make, tmp_path):
     assert len(make("requirements-dev.txt")[1]) == 1
 
 
+def test_the_quick_start_passes_its_arguments_on(make, tmp_path):
+    make("requirements.txt")  # makes .venv
+    shutil.copy(ROOT / "scripts" / "quickstart.sh", tmp_path / "scripts")
+    calls = tmp_path / "calls"
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls)}
+    command = ["bash", tmp_path / "scripts" / "quickstart.sh", "--arch", "two words"]
+    subprocess.run(command, env={"VERSION": "3.12.1", **env}, check=True)
+    assert calls.read_text().splitlines()[-1] == "scripts/quickstart.py --arch two words"
+
+
 def test_slurm_starts_torchrun_with_a_command_that_the_script_accepts(tmp_path):
     """With many machines, more than a pipe holds."""
     answers = {"scontrol": "seq -f machine%g 20000", "srun": 'printf "%s\\n" "$@"'}

@@ -378,24 +378,3 @@ def test_of_two_processes_one_downloads_and_one_waits(tmp_path, monkeypatch, mir
     assert [process.exitcode for process in both] == [0, 0]
     assert fetched.get() in {process.pid for process in both} and fetched.empty()
     build("cifar10", tmp_path / "root")
-
-
-def test_digits_are_split_by_class_and_always_alike(tmp_path):
-    spec, train, test = build("digits", tmp_path / "none")
-    assert not tmp_path.joinpath("none").exists()
-    assert (len(train.dataset), len(test.dataset)) == (1437, 360)
-    shares = [
-        torch.bincount(loader.dataset.split.targets) / n
-        for loader, n in ((train, 1437), (test, 360))
-    ]
-    assert (shares[0] - shares[1]).abs().max() < 0.003
-    again = build("digits", tmp_path, seed=5)[2].dataset.split
-    assert torch.equal(again.source.images, test.dataset.split.source.images)
-    assert (spec.in_channels, spec.num_classes) == (1, 10)
-
-
-def test_digits_fill_the_grey_range_at_any_size(tmp_path):
-    for image_size in (32, 48):
-        source = build("digits", tmp_path, image_size=image_size)[1].dataset.split.source.images
-        assert source.shape == (1437, 1, image_size, image_size)
-        assert source.min() == 0 and source.max() > 240
