@@ -17,6 +17,7 @@ from torchvision.ops import FrozenBatchNorm2d
 import deconv
 from deconv import Delinear, FastDeconv, convert, fuse, plan
 from deconv.surgery.batchnorm import ChannelAffine
+from tests.pairwise import pairwise
 
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-9}
 
@@ -120,10 +121,10 @@ def test_a_bias_stands_for_the_shift_of_batchnorm(bias):
     assert convert(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)))[0].bias is None  # had no shift
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("affine", [True, False])
-@pytest.mark.parametrize("channels_last", [True, False])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(
+    ("bias", "channels_last", "affine", "dtype"),
+    pairwise([True, False], [True, False], [True, False], list(TOLERANCE)),
+)
 def test_pretrained_folds_the_batchnorm_before_training_starts(bias, channels_last, affine, dtype):
     model = nn.Sequential(
         nn.Conv2d(4, 8, 3, stride=2, padding=1, groups=2, bias=bias),

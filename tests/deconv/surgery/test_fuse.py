@@ -12,6 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from deconv import Delinear, FastDeconv, convert, fuse
 from models import build_model, make_layers
+from tests.pairwise import pairwise
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -35,18 +36,18 @@ def assert_plain(model):
     assert b"deconv" not in pickle.dumps(model)
 
 
-@pytest.mark.parametrize("channels_last", [False, True])
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
+GEOMETRIES = [
+    dict(kernel_size=3, padding=1),
+    dict(kernel_size=(3, 2), stride=(2, 1), padding=(2, 0), bias=False),
+    dict(kernel_size=3, dilation=2, padding="same", groups=2),
+    dict(kernel_size=(4, 1), padding="same", layout="contiguous", shared=False),
+    dict(kernel_size=1, stride=2, padding="valid", groups=4),
+]
+
+
 @pytest.mark.parametrize(
-    "geometry",
-    [
-        dict(kernel_size=3, padding=1),
-        dict(kernel_size=(3, 2), stride=(2, 1), padding=(2, 0), bias=False),
-        dict(kernel_size=3, dilation=2, padding="same", groups=2),
-        dict(kernel_size=(4, 1), padding="same", layout="contiguous", shared=False),
-        dict(kernel_size=1, stride=2, padding="valid", groups=4),
-    ],
+    ("geometry", "mode", "dtype", "channels_last"),
+    pairwise(GEOMETRIES, [1, 2, 3, 4, 5], list(TOLERANCE), [False, True]),
 )
 def test_a_convolution_keeps_its_outputs(geometry, mode, dtype, channels_last):
     layer = FastDeconv(4, 8, mode=mode, block=2, dtype=dtype, **geometry)
