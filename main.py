@@ -81,7 +81,7 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader
         flags.dataset,
         flags.data,
         batch_size=flags.batch_size,
-        num_workers=world.share_workers(flags.num_workers),
+        num_workers=world.workers_per_process(flags.num_workers),
         seed=flags.seed,
         image_size=flags.image_size,
         cache_dir=Path(flags.out).expanduser(),

@@ -109,7 +109,7 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
     flags, world = context.flags, context.world
     settings = {
         "batch_size": flags.batch_size,
-        "num_workers": world.share_workers(flags.num_workers),
+        "num_workers": world.workers_per_process(flags.num_workers),
         "seed": flags.seed,
         "image_size": flags.image_size,
         "device_type": context.device.type,

@@ -1,4 +1,4 @@
-"""What a person watching sees: lines and progress bars, from the first process of a run only."""
+"""Console output: lines and progress bars. Only rank 0 of a run prints."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from typing import Any
 
 from tqdm import tqdm
 
-# Without tqdm's batches a second, so that the figures behind it fit into 80 columns.
+# The bar omits tqdm's batches per second, so that the metrics fit into 80 columns.
 BAR = "{desc} |{bar}| {n_fmt}/{total_fmt}, {remaining} left{postfix}"
 
 _muted = False
 
 
 def mute() -> None:
-    """Show nothing from now on: called in all processes of a run but the first."""
+    """Silence this process; every rank except 0 calls this function."""
     global _muted
     _muted = True
 
 
 def visible(text: str) -> str:
-    """The text as one line that commands no terminal: the name of a file may hold anything."""
+    """Return the text as one printable line; escape control characters, e.g. of file names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def print_line(text: str) -> None:
-    """A line on stdout, above the progress bar if there is one.
+    """Print a line on stdout, above the progress bar if there is one.
 
-    Where a terminal has gone, nobody reads a pipe or a disk is full it is lost, and nothing else.
+    The line is lost if stdout cannot be written: a closed terminal or pipe, a full disk.
     """
     if not _muted:
         with suppress(OSError):
@@ -39,14 +39,14 @@ def print_line(text: str) -> None:
 
 
 def open_streams() -> None:
-    """Let what is said go nowhere where the process was started with stdout or stderr closed."""
+    """Replace closed standard streams by the null device."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def flush_streams() -> None:
-    """Drop what is still held and cannot be written: Python would exit with code 120 for it."""
+    """Flush the standard streams; drop unwritable output, for which Python would exit with 120."""
     for name in ("stdout", "stderr"):
         try:
             getattr(sys, name).flush()
@@ -54,19 +54,25 @@ def flush_streams() -> None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
-def speaks() -> bool:
-    """Whether what this process says is shown."""
-    return not _muted
+def is_muted() -> bool:
+    """Return True after `mute`."""
+    return _muted
 
 
 def shows_bars() -> bool:
-    """Whether there is a terminal for progress bars."""
+    """Return True if stderr is a terminal."""
     return sys.stderr.isatty()
 
 
-def progress_bar(batches: Iterable | None, title: str, **more: Any) -> tqdm:
-    """The batches again, with a bar and the time left; no bar where stderr is no terminal."""
-    columns, lines = shutil.get_terminal_size((100, 24))  # tqdm draws none if it is unknown
-    disable = True if _muted else None  # None: where stderr is no terminal
+def progress_bar(batches: Iterable | None, title: str, **kwargs: Any) -> tqdm:
+    """Wrap an iterable in a progress bar with the time left; no bar without a terminal.
+
+    Args:
+        batches: iterable, None for a bar that the caller updates.
+        title: text before the bar.
+        kwargs: passed on to tqdm.
+    """
+    columns, lines = shutil.get_terminal_size((100, 24))  # tqdm draws no bar of unknown size
+    disable = True if _muted else None  # None: only without a terminal
     shape = {"bar_format": BAR, "leave": False, "ncols": columns, "nrows": lines}
-    return tqdm(batches, title, disable=disable, **shape, **more)
+    return tqdm(batches, title, disable=disable, **shape, **kwargs)

@@ -1,4 +1,4 @@
-"""TODO: util/device.py."""
+"""Devices: choose GPU or CPU, deterministic algorithms, CUDA graphs; describe the hardware."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from util.errors import RunError
 
 
 def count_processes(use_gpu: bool | None, gpu: int | None) -> int:
-    """Processes for this machine: one for each visible GPU, one where none is to be used."""
+    """Return the number of processes of this machine: one per visible GPU, at least one."""
     return 1 if use_gpu is False or gpu is not None else max(1, torch.cuda.device_count())
 
 
 def choose_device(
     use_gpu: bool | None, gpu: int | None, threads: int | None, local_rank: int = 0
 ) -> torch.device:
-    """The GPU of this process where there is one.
+    """Return the GPU of this process, or the CPU.
 
     Args:
-        use_gpu: True insists on a GPU, False leaves them alone.
-        gpu: the number of the one to use; None: that of the process.
-        threads: how many PyTorch uses on the CPU, None as it chooses.
+        use_gpu: True requires a GPU, False forbids GPUs, None uses a GPU if there is one.
+        gpu: number of the GPU. None: `local_rank`.
+        threads: CPU threads of PyTorch. None: PyTorch chooses.
         local_rank: number of this process on its machine.
 
     Raises:
-        RunError: True, and PyTorch sees no GPU; or there are fewer than processes.
+        RunError: a required GPU is missing, or processes outnumber the GPUs.
     """
     visible = torch.cuda.device_count() if use_gpu is not False else 0
     if use_gpu and not visible:
@@ -55,10 +55,16 @@ def choose_device(
 def choose_graphs(
     wanted: bool | None, device: torch.device, processes: int, compiled: bool
 ) -> bool:
-    """Whether training steps are replayed as CUDA graphs; unless told, wherever that can be.
+    """Return True if training steps run as CUDA graphs; None means whenever possible.
+
+    Args:
+        wanted: value of --cuda-graphs, None if not given.
+        device: of this process.
+        processes: world size.
+        compiled: True with --compile.
 
     Raises:
-        RunError: they are wanted where they cannot be.
+        RunError: graphs are requested, but impossible.
     """
     possible = device.type == "cuda" and processes == 1
     if wanted and not possible:
@@ -69,9 +75,9 @@ def choose_graphs(
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Let PyTorch use only operations that give the same bits each time, or whichever is fastest.
+    """Restrict PyTorch to deterministic operations, or lift the restriction.
 
-    Called before a GPU is used: cuBLAS reads once how much memory it may have.
+    The call must precede the first use of a GPU: cuBLAS reads its workspace size once.
     """
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,16 +87,16 @@ def choose_algorithms(deterministic: bool) -> None:
 
 
 def describe_device(device: torch.device) -> str:
-    """`cpu, 2 threads`, or `cuda, <name of the GPU>`."""
+    """Return `cpu, 2 threads`, or `cuda, <name of the GPU>`."""
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
     return f"{device.type}, {torch.get_num_threads()} threads"
 
 
 def read_processor() -> str:
-    """The CPU's name where the system tells it, else its kind."""
+    """Return the name of the CPU, else its architecture."""
     try:
-        found = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
+        match = re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
-        found = None
-    return found[1] if found else platform.machine()
+        match = None
+    return match[1] if match else platform.machine()

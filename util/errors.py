@@ -1,4 +1,4 @@
-"""TODO: util/errors.py."""
+"""Errors that end a run with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from torch import Tensor
 
 
 class RunError(RuntimeError):
-    """A run that cannot be started as asked."""
+    """Flags, files or devices with which a run cannot start; the message names them."""
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be read or continued; the message names the file and why."""
+    """Unusable checkpoint; the message names the file and the reason."""
 
 
 class ContentError(ValueError):
-    """Content that this program does not write; the message names the first place and value."""
+    """Checkpoint content of a wrong form; the message names the first such key and its value."""
 
 
 class DataError(RuntimeError):
-    """A fault of the data that the user can mend; the message says what, where and how."""
+    """Fault of the data that the user can repair; the message names the file and the repair."""
 
     def __init__(self, message: str) -> None:
-        # A worker of the loader hands its error on with a traceback in front: keep the sentence.
+        # A loader worker puts a traceback in front of the message. Only the message is kept.
         super().__init__(message.rpartition(f"{type(self).__name__}: ")[2])
 
 
 class BadImage(DataError):
-    """A file that is there and can be read, but holds no image that can be decoded."""
+    """Readable file without a decodable image."""
 
 
 class Stopped(Exception):
-    """A signal has asked the run to end, and the step it came in is done; in all processes at once.
+    """Stop on a signal, raised after the current step, in all processes at the same step.
 
     Attributes:
-        number: of the signal; SIGTERM in a process that only another one's wish has stopped.
+        number: of the signal. SIGTERM in a process that received none itself.
     """
 
     def __init__(self, number: int) -> None:
@@ -44,11 +44,11 @@ class Stopped(Exception):
 
 
 class TrainingDiverged(RuntimeError):
-    """The training loss or a gradient is not finite any more.
+    """Training loss or gradient that is not finite.
 
     Attributes:
         batch: number in the epoch, from 1.
-        images: the images of this process.
+        images: (N, C, H, W), the part of the batch that this process has.
     """
 
     def __init__(self, message: str, batch: int, images: Tensor) -> None:
@@ -57,4 +57,4 @@ class TrainingDiverged(RuntimeError):
 
 
 class PeerFailed(RuntimeError):
-    """Another process has failed, and told why."""
+    """Failure of another process, which reports the reason itself."""

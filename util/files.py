@@ -1,4 +1,4 @@
-"""TODO: util/files.py."""
+"""Files that survive a crash: atomic writes and durable renames."""
 
 from __future__ import annotations
 
@@ -12,16 +12,20 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[BinaryIO]:
-    """A binary file that appears at `path` only when the block ends well: the old one or the new.
+    """Write a binary file that replaces `path` only when the block succeeds.
 
-    It is written beside `path` (a rename works within one file system only) and is on the disk,
-    with its name, before the block is left.
+    The temporary file lies beside `path`, because a rename works within one file system only.
+    Content and name are on the disk before the block is left.
 
     Args:
-        keep: another name for the file that was at `path` before.
+        path: of the final file.
+        keep: new name for the previous file at `path`. None drops the previous file.
+
+    Yields:
+        The open temporary file.
 
     Raises:
-        OSError: it cannot be written; the error names `path` and the bytes that it had.
+        OSError: the file cannot be written. The error names `path` and the bytes written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -31,7 +35,7 @@ def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[Binar
             file.flush()
             os.fsync(file.fileno())
         if keep:
-            _rename_as_well(path, path.with_name(keep))
+            _add_name(path, path.with_name(keep))
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
@@ -41,39 +45,39 @@ def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[Binar
         reason = f"{error.strerror} ({written:,} bytes were written)"
         raise OSError(error.errno, reason, str(path)) from error
     finally:
-        with suppress(OSError):  # a read-only file system refuses even what is not there
+        with suppress(OSError):  # a read-only file system refuses to unlink a missing file, too
             temporary.unlink()
 
 
 def describe_fault(error: OSError) -> str:
-    """An error of the file system in one line: the file, and what is wrong."""
+    """Return an error of the file system as one line: file and reason."""
     return ": ".join(str(part) for part in (error.filename, error.strerror or error) if part)
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Remove what `atomic_write` left in the folder where a process was killed within it."""
+    """Remove temporary files of `atomic_write` whose process was killed."""
     for path in folder.glob(".*.tmp"):
         if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
             path.unlink(missing_ok=True)
 
 
-def _rename_as_well(path: Path, other: Path) -> None:
-    """Give the file at `path`, if there is one, the name `other` too; no moment has neither."""
+def _add_name(path: Path, other: Path) -> None:
+    """Give the file at `path`, if any, the second name `other`; one name exists at any moment."""
     if not path.exists():
         return
-    second = other.with_name(f".{other.name}.{os.getpid()}.tmp")
+    temporary = other.with_name(f".{other.name}.{os.getpid()}.tmp")
     try:
-        os.link(path, second)
-        os.replace(second, other)
-    except OSError:  # a file system that knows one name for a file
+        os.link(path, temporary)
+        os.replace(temporary, other)
+    except OSError:  # the file system has no hard links
         os.replace(path, other)
     finally:
         with suppress(OSError):
-            second.unlink()  # a rename does nothing where both are one file
+            temporary.unlink()  # a rename does nothing if both names are one file
 
 
 def sync_folder(folder: Path) -> None:
-    """Make a rename in `folder` last through a power cut, where the system can."""
+    """Flush the renames in `folder` to the disk, on systems that can."""
     if os.name != "posix":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -1,4 +1,4 @@
-"""Locks between processes, which the system frees when their owner ends, however it ends."""
+"""Locks between processes, released by the system when their owner ends."""
 
 from __future__ import annotations
 
@@ -11,42 +11,45 @@ from typing import IO
 
 try:
     import fcntl
-except ImportError:  # Windows: nothing is locked there
+except ImportError:  # Windows takes no locks
     fcntl = None
 
 HELD = {errno.EACCES, errno.EAGAIN}
 
 
 class LockHeld(RuntimeError):
-    """Another process has the lock; the message says which."""
+    """Lock that another process holds; the message names the process."""
 
 
 def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[str]:
-    """Own `path`, a file made for this, until what is returned is closed.
+    """Lock the file `path`; closing the returned file releases the lock.
 
-    The lock is one of POSIX: this process's alone, so that children which it forks, as loaders of
-    images do, cannot keep it when it is killed; and known to other machines where the file system
-    is. Where that knows no locks there is none. The file stays: were it removed, a process that
-    waits for it and one that makes it anew could both own it. A link in its place is refused, as it
-    would have its target emptied.
+    The lock is a POSIX lock of this process alone. Forked children, such as loader workers, do not
+    keep it. Other machines see the lock if the file system supports it. Without support of the
+    file system or the platform, the function takes no lock and returns the open file.
+
+    The file stays after release. After a removal, a waiting process and a process that makes the
+    file anew could both hold the lock. A symbolic link at `path` is refused, because the target
+    would be emptied.
 
     Args:
-        on_wait: told once who has the lock, before it is waited for; None: do not wait.
+        path: of the lock file, made if missing.
+        on_wait: called once with the name of the owner before waiting. None: do not wait.
 
     Raises:
-        LockHeld: another process has it.
+        LockHeld: another process holds the lock, and `on_wait` is None.
         OSError: the file cannot be made.
     """
     flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
     file = open(os.open(path, flags, 0o666), "a+", encoding="utf-8")  # noqa: SIM115 - held open
     try:
-        if not _try(file, wait=False):
+        if not _try_lock(file, wait=False):
             file.seek(0)
             owner = file.read().strip() or "a process"
             if on_wait is None:
                 raise LockHeld(owner)
             on_wait(owner)
-            _try(file, wait=True)
+            _try_lock(file, wait=True)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()
@@ -56,8 +59,8 @@ def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[st
     return file
 
 
-def _try(file: IO[str], *, wait: bool) -> bool:
-    """Whether this process has the lock now; also where the file system knows none."""
+def _try_lock(file: IO[str], *, wait: bool) -> bool:
+    """Return True if this process holds the lock, or the file system has no locks."""
     try:
         if fcntl:
             fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))

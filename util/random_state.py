@@ -1,4 +1,4 @@
-"""TODO: util/random_state.py."""
+"""State of all random generators: seed, capture and restore."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import torch
 
 
 def seed_everything(seed: int) -> None:
-    """Seed every random generator in use, on all devices."""
+    """Seed torch (all devices), numpy and python."""
     random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002 - third parties draw from the global generator
+    np.random.seed(seed % 2**32)  # noqa: NPY002 - libraries draw from the global generator
     torch.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of every random generator in use (torch, CUDA, numpy, python), as plain values."""
-    # The global generator, for the sake of code of others that draws from it.
+    """Return the states of torch, CUDA, numpy and python as plain values and tensors."""
+    # Libraries draw from the global generator.
     numpy_state = np.random.get_state(legacy=False)  # noqa: NPY002
     keys = torch.from_numpy(numpy_state["state"]["key"].astype(np.int64))
     return {
         "torch": torch.get_rng_state(),
-        # Asked only where CUDA is in use: asking would start it on every GPU.
+        # A query would initialise CUDA on every GPU.
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
         "numpy": {**numpy_state, "state": {**numpy_state["state"], "key": keys}},
         "python": random.getstate(),
@@ -31,7 +31,7 @@ def rng_state() -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what `rng_state` returned; generators of GPUs that are not here are left out."""
+    """Restore the states of `rng_state`; skip the states of missing GPUs."""
     torch.set_rng_state(state["torch"].cpu())
     for index, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
         torch.cuda.set_rng_state(cuda_state.cpu(), index)

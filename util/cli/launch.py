@@ -15,12 +15,12 @@ from util.cli.script import Script
 from util.cli.settings import read_settings
 from util.device import choose_algorithms, choose_device, count_processes
 from util.distributed.launcher import (
+    announce_failure,
     check_agreement,
     init_processes,
+    is_first_process,
     launch_workers,
     local_rank,
-    speaks,
-    tell_if_it_fails,
     wait_for_first_error,
 )
 from util.errors import CheckpointError, DataError, PeerFailed, RunError, TrainingDiverged
@@ -49,8 +49,8 @@ def start(
     argv = sys.argv[1:] if argv is None else argv
     console.open_streams()
     try:
-        with tell_if_it_fails(), _report_errors(script.parser):
-            with redirect_stdout(sys.stdout if speaks() else StringIO()):  # --help, once
+        with announce_failure(), _report_errors(script.parser):
+            with redirect_stdout(sys.stdout if is_first_process() else StringIO()):  # --help, once
                 flags, saved = read_settings(script, argv)
             processes = count_processes(flags.use_gpu, flags.gpu)
             if launch_workers(file, argv, processes=processes, flags=flags):

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from util.checkpoint.validators import describe
 from util.console import visible
-from util.distributed.launcher import speaks, wait_for_first_error
+from util.distributed.launcher import is_first_process, wait_for_first_error
 
 _NOT_TYPED = object()
 
@@ -69,7 +69,7 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit with one line; other ranks wait first, so that one error is printed, not many."""
         message = message and visible(message.rstrip("\n")) + "\n"
-        if status and not speaks():
+        if status and not is_first_process():
             wait_for_first_error()
             message = f"[process {os.environ['RANK']}] {message}"
         super().exit(status, message)

@@ -1,8 +1,7 @@
-"""Several processes, one run: one process for each device, on one machine or many.
+"""Launch one process per device with torchrun, and join the processes to a world.
 
-torchrun starts the processes and tells them who they are through environment variables;
-`launch_workers` asks it to where the user has not. A run of one process is a `World` of size 1,
-for which every operation here does nothing, so no caller asks whether there are others.
+torchrun passes rank and world size through environment variables. `launch_workers` starts torchrun
+unless the user has. A run of one process is a `World` of size 1.
 """
 
 from __future__ import annotations
@@ -25,52 +24,57 @@ from torch import distributed as dist
 from util.distributed.world import World
 from util.errors import PeerFailed, RunError
 
-PATIENCE_HOURS = 2  # with a first process that downloads or reads images while the others wait
-ARRIVAL_MINUTES = 5  # between the first process that is ready and the last
-GRACE_SECONDS = 3.0  # in which the launcher ends all processes after one has failed
+TIMEOUT_HOURS = 2  # of a message; other ranks wait while rank 0 downloads or reads images
+ARRIVAL_MINUTES = 5  # between the first and the last process that is ready
+GRACE_SECONDS = 3.0  # until the launcher has ended all processes after a failure
 
 
 def is_launched() -> bool:
-    """Whether torchrun, or another launcher that speaks its language, has started this process."""
+    """Return True if torchrun, or a launcher with its variables, has started this process."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
-def speaks() -> bool:
-    """Whether this process is, or will be, the first of its run."""
+def is_first_process() -> bool:
+    """Return True if this process is, or will be, rank 0 of its run."""
     return not is_launched() or os.environ["RANK"] == "0"
 
 
 def check_agreement(world: World, step: int | None) -> None:
-    """See that all processes continue from the same step, None being a fresh start.
+    """Check that all processes continue from the same step; None is a fresh start.
 
     Raises:
-        RunError: they do not, as where each machine has a disk of its own.
+        RunError: the steps differ, for example because each machine has its own disk.
     """
     steps = world.gather(step)
     if len(set(steps)) > 1:
-        told = ", ".join("none" if step is None else f"step {step}" for step in steps)
-        raise RunError(f"--resume: the processes found different checkpoints ({told})")
+        found = ", ".join("none" if step is None else f"step {step}" for step in steps)
+        raise RunError(f"--resume: the processes found different checkpoints ({found})")
 
 
 def wait_for_first_error() -> None:
-    """Wait before speaking of an error: by then the launcher has ended this process if it can.
+    """Wait before reporting an error, so that the launcher can end this process first.
 
-    What is wrong in one process is soon wrong in all, and one error is enough to read.
+    A failure of one process spreads to all, and one report is enough.
     """
     if is_launched():
         time.sleep(GRACE_SECONDS)
 
 
 def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: Namespace) -> bool:
-    """Run `script argv` once for each device through torchrun; False if this process is enough.
+    """Run `script argv` once per device with torchrun.
 
     Args:
-        processes: for this machine.
-        flags: `world_size` machines (None: one), this one of number `rank`, meeting at `dist_url`.
+        script: file to run.
+        argv: its arguments.
+        processes: on this machine.
+        flags: `world_size` machines (None: 1), number `rank` of this machine, address `dist_url`.
+
+    Returns:
+        False if this process itself is the run; nothing was started.
 
     Raises:
-        SystemExit: with the exit code of the process that failed, once all have ended; with a line
-            where it was killed, as for want of memory.
+        SystemExit: a process failed. The exit code is that of the process. A killed process, for
+            example for lack of memory, gives a message instead.
     """
     machines = flags.world_size or 1
     if is_launched() or processes * machines == 1:
@@ -81,36 +85,36 @@ def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: N
 
     threads = max(1, (os.cpu_count() or 1) // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
-    # The process that failed has said why; torchrun would bury it under a table.
+    # The failed process has reported the reason. The table of torchrun would hide the report.
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
-    meeting = _meeting_point(flags) if machines > 1 else ["--standalone"]
-    words = [f"--nproc-per-node={processes}", f"--nnodes={machines}", *meeting, script, *argv]
+    rendezvous = _address_flags(flags) if machines > 1 else ["--standalone"]
+    words = [f"--nproc-per-node={processes}", f"--nnodes={machines}", *rendezvous, script, *argv]
     try:
         torchrun.run(torchrun.parse_args(words))
     except ChildFailedError as error:
-        ends = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        sys.exit(_tell_end(Path(script).name, ends))
+        exit_codes = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        sys.exit(_describe_exit(Path(script).name, exit_codes))
     except SignalException as error:
         sys.exit(128 + error.sigval)
     return True
 
 
-def _tell_end(name: str, ends: Mapping[int, int]) -> int | str:
-    """What to exit with: a line where a process was ended from outside, and so could not say why.
-
-    Else the code of the process that failed.
+def _describe_exit(name: str, exit_codes: Mapping[int, int]) -> int | str:
+    """Return a message if a process was killed, else the exit code of the failed process.
 
     Args:
-        ends: exit codes by process; the launcher has ended those with SIGTERM's.
+        name: of the script.
+        exit_codes: by rank. The launcher itself ends processes with SIGTERM.
     """
-    killed = [rank for rank, code in ends.items() if code < 0 and code != -signal.SIGTERM]
+    killed = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
     if not killed:
-        return max(1, *ends.values())
-    end = signal.Signals(-ends[killed[0]]).name
-    return f"{name}: error: process {killed[0]} was ended by {end}"
+        return max(1, *exit_codes.values())
+    name_of_signal = signal.Signals(-exit_codes[killed[0]]).name
+    return f"{name}: error: process {killed[0]} was ended by {name_of_signal}"
 
 
-def _meeting_point(flags: Namespace) -> list[str]:
+def _address_flags(flags: Namespace) -> list[str]:
+    """Return torchrun's flags for the number of this machine and the rendezvous address."""
     url = urlsplit(flags.dist_url)
     host, port = url.hostname, url.port
     if url.scheme == "env":
@@ -120,15 +124,18 @@ def _meeting_point(flags: Namespace) -> list[str]:
 
 @contextmanager
 def init_processes(device: torch.device, backend: str | None = None) -> Iterator[World]:
-    """The world that this process is part of, left again at the end.
+    """Join the world of this process; leave the world at the end of the block.
 
     Args:
         device: of this process.
-        backend: None: nccl for GPUs, else gloo.
+        backend: "nccl" or "gloo". None: nccl for GPUs, else gloo.
+
+    Yields:
+        The world.
 
     Raises:
         RunError: nccl without a GPU.
-        PeerFailed: a process has failed before it came here.
+        PeerFailed: another process failed before it joined.
     """
     if not is_launched():
         yield World()
@@ -136,56 +143,60 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
     backend = backend or ("nccl" if device.type == "cuda" else "gloo")
     if backend == "nccl" and device.type != "cuda":
         raise RunError("--dist-backend nccl: PyTorch sees no CUDA device here")
-    store, rank, size = _meet(60 * ARRIVAL_MINUTES)
-    _await_all(store, rank, size)
+    store, rank, size = _open_store(60 * ARRIVAL_MINUTES)
+    _wait_for_all(store, rank, size)
     dist.init_process_group(
         backend,
         store=store,
         rank=rank,
         world_size=size,
-        timeout=timedelta(hours=PATIENCE_HOURS),
+        timeout=timedelta(hours=TIMEOUT_HOURS),
         device_id=device if backend == "nccl" else None,
     )
     local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     yield World(rank, size, local_size)
-    # Not after an error: the others may be in the middle of a message, and NCCL would wait.
+    # After an error this line is skipped: NCCL would wait for messages of the other processes.
     dist.destroy_process_group()
 
 
 @contextmanager
-def tell_if_it_fails() -> Iterator[None]:
-    """Tell the processes that wait in `init_processes` that this one has failed.
+def announce_failure() -> Iterator[None]:
+    """Report an error of this block to the processes that wait in `init_processes`.
 
-    The launcher ends those of the same machine, but not those of others.
+    The launcher ends the processes of its own machine only.
     """
     try:
         yield
     except BaseException:
         if is_launched() and not dist.is_initialized():
             with suppress(Exception):
-                store, rank, _ = _meet(GRACE_SECONDS)
+                store, rank, _ = _open_store(GRACE_SECONDS)
                 store.set(f"process {rank}", "failed")
         raise
 
 
-def _meet(seconds: float) -> tuple[dist.Store, int, int]:
-    """The store that all processes of the run know, the number of this one, how many they are.
+def _open_store(seconds: float) -> tuple[dist.Store, int, int]:
+    """Return the key-value store of the run, the rank of this process and the world size.
 
     Args:
-        seconds: to wait for others, now and whenever the store is asked for what it has not yet.
+        seconds: timeout of the connection and of each wait for a key.
     """
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
-        # After a restart the launcher's store still knows the addresses of the processes that died.
-        # Launchers of several machines count their restarts apart, and need a new store instead:
+        # After a restart the launcher's store still holds the addresses of the dead processes.
+        # Launchers of several machines count restarts separately and need a new store instead:
         # TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1, as in scripts/slurm.sh.
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(attempt, store)
     return store, rank, size
 
 
-def _await_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process has come, or has told that it will not."""
+def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
+    """Wait until every process has joined or reported a failure.
+
+    Raises:
+        PeerFailed: a process reported a failure.
+    """
     store.set(f"process {rank}", "here")
     keys = [f"process {number}" for number in range(size)]
     store.wait(keys)
@@ -194,5 +205,5 @@ def _await_all(store: dist.Store, rank: int, size: int) -> None:
 
 
 def local_rank() -> int:
-    """Number of this process on its machine; 0 for a process on its own."""
+    """Return the number of this process on its machine; 0 without a launcher."""
     return int(os.environ.get("LOCAL_RANK", 0))

@@ -1,4 +1,4 @@
-"""TODO: util/distributed/world.py."""
+"""The world of a run: rank, world size, and the operations between processes."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a run, as one of them sees them.
+    """Processes of a run, as seen by one of them. With a size of 1, every operation is local.
 
     Attributes:
         rank: number of this process, from 0.
-        size: how many there are.
-        local_size: how many of them are on this machine.
+        size: world size, the number of processes.
+        local_size: number of processes on this machine.
     """
 
     rank: int = 0
@@ -34,33 +34,41 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes files and speaks."""
+        """True for rank 0, which writes files and prints."""
         return self.rank == 0
 
-    def share_workers(self, count: int) -> int:
-        """Of `count` helpers on this machine, those of one process; rounded up."""
+    def workers_per_process(self, count: int) -> int:
+        """Divide `count` loader workers among the processes of this machine; round up."""
         return -(-count // self.local_size)
 
     def shard_count(self, count: int) -> int:
-        """Of `count` batches dealt in turn, as those of a test are, how many this process gets."""
+        """Return how many of `count` batches this process gets when batches are dealt in turn."""
         return len(range(self.rank, count, self.size))
 
     def sum(self, values: Tensor) -> Tensor:
-        """The sum of `values` over all processes, in every process; of any shape and device."""
+        """Return the sum of `values` over all processes, in every process."""
         if self.size > 1:
             values = values.clone()
             dist.all_reduce(values)
         return values
 
     def batch_offset(self, count: int, device: torch.device) -> tuple[int, int]:
-        """Of a batch of which this process has `count`: the number of its first, and all."""
+        """Locate this process's part of a batch.
+
+        Args:
+            count: images of this process.
+            device: of the message.
+
+        Returns:
+            Images of lower ranks, and images of all ranks.
+        """
         counts = torch.zeros(self.size, dtype=torch.long, device=device)
         counts[self.rank] = count
         counts = self.sum(counts).tolist()
         return sum(counts[: self.rank]), sum(counts)
 
     def gather(self, value: T) -> list[T]:
-        """The plain values or CPU tensors of all processes, by rank, in every process."""
+        """Return the plain values or CPU tensors of all processes, by rank, in every process."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -68,63 +76,63 @@ class World:
         return values
 
     def on_rank0(self, action: Callable[[], T]) -> T:
-        """What action(), done by the first process alone, returns: plain values only.
+        """Run action() on rank 0 alone; return its plain values in every process.
 
         Raises:
-            PeerFailed: in the other processes, where the action failed.
+            PeerFailed: in the other processes, if the action fails.
         """
         if self.size == 1:
             return action()
-        answer: list[Any] = [None, None]  # succeeded, result
+        outcome: list[Any] = [None, None]  # succeeded, result
         try:
             if self.is_first:
-                answer = [True, action()]
-        finally:  # also while an error is on its way out
-            dist.broadcast_object_list(answer, src=0)
-        if not answer[0]:
+                outcome = [True, action()]
+        finally:  # the others wait for the outcome, also of an error
+            dist.broadcast_object_list(outcome, src=0)
+        if not outcome[0]:
             raise PeerFailed
-        return answer[1]
+        return outcome[1]
 
     def rank0_first(self, action: Callable[[], T]) -> T:
-        """action() in the first process, then, with what it has left behind, in all others."""
+        """Run action() on rank 0, then on all other ranks, which find the files of rank 0."""
         results: list[T] = []
         self.on_rank0(lambda: results.append(action()))
         return results[0] if results else action()
 
     def replicate(self, model: nn.Module) -> nn.Module:
-        """The model with gradients that are averaged over the processes in every backward.
+        """Return the model wrapped to average gradients over the processes in every backward.
 
-        Running statistics stay each process's own, see `average_buffers`.
+        Running statistics stay local to each process, see `average_buffers`.
         """
         if self.size == 1:
             return model
-        names = signature(DistributedDataParallel).parameters  # the older name warns of its end
+        names = signature(DistributedDataParallel).parameters  # the older name is deprecated
         each_forward = {"forward_sync_buffers", "broadcast_buffers"} & names.keys()
         return DistributedDataParallel(model, **{max(each_forward): False})
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Make the running statistics the mean over the processes, each of which saw a share.
+        """Average the running statistics over the processes.
 
-        Counters are left alone. Statistics that were shared all along stay the same to rounding.
+        Counters stay unchanged. Synchronised statistics change by rounding only.
         """
         for buffer in model.buffers() if self.size > 1 else ():
             if buffer.is_floating_point():
                 buffer.copy_(self.sum(buffer) / self.size)
 
     def gather_own_buffers(self, model: nn.Module) -> list[dict[str, Tensor]]:
-        """By rank, the running statistics in which a process differs from the first, on the CPU.
+        """Return, by rank, the running statistics (on the CPU) that differ from rank 0.
 
-        Within an epoch each has its own, but for those of whitening with shared statistics.
+        Within an epoch each process has its own statistics, except synchronised whitening.
         """
         if self.size == 1:
             return [{}]
         mine = {name: buffer.cpu() for name, buffer in model.named_buffers()}
-        marks = {name: _digest(buffer) for name, buffer in mine.items()}
-        of_first = self.on_rank0(lambda: marks)
-        return self.gather({n: b for n, b in mine.items() if marks[n] != of_first[n]})
+        digests = {name: _digest(buffer) for name, buffer in mine.items()}
+        of_rank0 = self.on_rank0(lambda: digests)
+        return self.gather({n: b for n, b in mine.items() if digests[n] != of_rank0[n]})
 
     def take_own_buffers(self, model: nn.Module, saved: Sequence[Mapping[str, Tensor]]) -> None:
-        """Put back what `gather_own_buffers` gave to as many processes."""
+        """Restore the statistics of `gather_own_buffers`; skip those of another world size."""
         buffers = dict(model.named_buffers())
         for name, values in saved[self.rank].items() if len(saved) == self.size else ():
             buffers[name].copy_(values)

@@ -17,7 +17,7 @@ from types import FrameType
 from util.checkpoint.store import (
     LATEST_NAME,
 )
-from util.console import speaks
+from util.console import is_muted
 from util.errors import Stopped
 
 
@@ -70,7 +70,7 @@ def heed_signals() -> Iterator[StopRequest]:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         # Not in children that load images. By the system's own write: the signal may have come
         # in the middle of a print.
-        if speaks() and os.getpid() == owner:
+        if not is_muted() and os.getpid() == owner:
             name = signal.Signals(number).name
             with suppress(OSError):  # the terminal may have gone
                 os.write(2, f"\n{name}: stopping after this step; Ctrl-C: at once\n".encode())

@@ -14,7 +14,7 @@ import torch
 
 import main
 from tests.util.distributed.test_world import free_port
-from util.distributed.launcher import launch_workers, speaks
+from util.distributed.launcher import is_first_process, launch_workers
 from util.tracking.logger import read_log
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -179,7 +179,7 @@ def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
 def test_help_is_shown_once(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")  # of somebody else: it takes both names to be one of several
     monkeypatch.delenv("WORLD_SIZE", raising=False)
-    assert speaks()
+    assert is_first_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
     for rank, shown in (("0", True), ("1", False)):
         monkeypatch.setenv("RANK", rank)

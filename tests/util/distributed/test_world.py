@@ -52,7 +52,7 @@ def use_every_operation(world, folder):
     assert mine.tolist() == [world.rank] * 2  # left as it was
     assert world.gather({"rank": world.rank}) == [{"rank": 0}, {"rank": 1}, {"rank": 2}]
     assert world.on_rank0(lambda: world.rank) == 0
-    assert world.share_workers(4) == 2
+    assert world.workers_per_process(4) == 2
 
     norm = nn.BatchNorm1d(2)
     norm.running_var.fill_(world.rank)
@@ -166,7 +166,7 @@ def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processe
         list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole=True))
         for rank in range(processes)
     ]
-    tested = [b[: World(rank, processes).deal(4)] for rank, b in enumerate(dealt)]
+    tested = [b[: World(rank, processes).shard_count(4)] for rank, b in enumerate(dealt)]
     assert sorted(index for part in tested for ((_, index),) in part) == [0, 1, 2, 3]
 
 
@@ -181,4 +181,4 @@ def test_a_world_of_one_needs_no_process_group(monkeypatch):
     assert world.on_rank0(lambda: 6) == world.rank0_first(lambda: 6) == 6
     assert world.replicate(model) is model
     world.average_buffers(model)
-    assert world.share_workers(3) == 3
+    assert world.workers_per_process(3) == 3
