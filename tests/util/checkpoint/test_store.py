@@ -231,13 +231,13 @@ def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
 PLACES = [number / 20 for number in range(20)]
 
 
-@pytest.mark.parametrize("place", PLACES)
-def test_a_file_that_is_cut_anywhere_is_refused(tmp_path, place):
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
     path = save_checkpoint(make_state(), tmp_path)
     content = path.read_bytes()
-    path.write_bytes(content[: round(place * len(content))])
-    with pytest.raises(CheckpointError, match=f"^{path}: "):
-        load_checkpoint(path, "cpu")
+    for place in PLACES:
+        path.write_bytes(content[: round(place * len(content))])
+        with pytest.raises(CheckpointError, match=f"^{path}: "):
+            load_checkpoint(path, "cpu")
 
 
 def test_bits_flipped_anywhere_are_noticed_or_mean_nothing(tmp_path):

@@ -1,13 +1,17 @@
-"""The command line: spelling, aliases, defaults and ranges of the flags."""
+"""Flags of the scripts: spelling, aliases, defaults, ranges and help."""
 
+import re
+import shlex
 from inspect import signature
 
 import pytest
 
 import main
+import main_imagenet
 from deconv import FastDeconv
 from deconv.conv import MODES, ROOTS
 from deconv.whitening import LAYOUTS
+from util.cli.settings import read_settings
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
 PUBLISHED_DEFAULTS = """
@@ -16,20 +20,39 @@ PUBLISHED_DEFAULTS = """
     --deconv False --mode 5 --num-groups 16 --eps 1e-2 --deconv-iter 5 --stride 3 --data ./data
     --dropout-rate 0 --save-plot True --tensorboardX True --msg False
 """
+OUT_OF_RANGE = [
+    *("--lr 0", "--lr nan", "--momentum 1", "--wd -1", "--eps 0", "--dropout-rate 1"),
+    *("--batch-size 0", "--epochs 0", "--max-steps 0", "--num-workers -1", "--threads 0"),
+    *("--mode 6", "--method 5", "--num-groups 0", "--num-groups-final -1", "--deconv-iter 0"),
+    *("--stride 0", "--seed -1", "--print-freq 0", "--checkpoint-epoch -1", "--stem-iter 0"),
+    *("--image-size 31", "--milestone 0", "--multistep-gamma 0", "--deconv perhaps"),
+    *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
+    *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
+    *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
+    *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9", "--multistep-gamma 1.5"),
+    *("--lr 1e+300", "--wd 1e+300", "--eps 1e+300"),  # beyond float32
+]
 
 
-def typed(line):
-    return main.build_script().parser.parse_typed(line.split())
+def typed(line, script=main):
+    return script.build_script().parser.parse_typed(line.split())
 
 
 def refusal(capsys, line):
-    """The one line with which a command line is refused."""
+    """Return the one line that refuses a command line."""
     with pytest.raises(SystemExit) as stop:
         typed(line)
     assert stop.value.code == 2
-    (only,) = capsys.readouterr().err.splitlines()
-    assert only.startswith("main.py: error: ")
-    return only
+    (message,) = capsys.readouterr().err.splitlines()
+    assert message.startswith("main.py: error: ")
+    return message
+
+
+def help_of(script, capsys):
+    with pytest.raises(SystemExit) as stop:
+        typed("--help", script)
+    assert stop.value.code == 0
+    return capsys.readouterr().out
 
 
 def test_defaults_are_the_published_ones():
@@ -56,39 +79,21 @@ def test_aliases(short, name, value):
     assert typed(short) == {name: value}
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        *("--lr 0", "--lr nan", "--momentum 1", "--wd -1", "--eps 0", "--dropout-rate 1"),
-        *("--batch-size 0", "--epochs 0", "--max-steps 0", "--num-workers -1", "--threads 0"),
-        *("--mode 6", "--method 5", "--num-groups 0", "--num-groups-final -1", "--deconv-iter 0"),
-        *("--stride 0", "--seed -1", "--print-freq 0", "--checkpoint-epoch -1", "--stem-iter 0"),
-        *("--image-size 31", "--milestone 0", "--multistep-gamma 0", "--deconv perhaps"),
-        *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
-        *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
-        *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
-        *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9", "--multistep-gamma 1.5"),
-        *("--lr 1e+300", "--wd 1e+300", "--eps 1e+300"),  # which PyTorch takes for no float32
-    ],
-)
-def test_values_out_of_range_are_refused_by_name(capsys, line):
-    message = refusal(capsys, line)
-    flag, value = line.split()
-    assert flag in message and value in message
+def test_values_out_of_range_are_refused_by_name(capsys):
+    for line in OUT_OF_RANGE:
+        message = refusal(capsys, line)
+        assert all(word in message for word in line.split()), message
 
 
-@pytest.mark.parametrize("flag", ["--data", "--out", "--run-dir", "--resume"])
-def test_places_without_a_name_are_refused(capsys, flag):
-    assert flag in refusal(capsys, f"{flag}=")
-    assert flag in refusal(capsys, f"{flag}=a\0b")
+def test_paths_without_a_name_are_refused(capsys):
+    for flag in ("--data", "--out", "--run-dir", "--resume"):
+        assert flag in refusal(capsys, f"{flag}=")
+        assert flag in refusal(capsys, f"{flag}=a\0b")
 
 
 def test_unknown_and_shortened_flags_are_refused(capsys):
     assert "--momentums" in refusal(capsys, "--momentums .5")
     assert "--num-group" in refusal(capsys, "--num-group 8")
-
-
-def test_the_flag_that_was_meant_is_named(capsys):
     assert refusal(capsys, "--decnov True").endswith("did you mean --deconv?")
 
 
@@ -102,16 +107,56 @@ def test_arch_help_and_a_wrong_name_list_the_architectures(capsys):
         assert name in listed and name in wrong
 
 
-def test_help_has_groups_and_tells_every_default(capsys):
-    with pytest.raises(SystemExit) as stop:
-        typed("--help")
-    assert stop.value.code == 0
-    text = capsys.readouterr().out
-    for title in ("network", "deconvolution", "data", "training", "output"):
-        assert f"\n{title}:\n" in text
+@pytest.mark.parametrize("script", [main, main_imagenet], ids=lambda script: script.__name__)
+def test_help_groups_the_flags_and_names_the_choices(capsys, script):
+    text = help_of(script, capsys)
+    titles = ["network", "deconvolution", "data", "training", "device", "output"]
+    titles += [f"advanced: {name}" for name in ("deconvolution", "training and output")]
+    positions = [text.index(f"\n{title}:\n") for title in titles]
+    assert positions == sorted(positions)
     assert max(map(len, text.splitlines())) <= 100
-    for choice in (*LOSSES, *OPTIMIZERS, *SCHEDULES, *LAYOUTS):
+    for choice in (*LOSSES, *OPTIMIZERS, *SCHEDULES, *LAYOUTS, *ROOTS):
         assert choice in text
+
+
+@pytest.mark.parametrize("script", [main, main_imagenet], ids=lambda script: script.__name__)
+def test_help_ends_in_four_commands_that_are_accepted(capsys, script):
+    examples = help_of(script, capsys).partition("\nexamples:\n")[2].strip().splitlines()
+    assert len(examples) == 4
+    for line in examples:
+        argv = shlex.split(line.partition(f" {script.__name__}.py ")[2])
+        assert argv, line
+        if "--resume" in argv:
+            script.build_script().parser.parse_typed(argv)
+        else:
+            read_settings(script.build_script(), argv)
+
+
+@pytest.mark.parametrize("script", [main, main_imagenet], ids=lambda script: script.__name__)
+def test_every_true_or_false_flag_may_be_typed_bare(script):
+    parser = script.build_script().parser
+    bare = [name for name in parser.spelling if f"{parser.spelling[name]} [BOOL]" in usage(parser)]
+    assert {"deconv", "batchnorm", "compile", "evaluate", "msg"} <= set(bare)
+    for name in bare:
+        flag = parser.spelling[name]
+        assert typed(flag, script) == typed(f"{flag} True", script) == {name: True}
+        assert typed(f"{flag} False --seed 1", script) == {name: False, "seed": 1}
+        assert typed(f"{flag} --seed 1", script) == {name: True, "seed": 1}
+
+
+def usage(parser):
+    """Return the usage with the long spelling of each flag."""
+    text = parser.format_usage()
+    return text.replace("-e [BOOL]", "--evaluate [BOOL]")
+
+
+def test_a_folder_is_not_taken_for_the_value_of_a_flag():
+    for line in ("--deconv DIR", "DIR --deconv", "--deconv True DIR", "-b 2 --deconv DIR -j 0"):
+        flags = typed(line, main_imagenet)
+        assert (flags["data"], flags["deconv"]) == ("DIR", True)
+    assert typed("-e DIR --gpu 0", main_imagenet) == {"evaluate": True, "data": "DIR", "gpu": 0}
+    flags = typed("--milestone .4 .8 DIR", main_imagenet)
+    assert flags == {"milestone": [0.4, 0.8], "data": "DIR"}
 
 
 def test_choices_are_those_of_the_layers():
@@ -124,12 +169,18 @@ def test_choices_are_those_of_the_layers():
 
 
 def test_defaults_are_those_of_the_layers():
-    ours, theirs = main.build_script().parser.defaults(), signature(FastDeconv).parameters
+    flags, keywords = main.build_script().parser.defaults(), signature(FastDeconv).parameters
     names = {"share_blocks": "shared", "num_groups": "block", "deconv_iter": "n_iter"}
     names |= {name: name for name in ("mode", "eps", "layout", "root", "rows_per_feature")}
     names["stride"] = "sampling_stride"
     for flag, keyword in names.items():
-        assert ours[flag] == theirs[keyword].default, flag
+        assert flags[flag] == keywords[keyword].default, flag
+
+
+def test_help_of_the_preset_has_its_values(capsys):
+    text = " ".join(help_of(main, capsys).split())
+    shown = re.search(r"settings of the paper's tables, (.*?);", text)[1]
+    assert typed(shown) == main.PRESETS["paper"]
 
 
 def test_a_mirror_is_named_by_flag_or_variable(monkeypatch, capsys):
@@ -139,7 +190,8 @@ def test_a_mirror_is_named_by_flag_or_variable(monkeypatch, capsys):
     monkeypatch.setenv("DECONV_DATA_URL", "ftp://host")
     with pytest.raises(SystemExit):
         main.build_script().parser.defaults()
-    assert "argument --data-url: " in (told := capsys.readouterr().err) and "'ftp://host'" in told
+    message = capsys.readouterr().err
+    assert "argument --data-url: " in message and "'ftp://host'" in message
     monkeypatch.setenv("DECONV_DATA_URL", "")
     assert main.build_script().parser.defaults()["data_url"] is None
     for wrong in ("host/files", "https://", "file://", "/data"):

@@ -1,22 +1,35 @@
-"""A command line that refuses in one line, and the types of its values."""
+"""Parser: typed flags, help, errors in one line, and the types of values."""
 
 import argparse
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from util.cli.parser import Parser, bounded_float, bounded_int, path_name, str2bool
 
+ROOT = Path(__file__).resolve().parents[3]
+
 
 @pytest.fixture
 def parser():
-    parser = Parser("x.py", "")
+    parser = Parser("x.py", "", "examples:\n  first:   x.py\n  second:  x.py --size 2\n")
     add = parser.add_group("numbers")
     add("-s --share", "of 100 %", bounded_int(0), 5)
     add("--batch-size --size", "images", bounded_int(1), default_text="as many as fit")
     return parser
 
 
-def test_only_what_is_typed_is_returned_even_if_typed_as_the_default(parser):
+def test_importing_the_parser_loads_neither_matplotlib_nor_torchvision():
+    code = "import sys, util.cli.parser; print(*sys.modules)"
+    command = [sys.executable, "-c", code]
+    modules = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    assert "util.cli.parser" in modules.split()
+    assert not {"matplotlib", "torchvision"} & set(modules.split())
+
+
+def test_only_typed_flags_are_returned_even_if_typed_as_the_default(parser):
     assert parser.defaults() == {"share": 5, "batch_size": None}
     assert parser.parse_typed([]) == {}
     assert parser.parse_typed(["-s", "5", "--size", "2"]) == {"share": 5, "batch_size": 2}
@@ -28,16 +41,17 @@ def test_messages_spell_a_flag_as_it_was_typed(parser):
     assert parser.spelling == {"batch_size": "--size", "share": "-s"}
 
 
-def test_help_fits_the_terminal_and_breaks_no_flag(parser, monkeypatch):
+def test_help_fits_the_terminal_and_breaks_neither_flags_nor_examples(parser, monkeypatch):
     parser.add_group("more")("--flag", "see --batch-size-of-tests " * 9, bounded_int(0))
     for columns in (60, 80, 200):
         monkeypatch.setenv("COLUMNS", str(columns))
         text = parser.format_help()
         assert max(map(len, text.splitlines())) <= min(100, columns)
         assert text.count("--batch-size-of-tests") == 9
+        assert text.endswith("examples:\n  first:   x.py\n  second:  x.py --size 2\n")
 
 
-def test_help_tells_the_default_or_what_stands_for_it_and_bears_a_percent_sign(parser):
+def test_help_tells_the_default_and_bears_a_percent_sign(parser):
     text = " ".join(parser.format_help().split())
     assert "of 100 % (default: 5)" in text and "images (default: as many as fit)" in text
 
@@ -54,7 +68,14 @@ def test_flags_cannot_be_shortened(parser, capsys):
     assert "--batch" in capsys.readouterr().err
 
 
-def test_a_place_has_a_name(monkeypatch):
+def test_a_value_that_could_not_be_typed_is_explained(parser):
+    assert parser.explain_misfit("share", 5) == parser.explain_misfit("batch_size", None) == ""
+    assert parser.explain_misfit("share", None) == "is None, which cannot be typed"
+    assert "from 0 to" in parser.explain_misfit("share", -1)
+    assert parser.explain_misfit("share", True).startswith("is True: expected an integer")
+
+
+def test_a_path_has_a_name(monkeypatch):
     monkeypatch.setenv("HOME", "/home/me")
     assert path_name("~/runs") == "/home/me/runs" and path_name("a b") == "a b"
     for text in ("", " "):
@@ -62,32 +83,24 @@ def test_a_place_has_a_name(monkeypatch):
             path_name(text)
 
 
-@pytest.mark.parametrize("text", ["True", "true", "1", "yes", "YES"])
-def test_true(text):
-    assert str2bool(text) is True
+def test_true_and_false_have_four_spellings_each_in_any_case():
+    assert all(str2bool(text) is True for text in ("True", "true", "1", "yes", "YES"))
+    assert all(str2bool(text) is False for text in ("False", "FALSE", "0", "no", "No"))
+    for text in ("maybe", "", "2", "on"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}'"):
+            str2bool(text)
 
 
-@pytest.mark.parametrize("text", ["False", "FALSE", "0", "no", "No"])
-def test_false(text):
-    assert str2bool(text) is False
-
-
-@pytest.mark.parametrize("text", ["maybe", "", "2", "on"])
-def test_neither_true_nor_false(text):
-    with pytest.raises(argparse.ArgumentTypeError, match=f"'{text}'"):
-        str2bool(text)
-
-
-@pytest.mark.parametrize("text", ["0", "-1", "1.5", "nan", "many", "11"])
-def test_whole_numbers_have_bounds(text):
+def test_integers_have_bounds():
     assert bounded_int(1, 10)("10") == 10
-    with pytest.raises(argparse.ArgumentTypeError, match=f"from 1 to 10, got '{text}'"):
-        bounded_int(1, 10)(text)
+    for text in ("0", "-1", "1.5", "nan", "many", "11"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"from 1 to 10, got '{text}'"):
+            bounded_int(1, 10)(text)
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "nan", "inf", "much", "1"])
-def test_real_numbers_have_bounds(text):
+def test_numbers_have_bounds():
     assert bounded_float(above=0, below=1)("1e-3") == 1e-3
-    with pytest.raises(argparse.ArgumentTypeError, match="above 0 and below 1"):
-        bounded_float(above=0, below=1)(text)
+    for text in ("0", "-1", "nan", "inf", "much", "1"):
+        with pytest.raises(argparse.ArgumentTypeError, match="above 0 and below 1"):
+            bounded_float(above=0, below=1)(text)
     assert bounded_float(minimum=0)("0") == 0
