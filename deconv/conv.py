@@ -1,4 +1,4 @@
-"""The layers: parameters, what each looks at, and the layer of torch that does the work."""
+"""Convolutions in 1 to 3 dimensions that whiten the patches their kernel sees."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops.blocks import Blocks
+from .ops.blocks import Blocks, make_blocks
 from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, PatchSubset, Sampling
-from .sync import find_share, several_processes
-from .whitening import Whitening, _blocks, _refuse_none_of
+from .sync import locate_batch
+from .whitening import Whitening, require_positive
 
 # What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
 MODES: dict[int, tuple[str, ...]] = {
@@ -34,7 +34,7 @@ class Convolution(Whitening):
     """
 
     plain: type[nn.Module]
-    convolve: Callable[..., torch.Tensor]
+    convolve: Callable[..., Tensor]
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Convolution(Whitening):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _refuse_none_of(in_channels=in_channels, out_channels=out_channels)
+        require_positive(in_channels=in_channels, out_channels=out_channels)
         if mode not in MODES:
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
         if sampling_stride < 1 or sampling_stride % 1:
@@ -91,15 +91,15 @@ class Convolution(Whitening):
             dtype=dtype,
         )
         sides = {name: getattr(self, name) for name in ("kernel_size", "stride", "dilation")}
-        _refuse_none_of(**{name: min(side) for name, side in sides.items()})
+        require_positive(**{name: min(side) for name, side in sides.items()})
         self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
         self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
         self.root = root
         channels = in_channels // groups
         taps = self.weight[0, 0].numel()
-        self._init_whitening(
+        self.init_whitening(
             MODES[mode],
-            _blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
+            make_blocks(groups, channels, block, taps, layout, shared, joint=mode in (4, 5)),
             mean_taps=1 if mode == 3 else taps,
             eps=eps,
             n_iter=n_iter,
@@ -108,75 +108,73 @@ class Convolution(Whitening):
             track_running_stats=track_running_stats,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        self._check_channels(x)
+    def forward(self, x: Tensor) -> Tensor:
+        """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
         padding = self.padding if self.padding_mode == "zeros" else 0
-        where = (self.stride, padding, self.dilation, self.groups)
-        y = self.convolve(*self.fold_whitening(self.prepare_input(x)), *where)
+        images, weight, bias = self.fold_whitening(self.prepare_input(x))
+        y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)
         return y if self._is_batch(x) else y.squeeze(0)
 
-    def _is_batch(self, x: torch.Tensor) -> bool:
-        """As torch, a convolution takes one image without a batch, too."""
+    def _is_batch(self, x: Tensor) -> bool:
+        """Return whether x has a batch dimension; torch takes one image without, too."""
         return x.dim() == len(self.kernel_size) + 2
 
-    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
-        x = x if self._is_batch(x) else x.unsqueeze(0)
-        if self.padding_mode == "zeros":
-            return x
-        return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
-
-    def _check_channels(self, x: torch.Tensor) -> None:
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Return x as (N, C, *size), with padding other than zeros filled in."""
         dims = len(self.kernel_size)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != self.in_channels:
             raise ValueError(
                 f"input must have {self.in_channels} channels and {dims} dimensions of pixels, "
                 f"got shape {(*x.shape,)}"
             )
+        x = x if self._is_batch(x) else x.unsqueeze(0)
+        if self.padding_mode == "zeros":
+            return x
+        return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
 
-    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
-        """Which patches the mode looks at, and how they fall into blocks."""
+    def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
+        """Return which patches of x the mode samples, and how their features form blocks."""
         if self.mode == 3:
             unit = self.blocks.unit // self.blocks.taps
-            return self._see_pixels(), replace(self.blocks, taps=1, unit=unit)
-        window = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)
+            return self._pixel_grid(), replace(self.blocks, taps=1, unit=unit)
+        grid = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)
         if self.mode == 4 or not self.rows_per_feature:
-            return window, self.blocks
-        return self.subsample(x, window), self.blocks
+            return grid, self.blocks
+        return self.subsample(x, grid), self.blocks
 
     def patch_grid(self, step: int) -> PatchGrid:
-        """Every `step`-th patch that the kernel sees in each direction."""
+        """Return the grid of every `step`-th patch that the kernel sees, in each direction."""
         stride, padding = tuple(step * s for s in self.stride), (0, 0) * len(self.stride)
         if self.padding_mode == "zeros":
             padding = tuple(self._reversed_padding_repeated_twice)
         return PatchGrid(self.kernel_size, stride, self.dilation, padding)
 
-    def _see_pixels(self) -> PatchGrid:
-        """Single pixels, without the padding that would pull them to zero."""
+    def _pixel_grid(self) -> PatchGrid:
+        """Return the grid of single pixels, without padding, which would pull their mean to 0."""
         one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
         return PatchGrid(one, step, one, (0, 0) * len(one))
 
-    def subsample(self, x: torch.Tensor, window: PatchGrid) -> Sampling:
-        """So few patches that there are about `rows_per_feature` rows for each feature of a matrix.
+    def subsample(self, x: Tensor, grid: PatchGrid) -> Sampling:
+        """Return so few patches that a matrix has about `rows_per_feature` rows per feature.
 
-        Several processes look at the same ones as one would, see `batch_share`.
+        All ranks together sample the patches that one rank with the whole batch would.
         """
-        together = self.sync_stats and several_processes()
-        first, total = find_share(len(x)) if together else (0, len(x))
+        first, total = locate_batch(len(x)) if self.pools_ranks else (0, len(x))
         patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
-        every = window.count(x.shape[2:])
+        every = grid.count(x.shape[2:])
         per_image = max(round(min(patches / max(total, 1), every)), 1)
-        return window if per_image >= every else PatchSubset(window, per_image, first)
+        return grid if per_image >= every else PatchSubset(grid, per_image, first)
 
     def fuse(self) -> nn.Module:
-        """The plain convolution that this layer is in evaluation; see `deconv.surgery.fuse`.
+        """Return the plain convolution that equals this layer in evaluation.
 
-        It may be asked of a layer in training as well, and is then in training mode itself.
+        Of a layer in training mode, the convolution is in training mode, too.
 
         Raises:
-            ValueError: a hook computes the weight or the bias.
+            ValueError: a hook computes the weight or the bias, or there are no running statistics.
         """
         shape = (self.in_channels, self.out_channels, self.kernel_size)
-        return self._settle(self.plain(*shape, **find_geometry(self), device="meta"))
+        return self._fuse_into(self.plain(*shape, **find_geometry(self), device="meta"))
 
     def extra_repr(self) -> str:
         return (

@@ -1,12 +1,11 @@
-"""FastDeconv in one and three dimensions, and for transposed convolutions."""
+"""Transposed convolutions in 1 to 3 dimensions that whiten the patches their kernel sees."""
 
 from __future__ import annotations
 
 from math import gcd
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .conv import Convolution
@@ -71,36 +70,36 @@ class _Transposed(Convolution):
         dims = len(self.kernel_size)
         self.output_padding = tuple(output_padding) if several else (output_padding,) * dims
 
-    def forward(self, x: torch.Tensor, output_size: list[int] | None = None) -> torch.Tensor:
-        self._check_channels(x)
-        sides = (self.stride, self.padding)
-        dims = len(self.kernel_size)
-        more = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
-        where = (*sides, more, self.groups, self.dilation)
-        y = self.convolve(*self.fold_whitening(self.prepare_input(x)), *where)
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """Whiten the patches of x and apply the kernel, by one transposed convolution."""
+        images, weight, bias = self.fold_whitening(self.prepare_input(x))
+        dims, sides = len(self.kernel_size), (self.stride, self.padding)
+        extra = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
+        y = self.convolve(images, weight, bias, *sides, extra, self.groups, self.dilation)
         return y if self._is_batch(x) else y.squeeze(0)
 
-    def to_conv_layout(self, weight: torch.Tensor) -> torch.Tensor:
-        """(groups * C, out / groups, *kernel) as (out, C, *kernel) turned round, and back again."""
+    def to_conv_layout(self, weight: Tensor) -> Tensor:
+        """Convert (groups * C, out / groups, *kernel) to (out, C, *kernel), flipped, or back."""
         swapped = weight.unflatten(0, (self.groups, -1)).transpose(1, 2).flatten(0, 1)
         return swapped.flip(tuple(range(2, weight.dim())))
 
     def patch_grid(self, step: int) -> PatchGrid:
+        """Return the grid of patches on the input with zeros inserted, see the class."""
         sides = zip(self.kernel_size, self.dilation, self.padding, self.output_padding, strict=True)
         padding: tuple[int, ...] = ()
-        for kernel, dilation, cut, more in sides:
+        for kernel, dilation, cut, extra in sides:
             before = dilation * (kernel - 1) - cut
-            padding = (before, before + more, *padding)
-        stride = self._meet_all_phases(step)
+            padding = (before, before + extra, *padding)
+        stride = self._coprime_steps(step)
         return PatchGrid(self.kernel_size, stride, self.dilation, padding, self.stride)
 
-    def _see_pixels(self) -> PatchGrid:
+    def _pixel_grid(self) -> PatchGrid:
         one = (1,) * len(self.stride)
-        stride = self._meet_all_phases(self.sampling_stride)
+        stride = self._coprime_steps(self.sampling_stride)
         return PatchGrid(one, stride, one, (0, 0) * len(one), self.stride)
 
-    def _meet_all_phases(self, step: int) -> tuple[int, ...]:
-        """In each dimension the first number from `step` on that sees all phases."""
+    def _coprime_steps(self, step: int) -> tuple[int, ...]:
+        """Return per dimension the first number from `step` on that reaches all phases."""
         return tuple(
             next(n for n in range(step, step + s + 1) if gcd(n, s) == 1) for s in self.stride
         )

@@ -1,29 +1,41 @@
-"""TODO: deconv/linear.py."""
+"""A fully connected layer that whitens its input."""
 
 from __future__ import annotations
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .ops.blocks import Blocks
+from .ops.blocks import Blocks, make_blocks
 from .ops.patches import PatchGrid, Sampling
-from .whitening import Whitening, _blocks, _refuse_none_of
+from .whitening import Whitening, require_positive
 
 
 class Delinear(Whitening, nn.Linear):
-    """A fully connected layer that whitens its input: `FastDeconv` with one tap and no patches.
+    """Linear layer that whitens its input: `FastDeconv` with one tap, rows as patches.
+
+        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
+
+    The root is Newton-Schulz, as published.
 
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
-        block: features whitened together: the largest divisor of `in_features` up to this.
+        block: features whitened together (default 512): the largest divisor of `in_features` up to
+            `block`.
         eps, n_iter, momentum, layout, shared, sync_stats, track_running_stats: as in `FastDeconv`.
+        device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     Shape:
-        (..., in_features) -> (..., out_features); all leading dimensions count as rows.
+        (..., in_features) -> (..., out_features). All leading dimensions count as rows.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or the input has another number of features.
+
+    Example:
+        head = Delinear(512, 10)
+        logits = head(torch.randn(128, 512))  # (128, 10)
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, section 3.1.
     """
 
     def __init__(
@@ -43,13 +55,13 @@ class Delinear(Whitening, nn.Linear):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        _refuse_none_of(in_features=in_features, out_features=out_features)
+        require_positive(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block, self.layout, self.shared = block, layout, shared
         self.root = "newton"
-        self._init_whitening(
+        self.init_whitening(
             ("joint",),
-            _blocks(1, in_features, block, 1, layout, shared, joint=True),
+            make_blocks(1, in_features, block, 1, layout, shared, joint=True),
             mean_taps=1,
             eps=eps,
             n_iter=n_iter,
@@ -58,23 +70,26 @@ class Delinear(Whitening, nn.Linear):
             track_running_stats=track_running_stats,
         )
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
+        """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
+        rows, weight, bias = self.fold_whitening(self.prepare_input(x))
+        return F.linear(rows.reshape(x.shape), weight, bias)
+
+    def prepare_input(self, x: Tensor) -> Tensor:
+        """Return x (..., C) as images of one pixel, (M, C, 1)."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"input must have {self.in_features} features, got shape {(*x.shape,)}"
             )
-        rows, weight, bias = self.fold_whitening(self.prepare_input(x))
-        return F.linear(rows.reshape(x.shape), weight, bias)
-
-    def prepare_input(self, x: torch.Tensor) -> torch.Tensor:
         return x.reshape(-1, self.in_features, 1)
 
-    def _sampling(self, x: torch.Tensor) -> tuple[Sampling, Blocks]:
+    def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
+        """Return every row."""
         return PatchGrid((1,), (1,), (1,), (0, 0)), self.blocks
 
     def fuse(self) -> nn.Linear:
-        """The plain linear layer that this one is in evaluation; as `FastDeconv.fuse`."""
-        return self._settle(nn.Linear(self.in_features, self.out_features, device="meta"))
+        """Return the plain linear layer that equals this one in evaluation; see `FastDeconv`."""
+        return self._fuse_into(nn.Linear(self.in_features, self.out_features, device="meta"))
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"

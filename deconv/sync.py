@@ -1,81 +1,123 @@
-"""TODO: deconv/sync.py."""
+"""Statistics that all ranks of a process group share."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import distributed
+from torch import Tensor, distributed
+
+from .ops.blocks import Blocks, transform_along
+from .ops.covariance import Statistics, second_moment
 
 
-def several_processes() -> bool:
-    """Whether this process is one of several that torch.distributed has brought together."""
+def is_distributed() -> bool:
+    """Return whether torch.distributed is initialised with more than one rank."""
     initialized = distributed.is_available() and distributed.is_initialized()
     return initialized and distributed.get_world_size() > 1
 
 
-_share: tuple[int, int] | None = None
+_batch: tuple[int, int] | None = None  # set by `batch_share`
 
 
 @contextmanager
 def batch_share(first: int, total: int) -> Iterator[None]:
-    """Within it, layers see images `first`, `first` + 1, ... of a batch of `total`.
+    """Tell the layers inside this context which images of the global batch this rank holds.
 
-    Of several processes each looks at other positions of its images, and at so many that all
-    together have enough. Without being told, a layer takes all shares to be as large as its own.
-    With unequal ones, as of the last batch of an epoch, statistics are still those of all
-    processes, but of other patches than one process would have looked at.
+    With few patches per image, the positions depend on the image's index in the global batch. By
+    default a layer assumes that all ranks hold as many images as its own. Shares of the last batch
+    of an epoch may differ. Without this context the statistics of unequal shares still cover all
+    ranks, but other patches than one rank with the whole batch would sample.
+
+    Args:
+        first: index of this rank's first image in the global batch.
+        total: number of images in the global batch.
+
+    Example:
+        with batch_share(first=64 * rank, total=64 * world_size):
+            loss = criterion(model(images), labels)
     """
-    global _share
-    before, _share = _share, (first, total)
+    global _batch
+    previous, _batch = _batch, (first, total)
     try:
         yield
     finally:
-        _share = before
+        _batch = previous
 
 
-def find_share(count: int) -> tuple[int, int]:
-    """Number of the first of this process's `count` images, and images of all processes."""
-    if _share is not None:
-        return _share
+def locate_batch(count: int) -> tuple[int, int]:
+    """Return the global index of the first of this rank's `count` images, and the global count."""
+    if _batch is not None:
+        return _batch
     return distributed.get_rank() * count, distributed.get_world_size() * count
 
 
-def average_across(count: int, *means: torch.Tensor) -> tuple[torch.Tensor, ...]:
-    """Averages over the rows of all processes from the averages over each one's: one message.
+def pool_statistics(
+    stats: Statistics,
+    blocks: Blocks,
+    axis: str,
+    whitened: tuple[str, Tensor] | None,
+    reference: Tensor | None,
+) -> Statistics:
+    """Return the statistics over the patches of all ranks, in one message.
 
-    Every process sends M * [1, means], and the sum is divided by its first element. A process
-    without rows weighs nothing, but must take part, as in every collective.
-
-    The gradient is that of the sum of all processes' losses: backward adds up, in one message of
-    the same size, what the averages of all rows are worth to each process's loss. Parameter
-    gradients then need only be added too, to be those of one process with all rows. (DDP divides
-    them by the number of processes: they are those of the average loss.)
+    Second moments about a common point add up. The running mean is such a point. The batch mean
+    lies close to it, so that subtracting the shift between the two cancels few digits. (Before the
+    first batch the running mean is 0, and an offset of hundreds of standard deviations cancels.)
 
     Args:
-        count: M, rows of this process.
-        means: any shapes, the same in all processes; finite where M is 0.
+        stats: statistics of this rank.
+        blocks, axis, whitened: as in `mean_and_covariance`.
+        reference: (C*T,), equal on all ranks; None for 0.
+    """
+    centre = stats.centre
+    reference = torch.zeros_like(centre) if reference is None else reference
+    offset = (centre - reference)[None, :, None]
+    if whitened is not None:
+        offset = transform_along(whitened[0], offset, whitened[1], blocks)
+    moment = stats.cov + second_moment(offset, axis, blocks)
+    means = () if stats.mean is centre else (stats.mean,)
+    count, shift, moment, *means = average_over_ranks(stats.count, offset, moment, *means)
+    cov = moment - second_moment(shift, axis, blocks)
+    centre = reference + shift.flatten()  # of raw patches, unless `whitened`
+    return Statistics(stats.images, count, means[0] if means else centre, cov, centre)
+
+
+def average_over_ranks(count: int | Tensor, *means: Tensor) -> tuple[Tensor, ...]:
+    """Return weighted averages over all ranks, in one message.
+
+    Every rank sends M * [1, means]. The sum is divided by its first element. A rank without rows
+    has weight 0 but must take part, as in every collective operation.
+
+    The gradient is that of the sum of all ranks' losses, in one message of the same size. Summed
+    over ranks, parameter gradients equal those of one rank with all rows. (DDP averages them: they
+    then belong to the average loss.)
+
+    Args:
+        count: M, rows of this rank.
+        means: averages over the rows of this rank, of equal shapes on all ranks; finite for M = 0.
 
     Returns:
-        M of all processes together, (), and the averages, 0 for no rows at all.
+        M of all ranks, (), and the averages over their rows, 0 for no rows at all.
     """
     parts = [mean.flatten() for mean in (means[0].new_ones(()), *means)]
-    total, *sums = _SumAcross.apply(count * torch.cat(parts)).split([p.numel() for p in parts])
+    total, *sums = _SumOverRanks.apply(count * torch.cat(parts)).split([p.numel() for p in parts])
     averages = (part / total.clamp(min=1) for part in sums)
     reshaped = (part.reshape(mean.shape) for part, mean in zip(averages, means, strict=True))
     return total.squeeze(0), *reshaped
 
 
-class _SumAcross(torch.autograd.Function):
-    """The sum of all processes' tensors; so is its gradient."""
+class _SumOverRanks(torch.autograd.Function):
+    """Sum of all ranks' tensors, whose gradient is the sum of all ranks' gradients."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
         total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total)
-        return total.view_as(total)  # not what was written into: see _sum_products
+        return total.view_as(total)  # compiled code loses the gradient of a tensor written in place
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return _SumAcross.apply(grad)
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return _SumOverRanks.apply(grad)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from .ops.blocks import Blocks
-from .ops.covariance import count_patches, measure_patches
+from .ops.covariance import mean_and_covariance
+from .ops.patches import sample
 from .table import align
 from .whitening import Matrices, Whitening, full_precision
 
@@ -110,12 +111,13 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
     """`x`: as the layer's forward takes it."""
     with full_precision(x.device):
         x = layer.prepare_input(x)
-        sampling, blocks = layer._sampling(x)
-        _, _, cov, *_ = measure_patches(x, sampling, blocks, "joint")
+        sampling, blocks = layer.choose_patches(x)
+        patches = sample(x, sampling)
+        cov = mean_and_covariance(patches, blocks).cov
         if layer.track_running_stats:
-            _, whiten = layer._running_whitening()
+            _, whiten = layer.running_whitening()
         else:
-            *_, whiten = layer._estimate_whitening(x, sampling, blocks)
+            *_, whiten = layer.batch_whitening(x)
         finite = cov.isfinite().all(-1).all(-1)[:, None]  # others have no decomposition
         spectrum = torch.linalg.eigvalsh(torch.where(finite[..., None], cov, 0.0))
         spectrum = torch.where(finite, spectrum, torch.nan)
@@ -127,7 +129,7 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
     return LayerWhiteness(
         name,
         blocks.features,
-        count_patches(x, sampling),
+        patches.count,
         before=_measure(cov),
         after=_measure(after),
         condition=(values[:, -1] / values[:, 0]).max().item(),

@@ -1,4 +1,4 @@
-"""Covariances for the tests of the roots, and what one of these makes of their eigenvalues."""
+"""Covariances for the tests of roots, and the response of resolvents to eigenvalues."""
 
 import torch
 
@@ -11,6 +11,6 @@ def covariances(batch, side, eps=1e-4):
 
 
 def follow(x, n_iter):
-    """The sum of terms by which resolvents follow `deconv.ops.spectrum.respond`."""
+    """Return the sum of terms that approximates `newton_schulz_response`."""
     constant, slope, poles = TERMS[n_iter]
     return constant + slope * x + sum(share / (x + shift) for shift, share in poles)

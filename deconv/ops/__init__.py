@@ -1,0 +1,1 @@
+"""Pure functions of the method: tensors in, tensors out, no modules."""

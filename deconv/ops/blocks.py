@@ -1,29 +1,30 @@
-"""Which features are whitened together: the view of feature vectors as blocks.
+"""The view of feature vectors as blocks that are whitened together.
 
-A convolution sees, per group of channels, vectors of C * T features: C channels, each at the T taps
-of the kernel, channel-major as in `weight.flatten(1)`. A joint covariance of all of them would be
-too large, so they are dealt into n = C / B blocks of F = B * T features, each whitened by itself.
-Patches and weights go through the same view, so the fold needs no bookkeeping of its own.
+Per group of channels, a convolution sees vectors of C*T features: C channels, each at the T taps of
+the kernel, channel-major as in `weight.flatten(1)`. One covariance of all features would be too
+large. They form C / B blocks of F = B*T features, and each block is whitened by itself (Ye et al.,
+ICLR 2020, section 3.3). Patches and weights share this view, so folding needs no indices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
-import torch
+from torch import Tensor
 
 from .matmul import transform
 
+LAYOUTS = ("contiguous", "interleaved")
+
 
 def divide_channels(channels: int, block: int) -> int:
-    """The largest divisor of `channels` not above `block`: the channels a block really gets.
+    """Return the largest divisor of `channels` up to `block`: the channels per block, B.
 
-    Every block then has the same size, no channel is left out and none is mixed with padding.
-    20 channels in blocks of 16 become 2 blocks of 10; 17 become 17 blocks of 1.
+    All blocks then have the same size, and none is padded. 20 channels in blocks of 16 become 2
+    blocks of 10; 17 become 17 blocks of 1.
 
     Raises:
         ValueError: `block` is below 1 or not whole.
@@ -35,20 +36,20 @@ def divide_channels(channels: int, block: int) -> int:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How the features of `groups` x `channels` x `taps` fall into blocks.
+    """The blocks of `groups` x `channels` x `taps` features.
 
     Args:
         groups: convolution groups; each is whitened by itself.
         channels: channels of one group, C.
         size: channels of one block, B; divides `channels`.
-        taps: kernel positions, T (1 where only channels are whitened).
-        unit: neighbouring features that stay together when they are dealt to the blocks in turn,
-            like cards. F: contiguous blocks, block i has the channels iB ... (i+1)B - 1 with all
-            their taps, and every view is free of copies. T: channels are dealt. 1: features are
-            dealt, as the published code does; for most kernels no two neighbouring taps of a
-            channel then meet in a block, but taps of many more channels do.
-        shared: all blocks of a group pool their covariances and share one whitening matrix (the
-            paper's choice), otherwise each block has its own.
+        taps: kernel positions, T (1 where single pixels are whitened).
+        unit: neighbouring features that stay together. Units go to the blocks in turn.
+            F: contiguous blocks; block i has the channels iB ... (i+1)B - 1 with all their taps.
+            T: channels are interleaved.
+            1: features are interleaved, as in the published code. For most kernels, neighbouring
+            taps of a channel then never meet in a block, but taps of more channels do.
+        shared: the blocks of a group pool their covariances and share one whitening matrix (the
+            paper's choice). Otherwise each block has its own matrix.
     """
 
     groups: int
@@ -60,12 +61,12 @@ class Blocks:
 
     @property
     def count(self) -> int:
-        """Blocks of one group, n."""
+        """Blocks per group, C / B."""
         return self.channels // self.size
 
     @property
     def features(self) -> int:
-        """Features of one block, F."""
+        """Features per block, F."""
         return self.size * self.taps
 
     @property
@@ -75,78 +76,89 @@ class Blocks:
 
     @property
     def sharing(self) -> int:
-        """Blocks that share one whitening matrix."""
+        """Blocks that share one whitening matrix, S."""
         return self.count if self.shared else 1
 
     def side(self, axis: str) -> int:
-        """Features of a vector along an axis, d, see `along`."""
+        """Return the length d of the vectors along `axis`, see `to_vectors`."""
         return {"joint": self.features, "channel": self.size, "pixel": self.taps}[axis]
 
-    def to_vectors(self, axis: str, x: torch.Tensor) -> torch.Tensor:
-        """The vectors that an axis whitens: (R, groups * C*T, P) -> (R', G * d, L).
+    def to_vectors(self, axis: str, maps: Tensor) -> Tensor:
+        """View maps (R, groups * C*T, P) as the vectors that `axis` whitens, (R', G * d, L).
 
-        What is not whitened together goes to R' or L, wherever it lies in memory: a view, unless
-        groups or blocks with matrices of their own force a copy.
+        All other dimensions join R' or L, in the order in which they lie in memory. The result is a
+        view, unless groups or blocks with their own matrices force a copy.
 
         Args:
             axis: "joint" (d = F), "channel" (d = B, at every tap) or "pixel" (d = T, in every
                 channel).
-            x: R maps of P positions; weights are maps of one.
+            maps: R maps of P positions; a weight is `out` maps of one position.
         """
-        layout, (count, _, positions) = _find_layout(self, axis), x.shape
+        layout, (count, _, positions) = self._find_layout(axis), maps.shape
         if layout.order is not None:
-            x = x.reshape(count, *layout.lengths, positions).permute(layout.order)
-        return x.reshape(layout.before * count, layout.vector, layout.after * positions)
+            maps = maps.reshape(count, *layout.lengths, positions).permute(layout.order)
+        return maps.reshape(layout.before * count, layout.vector, layout.after * positions)
 
-    def from_vectors(self, axis: str, y: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-        """What `along` has made of a tensor of `shape` as it was: its inverse."""
-        layout = _find_layout(self, axis)
+    def from_vectors(self, axis: str, vectors: Tensor, shape: Sequence[int]) -> Tensor:
+        """Invert `to_vectors` for maps of `shape`."""
+        layout = self._find_layout(axis)
         if layout.order is not None:
             lengths = shape[0], *layout.lengths, shape[2]
-            y = y.reshape([lengths[i] for i in layout.order]).permute(layout.inverse)
-        return y.reshape(shape)
+            vectors = vectors.reshape([lengths[i] for i in layout.order]).permute(layout.inverse)
+        return vectors.reshape(shape)
+
+    def _find_layout(self, axis: str) -> _Layout:
+        """Name each dimension by a letter: r maps, g groups, n blocks, b channels, t taps, p."""
+        lengths = {"g": self.groups, "n": self.count, "b": self.size, "t": self.taps}
+        features = {self.features: "nbt", self.taps: "bnt", 1: "btn"}[self.unit]
+        vector = {"joint": "bt", "channel": "b", "pixel": "t"}[axis]
+        rest = features if self.shared else features.replace("n", "")
+        before, after = rest.split(vector[0], 1)
+        after = "".join(name for name in after if name not in vector)
+        middle = f"g{vector}" if self.shared else f"gn{vector}"
+        names, wanted = f"rg{features}p", f"r{before}{middle}{after}p"
+        order = tuple(names.index(name) for name in wanted)
+        return _Layout(
+            tuple(lengths[name] for name in names[1:-1]),
+            None if names == wanted else order,
+            tuple(wanted.index(name) for name in names),
+            *(prod([lengths[name] for name in part]) for part in (before, middle, after)),
+        )
 
 
 class _Layout(NamedTuple):
-    """How vectors along an axis lie among features: `Blocks.to_vectors` in numbers."""
+    """The reshape and the permutation of `Blocks.to_vectors`."""
 
-    lengths: tuple[int, ...]  # of the dimensions of features as they lie
-    order: tuple[int, ...] | None  # in which they are wanted, maps first; None: as they lie
+    lengths: tuple[int, ...]  # dimensions of the features in memory
+    order: tuple[int, ...] | None  # wanted order of all dimensions; None: as in memory
     inverse: tuple[int, ...]
-    before: int  # vectors of a map and position that go to R', to G * d and to L
+    before: int  # factors of R', of G * d and of L
     vector: int
     after: int
 
 
-def _lay_out(blocks: Blocks, axis: str) -> _Layout:
-    # Dimensions by letters: maps, groups, blocks, channels, taps, positions.
-    lengths = {"g": blocks.groups, "n": blocks.count, "b": blocks.size, "t": blocks.taps}
-    features = {blocks.features: "nbt", blocks.taps: "bnt", 1: "btn"}[blocks.unit]
-    vector = {"joint": "bt", "channel": "b", "pixel": "t"}[axis]
-    rest = features if blocks.shared else features.replace("n", "")
-    before, after = rest.split(vector[0], 1)
-    after = "".join(name for name in after if name not in vector)
-    middle = f"g{vector}" if blocks.shared else f"gn{vector}"
-    names, wanted = f"rg{features}p", f"r{before}{middle}{after}p"
-    order = tuple(names.index(name) for name in wanted)
-    return _Layout(
-        tuple(lengths[name] for name in names[1:-1]),
-        None if names == wanted else order,
-        tuple(wanted.index(name) for name in names),
-        *(prod([lengths[name] for name in part]) for part in (before, middle, after)),
-    )
+def make_blocks(
+    groups: int, channels: int, block: int, taps: int, layout: str, shared: bool, joint: bool
+) -> Blocks:
+    """Return blocks of the largest admissible size.
+
+    Args:
+        groups, channels, taps, shared: as in `Blocks`.
+        block: largest number of channels per block.
+        layout: "contiguous" or "interleaved".
+        joint: interleave single features. Otherwise channels, as separate axes need them whole.
+
+    Raises:
+        ValueError: `layout` is unknown, or `block` is not a whole number from 1.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    size = divide_channels(channels, block)
+    interleaved = 1 if joint else taps
+    unit = size * taps if layout == "contiguous" else interleaved
+    return Blocks(groups, channels, size, taps, unit, shared)
 
 
-_cached_layout = lru_cache(maxsize=256)(_lay_out)
-
-
-def _find_layout(blocks: Blocks, axis: str) -> _Layout:
-    # A compiler looks through the cache, and warns that it does.
-    return (_lay_out if torch.compiler.is_compiling() else _cached_layout)(blocks, axis)
-
-
-def transform_along(
-    axis: str, maps: torch.Tensor, matrix: torch.Tensor, blocks: Blocks
-) -> torch.Tensor:
+def transform_along(axis: str, maps: Tensor, matrix: Tensor, blocks: Blocks) -> Tensor:
     """Multiply the vectors along an axis of maps (R, groups * C*T, P) by matrices (G, d, d)."""
     return blocks.from_vectors(axis, transform(matrix, blocks.to_vectors(axis, maps)), maps.shape)

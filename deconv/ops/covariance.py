@@ -1,192 +1,200 @@
-"""Patches -> their mean and regularised covariance, of one process or of all together."""
+"""Mean and covariance of sampled patches (Ye et al., ICLR 2020, section 3.1)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
 from .matmul import outer_products
-from .patches import PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
+from .patches import Patches, PatchSubset, gather, scatter, select_pixels, weigh_pixels
 
-# Bytes of patches that lie in memory at a time. On a CPU they then stay in its cache from their
-# gathering to their product; elsewhere large products matter more.
-CPU_PART, PART = 8 << 20, 256 << 20
-FEW = 2 << 20  # bytes of patches that are kept for the backward, instead of being gathered again
+# Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
+CPU_CHUNK, CHUNK = 8 << 20, 256 << 20
+KEPT = 2 << 20  # bytes of patches up to which the backward pass keeps them, not gathers them again
 
 
-def measure_patches(
-    x: torch.Tensor,
-    sampling: Sampling,
+class Statistics(NamedTuple):
+    """First and second moments of patches along one axis."""
+
+    images: Tensor  # N C H W
+    count: int | Tensor  # M, sampled patches
+    mean: Tensor  # C*T, of all patches of the grid
+    cov: Tensor  # G d d, of the sampled patches
+    centre: Tensor  # C*T, mean of the sampled patches: `cov` is centred there
+
+
+def mean_and_covariance(
+    patches: Patches,
     blocks: Blocks,
-    axis: str,
-    before: tuple[str, torch.Tensor] | None = None,
-) -> tuple[torch.Tensor, ...]:
-    """Mean of patches of x, and their covariance along an axis.
+    axis: str = "joint",
+    whitened: tuple[str, Tensor] | None = None,
+) -> Statistics:
+    """Return mean and covariance of patches.
 
         mu = mean_p x_p,    Cov = mean v v^T  of the vectors v that `axis` makes of x_p - mu
 
-    Patches are gathered some images at a time, forward and, unless they are few enough to be kept
-    (FEW), again backward; centred before the product (E[xx^T] - mu mu^T would cancel in float32).
+    Patches are gathered in chunks of images, forward and again backward, unless few. They are
+    centred before the product: E[x x^T] - mu mu^T would cancel in float32.
 
-    NOTE (differs from the published code): blocks that share a matrix keep a mean each. Pooling the
-    means too leaves features off centre and their offsets inside the covariance.
+    The mean covers all patches of the grid, also where the covariance samples a subset. A patch has
+    one row in the mean, but a row per block in a shared covariance: a subset would leave noise in
+    the mean.
+
+    NOTE (differs from the published code): each block keeps its own mean. A mean pooled over blocks
+    would leave features off centre, and their offsets inside the covariance.
 
     Args:
-        x: (N, C, *size), any number of spatial dimensions.
-        sampling: which patches are looked at.
-        blocks, axis: how a patch falls into vectors of d features, see `Blocks.to_vectors`.
-        before: an axis and its matrices by which the patches are whitened before the covariance.
+        patches: (N, C, *size) images, and which of their patches to take.
+        blocks: the view of a patch as blocks.
+        axis: "joint", "channel" or "pixel", see `Blocks.to_vectors`.
+        whitened: an axis and its matrices (G, d, d) that whiten the patches first.
 
     Returns:
-        x again, mean (C*T,) in float32 or float64, 0 for no patches at all, and covariance
-        (G, d, d). Give this x, and not the argument, to the convolution: the gradient of the
-        statistics is then added to that of the convolution where it lies, instead of filling a
-        feature map of its own with it. Of spots, unless `before` is given, the mean of all patches
-        of their window comes last, from one pass over x without gathering any: a covariance has as
-        many rows of a patch as blocks share it, a mean has one, so patches that suffice for the one
-        leave noise in the other, and that costs accuracy.
+        Statistics in at least float32, 0 for no patches at all. Pass its `images` to the
+        convolution: the gradient of the statistics is then added to that of the convolution in
+        place, without a second map of gradients.
 
     Raises:
-        ValueError: x is smaller than the kernel.
+        ValueError: images are smaller than the kernel.
     """
-    done, matrix = (None, None) if before is None else before
-    return _MeasurePatches.apply(x, matrix, done, sampling, blocks, axis)
+    before, matrix = whitened or (None, None)
+    x, sampling = patches
+    x, centre, cov, *mean = _MeanAndCovariance.apply(x, matrix, before, sampling, blocks, axis)
+    return Statistics(x, patches.count, *mean or (centre,), cov, centre)
 
 
-class _MeasurePatches(torch.autograd.Function):
-    """For the gradient A of the covariance, that of v is (A + A^T) v / M: one product.
+class _MeanAndCovariance(torch.autograd.Function):
+    """Moments with their gradients.
 
-    The covariance does not change to first order when the mean is off, so no gradient goes through
-    the centring. In the last line of the backward that of the mean joins in.
+    For the gradient A of the covariance, that of v is (A + A^T) v / M: one product. To first order
+    the covariance does not depend on the mean, so no gradient passes through the centring.
     """
 
     @staticmethod
     def forward(
-        ctx,
-        x: torch.Tensor,
-        matrix: torch.Tensor | None,
-        done: str | None,
-        sampling: Sampling,
+        ctx: Any,
+        x: Tensor,
+        matrix: Tensor | None,
+        before: str | None,
+        sampling: Any,
         blocks: Blocks,
         axis: str,
-    ) -> tuple[torch.Tensor, ...]:
-        selection, parts = select_pixels(x, sampling), _split(x, sampling)
-        ctx.patches = max(count_patches(x, sampling), 1)
-        whole = gather(x, sampling, selection) if len(parts) == 1 else None
-        mean = _average_pixels(x, weigh_pixels(x, sampling)) if whole is None else _average(whole)
-        mean, cov = mean[:, None], None
-        ctx.vectors = ctx.patches * len(mean) // (blocks.matrices * blocks.side(axis))
-        for part in parts:
-            maps = gather(part, sampling, selection) if whole is None else whole
-            maps = maps.sub_(mean)
+    ) -> tuple[Tensor, ...]:
+        ctx.settings = before, sampling, blocks, axis
+        ctx.patches = max(Patches(x, sampling).count, 1)
+        ctx.set_materialize_grads(False)
+        selection = select_pixels(x, sampling)
+        kept = gather(x, sampling, selection) if keeps_patches(Patches(x, sampling)) else None
+        weights = mean = None
+        if not isinstance(sampling, PatchSubset):
+            centre = _average_pixels(x, weigh_pixels(x, sampling))
+        else:
+            centre = _average(kept)
+            if matrix is None:
+                weights = weigh_pixels(x, sampling.grid)
+                mean = _average_pixels(x, weights)
+        ctx.rows = ctx.patches * len(centre) // (blocks.matrices * blocks.side(axis))
+        cov = None
+        for part, _ in _split(x, x, sampling):
+            maps = gather(part, sampling, selection) if kept is None else kept
+            maps = maps.sub_(centre[:, None])
             if matrix is not None:
-                maps = transform_along(done, maps, matrix, blocks)
+                maps = transform_along(before, maps, matrix, blocks)
             vectors = blocks.to_vectors(axis, maps)
-            products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.vectors)
-            cov = products if cov is None else cov + products  # not in place: see _sum_products
-        kept = whole if keeps_patches(x, sampling) else None
-        of_all = isinstance(sampling, PatchSubset) and matrix is None
-        weights = weigh_pixels(x, sampling.window) if of_all else None
-        ctx.save_for_backward(x, matrix, mean, kept, weights, *selection)
-        ctx.settings = done, sampling, blocks, axis
-        ctx.set_materialize_grads(False)  # of few patches nobody asks for the mean
-        means = (_average_pixels(x, weights),) if of_all else ()
-        return x, mean.flatten(), cov, *means
+            products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.rows)
+            cov = products if cov is None else cov + products
+        ctx.save_for_backward(x, matrix, centre, kept, weights, *selection)
+        return (x, centre, cov) if mean is None else (x, centre, cov, mean)
 
     @staticmethod
     @once_differentiable
     def backward(
-        ctx,
-        grad: torch.Tensor | None,
-        grad_mean: torch.Tensor | None,
-        grad_cov: torch.Tensor | None,
-        *grad_of_all: torch.Tensor | None,
-    ) -> tuple[torch.Tensor | None, ...]:
-        x, matrix, mean, kept, weights, *selection = ctx.saved_tensors
-        done, sampling, blocks, axis = ctx.settings
-        grad = x.new_zeros(x.shape) if grad is None else _make_own(grad)
+        ctx: Any,
+        grad: Tensor | None,
+        grad_centre: Tensor | None,
+        grad_cov: Tensor | None,
+        grad_mean: Tensor | None = None,
+    ) -> tuple[Tensor | None, ...]:
+        x, matrix, centre, kept, weights, *selection = ctx.saved_tensors
+        before, sampling, blocks, axis = ctx.settings
+        grad = x.new_zeros(x.shape) if grad is None else _make_writable(grad)
         if grad_cov is None:
-            grad_cov = mean.new_zeros(blocks.matrices, *(blocks.side(axis),) * 2)
-        symmetric = (grad_cov + grad_cov.mT) / ctx.vectors
+            grad_cov = centre.new_zeros(blocks.matrices, *(blocks.side(axis),) * 2)
+        symmetric = (grad_cov + grad_cov.mT) / ctx.rows
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
-        for part, grad_part in zip(_split(x, sampling), _split(grad, sampling), strict=True):
-            maps = gather(part, sampling, selection).sub_(mean) if kept is None else kept
-            whitened = maps
+        for part, grad_part in _split(x, grad, sampling):
+            maps = kept
+            if maps is None:
+                maps = gather(part, sampling, selection).sub_(centre[:, None])
+            vectors = maps if matrix is None else transform_along(before, maps, matrix, blocks)
+            slope = transform_along(axis, vectors, symmetric, blocks)
             if matrix is not None:
-                whitened = transform_along(done, maps, matrix, blocks)
-            slope = transform_along(axis, whitened, symmetric, blocks)
-            if matrix is not None:
-                pair = (blocks.to_vectors(done, each) for each in (slope, maps))
+                pair = (blocks.to_vectors(before, each) for each in (slope, maps))
                 grad_matrix += outer_products(*pair, blocks.matrices)
-                slope = transform_along(done, slope, matrix.mT, blocks)
-            if grad_mean is not None:
-                slope.add_(grad_mean[:, None], alpha=1 / ctx.patches)
+                slope = transform_along(before, slope, matrix.mT, blocks)
+            if grad_centre is not None:
+                slope.add_(grad_centre[:, None], alpha=1 / ctx.patches)
             scatter(slope, grad_part, sampling, selection)
-        for each in grad_of_all:  # one at most
-            if each is not None:
-                pixels = each.unflatten(0, (x.shape[1], -1)) @ weights
-                grad.add_(pixels.reshape(x.shape[1:]))
-        return grad, grad_matrix, *(None,) * 4
+        if grad_mean is not None:  # of all patches: equal for every image
+            pixels = grad_mean.unflatten(0, (x.shape[1], -1)) @ weights
+            grad.add_(pixels.reshape(x.shape[1:]), alpha=1 / max(len(x), 1))
+        return grad, grad_matrix, None, None, None, None
 
 
-def count_patches(x: torch.Tensor, sampling: Sampling) -> int:
-    """Patches of x that are looked at, M."""
-    return len(x) * sampling.count(x.shape[2:])
-
-
-def _average_pixels(x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-    """The mean (C*T,) of the patches of x from what its pixels add to it, see `weigh_pixels`."""
-    return (x.sum(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
-
-
-def _average(maps: torch.Tensor) -> torch.Tensor:
-    """The mean (C*T,) of patches (N', C*T, P'), 0 for none."""
-    if not maps.numel():
-        return maps.sum((0, 2))
-    # Both at once is one kernel on a GPU, but ten times slower on a CPU where P' is short.
-    return maps.mean(0).mean(1) if maps.device.type == "cpu" else maps.mean((0, 2))
-
-
-def second_moment(maps: torch.Tensor, axis: str, blocks: Blocks) -> torch.Tensor:
-    """Mean v v^T of the vectors along an axis of maps (R, groups * C*T, P): (G, d, d)."""
+def second_moment(maps: Tensor, axis: str, blocks: Blocks) -> Tensor:
+    """Return mean v v^T, (G, d, d), of the vectors along an axis of maps (R, groups * C*T, P)."""
     vectors = blocks.to_vectors(axis, maps)
     count = vectors.shape[0] * vectors.shape[2]
     return outer_products(vectors, vectors, blocks.matrices, 1 / max(count, 1))
 
 
-def _is_whole(x: torch.Tensor) -> bool:
-    """Whether every element of a feature map has a place of its own, and spots find theirs."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    return x.is_contiguous() or (last is not None and x.is_contiguous(memory_format=last))
+def centre_rows(stats: Statistics, patches: Patches, blocks: Blocks) -> Tensor:
+    """Return the centred vectors of F features, (G, rows, F), that the covariance consists of."""
+    x, sampling = stats.images, patches.sampling
+    maps = gather(x, sampling, select_pixels(x, sampling)) - stats.mean[:, None]
+    vectors = blocks.to_vectors("joint", maps).unflatten(1, (blocks.matrices, -1))  # R G F L
+    return vectors.permute(1, 0, 3, 2).flatten(1, 2)
 
 
-def _make_own(grad: torch.Tensor) -> torch.Tensor:
-    """A gradient to write to: itself, where that can be. A compiler needs no thrift of ours."""
-    if _is_whole(grad) and not torch.compiler.is_compiling():
+def keeps_patches(patches: Patches) -> bool:
+    """Return whether the gathered patches are few enough to be kept for the backward pass."""
+    subset = isinstance(patches.sampling, PatchSubset)
+    return subset or len(patches.images) * patches.bytes_per_image <= KEPT
+
+
+def _average_pixels(x: Tensor, weights: Tensor) -> Tensor:
+    """Return the mean (C*T,) of all patches of a grid on x, by `weigh_pixels`; 0 for no images."""
+    average = x.mean if len(x) else x.sum
+    return (average(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
+
+
+def _average(maps: Tensor) -> Tensor:
+    """Return the mean (C*T,) of patches (N, C*T, P), 0 for none."""
+    # On a CPU a mean over both dimensions at once is slow where P is short.
+    return maps.mean(0).mean(1) if maps.numel() else maps.sum((0, 2))
+
+
+def _split(x: Tensor, grad: Tensor, sampling: Any) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield x and grad in chunks of images whose patches fit into memory or cache."""
+    patches = Patches(x, sampling)
+    chunk = CPU_CHUNK if x.device.type == "cpu" else CHUNK
+    count = max(chunk // max(patches.bytes_per_image, 1), 1)
+    if keeps_patches(patches) or len(x) <= count:
+        yield x, grad
+        return
+    for first in range(0, len(x), count):
+        yield x[first : first + count], grad[first : first + count]
+
+
+def _make_writable(grad: Tensor) -> Tensor:
+    """Return the gradient, copied where its elements may share memory or a compiler is at work."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim())
+    dense = last is not None and grad.is_contiguous(memory_format=last)
+    if (grad.is_contiguous() or dense) and not torch.compiler.is_compiling():
         return grad
     return grad.clone(memory_format=torch.contiguous_format)
-
-
-def keeps_patches(x: torch.Tensor, sampling: Sampling) -> bool:
-    """Whether patches are so few that the backward finds them kept, and need not gather again."""
-    return isinstance(sampling, PatchSubset) or len(x) * _measure_image(x, sampling) <= FEW
-
-
-def _split(x: torch.Tensor, sampling: Sampling) -> Sequence[torch.Tensor]:
-    """x, some images at a time: so many that their patches fill a part of the memory."""
-    if isinstance(sampling, PatchSubset):  # few
-        return (x,)
-    part = CPU_PART if x.device.type == "cpu" else PART
-    count = max(part // max(_measure_image(x, sampling), 1), 1)
-    if len(x) <= count:  # as below, but a compiler need not know how many there are
-        return (x,)
-    return [x[first : first + count] for first in range(0, max(len(x), 1), count)]
-
-
-def _measure_image(x: torch.Tensor, sampling: Sampling) -> int:
-    """Bytes of the patches of a image."""
-    patches = x.shape[1] * sampling.taps * sampling.count(x.shape[2:])
-    return max(x.element_size(), 4) * patches

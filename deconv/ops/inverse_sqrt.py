@@ -1,61 +1,62 @@
-"""Batched A^(-1/2) of symmetric positive definite matrices by coupled Newton-Schulz.
+"""The inverse square root of covariances by coupled Newton-Schulz, and its two substitutes.
 
-`inverse_sqrt` takes A itself; `inverse_sqrt_from_rows` gives the same result from fewer rows than
-features, without ever multiplying two matrices of A's size.
+Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, eq. 6.35.
 """
 
 from __future__ import annotations
 
+import math
+
 import torch
+from torch import Tensor
 
 from .cholesky import inverse_cholesky
-from .matmul import identity
 from .resolvent import inverse_sqrt_by_resolvents
-from .spectrum import RootOfMatrix, RootOfRows, root_of_matrix
 
-MAX_STEPS = 15  # of Newton-Schulz, in float32
+MAX_STEPS = 15  # Newton-Schulz steps that float32 supports
 ROOTS = ("newton", "resolvent", "cholesky")
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[Tensor, Tensor]
 
 
 def inverse_sqrt(
-    cov: torch.Tensor, n_iter: int = 5, root: str = "newton", eps: float = 0.0
-) -> torch.Tensor:
-    """Approximate A^(-1/2) with `n_iter` steps of the coupled Newton-Schulz iteration.
-
-        A = cov + eps I
+    cov: Tensor,
+    n_iter: int = 5,
+    root: str = "newton",
+    eps: float = 0.0,
+    rows: Tensor | None = None,
+) -> Tensor:
+    """Approximate D = A^(-1/2) of A = cov + eps I with `n_iter` Newton-Schulz steps.
 
         Y0 = A / |A|_F,  Z0 = I;   T = (3 I - Z Y) / 2,  Y <- Y T,  Z <- T Z;   D = Z / sqrt(|A|_F)
 
-    Z Y -> I, Y -> (A/|A|_F)^(1/2), Z -> (A/|A|_F)^(-1/2). All eigenvalues of A/|A|_F lie in (0, 1],
-    where the iteration converges: quadratically near 1, while a small eigenvalue l only grows by
-    2.25 a step. Stopping after five steps therefore multiplies a direction by at most
-    1.5^5 = 7.6 / sqrt(|A|_F): directions under about 0.02 |A|_F are *not* whitened but damped, a
-    soft floor that is part of the published regularisation (with an exact root at the same eps,
-    training diverges).
-    All iterates are polynomials of A, so they are symmetric and commute, and D is symmetric.
+    Z Y converges to I, Z to (A / |A|_F)^(-1/2). All eigenvalues of A / |A|_F lie in (0, 1], where
+    the iteration converges: quadratically near 1, while a small eigenvalue grows by 2.25 a step.
+    Stopping after five steps multiplies a direction by at most 1.5^5 = 7.6 / sqrt(|A|_F).
+    Directions under about 0.02 |A|_F are damped, not whitened. This soft floor is part of the
+    published regularisation: with an exact root at the same eps, training diverges.
+    All iterates are polynomials of A: they are symmetric and commute, and D is symmetric.
 
-    In float32 rounding grows with every step once the root has converged. Up to MAX_STEPS the
-    result is good to 1e-2 for the worst covariances met in training (eps 1e-5, wide layers), at 20
-    it is not, and at 30 it is NaN; five steps are good to 1e-6.
-
-    The first step has Z = I and the last needs no Y: 3 n - 3 products rather than 3 n.
+    Rounding errors in float32 grow with every step after convergence. Five steps are good to 1e-6.
+    MAX_STEPS are good to 1e-2 for the worst covariances of training (eps 1e-5, wide layers).
 
     Args:
         cov: (G, F, F), symmetric positive semidefinite, float32 or float64.
         n_iter: steps, at least 1; in float32 at most MAX_STEPS.
-        root: "newton" for the above, symmetric; "resolvent" for `inverse_sqrt_by_resolvents`, the
-            same within 0.75 %, for the price of a matrix inverse; "cholesky" for
-            `inverse_cholesky`, lower triangular, with the floor of so many steps.
+        root: "newton" for the above, symmetric. "resolvent" for `inverse_sqrt_by_resolvents`, the
+            same within 0.75 %. "cholesky" for `inverse_cholesky`, lower triangular, with the floor
+            of `n_iter` steps.
         eps: added to the diagonal, in units of variance.
+        rows: (G, M, F), the centred vectors that `cov` is the mean square of. "newton" then
+            computes the same D from them, on the M x M side.
 
     Returns:
         (G, F, F).
 
     Raises:
-        ValueError: `n_iter` is below 1, or for "resolvent" above MAX_STEPS.
+        ValueError: `n_iter` is below 1, or above MAX_STEPS for "resolvent".
 
-    Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, eq. 6.35.
+    Example:
+        whiten = inverse_sqrt(torch.cov(x.T, correction=0)[None], eps=1e-2)  # x: (M, F)
     """
     if n_iter < 1:
         raise ValueError(f"n_iter must be at least 1, got {n_iter}")
@@ -63,59 +64,50 @@ def inverse_sqrt(
         return inverse_cholesky(cov, n_iter, eps)
     if root == "resolvent":
         return inverse_sqrt_by_resolvents(cov, n_iter, eps)
-    unit = identity(cov)
-    cov = torch.add(cov, unit, alpha=eps)
-    if not _decomposes(cov):
-        return newton_schulz(cov, n_iter)
-    if cov.requires_grad:
-        return RootOfMatrix.apply(cov, n_iter)
-    return root_of_matrix(cov, n_iter)[0]  # what torch.func transforms as well
+    if rows is not None:
+        return newton_schulz_from_rows(rows, eps, n_iter)
+    return newton_schulz(cov, n_iter, eps)
 
 
-def newton_schulz(cov: torch.Tensor, n_iter: int) -> torch.Tensor:
-    """The iteration itself, as `inverse_sqrt` describes it."""
-    norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    unit = identity(cov)
+def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
+    """Run the iteration of `inverse_sqrt`.
+
+    The first step has Z = I and the last needs no Y: 3 n - 3 products rather than 3 n.
+    """
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    cov = torch.add(cov, identity, alpha=eps)
+    norm = torch.linalg.matrix_norm(cov, keepdim=True).fmod(math.inf)  # NaN for infinity
     Y = cov / norm
-    Z = T = 1.5 * unit - 0.5 * Y
+    Z = T = 1.5 * identity - 0.5 * Y
     for _ in range(n_iter - 1):
         Y = Y @ T
-        T = torch.baddbmm(unit, Z, Y, beta=1.5, alpha=-0.5)
+        T = torch.baddbmm(identity, Z, Y, beta=1.5, alpha=-0.5)
         Z = T @ Z
     return Z * norm.rsqrt()
 
 
-def inverse_sqrt_from_rows(rows: torch.Tensor, eps: float, n_iter: int = 5) -> torch.Tensor:
-    """`inverse_sqrt(rows^T rows / M + eps I)`, computed on the M x M side.
+def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
+    """Run the iteration for A = X^T X + eps I, X = rows / sqrt(M), on the M x M side.
 
-    With X = rows / sqrt(M), every polynomial of A = eps I + X^T X has the form c I + X^T H X, and a
-    product of two of them needs only K = X X^T:
+    Every polynomial of A has the form c I + X^T H X. A product of two needs only K = X X^T:
 
         (c I + X^T H X)(c' I + X^T H' X) = c c' I + X^T (c H' + c' H + H K H') X
 
-    So the iteration runs on pairs (c, H), at 2 M^3 multiplications a product rather than F^3.
+    The iteration runs on pairs (c, H), at 2 M^3 multiplications a product rather than F^3.
 
     Args:
-        rows: (G, M, F), centred, float32 or float64; cheaper than `inverse_sqrt` for 2 M < F.
+        rows: (G, M, F), centred, float32 or float64. Cheaper than `newton_schulz` for 2 M < F.
         eps: added to the diagonal, in units of variance; above 0.
         n_iter: steps, at least 1.
 
     Returns:
         (G, F, F).
     """
-    rows = rows / rows.shape[1] ** 0.5
-    if _decomposes(rows):
-        return RootOfRows.apply(rows, eps, n_iter)
-    return newton_schulz_from_rows(rows, eps, n_iter)
-
-
-def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.Tensor:
-    """The iteration itself, for A = eps I + X^T X, as `inverse_sqrt_from_rows` describes it."""
-    features = X.shape[2]
+    X = rows / rows.shape[1] ** 0.5
     K = X @ X.mT
     trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
     square = K.square().sum((-2, -1), keepdim=True)
-    norm = (features * eps**2 + 2 * eps * trace + square).sqrt()  # |A|_F
+    norm = (X.shape[2] * eps**2 + 2 * eps * trace + square).sqrt().fmod(math.inf)  # |A|_F
 
     def multiply(p: Pair, q: Pair) -> Pair:
         return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + p[1] @ K @ q[1]
@@ -123,7 +115,7 @@ def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.T
     def damp(p: Pair) -> Pair:  # T = (3 I - P) / 2
         return 1.5 - 0.5 * p[0], -0.5 * p[1]
 
-    Y = eps / norm, identity(K) / norm
+    Y = eps / norm, torch.eye(K.shape[-1], dtype=K.dtype, device=K.device) / norm
     Z = T = damp(Y)
     for _ in range(n_iter - 1):
         Y = multiply(Y, T)
@@ -131,9 +123,13 @@ def newton_schulz_from_rows(X: torch.Tensor, eps: float, n_iter: int) -> torch.T
         Z = multiply(T, Z)
     scale = norm.rsqrt()
     product = X.mT @ (Z[1] * scale) @ X
-    return (Z[0] * scale) * identity(product) + product
+    identity = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
+    return Z[0] * scale * identity + product
 
 
-def _decomposes(matrix: torch.Tensor) -> bool:
-    """Whether eigenvalues are found in less time than the iteration takes: not on a GPU."""
-    return matrix.device.type == "cpu"
+def newton_schulz_response(eigenvalues: Tensor, n_iter: int) -> Tensor:
+    """Return what `n_iter` steps make of the eigenvalues of A / |A|_F, elementwise."""
+    z = torch.ones_like(eigenvalues)
+    for _ in range(n_iter):
+        z = z * (1.5 - 0.5 * eigenvalues * z.square())
+    return z

@@ -1,42 +1,43 @@
-"""Feature map -> the patches a convolution sees; and their gradient back."""
+"""Sample the patches that a convolution sees, and add gradients back to their pixels."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import product
 from math import gcd, prod
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from .matmul import is_traced, keep_last
-
-SMALL = 128  # pixels of a map up to which a product gathers faster than copies of lines do
-LONG = 512  # pixels of a line from which on single pixels are copied
+SMALL = 128  # pixels of an image up to which a product with a 0-1 matrix gathers fastest
 
 Slices = tuple[slice, ...]
+Selection = tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
 class PatchGrid:
-    """Which patches are looked at, per spatial dimension.
+    """A regular grid of patches.
 
     Args:
-        kernel_size: in pixels.
+        kernel_size: in pixels, per spatial dimension.
         stride: distance of two patches, in input pixels.
         dilation: distance of two taps, in input pixels.
-        padding: pixels of zeros, as `torch.nn.functional.pad` takes them: before and after, for the
-            last dimension first. Negative ones leave pixels out.
-        spread: distance of two pixels of the map in the map that is looked at, which has zeros
-            between them: what a transposed convolution sees. It has no divisor in common with the
-            stride. All of the above counts the pixels of this wider map.
+        padding: zero pixels before and after, last dimension first, as `torch.nn.functional.pad`
+            takes them. Negative numbers crop.
+        spread: zero-insertion factor of a transposed convolution, 1 for none. Two neighbouring
+            pixels of the image lie `spread` pixels apart. The other arguments count pixels of this
+            wider image. Each spread has no divisor in common with its stride.
     """
 
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
     padding: tuple[int, ...]
-    spread: tuple[int, ...] = ()  # none: 1 along each dimension
+    spread: tuple[int, ...] = ()  # empty: 1 per dimension
 
     def __post_init__(self) -> None:
         if not self.spread:
@@ -44,16 +45,16 @@ class PatchGrid:
 
     @property
     def taps(self) -> int:
-        """Pixels of a patch, T."""
+        """Pixels per patch, T."""
         return prod(self.kernel_size)
 
     def positions(self, size: Sequence[int]) -> tuple[int, ...]:
-        """Patches along each dimension of a map of `size` without its padding.
+        """Return the number of patches along each dimension of an unpadded image of `size`.
 
         Raises:
-            ValueError: the map is smaller than the kernel.
+            ValueError: the image is smaller than the kernel.
         """
-        found = []
+        counts = []
         for d, n in enumerate(size):
             span = (self.kernel_size[d] - 1) * self.dilation[d] + 1
             padded = max((n - 1) * self.spread[d] + 1, 0) + sum(self.padding[-2 - 2 * d :][:2])
@@ -62,36 +63,26 @@ class PatchGrid:
                     f"input of {(*size,)} pixels, padding {self.padding}, is smaller "
                     f"than the kernel {self.kernel_size}"
                 )
-            found.append((padded - span) // self.stride[d] + 1)
-        return tuple(found)
+            counts.append((padded - span) // self.stride[d] + 1)
+        return tuple(counts)
 
     def count(self, size: Sequence[int]) -> int:
-        """Patches of a map of `size`, P."""
+        """Return the number of patches per image of `size`, P."""
         return prod(self.positions(size))
 
     def split_taps(self, size: Sequence[int]) -> Iterator[tuple[int, Slices, Slices]]:
-        """Each tap by number, the positions where it meets a pixel, and these pixels."""
+        """Yield each tap, the positions where the tap meets a pixel, and these pixels."""
         sides = zip(size, self.positions(size), strict=True)
-        dims = [self._meet(d, *side) for d, side in enumerate(sides)]
-        for tap, met in enumerate(product(*dims)):
-            yield tap, tuple(where for where, _ in met), tuple(pixels for _, pixels in met)
+        dims = [self._split_dimension(d, *side) for d, side in enumerate(sides)]
+        for tap, pairs in enumerate(product(*dims)):
+            yield tap, tuple(where for where, _ in pairs), tuple(pixels for _, pixels in pairs)
 
-    def cut(self, dims: int) -> tuple[PatchGrid, PatchGrid]:
-        """The window of the first `dims` dimensions and that of the others."""
-        last = len(self.padding) - 2 * dims
-        sides = self.kernel_size, self.stride, self.dilation
-        outer, inner = ([each[part] for each in sides] for part in (slice(dims), slice(dims, None)))
-        return (
-            PatchGrid(*outer, self.padding[last:], self.spread[:dims]),
-            PatchGrid(*inner, self.padding[:last], self.spread[dims:]),
-        )
-
-    def _meet(self, d: int, pixels: int, positions: int) -> list[tuple[slice, slice]]:
-        """Of each tap along dimension d: the positions within the map, and the pixels there."""
+    def _split_dimension(self, d: int, pixels: int, positions: int) -> list[tuple[slice, slice]]:
+        """List for each tap along dimension d the positions that meet pixels, and the pixels."""
         step, spread, before = self.stride[d], self.spread[d], self.padding[-2 - 2 * d]
-        met = []
+        pairs = []
         for k in range(self.kernel_size[d]):
-            first = k * self.dilation[d] - before  # what position 0 sees, in the wider map
+            first = k * self.dilation[d] - before  # wider pixel under the tap at position 0
             low = max(0, -(first // step))
             low += -(low * step + first) * pow(step, -1, spread) % spread if spread > 1 else 0
             count = min(
@@ -99,240 +90,240 @@ class PatchGrid:
                 (pixels - 1 - (low * step + first) // spread) // step + 1,
             )
             start, count = (low * step + first) // spread, max(count, 0)
-            met.append(
-                (
-                    slice(low, low + count * spread, spread),
-                    slice(start, start + count * step, step),
-                )
-            )
-        return met
+            where = slice(low, low + count * spread, spread)
+            pairs.append((where, slice(start, start + count * step, step)))
+        return pairs
 
 
 @dataclass(frozen=True)
 class PatchSubset:
-    """Some of the positions of a window, in every image others.
+    """Sparse patch positions that differ from image to image.
 
-    Neighbouring patches of a image are nearly the same patch, so few patches of every image
-    tell more than many patches of a few. Those of a image are spread evenly over it, and begin
-    elsewhere in each one: images that follow each other see all positions before long.
+    Neighbouring patches of an image are nearly equal. A few patches of every image inform more than
+    many patches of a few images. The patches of an image are spread evenly over the grid. Their
+    offset differs from image to image: consecutive images cover all positions.
 
     Args:
-        window: whose positions are meant.
-        per_image: patches of a image, from 1 to all.
-        first: number of the first image, where several processes share a batch.
+        grid: the positions to choose from.
+        per_image: patches per image, from 1 to all.
+        first: index of the first image in the batch of all ranks.
     """
 
-    window: PatchGrid
+    grid: PatchGrid
     per_image: int
     first: int = 0
 
     @property
     def taps(self) -> int:
-        """Pixels of a patch, T."""
-        return self.window.taps
+        """Pixels per patch, T."""
+        return self.grid.taps
 
     def count(self, size: Sequence[int]) -> int:
-        """Patches of a map."""
+        """Return the number of patches per image."""
         return self.per_image
 
-    def choose(self, count: int, size: Sequence[int], device: torch.device) -> torch.Tensor:
-        """The positions (count, per_image) by number in each of `count` maps of `size`."""
-        positions = self.window.count(size)
-        # Near the golden section of the positions, so that few turns already spread evenly.
-        turn = max(int(0.618 * positions), 1)
-        while gcd(turn, positions) > 1:
-            turn += 1
+    def choose(self, count: int, size: Sequence[int], device: torch.device) -> Tensor:
+        """Return the chosen grid positions for `count` images of `size`, (count, per_image)."""
+        positions = self.grid.count(size)
+        # A step near the golden section spreads the offsets of few images evenly.
+        step = max(int(0.618 * positions), 1)
+        while gcd(step, positions) > 1:
+            step += 1
         images = torch.arange(self.first, self.first + count, device=device)
         spread = torch.arange(self.per_image, device=device) * positions // self.per_image
-        return (images[:, None] * turn + spread) % positions
+        return (images[:, None] * step + spread) % positions
 
 
 Sampling = PatchGrid | PatchSubset
-Selection = tuple[torch.Tensor, ...]
 
 
-def select_pixels(x: torch.Tensor, sampling: Sampling) -> Selection:
-    """What `gather` and `scatter` find the pixels by; the same for all x of one shape and device.
+class Patches(NamedTuple):
+    """The sampled patches of a batch of images, gathered only when they are needed."""
 
-    Of a window, the matrix (pixels, T*P) of zeros and ones that gathers patches by a product. Its
-    transpose scatters them. Matrices multiply so much faster than single pixels are fetched that
-    the zeros are paid for. It is that of the whole map if that is small, otherwise of its lines;
-    for very long lines, and for single pixels of large maps, there is none.
+    images: Tensor  # N C H W, any number of spatial dimensions
+    sampling: Sampling
 
-    Of spots, the numbers (N, 1, T*P) of their pixels, and where some of them may lie in the
-    padding, which do not.
+    @property
+    def count(self) -> int:
+        """Number of sampled patches, M."""
+        return len(self.images) * self.sampling.count(self.images.shape[2:])
+
+    @property
+    def bytes_per_image(self) -> int:
+        """Memory of the gathered patches of one image."""
+        patches = self.sampling.count(self.images.shape[2:])
+        return (
+            max(self.images.element_size(), 4) * patches * self.images.shape[1] * self.sampling.taps
+        )
+
+
+def sample(x: Tensor, sampling: Sampling) -> Patches:
+    """Sample patches of x as `sampling` says.
+
+    Args:
+        x: (N, C, *size), any number of spatial dimensions.
+        sampling: a regular grid, or a subset of one.
+    """
+    return Patches(x, sampling)
+
+
+def cache_constants(make: Callable[..., Selection]) -> Callable[..., Selection]:
+    """Cache the constant tensors that `make` computes from hashable arguments and `device`.
+
+    A CUDA graph reads its tensors at fixed addresses: what is used during a capture is never freed.
+    Under a compiler or a tensor subclass `make` runs each time, as its result holds no numbers.
+    """
+    # Outside inference mode: a later backward may save the tensors.
+    cached = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
+    captured: list[Selection] = []
+
+    def find(*key: object, like: Tensor) -> Selection:
+        if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
+            return make(*key, device=like.device)
+        constants = cached(*key, device=like.device)
+        if _captures_graph(like.device):
+            captured.append(constants)
+        return constants
+
+    return find
+
+
+def _captures_graph(device: torch.device) -> bool:
+    """Return whether a graph of the device's current stream is being captured."""
+    ask = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return ask is not None and ask()
+
+
+def number_pixels(grid: PatchGrid, size: Sequence[int], device: torch.device) -> Tensor:
+    """Return the index of the pixel under each tap at each position, (T, P).
+
+    Padding, and zeros between spread pixels, have the index prod(size).
+    """
+    pixels = torch.arange(prod(size), device=device).reshape(*size)
+    numbers = pixels.new_full((grid.taps, *grid.positions(size)), prod(size))
+    for tap, where, under in grid.split_taps(size):
+        numbers[(tap, *where)] = pixels[under]
+    return numbers.flatten(1)
+
+
+def select_pixels(x: Tensor, sampling: Sampling) -> Selection:
+    """Return the constant tensors by which `gather` and `scatter` find the pixels of patches.
+
+    For a subset of a grid: pixel indices (N, 1, T*P) and, where some taps may lie in the padding, a
+    mask of the same shape. For a grid on small images: a 0-1 matrix (pixels, T*P), as a product is
+    faster than strided copies. For all other grids: nothing.
 
     Args:
         x: (N, C, *size).
+        sampling: the patches.
     """
     count, _, *size = x.shape
-    if isinstance(sampling, PatchGrid):
-        count, outer = 0, _count_outer(size, sampling)
-        size, (_, sampling) = size[outer:], sampling.cut(outer)
-        longest = SMALL if sampling.taps == 1 else LONG
-        if prod(size) > longest or prod(size) * sampling.taps == 1:
-            return ()
-    make = _select if is_traced(x) else _cached_selection
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return make(sampling, count, tuple(size), dtype, device=x.device)
-
-
-def _select(
-    sampling: Sampling,
-    count: int,
-    size: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Selection:
     if isinstance(sampling, PatchSubset):
-        return _number_pixels(sampling, count, size, device)
-    single = torch.eye(prod(size), dtype=dtype, device=device)  # a image for each pixel
-    maps = single.new_zeros(len(single), 1, sampling.taps, *sampling.positions(size))
-    for tap, pixels in _match(maps, single.reshape(-1, 1, *size), sampling):
-        tap.copy_(pixels)
-    return (maps.flatten(1),)
-
-
-def _number_pixels(
-    spots: PatchSubset, count: int, size: Sequence[int], device: torch.device
-) -> Selection:
-    window = spots.window
-    numbers = spots.choose(count, size, device)[:, None]  # N 1 P
-    places = torch.unravel_index(numbers, window.positions(size))
-    taps = torch.unravel_index(torch.arange(window.taps, device=device), window.kernel_size)
-    pixel, inside = torch.zeros_like(numbers), torch.ones_like(numbers, dtype=torch.bool)
-    for d, (place, tap) in enumerate(zip(places, taps, strict=True)):
-        before = window.padding[-2 - 2 * d]
-        at = place * window.stride[d] + tap[:, None] * window.dilation[d] - before  # N T P
-        inside = inside & (at >= 0) & (at < size[d] * window.spread[d])
-        at, between = at // window.spread[d], at % window.spread[d] > 0
-        pixel, inside = pixel * size[d] + at, inside & ~between
-    found = torch.where(inside, pixel, 0), inside
-    always = not any(pad > 0 for pad in window.padding) and max(window.spread) == 1
-    found = found[:1] if always else found
-    return tuple(each.flatten(1)[:, None] for each in found)
-
-
-_cached_selection = keep_last(128, _select)
-
-
-def weigh_pixels(x: torch.Tensor, window: PatchGrid) -> torch.Tensor:
-    """What each pixel of x (N, C, *size) adds to the mean of each tap over all patches.
-
-    Returns:
-        (T, pixels), float32 at least: 1 / (N P) where a tap meets a pixel, else 0.
-    """
-    make = _weigh_pixels if is_traced(x) else _cached_weights
+        return _index_subset(sampling, count, tuple(size), like=x)
+    if sampling.taps == 1 or prod(size) > SMALL:
+        return ()
     dtype = torch.promote_types(x.dtype, torch.float32)
-    return make(window, len(x), tuple(x.shape[2:]), dtype, device=x.device)
+    return _make_gather_matrix(sampling, tuple(size), dtype, like=x)
 
 
-def _weigh_pixels(
-    window: PatchGrid, count: int, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> torch.Tensor:
-    weights = torch.zeros(window.taps, *size, dtype=dtype, device=device)
-    for tap, _, pixels in window.split_taps(size):
-        weights[(tap, *pixels)] = 1 / max(count * window.count(size), 1)
-    return weights.flatten(1)
+@cache_constants
+def _index_subset(
+    subset: PatchSubset, count: int, size: tuple[int, ...], device: torch.device
+) -> Selection:
+    chosen = subset.choose(count, size, device)  # N P
+    pixels = number_pixels(subset.grid, size, device)[:, chosen]  # T N P
+    pixels = pixels.transpose(0, 1).flatten(1)[:, None]  # N 1 T*P
+    if not any(pad > 0 for pad in subset.grid.padding) and max(subset.grid.spread) == 1:
+        return (pixels,)
+    inside = pixels < prod(size)
+    return torch.where(inside, pixels, 0), inside
 
 
-_cached_weights = keep_last(128, _weigh_pixels)
+@cache_constants
+def _make_gather_matrix(
+    grid: PatchGrid, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Selection:
+    numbers = number_pixels(grid, size, device).flatten()
+    pixels = torch.arange(prod(size), device=device)
+    return ((pixels[:, None] == numbers).to(dtype),)
 
 
-def gather(x: torch.Tensor, sampling: Sampling, selection: Selection = ()) -> torch.Tensor:
-    """Maps (N', C * T, P') of all patches of x (N, C, *size): in new memory, float32 at least.
+@cache_constants
+def _make_mean_weights(
+    grid: PatchGrid, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> Selection:
+    weights = torch.zeros(grid.taps, *size, dtype=dtype, device=device)
+    for tap, _, pixels in grid.split_taps(size):
+        weights[(tap, *pixels)] = 1 / grid.count(size)
+    return (weights.flatten(1),)
 
-    Their features are channel-major as in `weight.flatten(1)`. In large maps all positions but
-    those along a line stand with the images: N' P' = N P.
+
+def weigh_pixels(x: Tensor, grid: PatchGrid) -> Tensor:
+    """Return the weights by which pixels enter the mean of each tap over all patches.
 
     Args:
-        selection: `select_pixels(x, sampling)`; none copies.
+        x: (N, C, *size).
+        grid: the patches.
+
+    Returns:
+        (T, pixels), at least float32: 1 / P where the tap meets the pixel, else 0.
+    """
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return _make_mean_weights(grid, tuple(x.shape[2:]), dtype, like=x)[0]
+
+
+def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
+    """Return the sampled patches of x (N, C, *size) as (N, C*T, P) in new memory.
+
+    Features are channel-major, as in `weight.flatten(1)`; float32 at least.
+
+    Args:
+        x: (N, C, *size).
+        sampling: the patches.
+        selection: `select_pixels(x, sampling)`.
 
     Raises:
         ValueError: x is smaller than the kernel.
     """
     dtype = torch.promote_types(x.dtype, torch.float32)
+    count, channels, *size = x.shape
+    shape = count, channels * sampling.taps, sampling.count(size)
     if isinstance(sampling, PatchSubset):
-        pixels, *inside = selection or select_pixels(x, sampling)
-        maps = x.flatten(2).gather(2, pixels.expand(-1, x.shape[1], -1)).to(dtype)
+        pixels, *inside = selection
+        patches = x.flatten(2).gather(2, pixels.expand(-1, channels, -1)).to(dtype)
         for mask in inside:
-            maps *= mask
-        return maps.reshape(len(x), x.shape[1] * sampling.taps, sampling.per_image)
-    outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
-    lines = x.to(dtype)
-    if outer.kernel_size:
-        views = _new_lines(lines, outer)
-        for line, pixels in _match(views, lines, outer):
-            line.copy_(pixels)
-        lines = _as_images(views, outer)
-    size = lines.shape[2:]
-    shape = len(lines), lines.shape[1] * inner.taps, inner.count(size)
+            patches *= mask
+        return patches.reshape(shape)
     if selection:
-        return (lines.flatten(2) @ selection[0]).reshape(shape)
-    maps = lines.new_zeros(*lines.shape[:2], inner.taps, *inner.positions(size))
-    for tap, pixels in _match(maps, lines, inner):
-        tap.copy_(pixels)
-    return maps.reshape(shape)
+        return (x.to(dtype).flatten(2) @ selection[0]).reshape(shape)
+    patches = x.new_zeros(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
+    for tap, where, pixels in sampling.split_taps(size):
+        patches[(slice(None), slice(None), tap, *where)] = x[(..., *pixels)]
+    return patches.reshape(shape)
 
 
-def scatter(
-    maps: torch.Tensor, x: torch.Tensor, sampling: Sampling, selection: Selection = ()
-) -> None:
-    """The adjoint of `gather`: add every element of maps to its pixel of x, in place.
+def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection) -> None:
+    """Add every element of `patches` to its pixel of x, in place: the adjoint of `gather`.
 
-    Of spots, maps are written to as well: 0 where a tap lies in the padding.
+    Args:
+        patches: (N, C*T, P). Of a subset, zeros are written where a tap lies in the padding.
+        x: (N, C, *size).
+        sampling: the patches.
+        selection: `select_pixels(x, sampling)`.
     """
+    count, channels, *size = x.shape
     if isinstance(sampling, PatchSubset):
-        pixels, *inside = selection or select_pixels(x, sampling)
-        pixels = pixels.expand(-1, x.shape[1], -1)
-        maps = maps.reshape(pixels.shape)
+        pixels, *inside = selection
+        pixels = pixels.expand(-1, channels, -1)
+        patches = patches.reshape(pixels.shape)
         for mask in inside:
-            maps *= mask
-        x.view(*x.shape[:2], prod(x.shape[2:])).scatter_add_(2, pixels, maps.to(x.dtype))
+            patches *= mask
+        x.view(count, channels, prod(size)).scatter_add_(2, pixels, patches.to(x.dtype))
         return
-    outer, inner = sampling.cut(_count_outer(x.shape[2:], sampling))
-    views = _new_lines(maps, outer, x.shape) if outer.kernel_size else None
-    lines = x if views is None else _as_images(views, outer)
-    size = lines.shape[2:]
     if selection:
-        (matrix,) = selection
-        maps = maps.reshape(*lines.shape[:2], len(matrix.mT))
-        lines += (maps @ matrix.mT).reshape(lines.shape)
-    else:
-        maps = maps.reshape(*lines.shape[:2], inner.taps, *inner.positions(size))
-        for tap, pixels in _match(maps, lines, inner):
-            pixels += tap
-    if views is not None:
-        for line, pixels in _match(views, x, outer):
-            pixels += line
-
-
-def _count_outer(size: Sequence[int], window: PatchGrid) -> int:
-    """Dimensions whose taps are copied as whole lines: none of a small map, else all but one."""
-    return 0 if prod(size) <= SMALL or window.taps == 1 else len(size) - 1
-
-
-def _new_lines(
-    like: torch.Tensor, outer: PatchGrid, shape: Sequence[int] | None = None
-) -> torch.Tensor:
-    """Zeros (N, C, T, *positions, line) for maps of `shape`: a view, laid out as images."""
-    count, channels, *size, line = like.shape if shape is None else shape
-    positions = outer.positions(size)
-    dims = range(1, 1 + len(positions))
-    lines = like.new_zeros(count, *positions, channels, outer.taps, line)
-    return lines.permute(0, len(dims) + 1, len(dims) + 2, *dims, len(dims) + 3)
-
-
-def _as_images(lines: torch.Tensor, outer: PatchGrid) -> torch.Tensor:
-    """(N, C, T, *positions, line) as maps (N * P, C * T, line)."""
-    dims = range(3, 3 + len(outer.kernel_size))
-    return lines.permute(0, *dims, 1, 2, -1).flatten(0, len(dims)).flatten(1, 2)
-
-
-def _match(
-    maps: torch.Tensor, x: torch.Tensor, window: PatchGrid
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """For each tap the part of maps (N, C, T, *positions, ...) and the pixels of x that it sees."""
-    for tap, where, pixels in window.split_taps(x.shape[2 : 2 + len(window.kernel_size)]):
-        both = slice(None), slice(None)
-        yield maps[(*both, tap, *where)], x[(*both, *pixels)]
+        matrix = selection[0].mT
+        x += (patches.reshape(count, channels, len(matrix)) @ matrix).reshape(x.shape)
+        return
+    patches = patches.reshape(count, channels, sampling.taps, *sampling.positions(size))
+    for tap, where, pixels in sampling.split_taps(size):
+        x[(..., *pixels)].add_(patches[(slice(None), slice(None), tap, *where)])

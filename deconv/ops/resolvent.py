@@ -1,37 +1,39 @@
-"""Whitening by resolvents: D of Newton-Schulz steps within 0.75 %, from a matrix inverse or a few.
+"""Newton-Schulz whitening within 0.75 %, from a matrix inverse or a few.
 
-n steps of Newton-Schulz (see `inverse_sqrt`) act on the eigenvalues x of A / |A|_F, in [0, 1], as a
-function z_n(x), which is smooth down to the soft floor near 1.5^(-2n). One pole for each four steps
-beyond the first is enough to follow it:
+n steps of Newton-Schulz (see `inverse_sqrt`) map the eigenvalues x of A / |A|_F, in [0, 1], to
+z_n(x). This function is smooth down to the soft floor near 1.5^(-2n). One pole per four steps
+beyond the first follows it:
 
     z_n(x) ~ c + m x + sum_j a_j / (x + s_j),        one pole for n <= 5, four for n = 15
 
-and so D ~ (c I + m A' + sum_j a_j (A' + s_j I)^-1) / sqrt(|A|_F), A' = A / |A|_F. D is symmetric,
-as that of the iteration is: it does not turn as the covariance moves, which the Cholesky factor
-does. For five steps A' + s I has a condition of at most 20.
+    D ~ (c I + m A' + sum_j a_j (A' + s_j I)^-1) / sqrt(|A|_F),        A' = A / |A|_F
+
+D is symmetric, as that of the iteration. Unlike the Cholesky factor, D does not rotate while the
+covariance moves. For five steps A' + s I has a condition number of at most 20.
+
+NOTE (differs from paper): the paper runs the iteration itself.
 """
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from .matmul import identity
 
 
 class Terms(NamedTuple):
-    """Of z_n: c, m and pairs (s, a), as above."""
+    """Coefficients of z_n: c, m and the pairs (s, a)."""
 
     constant: float
     slope: float
     poles: tuple[tuple[float, float], ...]
 
 
-# By the number of steps, fitted by `scripts/dev/fit_resolvent.py`: on [0, 1] the relative error
-# is at most 0.74 %.
+# By number of steps, fitted by scripts/dev/fit_resolvent.py: the largest relative error on [0, 1]
+# is 0.74 %.
 TERMS = {
     1: Terms(1.5, -0.5, ()),
     2: Terms(-3.2593, 0.81569, ((1.6666, 9.1848),)),
@@ -63,51 +65,49 @@ TERMS = {
 }
 
 
-def inverse_sqrt_by_resolvents(
-    cov: torch.Tensor, n_iter: int = 5, eps: float = 0.0
-) -> torch.Tensor:
-    """What `n_iter` Newton-Schulz steps make of A = cov + eps I, within 0.75 %.
+def inverse_sqrt_by_resolvents(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
+    """Approximate the result of `n_iter` Newton-Schulz steps on A = cov + eps I within 0.75 %.
 
     Args:
         cov: (G, F, F), symmetric positive semidefinite, float32 or float64.
-        n_iter: steps whose response is followed, a key of `TERMS`.
+        n_iter: number of steps, a key of `TERMS`.
         eps: added to the diagonal, in units of variance.
 
     Returns:
         (G, F, F), symmetric. NaN for a matrix that is not finite.
 
     Raises:
-        ValueError: the table ends before `n_iter`.
+        ValueError: `n_iter` is above the largest key of `TERMS`.
     """
     if n_iter not in TERMS:
         raise ValueError(f"n_iter must be at most {max(TERMS)} for resolvents, got {n_iter}")
     if cov.requires_grad:
         return _Resolvents.apply(cov, n_iter, eps)
-    return _sum_terms(cov, n_iter, eps)[0]  # what torch.func transforms as well
+    return _sum_terms(cov, n_iter, eps)[0]  # torch.func transforms plain operations only
 
 
-def _sum_terms(cov: torch.Tensor, n_iter: int, eps: float) -> tuple[torch.Tensor, ...]:
-    """D, and what its gradient is made of: A / |A|_F, |A|_F and the resolvents."""
-    unit = identity(cov)
-    cov = torch.add(cov, unit, alpha=eps)
+def _sum_terms(cov: Tensor, n_iter: int, eps: float) -> tuple[Tensor, ...]:
+    """Return D and the terms of its gradient: A / |A|_F, |A|_F and the resolvents."""
+    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    cov = torch.add(cov, identity, alpha=eps)
     norm = torch.linalg.matrix_norm(cov, keepdim=True).fmod(math.inf)  # NaN for infinity
     scaled = cov / norm
     constant, slope, poles = TERMS[n_iter]
-    root = torch.add(slope * scaled, unit, alpha=constant)
+    root = torch.add(slope * scaled, identity, alpha=constant)
     resolvents = []
-    for shift, share in poles:
-        factor = torch.linalg.cholesky_ex(torch.add(scaled, unit, alpha=shift)).L
-        half = torch.linalg.solve_triangular(factor, unit.expand_as(cov), upper=False)
+    for shift, weight in poles:
+        factor = torch.linalg.cholesky_ex(torch.add(scaled, identity, alpha=shift)).L
+        half = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
         resolvents.append(half.mT @ half)
-        root = torch.add(root, resolvents[-1], alpha=share)
+        root = torch.add(root, resolvents[-1], alpha=weight)
     return root * norm.rsqrt(), scaled, norm, *resolvents
 
 
 class _Resolvents(torch.autograd.Function):
-    """d(A' + s I)^-1 = -(A' + s I)^-1 dA' (A' + s I)^-1, and A' depends on A by its norm, too."""
+    """Gradient d(A' + s I)^-1 = -(A' + s I)^-1 dA' (A' + s I)^-1, and that of the norm in A'."""
 
     @staticmethod
-    def forward(ctx, cov: torch.Tensor, n_iter: int, eps: float) -> torch.Tensor:
+    def forward(ctx: Any, cov: Tensor, n_iter: int, eps: float) -> Tensor:
         root, *parts = _sum_terms(cov, n_iter, eps)
         ctx.terms = TERMS[n_iter]
         ctx.save_for_backward(root, *parts)
@@ -115,18 +115,18 @@ class _Resolvents(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         root, scaled, norm, *resolvents = ctx.saved_tensors
         grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)
         result = grad * ctx.terms.slope
-        for (_, share), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
-            # Not in place, which autocast would leave with factors of two types.
-            result = torch.baddbmm(result, resolvent @ grad, resolvent, alpha=-share)
-        # D = z(A') / sqrt(|A|), A' = A / |A|: what D loses when |A| grows, in units of |A|
-        loss = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
-        return result.addcmul_(scaled, loss, value=-1), None, None
+        for (_, weight), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
+            # Not in place: under autocast the factors would have two types.
+            result = torch.baddbmm(result, resolvent @ grad, resolvent, alpha=-weight)
+        # D = z(A') / sqrt(|A|) and A' = A / |A| both shrink as |A| grows.
+        shrinkage = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
+        return result.addcmul_(scaled, shrinkage, value=-1), None, None
 
 
-def _inner(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """The sum of products of all elements, (G, 1, 1)."""
+def _inner(left: Tensor, right: Tensor) -> Tensor:
+    """Return the sum of products of all elements, (G, 1, 1)."""
     return left.flatten(1)[:, None] @ right.flatten(1)[..., None]

@@ -36,19 +36,17 @@ from scripts.bench import steps
 from util.cli.parser import Parser, bounded_int
 from util.training.accelerator import Accelerator
 
-# The names of deconv.whitening and their steps.
+# Functions of deconv.whitening, and the step of each.
 PATCHES, STATISTICS = "patches", "mean and covariance"
 STEPS = {
-    "gather": PATCHES,
-    "measure_patches": STATISTICS,
+    "mean_and_covariance": STATISTICS,
+    "centre_rows": STATISTICS,
     "inverse_sqrt": "root",
-    "inverse_sqrt_from_rows": "root",
     "fold": "fold",
-    "whiten_pixels": "fold",
 }
-# The names of deconv.covariance that are patches' part of the second step.
+# Functions of deconv.ops.covariance that sample patches inside the second step.
 INSIDE, PARTS = "patches inside", ("gather", "scatter", "select_pixels")
-NAMES = tuple(dict.fromkeys(STEPS.values()))
+NAMES = (PATCHES, *dict.fromkeys(STEPS.values()))
 DIRECTIONS = ("forward", "backward")
 ARCH = "vgg11"
 LAYER, CONVOLUTION, REST, WHOLE = "layer", "convolution", "rest of the network", "whole"
@@ -202,8 +200,9 @@ def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """The tensor, tuple, list or dict with every tensor changed that has a gradient."""
     if isinstance(tree, Tensor) and tree.requires_grad:
         return change(tree)
-    if type(tree) in (tuple, list):
-        return type(tree)(map_tensors(change, branch) for branch in tree)
+    if isinstance(tree, tuple | list):
+        branches = (map_tensors(change, branch) for branch in tree)
+        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
     if isinstance(tree, dict):
         return {name: map_tensors(change, branch) for name, branch in tree.items()}
     return tree

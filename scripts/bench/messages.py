@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from deconv.ops.covariance import count_patches
+from deconv.ops.patches import sample
 from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
 
 BYTES = 4  # per float32 number
@@ -91,8 +91,8 @@ def patch_size(model: nn.Module, side: int) -> float:
 
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0] if inputs[0].dim() > 2 else inputs[0].unsqueeze(-1)
-        sampling, blocks = module._sampling(x)
-        sizes.append(count_patches(x, sampling) * blocks.groups * blocks.channels * blocks.taps)
+        sampling, blocks = module.choose_patches(x)
+        sizes.append(sample(x, sampling).count * blocks.groups * blocks.channels * blocks.taps)
 
     for module in model.modules():
         if hasattr(module, "axes"):

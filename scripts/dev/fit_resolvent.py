@@ -21,8 +21,7 @@ import torch
 from scipy.optimize import minimize
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from deconv.ops.inverse_sqrt import MAX_STEPS
-from deconv.ops.spectrum import respond
+from deconv.ops.inverse_sqrt import MAX_STEPS, newton_schulz_response
 
 STEPS_PER_POLE = 4
 NEW_POLE = 0.2  # start of an additional pole
@@ -61,7 +60,7 @@ def find_poles(n_iter: int, logs: np.ndarray) -> np.ndarray:
 def fit(n_iter: int, logs: np.ndarray, rounds: int = 15) -> tuple[float, np.ndarray]:
     """Return the largest relative error, and the weights of poles, constant and slope."""
     x = make_grid(n_iter)
-    exact = respond(torch.from_numpy(x), n_iter).numpy()
+    exact = newton_schulz_response(torch.from_numpy(x), n_iter).numpy()
     terms = [1 / (x + shift) for shift in np.exp(logs)] + [np.ones_like(x), x]
     terms = np.stack(terms, axis=1) / exact[:, None]
     importance, best = np.ones_like(x), (np.inf, np.zeros(terms.shape[1]))

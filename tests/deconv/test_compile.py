@@ -8,7 +8,7 @@ from torch import distributed, nn
 
 from deconv import Delinear, FastDeconv
 from deconv.surgery.plan import DECONVOLUTIONS
-from deconv.sync import average_across
+from deconv.sync import average_over_ranks
 
 FEW_ROWS = dict(mode=5, rows_per_feature=1)
 OTHERS = [
@@ -84,7 +84,7 @@ def test_averages_across_processes_have_the_same_gradient(tmp_path):
     store = f"file://{tmp_path}/store"
     distributed.init_process_group("gloo", init_method=store, rank=0, world_size=1)
     try:
-        average = lambda mean: average_across(5, mean)[1].square().sum()
+        average = lambda mean: average_over_ranks(5, mean)[1].square().sum()
         torch._dynamo.reset()
         run = torch.compile(average, fullgraph=True, backend="aot_eager")
         x = torch.randn(3, requires_grad=True)

@@ -161,7 +161,7 @@ def test_gradients_match_finite_differences(kind, root, mode, groups, rows_per_f
         return torch.func.functional_call(layer, {"weight": weight, "bias": bias}, x)
 
     x = make_maps(layer.weight.dim() - 2, 2)
-    some = isinstance(layer._sampling(x)[0], PatchSubset)
+    some = isinstance(layer.choose_patches(x)[0], PatchSubset)
     assert some == (rows_per_feature > 0 and mode != 3)
     x.requires_grad_()
     assert torch.autograd.gradcheck(f, (x, *layer.parameters()), fast_mode=True)

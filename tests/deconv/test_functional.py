@@ -169,15 +169,3 @@ def test_copies_do_the_same_and_share_nothing(name, again):
     with torch.no_grad():
         twin.weight.zero_()
     torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
-
-
-def shard_count(mean, blocks):
-    """A mean of features one by one, as the first versions kept it: (G, S, 1, F)."""
-    dealt = []
-    for group in mean.chunk(blocks.groups):
-        unit = blocks.unit * len(group) // (blocks.channels * blocks.taps)
-        hands = [[] for _ in range(blocks.count)]
-        for number, cards in enumerate(group.split(unit)):
-            hands[number % blocks.count] += cards.tolist()
-        dealt += hands
-    return mean.new_tensor(dealt).reshape(blocks.matrices, blocks.sharing, 1, -1)

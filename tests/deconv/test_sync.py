@@ -10,7 +10,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from deconv import Delinear, FastDeconv, batch_share
-from deconv.sync import several_processes
+from deconv.sync import is_distributed
 
 PICTURES = 7
 SHARINGS = [(7,), (5, 2), (0, 7), (4, 0, 3), (1, 3, 3)]  # images of each process
@@ -294,7 +294,7 @@ def test_float32_survives_an_offset_far_from_zero_once_the_running_mean_is_near(
 def test_a_torch_without_distributed_is_one_process(monkeypatch):
     monkeypatch.setattr(distributed, "is_available", lambda: False)
     monkeypatch.delattr(distributed, "is_initialized")
-    assert not several_processes()
+    assert not is_distributed()
 
 
 def test_only_layers_that_keep_to_themselves_say_so():

@@ -7,15 +7,29 @@ from torch.nn import functional as F
 
 from deconv.ops import covariance
 from deconv.ops.blocks import Blocks, transform_along
-from deconv.ops.covariance import measure_patches, second_moment
-from deconv.ops.patches import SMALL, PatchGrid, PatchSubset, gather
+from deconv.ops.covariance import mean_and_covariance, second_moment
+from deconv.ops.patches import SMALL, Patches, PatchGrid, PatchSubset, select_pixels
+from deconv.ops.patches import gather as gather_by
+from tests.pairwise import pairwise
 
 WINDOW = PatchGrid((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
 SIZE = (7, 6)
 LOOKS = {"all": WINDOW, "some": PatchSubset(WINDOW, 3)}
 INTERLEAVED = Blocks(1, 4, 2, 6, 1, True)
 GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of WINDOW
+AXES = ["joint", "channel", "pixel"]
 LAYOUTS = {"interleaved": 1, "contiguous": 12}
+
+
+def gather(x, looks):
+    return gather_by(x, looks, select_pixels(x, looks))
+
+
+def measure_patches(x, looks, blocks, axis, before=None):
+    """Return images, centre, covariance and, of a subset without `before`, the mean of all."""
+    stats = mean_and_covariance(Patches(x, looks), blocks, axis, before)
+    means = () if stats.mean is stats.centre else (stats.mean,)
+    return stats.images, stats.centre, stats.cov, *means
 
 
 def images(n=9):
@@ -24,7 +38,7 @@ def images(n=9):
 
 
 @pytest.mark.parametrize("looks", LOOKS)
-def test_large_maps_are_gathered_line_by_line_to_the_same_statistics(looks):
+def test_large_images_have_the_same_statistics(looks):
     torch.manual_seed(0)
     x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
     assert x[0, 0].numel() > SMALL
@@ -58,13 +72,15 @@ def plain(x, looks, blocks, axis, before=None):
     return mean, cov
 
 
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("axis", ["joint", "channel", "pixel"])
-@pytest.mark.parametrize("looks", LOOKS)
-@pytest.mark.parametrize("part", [1, 10**9])  # bytes of patches at a time: a image, all
-def test_equals_all_patches_at_once(monkeypatch, part, looks, axis, layout, shared):
-    monkeypatch.setattr(covariance, "CPU_PART", part)
+@pytest.mark.parametrize(
+    ("part", "kept", "looks", "axis", "layout", "shared"),  # part, kept: bytes; 1 is one image
+    pairwise(
+        [1, 10**9], [0, 10**9], [*LOOKS], ["joint", "channel", "pixel"], [*LAYOUTS], [True, False]
+    ),
+)
+def test_equals_all_patches_at_once(monkeypatch, part, kept, looks, axis, layout, shared):
+    monkeypatch.setattr(covariance, "CPU_CHUNK", part)
+    monkeypatch.setattr(covariance, "KEPT", kept)
     unit = LAYOUTS[layout] if axis == "joint" or layout == "contiguous" else 6
     blocks = Blocks(1, 4, 2, 6, unit, shared)
     x = images().requires_grad_()
@@ -141,15 +157,6 @@ def test_no_patches_have_mean_and_covariance_zero(looks):
     assert found[0].shape == (24,) and not any(each.any() for each in found)
     sum(each.sum() for each in (passed, *found)).backward()
     assert x.grad.shape == x.shape
-
-
-@pytest.mark.parametrize("part", [1, 10**9])
-def test_statistics_come_as_they_were_made_and_not_written_into(monkeypatch, part):
-    """Compiled by PyTorch 2.11 they would lose their gradient."""
-    monkeypatch.setattr(covariance, "CPU_PART", part)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    found = measure_patches(images().requires_grad_(), WINDOW, INTERLEAVED, "joint")
-    assert not any(each._version for each in found)
 
 
 @pytest.mark.parametrize("looks", LOOKS)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deconv.ops.inverse_sqrt import inverse_sqrt, inverse_sqrt_from_rows, newton_schulz
+from deconv.ops.inverse_sqrt import inverse_sqrt, newton_schulz, newton_schulz_response
 
 
 def random_spd(batch, side, low=1e-1, seed=0):
@@ -78,8 +78,8 @@ def test_refuses_zero_steps():
 @pytest.mark.parametrize("eps", [1e-2, 1e-5])
 def test_from_rows_equals_the_iteration_on_the_covariance(count, features, eps):
     rows = torch.randn(2, count, features, dtype=torch.float64, requires_grad=True)
-    cov = rows.mT @ rows / count + eps * torch.eye(features, dtype=torch.float64)
-    expected, actual = newton_schulz(cov, 5), inverse_sqrt_from_rows(rows, eps, 5)
+    cov = rows.mT @ rows / count
+    expected, actual = newton_schulz(cov, 5, eps), inverse_sqrt(cov, 5, eps=eps, rows=rows)
     torch.testing.assert_close(actual, expected)
     weight = torch.randn_like(expected)
     gradients = [torch.autograd.grad((D * weight).sum(), rows)[0] for D in (actual, expected)]
@@ -88,6 +88,25 @@ def test_from_rows_equals_the_iteration_on_the_covariance(count, features, eps):
 
 def test_from_rows_is_as_exact_in_float32_as_the_iteration():
     rows = torch.randn(1, 64, 512) * torch.logspace(0, -3, 512)
-    exact = inverse_sqrt_from_rows(rows.double(), 1e-5, 5)
-    error = (inverse_sqrt_from_rows(rows, 1e-5, 5) - exact).abs().max()
+    cov = torch.empty(1, 512, 512)
+    exact = inverse_sqrt(cov, eps=1e-5, rows=rows.double())
+    error = (inverse_sqrt(cov, eps=1e-5, rows=rows) - exact).abs().max()
     assert error < 1e-5 * exact.abs().max()
+
+
+def test_the_response_is_that_of_the_scalar_recursion():
+    values = torch.tensor([0.9, 0.4, 0.1, 1e-3], dtype=torch.float64)
+    norm = values.norm()
+    found = newton_schulz_response(values / norm, 5) / norm.sqrt()
+    torch.testing.assert_close(found, response(values, 5))
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
+def test_a_matrix_whose_norm_is_not_finite_gives_nan_and_no_error(bad):
+    A = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
+    A[0, 1, 1] = bad
+    D = inverse_sqrt(A, 5)
+    assert D[0].isnan().any() and D[1].isfinite().all()
+    rows = torch.ones(1, 2, 5, dtype=torch.float64)
+    rows[0, 0, 0] = bad
+    assert inverse_sqrt(A, 5, eps=0.1, rows=rows).isnan().any()

@@ -1,10 +1,15 @@
-"""Sampled patches against loops and torch's own im2col."""
+"""Sampled patches against loops and torch's im2col."""
+
+import functools
+import weakref
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.ops.patches import PatchGrid, PatchSubset, gather, scatter, select_pixels
+from deconv.ops import patches
+from deconv.ops.patches import PatchGrid, PatchSubset, cache_constants, scatter, select_pixels
+from tests.pairwise import pairwise
 
 SHAPES = [
     # kernel, stride, dilation, size
@@ -13,37 +18,35 @@ SHAPES = [
     ((2, 5), (2, 1), (1, 2), (8, 13)),
     ((1, 1), (4, 4), (1, 1), (5, 5)),
     ((4, 2), (6, 9), (2, 1), (11, 9)),
-    ((3, 4), (2, 3), (2, 1), (12, 13)),  # line by line
-    ((2, 3), (1, 7), (1, 3), (2, 530)),  # lines too long for a product
+    ((3, 4), (2, 3), (2, 1), (12, 13)),  # more pixels than SMALL
+    ((2, 3), (1, 7), (1, 3), (2, 530)),
     ((3, 3), (2, 2), (1, 1), (2, 1)),  # smaller than the kernel but for its padding
 ]
 
 
-def side_by_side(maps, count):
-    """All positions of each of `count` images along the last dimension."""
-    return maps.unflatten(0, (count, -1)).transpose(1, 2).flatten(2)
+def gather(x, sampling, selection=None):
+    selection = select_pixels(x, sampling) if selection is None else selection
+    return patches.gather(x, sampling, selection)
 
 
 PADDINGS = [(1, 2, 3, 1), (4, 4, 4, 4)]
+CASES = pairwise(SHAPES, PADDINGS, [False, True])
 
 
-@pytest.mark.parametrize("by_product", [False, True])
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize(("kernel", "stride", "dilation", "size"), SHAPES)
-def test_patches_equal_im2col(kernel, stride, dilation, size, padding, by_product):
+@pytest.mark.parametrize(("shape", "padding", "by_product"), CASES)
+def test_patches_equal_im2col(shape, padding, by_product):
+    kernel, stride, dilation, size = shape
     x = torch.randn(2, 6, *size, dtype=torch.float64)
     window = PatchGrid(kernel, stride, dilation, padding)
     selection = select_pixels(x, window) if by_product else ()
     expected = F.unfold(F.pad(x, padding), kernel, dilation=dilation, stride=stride)  # N C*T L
-    maps = side_by_side(gather(x, window, selection), 2)
-    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+    torch.testing.assert_close(gather(x, window, selection), expected, rtol=0, atol=0)
     assert window.count(size) == expected.shape[2]
 
 
-@pytest.mark.parametrize("by_product", [False, True])
-@pytest.mark.parametrize("padding", PADDINGS)
-@pytest.mark.parametrize(("kernel", "stride", "dilation", "size"), SHAPES)
-def test_scatter_is_the_adjoint_of_gather(kernel, stride, dilation, size, padding, by_product):
+@pytest.mark.parametrize(("shape", "padding", "by_product"), CASES)
+def test_scatter_is_the_adjoint_of_gather(shape, padding, by_product):
+    kernel, stride, dilation, size = shape
     x, y = torch.randn(2, 2, 6, *size, dtype=torch.float64)
     window = PatchGrid(kernel, stride, dilation, padding)
     maps = torch.randn_like(gather(x, window))
@@ -76,16 +79,15 @@ def test_other_numbers_of_dimensions(dims):
         )
 
 
-# whole maps by a product; lines by a product; pixel by pixel
-@pytest.mark.parametrize("size", [(6, 7), (20, 7), (2, 520)])
+@pytest.mark.parametrize("size", [(6, 7), (20, 7), (2, 520)])  # by a product; pixel by pixel
 def test_channels_last_input_gives_the_same_patches(size):
     x, window = torch.randn(2, 4, *size), PatchGrid((2, 3), (2, 2), (1, 1), (1, 1, 0, 2))
     last = x.to(memory_format=torch.channels_last)
     selection = select_pixels(x, window)
-    assert (not selection) == (size[1] == 520)
+    assert bool(selection) == (size == (6, 7))
     expected = F.unfold(F.pad(x, window.padding), (2, 3), stride=2)
     maps = gather(last, window, selection)
-    torch.testing.assert_close(side_by_side(maps, 2), expected)
+    torch.testing.assert_close(maps, expected)
 
 
 def test_a_map_smaller_than_the_kernel_is_named():
@@ -106,16 +108,14 @@ def test_spots_are_those_patches_of_the_window(size, per_image, last):
     if last:
         x = x.to(memory_format=torch.channels_last)
     numbers = spots.choose(6, size, x.device)
-    whole = gather(x, SEEN)  # N C*T P, or line by line
-    whole = side_by_side(whole, 6)
+    whole = gather(x, SEEN)  # N C*T P
     expected = torch.stack([whole[n][:, numbers[n]] for n in range(6)])
-    for selection in ((), select_pixels(x, spots)):
-        maps = gather(x, spots, selection)
-        torch.testing.assert_close(maps, expected, rtol=0, atol=0)
-        y = torch.zeros_like(x)
-        other = torch.randn_like(maps)
-        scatter(other, y, spots, selection)
-        torch.testing.assert_close((other * maps).sum(), (y * x).sum())
+    maps = gather(x, spots)
+    torch.testing.assert_close(maps, expected, rtol=0, atol=0)
+    y = torch.zeros_like(x)
+    other = torch.randn_like(maps)
+    scatter(other, y, spots, select_pixels(x, spots))
+    torch.testing.assert_close((other * maps).sum(), (y * x).sum())
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -128,3 +128,24 @@ def test_spots_of_a_image_differ_and_those_of_many_are_all(size):
             assert sorted(column) == list(range(positions))
         later = PatchSubset(SEEN, per_image, first=5).choose(4, size, torch.device("cpu"))
         assert later.tolist() == numbers[5:9].tolist() or positions < 5
+
+
+def test_what_a_cuda_graph_reads_is_never_freed_and_all_else_is_evicted(monkeypatch):
+    capturing = [False]
+    monkeypatch.setattr(patches, "_captures_graph", lambda device: capturing[0])
+    monkeypatch.setattr(patches, "lru_cache", lambda maxsize: functools.lru_cache(1))
+    find, like = cache_constants(lambda size, device: torch.zeros(size)), torch.zeros(0)
+    known = weakref.ref(find(1, like=like))
+    assert known() is find(1, like=like)
+    find(2, like=like)
+    assert known() is None
+    capturing[0] = True
+    captured = weakref.ref(find(1, like=like))
+    find(2, like=like)
+    assert captured() is not None
+
+
+def test_a_capture_is_asked_for_on_devices_that_have_one(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert patches._captures_graph(torch.device("cuda"))
+    assert not patches._captures_graph(torch.device("cpu"))

@@ -48,9 +48,9 @@ def test_steps_add_up_to_the_layer_and_the_stopwatch_adds_no_launch(root):
         assert sum(steps.values()) == total and len(steps) >= 4
 
 
-def test_whitening_launches_at_most_25_kernels_beside_those_of_the_convolution():
+def test_whitening_launches_at_most_29_kernels_beside_those_of_the_convolution():
     counts = count_on_paper(FastDeconv(128, 128, 3, padding=1), (64, 128, 16, 16))
-    assert counts["", WHOLE, "forward"] - counts["", CONVOLUTION, "forward"] <= 25
+    assert counts["", WHOLE, "forward"] - counts["", CONVOLUTION, "forward"] <= 29
 
 
 @pytest.mark.parametrize("training", [True, False])

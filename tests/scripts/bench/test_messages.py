@@ -21,7 +21,7 @@ from scripts.bench import messages
 def test_sizes_equal_those_of_the_sent_messages(monkeypatch, layer):
     sent = []
     monkeypatch.setattr(distributed, "all_reduce", lambda message: sent.append(message.numel()))
-    monkeypatch.setattr("deconv.whitening.several_processes", lambda: True)
+    monkeypatch.setattr("deconv.whitening.is_distributed", lambda: True)
     monkeypatch.setattr(distributed, "get_world_size", lambda: 1)
     monkeypatch.setattr(distributed, "get_rank", lambda: 0)
     shape = (4, 32, 8, 8) if isinstance(layer, FastDeconv) else (4, 32)

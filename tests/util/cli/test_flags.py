@@ -10,7 +10,7 @@ import main
 import main_imagenet
 from deconv import FastDeconv
 from deconv.conv import MODES, ROOTS
-from deconv.whitening import LAYOUTS
+from deconv.ops.blocks import LAYOUTS
 from util.cli.settings import read_settings
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
