@@ -1,6 +1,7 @@
-"""docs/use_the_layer.md: its code runs as it stands, section by section, but for sizes."""
+"""Code of docs/use_the_layer.md runs as it stands, section by section, but for sizes."""
 
 import re
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +9,11 @@ import pytest
 import torchvision
 from PIL import Image
 
+import deconv
 from deconv.conv import Convolution
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "use_the_layer.md"
+TEXT = PAGE.read_text(encoding="utf-8")
 SMALLER = {
     "batch_size=64": "batch_size=2",
     "num_workers=4": "num_workers=0",
@@ -19,18 +22,18 @@ SMALLER = {
 
 
 def sections():
-    """Title -> its blocks of Python as one text."""
-    _, *parts = PAGE.read_text(encoding="utf-8").split("\n## ")
+    """Return title -> the blocks of Python of each section as one text."""
+    _, *parts = TEXT.split("\n## ")
     blocks = {
         part.partition("\n")[0]: re.findall(r"```python\n(.*?)```", part, re.DOTALL)
         for part in parts
     }
-    return {title: "\n".join(found) for title, found in blocks.items()}
+    return {title: "\n".join(code) for title, code in blocks.items()}
 
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder with images, and weights that need no download."""
+    """Enter a folder with images, with weights that need no download and settings of one rank."""
     for name in ("bright", "dark"):
         folder = tmp_path / "images" / "train" / name
         folder.mkdir(parents=True)
@@ -41,17 +44,25 @@ def here(tmp_path, monkeypatch):
     state = torchvision.models.resnet18().state_dict()
     weights = torchvision.models.ResNet18_Weights
     monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: state)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    rank = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    for name, value in rank.items():
+        monkeypatch.setenv(name, value)
 
 
-def test_every_section_has_code():
-    assert len(sections()) == 6 and all(sections().values())
+def test_every_section_has_code_and_every_public_name_its_place():
+    assert all(sections().values())
+    assert all(large in TEXT for large in SMALLER)
+    functions = {name for name in deconv.__all__ if name.islower() and "batch" not in name}
+    assert functions <= set(re.findall(r"[a-z]+", TEXT))
 
 
 @pytest.mark.parametrize("title", sections())
 def test_a_section_runs(title, here):
     code = sections()[title]
     for large, small in SMALLER.items():
-        assert large in PAGE.read_text(encoding="utf-8")
         code = code.replace(large, small)
     names = {"__name__": "page"}
     exec(compile(code, f"{PAGE.name}: {title}", "exec"), names)
@@ -59,5 +70,14 @@ def test_a_section_runs(title, here):
     assert layers
     if "served" in names:
         assert not any(isinstance(m, Convolution) for m in names["served"].modules())
-    elif "optimizer" not in names:  # the last one of that section is not trained
+    else:
         assert all(layer.weight.grad is not None for layer in layers)
+
+
+def test_the_table_of_the_plan_is_the_printed_one():
+    printed = deconv.plan(
+        torchvision.models.resnet18(), mode=3, block=32, linear=True, skip=["layer4.*", "conv1"]
+    )
+    shown = re.search(r"```\n(layer .*?)```", TEXT, re.DOTALL)[1].splitlines()
+    lines = [line.split() for line in str(printed).splitlines()]
+    assert [line.split() for line in shown] == lines[: len(shown)]
