@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import deconv
 import main
 import main_imagenet
 from deconv.conv import MODES, FastDeconv
@@ -74,6 +75,12 @@ def test_every_table_is_whole(path):
         assert all(table[0]), table[0]
         assert {len(row) for row in table} == {len(table[0])}, table[0]
         assert [row for row in table if not all(row)] == []  # no ditto by a blank cell
+
+
+def test_every_document_names_the_version_of_the_package():
+    released = re.findall(r"^## (\d\S*)", read(ROOT / "CHANGELOG.md"), re.MULTILINE)
+    cited = re.findall(r"^version: (\S+)", read(ROOT / "CITATION.cff"), re.MULTILINE)
+    assert [*released[:1], *cited] == [deconv.__version__] * 2
 
 
 def test_the_file_tree_names_exactly_the_files_there_are():
