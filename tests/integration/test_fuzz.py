@@ -1,4 +1,4 @@
-"""Any combination of flags either trains or is refused by name: drawn by hypothesis."""
+"""Random combinations of flags, drawn by hypothesis, train or are refused by name."""
 
 import io
 import json
@@ -21,11 +21,12 @@ FIXED = {
     main: "--dataset digits --arch simple_v2 --batch-size 128",
     main_imagenet: "--dummy --image-size 32 -b 4 -j 0 -a resnet18d --test-run True --test-iter 2",
 }
-# Some that are right, some that are right beside others only, some that never are. Left out is what
-# takes minutes (--compile), what needs the network or another machine, and what asks for memory.
+# Valid values, values that are valid with other flags only, and invalid ones. An empty value is a
+# bare flag. Left out are flags that take minutes (--compile), the network, other machines or much
+# memory.
 VALUES = {
-    "--deconv": "True False",
-    "--batchnorm": "True False",
+    "--deconv": "True False ",
+    "--batchnorm": "True False ",
     "--bias": "True False",
     "--dropout-rate": ".5 1",
     "--mode": "1 2 3 4 5 0",
@@ -38,7 +39,7 @@ VALUES = {
     "--rows-per-feature": "0 .1 2 1e300 nan",
     "--root": "newton resolvent cholesky none",
     "--layout": "contiguous interleaved",
-    "--share-blocks": "True False",
+    "--share-blocks": "True False ",
     "--sync-stats": "True False",
     "--batch-size": "1 17 500 0",
     "--loss": "CE L2",
@@ -55,14 +56,14 @@ VALUES = {
     "--threads": "1 0",
     "--amp": "off bf16 fp16",
     "--channels-last": "True False",
-    "--deterministic": "True False",
+    "--deterministic": "True False ",
     "--image-size": "32 33 31",
     "--checkpoint-steps": "1 2 9",
     "--checkpoint-epoch": "1 99",
     "--start-epoch": "0 1 -1",
     "--epochs": "1 2 999999999",
     "--print-freq": "1 0",
-    "--msg": "True maybe",
+    "--msg": "True maybe ",
     "--resume": "auto missing",
     "--gpu": "0",
     "--rank": "0 1",
@@ -81,19 +82,19 @@ OWN = {
         "--data": "elsewhere",
         "--data-url": "https://host host",
         "--dataset": "digits folder",
-        "--evaluate": "",
+        "--evaluate": " False",
     },
     main_imagenet: {
         "--arch": "resnet18d resnet18 squeezenet1_1 vgg timm/none",
         "--test-iter": "1 3 0",
-        "--evaluate": "",
+        "--evaluate": " False",
         "elsewhere": "",
     },
 }
 
 
 def choices(script):
-    """Up to six flags, each with one of its values or, where there are none, without."""
+    """Return a strategy of up to six flags, each with one of its values."""
     known = {name: text.split(" ") for name, text in (VALUES | OWN[script]).items()}
     flag = draw.sampled_from(sorted(known)).flatmap(
         lambda name: draw.tuples(draw.just(name), draw.sampled_from(known[name]))
@@ -102,7 +103,7 @@ def choices(script):
 
 
 def check(script, drawn):
-    """Two steps are made, or less where the run is shorter, or there is one line about a flag."""
+    """Check that two steps are made, or fewer if the run is shorter, or one line names a flag."""
     words = [word for pair in drawn for word in pair if word]
     fixed = f"{FIXED[script]} {ALWAYS}".split()
     out, err = io.StringIO(), io.StringIO()
@@ -111,11 +112,13 @@ def check(script, drawn):
         try:
             script.main([*fixed, *words, "--run-dir", str(run_dir)])
         except SystemExit as end:
-            told = err.getvalue()
-            assert told.startswith(f"{script.__name__}.py: error: ") and told.count("\n") == 1, told
-            assert (end.code == 2 and names_one(told, words)) or (
-                end.code == 1 and "diverged at epoch" in told
-            ), told
+            message = err.getvalue()
+            assert (
+                message.startswith(f"{script.__name__}.py: error: ") and message.count("\n") == 1
+            ), message
+            assert (end.code == 2 and names_one(message, words)) or (
+                end.code == 1 and "diverged at epoch" in message
+            ), message
         else:
             assert not err.getvalue()
             summary = json.loads((run_dir / "summary.json").read_text())
@@ -125,9 +128,9 @@ def check(script, drawn):
             choose_algorithms(False)
 
 
-def names_one(told, words):
-    """Whether a line speaks of one of the words, or of --FLAG in another spelling."""
-    return "--" in told or any(word in told for word in words)
+def names_one(message, words):
+    """Return whether a message names one of the words, or a flag in another spelling."""
+    return "--" in message or any(word in message for word in words)
 
 
 OPTIONS = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}

@@ -1,4 +1,4 @@
-"""Checkpoints with a right checksum whose content no run has written."""
+"""Checkpoints with a valid checksum but content that no run has written."""
 
 import copy
 import io
@@ -32,7 +32,7 @@ NAN, HUGE, ENDLESS = float("nan"), 2**70, 10**500
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """script -> a checkpoint from the middle of a run."""
+    """Return a function: script -> a checkpoint from the middle of a run."""
     states = {}
     for script, line in LINES.items():
         folder = tmp_path_factory.mktemp("runs")
@@ -43,7 +43,7 @@ def runs(tmp_path_factory):
 
 
 def resume(script, path):
-    """Exit code, and what was said on stdout and stderr."""
+    """Return exit code, stdout and stderr."""
     out, err = io.StringIO(), io.StringIO()
     try:
         with redirect_stdout(out), redirect_stderr(err):
@@ -54,16 +54,16 @@ def resume(script, path):
 
 
 def keep(state, path):
-    """Write what `save_checkpoint` would refuse."""
+    """Write a state that `save_checkpoint` would refuse."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(store, "_read", lambda *args, **kwargs: None)
         return save_checkpoint(state, path.parent, filename=path.name)
 
 
 def change(state, way, value):
-    """`state` with `value` at a place like progress/step, or without it if it is "gone".
+    """Put `value` at a place of `state` such as progress/step; "gone" removes the place.
 
-    A function makes the value from that which was there.
+    A function computes the value from the one at the place.
     """
     if isinstance(way, str):
         way = [int(key) if key.isdecimal() else key for key in way.split("/")]
@@ -82,7 +82,7 @@ def contents(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def stands_apart(model):
+def add_attribute(model):
     model = OrderedDict(model)
     model.note = "none"
     return model
@@ -94,7 +94,7 @@ ANY = [
     *(torch.zeros(2), torch.zeros(1, dtype=torch.int64), torch.eye(2).to_sparse()),
     torch.zeros(5056, dtype=torch.uint8, device="meta"),
 ]
-# What is put where, and what is told of it. A function makes it from what was there.
+# (place, value, message); a function computes the value from the one at the place.
 ODD = [
     ("progress", "gone", "progress is missing"),
     ("best_top1", NAN, "best_top1 is nan, not a number"),
@@ -142,14 +142,14 @@ ODD = [
     ("scaler", torch.zeros(3), "scaler is a tensor of float32 (3,), not a dict"),
     ("scaler", {"scale": 2.0}, "scaler.growth_factor is missing"),
     ("model", [1], "model is a list of 1, not a dict"),
-    ("model", stands_apart, "model is a OrderedDict of"),
+    ("model", add_attribute, "model is a OrderedDict of"),
     ("model/1", torch.zeros(1), "a key of model is 1, not of type str"),
     ("optimizer/param_groups", {}, "optimizer.param_groups is a dict of 0, not a list"),
     ("optimizer/state/x", {}, "a key of optimizer.state is 'x', not of type int"),
     ("optimizer/state/0", {"exp_avg": [0.0]}, "optimizer.state.0.exp_avg is a list of 1, not"),
     ("own_buffers", [None], "own_buffers[0] is None, not a dict"),
 ]
-# Content of a file in order, that this run could not have come to.
+# (place, value, message) of valid content that does not fit the run.
 FOREIGN = [
     ("model/{name}", lambda value: value.double(), "model.{name} is a tensor of float64"),
     ("model/{name}", lambda value: value[:1], "size mismatch for {name}"),
@@ -164,33 +164,35 @@ FOREIGN = [
 ]
 
 
-def refuse(script, path, told):
-    """One line with the name of the file, exit 2, and the folder as it was."""
+def refuse(script, path, message):
+    """Check for one line with the name of the file, exit code 2 and an unchanged folder."""
     before = contents(path.parent)
     code, out, err = resume(script, path)
     assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert str(path) in err and told in err
+    assert str(path) in err and message in err
     assert contents(path.parent) == before
 
 
-@pytest.mark.parametrize(("place", "value", "told"), ODD, ids=[told for *_, told in ODD])
+@pytest.mark.parametrize(("place", "value", "message"), ODD, ids=[message for *_, message in ODD])
 def test_odd_content_is_refused_by_place_and_passed_over_where_there_is_other(
-    runs, tmp_path, place, value, told
+    runs, tmp_path, place, value, message
 ):
-    whole = runs(main)
-    save_checkpoint(whole, tmp_path, filename="checkpoint_previous.pth.tar")
-    path = keep(change(whole, place, value), tmp_path / "checkpoint.pth.tar")
-    refuse(main, path, f"{path}: damaged or foreign content: {told}")
+    state = runs(main)
+    save_checkpoint(state, tmp_path, filename="checkpoint_previous.pth.tar")
+    path = keep(change(state, place, value), tmp_path / "checkpoint.pth.tar")
+    refuse(main, path, f"{path}: damaged or foreign content: {message}")
     argv = ["--resume", "auto", "--run-dir", str(tmp_path)]
-    with redirect_stdout(io.StringIO()) as said:
+    with redirect_stdout(io.StringIO()) as output:
         flags, saved = read_settings(main.build_script(), argv)
     assert flags.resume == str(path.with_name("checkpoint_previous.pth.tar"))
-    assert saved["step"] == 2 and told in said.getvalue()
+    assert saved["step"] == 2 and message in output.getvalue()
 
 
-@pytest.mark.parametrize(("place", "value", "told"), FOREIGN, ids=[told for *_, told in FOREIGN])
-def test_what_fits_not_the_run_is_refused_by_place(runs, tmp_path, place, value, told):
-    check_foreign(runs, tmp_path, main, place, value, told)
+@pytest.mark.parametrize(
+    ("place", "value", "message"), FOREIGN, ids=[message for *_, message in FOREIGN]
+)
+def test_what_fits_not_the_run_is_refused_by_place(runs, tmp_path, place, value, message):
+    check_foreign(runs, tmp_path, main, place, value, message)
 
 
 def test_odd_content_in_the_other_script_too(runs, tmp_path):
@@ -200,7 +202,7 @@ def test_odd_content_in_the_other_script_too(runs, tmp_path):
     check_foreign(runs, tmp_path, main_imagenet, *FOREIGN[0])
 
 
-def check_foreign(runs, tmp_path, script, place, value, told):
+def check_foreign(runs, tmp_path, script, place, value, message):
     state = runs(script)
     names = {"name": next(iter(state["model"])), "kept": list(state["optimizer"]["state"][0])[-1]}
     if place == "ahead":
@@ -209,12 +211,12 @@ def check_foreign(runs, tmp_path, script, place, value, told):
     else:
         change(state, place.format(**names), value)
     path = keep(state, tmp_path / "checkpoint.pth.tar")
-    refuse(script, path, told.format(**names))
+    refuse(script, path, message.format(**names))
 
 
 @pytest.mark.filterwarnings("error")
 def test_what_nobody_reads_costs_no_run(runs, tmp_path):
-    """Sparse tensors, for one, have no place on the device "meta", where a file is looked at."""
+    """Sparse tensors, for example, cannot be read to the device "meta"."""
     state = change(runs(main), "scheduler", torch.eye(2).to_sparse())
     path = keep(state, tmp_path / "checkpoint.pth.tar")
     assert resume(main, path)[0] == 0
@@ -229,7 +231,7 @@ def test_what_would_not_be_read_is_not_saved(runs, tmp_path):
 
 
 def places(state, way=()):
-    """Where something can be put: every key, down to single values."""
+    """Yield the path of every key, down to single values."""
     inside = state.items() if isinstance(state, dict) else ()
     inside = enumerate(state[:3]) if isinstance(state, list) else inside
     for key, value in inside:
@@ -238,7 +240,7 @@ def places(state, way=()):
 
 
 def check_any(runs, data):
-    """Any value at any place is refused as above, or harms nothing: the run goes on to its end."""
+    """Check that any value at any place is refused in one line, or that the run finishes."""
     state = runs(main)
     way = data.draw(draw.sampled_from(sorted(places(state), key=str)))
     value = data.draw(draw.sampled_from(ANY))

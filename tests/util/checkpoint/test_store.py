@@ -1,3 +1,5 @@
+"""Checkpoint files: kept through crashes, refused when damaged or foreign, never executed."""
+
 import errno
 import os
 import pickle
@@ -32,7 +34,7 @@ read = partial(load_checkpoint, device="cpu")
 
 
 class Malicious:
-    """Unpickled by a careless reader, it leaves a folder behind."""
+    """Object that makes a folder when a careless reader unpickles it."""
 
     def __init__(self, trace):
         self.trace = str(trace)
@@ -93,49 +95,49 @@ def test_the_newest_that_can_be_read_is_found(tmp_path):
         assert {fault.split(":")[0] for fault in faults} == set(damaged)
         path.write_bytes(path.read_bytes()[:-9])
         damaged.append(str(path))
-    with pytest.raises(CheckpointError) as told:
+    with pytest.raises(CheckpointError) as caught:
         load_newest(tmp_path, read)
-    assert str(told.value).count("damaged") == 4
+    assert str(caught.value).count("damaged") == 4
 
 
 def test_a_checkpoint_that_must_not_be_read_is_not_passed_over(tmp_path, monkeypatch):
     for step in (1, 2):
         save_checkpoint(make_state(step=step), tmp_path)
-    whole = _check_archive  # root may read whatever the mode
+    check_archive = _check_archive  # root may read a file of any mode
 
     def refuse(path):
         if path.name == "checkpoint.pth.tar":
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
-        whole(path)
+        check_archive(path)
 
     monkeypatch.setattr(store, "_check_archive", refuse)
     with pytest.raises(CheckpointError, match=r"h\.tar: Permission denied: it may be the newest"):
         load_newest(tmp_path, read)
 
 
-def save_for_ever(folder, told, ballast):
+def save_forever(folder, writer, ballast):
     for step in count(1):
         save_checkpoint(make_state(step=step, ballast=ballast), folder)
-        os.write(told, b".")
+        os.write(writer, b".")
 
 
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):
-    """A hundred times, at random moments: no finished save is ever lost."""
+    """Kill a hundred saves at random moments; no finished save is lost."""
     rng, leftovers = random.Random(0), 0
-    ballast = torch.zeros(100_000)  # here: a fork waits for ever for the threads that would help
+    ballast = torch.zeros(100_000)  # made before the fork, whose child has no threads of PyTorch
     save_checkpoint(make_state(step=0), tmp_path)
     for _ in range(100):
-        hears, told = os.pipe()
+        reader, writer = os.pipe()
         child = os.fork()
         if child == 0:
-            save_for_ever(tmp_path, told, ballast)
-        os.close(told)
-        os.read(hears, 1)  # it is under way
+            save_forever(tmp_path, writer, ballast)
+        os.close(writer)
+        os.read(reader, 1)  # the child has saved once
         time.sleep(rng.uniform(0, 0.03))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        finished = 1 + len(os.read(hears, 10_000))
-        os.close(hears)
+        finished = 1 + len(os.read(reader, 10_000))
+        os.close(reader)
         path, state, faults = load_newest(tmp_path, read)
         assert (path.name, faults) == ("checkpoint.pth.tar", [])
         assert state["step"] in (finished, finished + 1)
@@ -241,16 +243,16 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
 
 
 def test_bits_flipped_anywhere_are_noticed_or_mean_nothing(tmp_path):
-    """Between the records of a file lie bytes that nobody reads."""
+    """Flip bits; only the unused bytes between records may change unnoticed."""
     path = save_checkpoint(make_state(ballast=torch.rand(1000)), tmp_path)
-    content, whole = path.read_bytes(), repr(load_checkpoint(path, "cpu"))
+    content, expected = path.read_bytes(), repr(load_checkpoint(path, "cpu"))
     rng, noticed = random.Random(0), 0
     for place in PLACES:
         flipped = bytearray(content)
         flipped[round(place * len(content)) + rng.randrange(100)] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert repr(load_checkpoint(path, "cpu")) == whole
+            assert repr(load_checkpoint(path, "cpu")) == expected
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: ")
             noticed += 1
@@ -268,7 +270,7 @@ def test_another_format_and_missing_parts_are_named(tmp_path):
 
 
 def with_pickle(path, pickled):
-    """The checkpoint at `path` with other bytes in place of its pickle."""
+    """Replace the pickle in the checkpoint at `path`."""
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
     with zipfile.ZipFile(path, "w") as archive:
@@ -277,7 +279,7 @@ def with_pickle(path, pickled):
 
 
 def hide(where, malicious):
-    """A state that hides an object in a place."""
+    """Return a state that hides an object at a place."""
     state = {**make_state(), "format_version": FORMAT_VERSION}
     if where == "settings":
         state["config"]["out"] = malicious
@@ -368,12 +370,12 @@ def test_what_differs_from_the_checkpoint_is_named_with_both_values():
     with pytest.raises(CheckpointError, match="mode is absent in the checkpoint, 5 in this run"):
         check_compatible(saved, {**saved, "mode": 5})
     saved["classes"] = ("cat", "dog", "owl")
-    for classes, told in (
+    for classes, message in (
         (("cat", "dog"), "the number of classes is 3 in the checkpoint, 2 in this run"),
         (("cat", "cow", "owl"), r"classes\[1\] is 'dog' in the checkpoint, 'cow' in this run"),
         ("c" * 200, r"classes is \('cat', 'dog', 'owl'\) in the checkpoint, \[...\] in this"),
     ):
-        with pytest.raises(CheckpointError, match=told):
+        with pytest.raises(CheckpointError, match=message):
             check_compatible(saved, {**saved, "classes": classes})
     with pytest.raises(CheckpointError, match="arch is 'vgg11' in the checkpoint, absent in"):
         check_compatible(saved, {"deconv": True, "block": 16})

@@ -1,4 +1,4 @@
-"""The scripts in several processes: gloo on the CPU, started as users start them."""
+"""Runs of several processes: gloo on the CPU, started as users start them."""
 
 import json
 import os
@@ -22,21 +22,21 @@ LINE = "--dataset digits --arch simple_v2 --use-gpu False --threads 1 --tensorbo
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-def launch(*command, **more):
+def launch(*command, **kwargs):
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-    return subprocess.Popen([str(word) for word in command], cwd=ROOT, **pipes, **more)
+    return subprocess.Popen([str(word) for word in command], cwd=ROOT, **pipes, **kwargs)
 
 
 def finish(process):
-    """Exit code, standard output and standard error."""
+    """Return exit code, standard output and standard error."""
     out, err = process.communicate(timeout=120)
     return process.returncode, out, err
 
 
-def same_figures(first, second):
-    """Whether two runs have the same curves, as far as float32 sums in another order allow.
+def check_same_curves(first, second):
+    """Compare the curves of two runs up to float32 sums in another order.
 
-    A image more or less among the 360 of the test is .28 points.
+    One of the 360 test images is 0.28 percent.
     """
     for name in ("train.log", "test.log"):
         ours, theirs = read_log(first / name), read_log(second / name)
@@ -52,7 +52,7 @@ def test_two_processes_train_as_one(tmp_path):
     code, out, err = finish(launch(*TORCHRUN, "main.py", *line, "--run-dir", tmp_path / "two"))
     assert code == 0, err
     assert out.count("epoch 1/2") == 1 and "2 processes" in out
-    same_figures(tmp_path / "one", tmp_path / "two")
+    check_same_curves(tmp_path / "one", tmp_path / "two")
     names = {path.name for path in (tmp_path / "one").iterdir()}
     assert names == {path.name for path in (tmp_path / "two").iterdir()}
     summary = json.loads((tmp_path / "two" / "summary.json").read_text())
@@ -75,13 +75,13 @@ def test_two_machines_meet_as_the_published_flags_say(tmp_path):
 
 
 def test_a_machine_that_cannot_begin_keeps_no_other_waiting(tmp_path):
-    """Here the second has no checkpoint to continue from, and fails before the two have met."""
+    """The second machine lacks the checkpoint of --resume and fails before the two have met."""
     line = f"{LINE} --max-steps 1 --run-dir {tmp_path / 'run'}".split()
     where = ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--nnodes", 2]
     started = time.monotonic()
     machines = [
-        launch(*TORCHRUN[:3], *where, "--node-rank", rank, "main.py", *line, *more)
-        for rank, more in ((0, []), (1, ["--resume", tmp_path / "nowhere"]))
+        launch(*TORCHRUN[:3], *where, "--node-rank", rank, "main.py", *line, *flags)
+        for rank, flags in ((0, []), (1, ["--resume", tmp_path / "nowhere"]))
     ]
     (first, _, waiting), (second, _, guilty) = map(finish, machines)
     assert first and second and time.monotonic() - started < 60
@@ -96,13 +96,13 @@ import main
 from util.training import trainer
 
 first_try = os.environ.get("TORCHELASTIC_RESTART_COUNT") == "0"
-whole, begun = trainer.train_one_epoch, []
+train_one_epoch, started = trainer.train_one_epoch, []
 
-def fail_in_the_second_epoch(*args, **more):
-    begun.append(1)
-    if len(begun) == 2 and first_try and os.environ["RANK"] == "1":
+def fail_in_the_second_epoch(*args, **kwargs):
+    started.append(1)
+    if len(started) == 2 and first_try and os.environ["RANK"] == "1":
         {fault}
-    return whole(*args, **more)
+    return train_one_epoch(*args, **kwargs)
 
 trainer.train_one_epoch = fail_in_the_second_epoch
 main.main()
@@ -127,7 +127,7 @@ def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("ends", "told"),
+    ("ends", "expected"),
     [
         ({0: -15, 1: 2}, 2),
         ({0: 1, 1: 2, 2: -15}, 2),  # 1: contact was lost
@@ -135,7 +135,7 @@ def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
         ({0: -15, 1: -15}, 1),
     ],
 )
-def test_a_process_that_was_killed_does_not_end_the_run_in_silence(monkeypatch, ends, told):
+def test_a_process_that_was_killed_does_not_end_the_run_in_silence(monkeypatch, ends, expected):
     from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing import errors
 
@@ -148,7 +148,7 @@ def test_a_process_that_was_killed_does_not_end_the_run_in_silence(monkeypatch, 
     flags = Namespace(world_size=None)
     with pytest.raises(SystemExit) as stop:
         launch_workers(str(ROOT / "main.py"), [], processes=3, flags=flags)
-    assert stop.value.code == told
+    assert stop.value.code == expected
 
 
 def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
@@ -177,7 +177,7 @@ def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
 
 
 def test_help_is_shown_once(monkeypatch, capsys):
-    monkeypatch.setenv("RANK", "1")  # of somebody else: it takes both names to be one of several
+    monkeypatch.setenv("RANK", "1")  # set by another program; a rank of a run also has WORLD_SIZE
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     assert is_first_process()
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -214,16 +214,16 @@ def test_one_error_is_enough_for_the_trouble_of_all(tmp_path):
 def test_every_visible_device_gets_a_process(monkeypatch, flags, processes, expected):
     from torch.distributed import run as torchrun
 
-    told = []
+    words = []
     monkeypatch.delenv("RANK", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "first")
     monkeypatch.setenv("MASTER_PORT", "29501")
-    monkeypatch.setattr(torchrun, "parse_args", lambda words: told.extend(words))
+    monkeypatch.setattr(torchrun, "parse_args", words.extend)
     monkeypatch.setattr(torchrun, "run", lambda parsed: None)
     flags = Namespace(**{"world_size": None, "rank": None, "dist_url": None, **flags})
     given = {"processes": processes, "flags": flags}
     assert launch_workers("main.py", ["--lr", ".1"], **given)
-    assert " ".join(told) == f"{expected} main.py --lr .1"
+    assert " ".join(words) == f"{expected} main.py --lr .1"
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert not launch_workers("main.py", [], **given)  # torchrun has been asked already
