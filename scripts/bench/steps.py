@@ -30,7 +30,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, signature
 from itertools import product
 from pathlib import Path
@@ -100,9 +100,8 @@ def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None
     """
     device = find_device(parser, flags)
     choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # fail before any measurement
-    cases = [
-        Case(*values) for values in product(*(getattr(flags, n) for n in Case.__annotations__))
-    ]
+    columns = [getattr(flags, field.name) for field in fields(Case)]
+    cases = [Case(*values) for values in product(*columns)]
     check(parser, cases, flags)
     if flags.memory_of:
         print(json.dumps(measure_memory(cases[0], flags.memory_of, flags, device)))
@@ -123,32 +122,18 @@ def make_parser() -> Parser:
     """Return the parser of all flags."""
     parser = Parser("steps.py", __doc__.splitlines()[0])
     add = parser.add_group("cases (all combinations)")
-    several = {"nargs": "+"}
+    several: dict[str, Any] = {"nargs": "+"}
     add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
     add("--batch-size", "images per step", bounded_int(1), [128], "128", metavar="N", **several)
-    add(
-        "--dtype",
-        "precision; bf16 means autocast",
-        None,
-        ["float32"],
-        "float32",
-        choices=tuple(AMP),
-        **several,
-    )
     add("--mode", "modes of deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
     add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
+    several["choices"], text = tuple(AMP), "precision; bf16 means autocast"
+    add("--dtype", text, None, ["float32"], "float32", **several)
     add("--against", "network to compare with", None, "bn", choices=("bn", "plain", UNCHECKED))
     add_layer_flags(parser)
     add_run_flags(parser)
     add = parser.add_group("measurement")
-    add(
-        "--compile",
-        "compile both networks with torch.compile",
-        str2bool,
-        False,
-        nargs="?",
-        const=True,
-    )
+    add("--compile", "compile both networks", str2bool, False, nargs="?", const=True)
     text = "capture training steps as CUDA graphs"
     add("--cuda-graphs", text, str2bool, default_text="on a GPU without --compile")
     add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
@@ -174,14 +159,8 @@ def add_run_flags(parser: Parser) -> None:
     """Add the flags of the machine and of the repetitions."""
     add = parser.add_group("machine and repetitions")
     add("--rounds", "measured training steps per network", bounded_int(2), 11, metavar="N")
-    add(
-        "--eval-rounds",
-        "measured evaluations per network",
-        bounded_int(2),
-        None,
-        "as --rounds",
-        metavar="N",
-    )
+    text = "measured evaluations per network"
+    add("--eval-rounds", text, bounded_int(2), None, "as --rounds", metavar="N")
     add("--warmup", "steps before the measurement", bounded_int(0), 3, metavar="N")
     add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024), metavar="N")
     add("--device", "device", None, None, "a GPU if available", choices=("cpu", "cuda"))

@@ -53,23 +53,23 @@ def test_table1_has_the_ten_networks_of_the_paper_both_ways():
 
 
 def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_seeds():
-    def plan_more(**better):
-        found.update({f"vgg16-bn-{name}-seed0": top1 for name, top1 in better.items()})
-        runs = best_rates.plan(found.get)
-        return [run for run in runs if run.name not in found]
+    def plan_new(**better):
+        results.update({f"vgg16-bn-{name}-seed0": top1 for name, top1 in better.items()})
+        runs = best_rates.plan(results.get)
+        return [run for run in runs if run.name not in results]
 
-    found = {run.name: 30.0 for run in best_rates.plan(lambda name: None)}
-    assert len(found) == 2 * sum(map(len, best_rates.RATES.values()))
-    found |= {name: 35.0 for name in found if "bn-lr0.01-" in name or "deconv-lr0.1-" in name}
-    more = plan_more(**{"lr0.03-wd0.001": 40.0, "lr0.01-wd0.001": None})
-    assert len(more) == 3 * 2 and not any("vgg16-bn" in run.name for run in more)
-    more = plan_more(**{"lr0.01-wd0.001": 30.0})
-    assert [run.name for run in more if "vgg16-bn" in run.name] == [
+    results = {run.name: 30.0 for run in best_rates.plan(lambda name: None)}
+    assert len(results) == 2 * sum(map(len, best_rates.RATES.values()))
+    results |= {name: 35.0 for name in results if "bn-lr0.01-" in name or "deconv-lr0.1-" in name}
+    new = plan_new(**{"lr0.03-wd0.001": 40.0, "lr0.01-wd0.001": None})
+    assert len(new) == 3 * 2 and not any("vgg16-bn" in run.name for run in new)
+    new = plan_new(**{"lr0.01-wd0.001": 30.0})
+    assert [run.name for run in new if "vgg16-bn" in run.name] == [
         "vgg16-bn-lr0.03-wd0.0005-seed0",
         "vgg16-bn-lr0.03-wd0.002-seed0",
     ]
-    more = plan_more(**{"lr0.03-wd0.0005": 39.0, "lr0.03-wd0.002": 41.0})
-    flags = [run.flags for run in more if "vgg16-bn" in run.name]
+    new = plan_new(**{"lr0.03-wd0.0005": 39.0, "lr0.03-wd0.002": 41.0})
+    flags = [run.flags for run in new if "vgg16-bn" in run.name]
     assert [text.partition("--lr ")[2] for text in flags] == [
         f"0.03 --wd 0.002 --epochs 1 --seed {seed}" for seed in (1, 2)
     ]
@@ -78,18 +78,19 @@ def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_see
 @pytest.mark.parametrize("best, beyond", [(0.003, 0.001), (0.1, 0.3)])
 def test_rates_are_tried_until_the_best_is_between_others(best, beyond):
     def find(name):
-        return found.get(float(name.partition("lr")[2].partition("-")[0]))
+        return results.get(float(name.partition("lr")[2].partition("-")[0]))
 
-    found = dict.fromkeys(best_rates.RATES["bn"], 30.0) | {best: 40.0}
+    results = dict.fromkeys(best_rates.RATES["bn"], 30.0) | {best: 40.0}
     unknown, _ = best_rates.search("vgg16", "bn", lambda name: 0.0)
-    assert {rate for rate, _ in unknown} == set(best_rates.RATES["bn"])  # a plan, not a search
+    assert {rate for rate, _ in unknown} == set(best_rates.RATES["bn"])  # a dry run, not a search
     pairs, chosen = best_rates.search("vgg16", "bn", find)
     assert pairs[-1] == (beyond, best_rates.DECAY) and chosen is None
-    found[beyond] = 35.0
+    results[beyond] = 35.0
     pairs, chosen = best_rates.search("vgg16", "bn", find)
     assert len(pairs) == 4 + 1 + 2 and chosen[0] == best
-    found = dict.fromkeys(best_rates.SERIES, 30.0) | {best_rates.SERIES[0]: 40.0}
-    assert best_rates.search("vgg16", "bn", find)[1][0] == best_rates.SERIES[0]  # there it ends
+    results = dict.fromkeys(best_rates.SERIES, 30.0) | {best_rates.SERIES[0]: 40.0}
+    _, chosen = best_rates.search("vgg16", "bn", find)
+    assert chosen[0] == best_rates.SERIES[0]  # the end of the series
 
 
 @pytest.fixture
@@ -108,12 +109,12 @@ def stand_in(monkeypatch):
     return ends, ran
 
 
-def make_recipe(*names, later=(), **more):
+def make_recipe(*names, later=(), **kwargs):
     def plan(find):
         known = names if None in map(find, names) else (*names, *later)
         return [Run(name, "fashion", "", 3, 1.0) for name in known]
 
-    return Recipe("tiny", "Tiny", plan, format=lambda records: "", **more)
+    return Recipe("tiny", "Tiny", plan, format=lambda records: "", **kwargs)
 
 
 def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
@@ -123,9 +124,9 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
     with pytest.raises(SystemExit, match=r"tiny: not finished, see console.txt in .*: b$"):
         runner.main(recipe, argv)
     assert ran == ["a", "b", "c"]
-    told = capsys.readouterr().out
+    output = capsys.readouterr().out
     for text in ("a: test top-1 50.00 %", "b: failed with code 2: no luck", "c: diverged"):
-        assert text in told
+        assert text in output
     ends["b"] = "summary.json"
     runner.main(recipe, argv)
     runner.main(recipe, argv)
@@ -133,7 +134,7 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
 
 
 @pytest.mark.parametrize(
-    "more, error",
+    "words, error",
     [
         (["--seed", "5"], "--seed is not passed on"),
         (["--mode", "5"], "--mode is not passed on"),
@@ -144,18 +145,18 @@ def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in
     ],
 )
 def test_flags_that_the_recipe_sets_or_nobody_knows_are_refused(
-    more, error, stand_in, tmp_path, capsys
+    words, error, stand_in, tmp_path, capsys
 ):
     plan = [Run("a", "fashion", "--seed 0", 3, 1.0), Run("b", "fashion", "--mode 3", 3, 1.0)]
     recipe = Recipe("tiny", "Tiny", lambda find: plan, format=lambda records: "")
     with pytest.raises(SystemExit, match="2"):
-        runner.main(recipe, ["--out", str(tmp_path), *more])
+        runner.main(recipe, ["--out", str(tmp_path), *words])
     assert error in capsys.readouterr().err and not any(tmp_path.iterdir())
 
 
 def test_a_run_made_with_other_flags_is_not_taken_for_the_recipes(tmp_path, monkeypatch):
     run = Run("a", "fashion", "--seed 1 --wd 5e-4 --epochs 1", 3, 1.0)
-    made = {"seed": 1, "weight_decay": 5e-4, "epochs": 9, "mode": 3}  # what it does not speak of
+    made = {"seed": 1, "weight_decay": 5e-4, "epochs": 9, "mode": 3}  # the recipe leaves mode open
     known = {"a": {"steps": 3, "flags": made}}
     assert runner.find_state(run, tmp_path / "a", known) == "recorded"
     made["weight_decay"] = 1e-3
@@ -168,9 +169,9 @@ def test_a_run_made_with_other_flags_is_not_taken_for_the_recipes(tmp_path, monk
 
 @by_recipe
 def test_the_committed_records_were_made_as_the_recipes_say(recipe):
-    found = records.load(recipe.name)
-    for run in runner.list_runs(recipe, runner.ROOT / "nowhere", None, found):
-        runner.find_state(run, runner.ROOT / "nowhere" / run.name, found)
+    results = records.load(recipe.name)
+    for run in runner.list_runs(recipe, runner.ROOT / "nowhere", None, results):
+        runner.find_state(run, runner.ROOT / "nowhere" / run.name, results)
 
 
 @pytest.mark.parametrize("text", ["", '{"steps": 3', "[]"])
@@ -194,14 +195,14 @@ def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
         "a", "b", later=["best"], follow_up=lambda *paths: drawn.append(paths) or []
     )
     argv = ["--out", str(tmp_path / "runs")]
-    found = {"a": {"test_top1": 40.0, "steps": 3}, "b": {"diverged": 3, "test_top1": 70.0}}
-    monkeypatch.setattr(runner, "load", lambda name, results: found)
+    results = {"a": {"test_top1": 40.0, "steps": 3}, "b": {"diverged": 3, "test_top1": 70.0}}
+    monkeypatch.setattr(runner, "load", lambda name, folder: results)
     runner.main(recipe, [*argv, "--skip-recorded", "--dry-run"])
     states = [line[:8] for line in capsys.readouterr().out.splitlines()]
     assert states[:3] == ["recorded", "recorded", "to do   "]
     ran.clear()
     runner.main(recipe, [*argv, "--skip-recorded"])
-    assert ran == ["best"] and not drawn  # what is drawn needs all runs here
+    assert ran == ["best"] and not drawn  # the follow-up needs every run on this machine
     folder, longer = tmp_path / "runs" / "tiny", {"a": {"test_top1": 40.0, "steps": 1}}
     for known in ({}, longer):  # and records of shorter runs do not count
         assert [run.name for run in runner.list_unfinished(recipe, folder, None, known)] == [
@@ -320,32 +321,32 @@ def test_a_run_of_the_main_script_becomes_a_record_without_paths(image_folder, t
     runner.main(recipe, ["--cifar10", str(image_folder), "--out", str(out)])
     assert "a: test top-1" in capsys.readouterr().out
     assert not list((out / "tiny" / "a").glob("*previous*"))
-    found = runner.gather(recipe, out / "tiny", {})
-    records.save("tiny", found, tmp_path / "results")
-    assert records.load("tiny", tmp_path / "results") == found
-    (record,) = found.values()
+    results = runner.gather(recipe, out / "tiny", {})
+    records.save("tiny", results, tmp_path / "results")
+    assert records.load("tiny", tmp_path / "results") == results
+    (record,) = results.values()
     assert record["steps"] == 2 and record["flags"]["lr"] == 0.01
     assert [step for step, _ in record["curve"]] == [1, 2] and len(record["epochs"]) == 1
     assert record["processor"] and record["versions"]["torch"] == torch.__version__
     assert str(tmp_path) not in (tmp_path / "results" / "tiny.json").read_text()
 
 
-def make_record(top1=50.0, **more):
+def make_record(top1=50.0, **kwargs):
     """Return a record like those of `records.read_record`."""
     flags = {"seed": 0, "lr": 0.1, "weight_decay": 0.001, "batch_size": 128}
     machine = {"versions": {"torch": "2"}, "commit": "c" * 40, "device": "cpu", "processor": "P"}
-    figures = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 391}
+    metrics = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 391}
     curve = [[1, 3.0], [2, 2.0], [391, 1.0]]
-    return {"flags": flags, **machine, **figures, "epochs": [], "curve": curve, **more}
+    return {"flags": flags, **machine, **metrics, "epochs": [], "curve": curve, **kwargs}
 
 
 def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     monkeypatch.setattr(table1, "GAPS", {"dpn": "half an epoch here"})
-    found = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
-    found["resnet18-bn-seed0"] = make_record(56.0)
-    found["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
-    found["dpn-bn-seed0"] = make_record(20.0)
-    lines = table1.format_section(found).splitlines()
+    results = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
+    results["resnet18-bn-seed0"] = make_record(56.0)
+    results["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
+    results["dpn-bn-seed0"] = make_record(20.0)
+    lines = table1.format_section(results).splitlines()
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
             lines if line.startswith("| ")}  # fmt: skip
     vgg16 = rows["VGG-16 (`vgg16`)"]
@@ -364,16 +365,16 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
 def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
     case = ("cifar10", "simple_v1", "L2")
     name = regression.name_run
-    found = {
+    results = {
         name(case, 1, 0.1): {**make_record(), "diverged": 12},
         name(case, 1, 0.01): make_record(20.0, curve=[[1, 2e24]]),
         name(case, 1, 0.001): make_record(30.0, curve=[[1, 4.0]]),
     }
-    assert regression.choose_rate(case, 1, found) == 0.001
-    assert regression.choose_rate(case, 2, found) is None
+    assert regression.choose_rate(case, 1, results) == 0.001
+    assert regression.choose_rate(case, 2, results) is None
     row = "| 1 plain | - | diverged at step 12 | 2.0e+24 | 4.000 | 30.00 |"
-    assert row in regression.format_section(found)
-    assert "| 2 whitened channels | - | - | - | - |" in regression.format_section(found)
+    assert row in regression.format_section(results)
+    assert "| 2 whitened channels | - | - | - | - |" in regression.format_section(results)
 
 
 def test_page_and_plots_depend_on_the_records_alone(tmp_path):

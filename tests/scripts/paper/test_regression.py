@@ -43,9 +43,9 @@ def descend(digits, method, lr, steps, **options):
 
 def test_one_step_on_whitened_input_removes_99_percent_of_the_excess_loss(digits):
     least = least_loss(*digits)
-    before, after, *more = descend(digits, method=3, lr=1.0, steps=10, eps=1e-5, n_iter=15)
+    before, after, *later = descend(digits, method=3, lr=1.0, steps=10, eps=1e-5, n_iter=15)
     assert after - least < 0.01 * (before - least)
-    assert more[-1] - least < 0.001 * (before - least)
+    assert later[-1] - least < 0.001 * (before - least)
 
 
 def test_fifty_steps_without_whitening_remove_less(digits):

@@ -58,12 +58,12 @@ def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):
     own = {"lr": 0.03, "seed": 0, "max-steps": 6}
-    more = ["--dataset", "digits", "--arch", "simple_v2", "--use-gpu", "False"]
-    first = time_to_accuracy.run(tmp_path, own, more)
+    flags = ["--dataset", "digits", "--arch", "simple_v2", "--use-gpu", "False"]
+    first = time_to_accuracy.run(tmp_path, own, flags)
     (folder,) = tmp_path.iterdir()
     (folder / PREVIOUS_NAME).replace(folder / LATEST_NAME)  # as if stopped after the first epoch
     (folder / "summary.json").unlink()
-    assert time_to_accuracy.run(tmp_path, own, more).top1 == first.top1
+    assert time_to_accuracy.run(tmp_path, own, flags).top1 == first.top1
 
 
 def test_a_run_that_fails_ends_the_search_with_its_error(tmp_path, capfd):
