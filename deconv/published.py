@@ -1,4 +1,4 @@
-"""State dicts of earlier versions of the layers."""
+"""Conversion of published checkpoints."""
 
 from __future__ import annotations
 
@@ -6,23 +6,28 @@ import torch
 
 from .ops.inverse_sqrt import newton_schulz_response
 
-STEPS = 500  # the smallest eigenvalues, which matter least, are the slowest to settle
+STEPS = 500  # until the smallest eigenvalues, the slowest ones, have converged
 
 
 def covariance_behind(
     whiten: torch.Tensor, n_iter: int, root: str = "newton", eps: float = 0.0
 ) -> torch.Tensor:
-    """The covariance that `inverse_sqrt` makes `whiten` of.
+    """Return the covariance whose `inverse_sqrt` is `whiten`.
 
-    An eigenvalue l of A = Cov + eps I becomes d = f(l), which falls with l; from an l that is too
-    small by a factor f(l) is too large by up to the root of it, so l (f(l) / d)^2 is nearer.
+    The root maps an eigenvalue l of Cov + eps I to d = f(l), and f decreases. The fixed-point
+    iteration l <- l (f(l) / d)^2 inverts it.
 
     Args:
-        whiten: (G, F, F), from `inverse_sqrt`, or an average of such.
-        n_iter, root, eps: as there.
+        whiten: (G, F, F), from `inverse_sqrt`, or an average of such matrices.
+        n_iter: number of steps, as for `inverse_sqrt`.
+        root: algorithm, as for `inverse_sqrt`.
+        eps: added to the diagonal, as for `inverse_sqrt`, in units of variance.
 
     Returns:
         (G, F, F), float64.
+
+    Example:
+        >>> covariance_behind(inverse_sqrt(cov, 5, "newton", 1e-2), 5, "newton", 1e-2)  # cov
     """
     squares, basis = torch.linalg.eigh(whiten.double().mT @ whiten.double())
     squares = squares.clamp(min=torch.finfo(whiten.dtype).tiny)

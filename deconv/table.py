@@ -1,4 +1,4 @@
-"""TODO: deconv/table.py."""
+"""Plain-text tables."""
 
 from __future__ import annotations
 
@@ -6,6 +6,12 @@ from collections.abc import Sequence
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
-    """A table of cells, its columns under each other."""
+    """Format lines of cells as a table with aligned columns.
+
+    Example:
+        >>> print(align([("layer", "F"), ("conv", "144")]))
+        layer  F
+        conv   144
+    """
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)

@@ -1,9 +1,12 @@
-"""How white the input of each layer is, before whitening and after it."""
+"""Measure how white the input of each layer is, before and after whitening."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, fields
+from functools import reduce
+from typing import Any
 
 import torch
 from torch import nn
@@ -17,21 +20,23 @@ from .whitening import Matrices, Whitening, full_precision
 
 @dataclass(frozen=True)
 class LayerWhiteness:
-    """The patches that one layer looks at, by the eigenvalues l of their covariances.
+    """Whiteness of the input of one layer, from the eigenvalues l of its covariances.
 
     Args:
-        name: of the layer in the network, "" for the network itself.
+        name: name of the layer in the model, "" for the model itself.
         features: F, the side of a covariance.
-        patches: that were looked at.
-        before: whiteness of the patches, (sum l)^2 / (F sum l^2), averaged over the layer's
-            matrices: 1 where they vary alike in all directions, 1/F where in a single one. (F times
-            it is the number of directions that count; 1 / it - 1 is John's test of sphericity.)
-        after: the same of the whitened patches.
-        condition: largest eigenvalue / smallest, eps added to both; the worst of the matrices.
-        under_floor: the share of directions under the soft floor of `n_iter` steps, eigenvalues of
-            Cov + eps I less than 1.5^(-2 n_iter) of its norm: whitening leaves them small.
-        spectrum: eigenvalues of all matrices (G, F), the smallest first, in units of variance.
-        covariances: of the patches before and after, (G, F, F) each, on the device of the network.
+        patches: number of patches in the covariances.
+        before: whiteness of the patches, (sum l)^2 / (F sum l^2), averaged over the matrices of the
+            layer: 1 if all directions vary alike, 1/F if one direction has all the variance. F
+            times it is the effective number of directions. 1 / it - 1 is the statistic of John's
+            test of sphericity.
+        after: whiteness of the whitened patches.
+        condition: ratio of the largest to the smallest eigenvalue, eps added to both; the largest
+            ratio of all matrices.
+        under_floor: fraction of directions below the soft floor of `n_iter` steps, that is with an
+            eigenvalue of Cov + eps I below 1.5^(-2 n_iter) of its norm. They stay small.
+        spectrum: eigenvalues of all matrices, (G, F), ascending, in units of variance.
+        covariances: of the patches before and after, (G, F, F) each, on the model's device.
     """
 
     name: str
@@ -46,69 +51,75 @@ class LayerWhiteness:
 
 
 class Whiteness(tuple[LayerWhiteness, ...]):
-    """A row for each layer, which print as a table."""
+    """Rows of `whiteness`, one per layer; `str` formats them as a table."""
 
     __slots__ = ()
 
     def __str__(self) -> str:
         lines = [("layer", "features", "patches", "before", "after", "condition", "under floor")]
         for row in self:
-            shares = f"{row.before:.3f}", f"{row.after:.3f}"
-            worst = f"{row.condition:.3g}", f"{100 * row.under_floor:.0f} %"
             counts = str(row.features), str(row.patches)
-            lines.append((row.name or "(all)", *counts, *shares, *worst))
+            metrics = f"{row.before:.3f}", f"{row.after:.3f}", f"{row.condition:.3g}"
+            lines.append((row.name or "(all)", *counts, *metrics, f"{100 * row.under_floor:.0f} %"))
         return align(lines)
 
     def scalars(self) -> dict[str, float]:
-        """The figures by names such as "before/layer1.0.conv1", for a log."""
+        """Return the metrics by names such as "before/layer1.0.conv1", for a log."""
         names = [f.name for f in fields(LayerWhiteness) if f.type == "float"]
         return {f"{name}/{row.name}": getattr(row, name) for row in self for name in names}
 
 
 @torch.no_grad()
 def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
-    """How white the inputs of a network's deconvolution layers are, and what whitening makes of it.
+    """Measure how white the input of each deconvolution layer is, before and after whitening.
 
-    The network runs once, in evaluation, and is left as it is: each layer whitens by its running
-    statistics, or by the batch where it has none. All modes are judged by the joint covariance of
-    the features of a block, which mode 3 does not whiten beyond single pixels and mode 2 not beyond
-    single channels. A layer that runs several times is judged by its first input.
+    The model runs once in evaluation and is not changed. Each layer whitens by its running
+    statistics, or by the batch if it has none. All modes are measured by the joint covariance of
+    the features of a block, although mode 3 whitens only across channels and mode 2 only across
+    pixels. For a layer that is called several times, the first input counts.
 
     Args:
-        model: whose forward takes `batch`; may itself be a layer.
-        batch: (N, ...) inputs, on the device of the model. As in training the covariances are those
-            of one batch: with few patches for each feature some directions are not seen at all.
+        model: a model whose forward takes `batch`, or a single layer.
+        batch: (N, ...) inputs, on the device of the model. With few patches per feature, the
+            covariance of one batch misses some directions, as in training.
 
     Returns:
-        A row for each layer that ran, in the order of the network. Metrics of a layer whose input
-        is not finite are NaN.
+        One row per layer that ran, in the order of the model. Metrics of a layer with non-finite
+        input are NaN.
+
+    Example:
+        >>> layer = FastDeconv(3, 8, 3)
+        >>> images = torch.rand(16, 3, 32, 32)
+        >>> (row,) = whiteness(layer, images)
+        >>> row.after > row.before
+        True
     """
-    found: dict[str, LayerWhiteness] = {}
+    rows: dict[str, LayerWhiteness] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Whitening)}
-    before = [(module, module.training) for module in model.modules()]
+    flags = [(module, module.training) for module in model.modules()]
     if not layers:
         return Whiteness()
 
-    def look(name: str, layer: Whitening, x: torch.Tensor) -> None:
-        if name not in found:
-            found[name] = _judge(name, layer, x)
+    def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
+        def hook(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+            if name not in rows:
+                rows[name] = _measure_layer(name, layer, inputs[0])
+
+        return hook
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hook = layer.register_forward_pre_hook(
-                lambda layer, args, name=name: look(name, layer, args[0])
-            )
-            hooks.callback(hook.remove)
+            hooks.callback(layer.register_forward_pre_hook(make_hook(name)).remove)
         try:
             model.eval()(batch)
         finally:
-            for module, training in before:
+            for module, training in flags:
                 module.training = training
-    return Whiteness(found[name] for name in layers if name in found)
+    return Whiteness(rows[name] for name in layers if name in rows)
 
 
-def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
-    """`x`: as the layer's forward takes it."""
+def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
+    """Measure one layer on the input `x` of its forward."""
     with full_precision(x.device):
         x = layer.prepare_input(x)
         sampling, blocks = layer.choose_patches(x)
@@ -118,10 +129,10 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
             _, whiten = layer.running_whitening()
         else:
             *_, whiten = layer.batch_whitening(x)
-        finite = cov.isfinite().all(-1).all(-1)[:, None]  # others have no decomposition
+        finite = cov.isfinite().all(-1).all(-1)[:, None]  # eigvalsh fails on the others
         spectrum = torch.linalg.eigvalsh(torch.where(finite[..., None], cov, 0.0))
         spectrum = torch.where(finite, spectrum, torch.nan)
-        matrix = _join(whiten, blocks)
+        matrix = _join_axes(whiten, blocks)
         after = matrix @ cov @ matrix.mT
     values = spectrum.clamp(min=0) + layer.eps
     floor = 1.5 ** (-2 * layer.n_iter) * values.norm(dim=-1, keepdim=True)
@@ -130,8 +141,8 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
         name,
         blocks.features,
         patches.count,
-        before=_measure(cov),
-        after=_measure(after),
+        before=_compute_whiteness(cov),
+        after=_compute_whiteness(after),
         condition=(values[:, -1] / values[:, 0]).max().item(),
         under_floor=under.mean().item(),
         spectrum=spectrum.cpu(),
@@ -139,25 +150,25 @@ def _judge(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
     )
 
 
-def _join(whiten: Matrices, blocks: Blocks) -> torch.Tensor:
-    """All axes' whitening matrices as one (G, F, F) that acts on the features of a block."""
-    joined = None
+def _join_axes(whiten: Matrices, blocks: Blocks) -> torch.Tensor:
+    """Combine the whitening matrices of all axes into (G, F, F), on the features of a block."""
+    matrices = []
     for axis, matrix in whiten.items():
         if axis == "channel":
             matrix = _kron(matrix, torch.eye(blocks.taps).to(matrix).expand(len(matrix), -1, -1))
         elif axis == "pixel":
             matrix = _kron(torch.eye(blocks.size).to(matrix).expand(len(matrix), -1, -1), matrix)
-        joined = matrix if joined is None else matrix @ joined
-    return joined
+        matrices.append(matrix)
+    return reduce(lambda joined, matrix: matrix @ joined, matrices)
 
 
 def _kron(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Kronecker products of (G, b, b) and (G, t, t): (G, b * t, b * t)."""
+    """Return the Kronecker products of (G, b, b) and (G, t, t), (G, b * t, b * t)."""
     return torch.einsum("gab,gtu->gatbu", left, right).flatten(3).flatten(1, 2)
 
 
-def _measure(cov: torch.Tensor) -> float:
-    """The whiteness of covariances (G, F, F); 1 where nothing varies."""
+def _compute_whiteness(cov: torch.Tensor) -> float:
+    """Return the mean whiteness of covariances (G, F, F); 1 for a covariance of zeros."""
     trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1).double()
     square = cov.double().square().sum((-2, -1)) * cov.shape[-1]
     return torch.where(square == 0, 1.0, trace.square() / square).mean().item()

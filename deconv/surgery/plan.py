@@ -331,6 +331,8 @@ def _explain_untraced(module: nn.Module) -> str:
 def _add_biases(rows: dict[int, Row]) -> None:
     """Give a bias to new convolutions without one, in place of the shift of BatchNorm."""
     for key, row in rows.items():
-        if isinstance(row.layer, Convolution) and row.layer.bias is None:
-            row.layer.bias = nn.Parameter(row.layer.weight.new_empty(row.layer.out_channels))
+        layer = row.layer
+        if isinstance(layer, Convolution) and layer.bias is None:
+            weight: Any = layer.weight
+            layer.bias = nn.Parameter(weight.new_empty(layer.out_channels))
             rows[key] = replace(row, becomes=f"{row.becomes}, with a bias")
