@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def train(context: RunContext) -> None:
-    """flags -> data -> layers -> model -> epochs; with -e -> one test."""
+    """Flags -> data -> layers -> model -> epochs; with -e -> one test."""
     flags = context.flags
     run_dir = None if flags.evaluate else context.find_run_dir()
     spec, train_loader, test_loader = context.world.rank0_first(partial(load_images, context))
