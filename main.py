@@ -46,7 +46,7 @@ def train(context: RunContext) -> None:
 
 
 def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
-    """How white the input of each layer is, before and after."""
+    """Return the whiteness of each layer's input, before and after whitening."""
     return whiteness(network, images).scalars()
 
 
@@ -67,7 +67,7 @@ def build_script() -> Script:
 
 
 def data_rules(flags: Namespace) -> Rules:
-    """What is wrong with the flags about the images of this script."""
+    """Yield each flag about the images, whether its value is allowed, and the error if not."""
     name = flags.dataset
     yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"

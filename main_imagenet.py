@@ -54,7 +54,7 @@ def train(context: RunContext) -> None:
 
 
 def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
-    """How white the input of each layer is, before and after."""
+    """Return the whiteness of each layer's input, before and after whitening."""
     return whiteness(network, images).scalars()
 
 
@@ -81,7 +81,7 @@ def build_script() -> Script:
 
 
 def own_rules(flags: Namespace) -> Rules:
-    """What is wrong with the flags that only this script has."""
+    """Yield each flag of this script only, whether its value is allowed, and the error."""
     yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no images"
     yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"

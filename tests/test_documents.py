@@ -16,6 +16,7 @@ from tests.commands import find_commands, read_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
+METHOD = ROOT / "docs" / "method.md"
 PAGES = [README, GUIDE, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = sorted((ROOT / "scripts").rglob("*.sh"))
 ROOMS = ("deconv", "models", "util", "scripts", "tests", "docs", "results")
@@ -77,6 +78,14 @@ def test_every_table_is_whole(path):
         assert [row for row in table if not all(row)] == []  # no ditto by a blank cell
 
 
+def test_every_equation_is_where_the_page_says():
+    (table,) = [rows for rows in find_tables(read(METHOD)) if rows[0][0] == "equation"]
+    for _, file, names in table[2:]:
+        code = read(ROOT / file.strip("`"))
+        for found in re.findall(r"`(\w+)`", names):
+            assert re.search(rf"^ *(def|class) {found}\b|^{found}\b", code, re.MULTILINE), found
+
+
 def test_every_document_names_the_version_of_the_package():
     released = re.findall(r"^## (\d\S*)", read(ROOT / "CHANGELOG.md"), re.MULTILINE)
     cited = re.findall(r"^version: (\S+)", read(ROOT / "CITATION.cff"), re.MULTILINE)
@@ -118,7 +127,7 @@ def accepts(parser, mode):
 def test_a_mode_is_named_in_every_place():
     """A new `--mode` has to be added in all of these places; see CONTRIBUTING.md."""
     known = {str(mode) for mode in MODES}
-    tables = list(find_tables(read(ROOT / "docs" / "method.md")))
+    tables = list(find_tables(read(METHOD)))
     tables = [{row[0] for row in rows[2:]} for rows in tables if rows[0][0] == "`--mode`"]
     argument = re.search(r"\bmode: (.*?)\n +\w+:", FastDeconv.__doc__, re.DOTALL)[1]
     places = {
