@@ -1,4 +1,4 @@
-"""Look at every image of a data set before a long run does: `python -m util.verify DIR`."""
+"""Decode every image of a folder before a long run: `python scripts/check_images.py DIR`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
 from util.console import print_line, progress_bar
 from util.data.image_files import open_image
 from util.data.image_folder import list_classes, list_images
@@ -18,12 +20,12 @@ SPLITS = ("train", "test", "val")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Report what is wrong with DIR/{train,test,val}/CLASS/*, a line each.
+    """Print a line for each fault of DIR/{train,test,val}/CLASS/*.
 
     Raises:
-        SystemExit: code 1 if anything is, 2 if there is nothing to look at.
+        SystemExit: code 0 without faults, 1 with faults, 2 without any split.
     """
-    parser = argparse.ArgumentParser("python -m util.verify", description=__doc__)
+    parser = argparse.ArgumentParser("check_images.py", description=__doc__)
     parser.add_argument(
         "folder", metavar="DIR", help="holds train/CLASS/* and test/CLASS/* (or val)"
     )
@@ -40,12 +42,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     faults += find_bad_images(paths)
     for fault in faults:
         print_line(fault)
-    print_line(f"{len(paths)} images in {len(folders)} folders of classes, {len(faults)} faults")
+    print_line(f"{len(paths)} images in {len(folders)} class folders, {len(faults)} faults")
     sys.exit(1 if faults else 0)
 
 
 def find_differences(classes: dict[Path, list[str]]) -> Iterator[str]:
-    """A line for each class that one of the splits lacks, and for splits with fewer than two."""
+    """Yield a line for each class missing in a split, and for each split with fewer than two."""
     known = sorted(set().union(*classes.values()))
     for split, names in classes.items():
         yield from (f"{split / name}: missing" for name in known if name not in names)
@@ -54,13 +56,14 @@ def find_differences(classes: dict[Path, list[str]]) -> Iterator[str]:
 
 
 def find_bad_images(paths: Sequence[str]) -> list[str]:
-    """Decode all, as a run would; a line for each that cannot be, in order."""
+    """Decode all images as a run does; return a line for each bad one, in order."""
     with ThreadPool(os.cpu_count()) as pool:
-        answers = progress_bar(pool.imap(_fault_of, paths, 16), "looking", total=len(paths))
-        return [fault for fault in answers if fault]
+        faults = progress_bar(pool.imap(_find_fault, paths, 16), "decoding", total=len(paths))
+        return [fault for fault in faults if fault]
 
 
-def _fault_of(path: str) -> str | None:
+def _find_fault(path: str) -> str | None:
+    """Return the message of the error, None for a sound image."""
     try:
         open_image(path)
     except DataError as error:

@@ -22,7 +22,7 @@ def verified(root, capsys):
 
 
 def test_a_whole_data_set_is_counted(root, capsys):
-    told = ["12 images in 4 folders of classes, 0 faults"]
+    told = ["12 images in 4 class folders, 0 faults"]
     assert verified(root, capsys) == (0, told)
 
 
@@ -36,7 +36,7 @@ def test_every_fault_is_a_line_that_names_the_file(root, capsys):
     assert missing == f"{root / 'val' / 'owl'}: missing"
     assert empty == f"{root / 'train' / 'owl'}: no images"
     assert str(torn) in first and str(root / "val" / "dog" / "0.png") in second
-    assert counts == "12 images in 5 folders of classes, 4 faults"
+    assert counts == "12 images in 5 class folders, 4 faults"
 
 
 def test_a_single_class_is_a_fault(root, capsys):

@@ -1,4 +1,4 @@
-"""Random crops and mirror images of images, each by (seed, epoch, index) alone."""
+"""Random crops and flips, each a function of (seed, epoch, index) alone."""
 
 from __future__ import annotations
 
@@ -12,23 +12,22 @@ from torchvision.transforms.v2 import functional
 
 from util.data.sampler import CROP, FLIP, LEFT, TOP, random_words
 
-AREA = (0.08, 1.0)  # of a random box, as a share of the image's
+AREA = (0.08, 1.0)  # of a random box, relative to the image
 ASPECT = (3 / 4, 4 / 3)  # of a random box, width over height
-ATTEMPTS = 10  # at a random box that lies within the image
+ATTEMPTS = 10  # to draw a random box that fits into the image
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """A random crop of the image with a border, then its mirror image half of the time.
+    """Random crop of the padded image, then a horizontal flip with probability 0.5.
 
     Attributes:
         pad: pixels added on every side before the crop, 0 for no crop.
-        flip: whether to mirror left and right.
-        fill: grey level of the border, for each channel or one for all.
+        flip: True for horizontal flips.
+        fill: grey level of the border, one per channel or one for all.
 
-    NOTE (differs from the published code, whose border is black): filled with the mean of the data
-    set, which normalisation makes zero, the border is what convolutions take for the outside of a
-    image anyway. After one epoch of CIFAR-10 that is worth a point or two, with BatchNorm as well
+    NOTE (differs from the published code, whose border is black): the border has the mean of the
+    dataset. Normalisation makes the border zero, like the zero padding of convolutions
     (docs/experiments.md, section 4).
     """
 
@@ -37,10 +36,13 @@ class Augmentation:
     fill: tuple[int, ...] = (0,)
 
     def __call__(self, images: Tensor, seed: int, epoch: np.ndarray, index: np.ndarray) -> Tensor:
-        """Augment images (N, C, H, W), each by (seed, epoch, index) alone.
+        """Return augmented images.
 
         Args:
-            epoch, index: (N,) integers.
+            images: (N, C, H, W) uint8.
+            seed: of the run.
+            epoch: (N,) integers.
+            index: (N,) integers.
         """
 
         def draw(number: int, below: int) -> Tensor:
@@ -48,12 +50,12 @@ class Augmentation:
             return torch.from_numpy(words.astype(np.int64))
 
         if self.pad:
-            places = 2 * self.pad + 1
-            top, left = draw(TOP, places), draw(LEFT, places)
+            offsets = 2 * self.pad + 1
+            top, left = draw(TOP, offsets), draw(LEFT, offsets)
             images = crop_padded(images, self.pad, top, left, self.fill)
         if self.flip:
-            mirrored = draw(FLIP, 2).bool()[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
+            flipped = draw(FLIP, 2).bool()[:, None, None, None]
+            images = torch.where(flipped, images.flip(-1), images)
         return images
 
 
@@ -63,13 +65,14 @@ NO_AUGMENTATION = Augmentation()
 def crop_padded(
     images: Tensor, pad: int, top: Tensor, left: Tensor, fill: Sequence[int] = (0,)
 ) -> Tensor:
-    """Pad images, then cut each to its old size at its own place.
+    """Pad images, then crop each to its old size at its own offset.
 
     Args:
         images: (N, C, H, W).
         pad: pixels on every side, P.
-        top, left: (N,) in 0 .. 2P.
-        fill: what the border holds, for each channel or one for all.
+        top: (N,) in 0 .. 2P.
+        left: (N,) in 0 .. 2P.
+        fill: grey level of the border, one per channel or one for all.
     """
     height, width = images.shape[-2:]
     padded = functional.pad(images, [pad], fill=list(fill))
@@ -80,23 +83,27 @@ def crop_padded(
 def random_box(
     width: int, height: int, seed: int, epoch: int, index: int
 ) -> tuple[int, int, int, int]:
-    """A box of random area, aspect and place within a image, by (seed, epoch, index) alone.
+    """Return a random box within an image, a function of (seed, epoch, index) alone.
 
     The distribution is that of torchvision's RandomResizedCrop, after Szegedy et al. 2015
-    (https://arxiv.org/abs/1409.4842, section 6): the area is uniform in AREA, the logarithm of the
-    aspect in ASPECT, both drawn again while the box is larger than the image, and the place is
-    uniform. If ATTEMPTS draws fail: the largest box in the middle with an aspect in ASPECT.
+    (https://arxiv.org/abs/1409.4842, section 6). The area is uniform in AREA, the logarithm of the
+    aspect is uniform in ASPECT. Both are drawn again while the box exceeds the image. The position
+    is uniform. After ATTEMPTS failures the box is the largest central one with an aspect in ASPECT.
 
     Args:
-        width, height: of the image, in pixels.
+        width: of the image, in pixels.
+        height: of the image, in pixels.
+        seed: of the run.
+        epoch: number of the epoch.
+        index: of the image.
 
     Returns:
-        top, left, height, width of the box, in pixels.
+        Top, left, height and width of the box, in pixels.
     """
     words = random_words(seed, epoch, index, CROP + np.arange(2 * ATTEMPTS))
-    chance = ((words >> np.uint64(11)) * 2.0**-53).reshape(2, ATTEMPTS)  # in [0, 1)
-    area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * chance[0])
-    aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** chance[1]
+    uniform = ((words >> np.uint64(11)) * 2.0**-53).reshape(2, ATTEMPTS)  # in [0, 1)
+    area = width * height * (AREA[0] + (AREA[1] - AREA[0]) * uniform[0])
+    aspect = ASPECT[0] * (ASPECT[1] / ASPECT[0]) ** uniform[1]
     sides = np.rint(np.sqrt([area * aspect, area / aspect])).astype(np.int64)  # 2 ATTEMPTS
     fits = ((sides > 0) & (sides <= [[width], [height]])).all(0)
     if not fits.any():

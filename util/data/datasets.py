@@ -102,7 +102,12 @@ def build_loaders(
     Args:
         dataset: a name in DATASETS.
         root: folder of the files, also of downloaded ones. Embedded datasets ignore it.
-        batch_size, num_workers, seed, device_type, rank, processes: see ImageLoader.
+        batch_size: see ImageLoader.
+        num_workers: see ImageLoader.
+        seed: see ImageLoader.
+        device_type: see ImageLoader.
+        rank: see ImageLoader.
+        processes: see ImageLoader.
         image_size: side in pixels, at least 32. None means 32.
         cache_dir: folder for the channel statistics of `folder`. Rank 0 writes them.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out

@@ -1,4 +1,4 @@
-"""Files from the network: resumed, retried, and given their name once their checksum is right."""
+"""Download files: resume, retry, and name a file only after its checksum matches."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from email.message import Message
-from http.client import HTTPException
+from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -20,21 +20,21 @@ from torchvision.datasets.utils import calculate_md5
 from util.console import print_line, progress_bar
 from util.files import sync_folder
 
-TIMEOUT = 30.0  # seconds that a silent server is given
-PATIENCE = 5  # attempts in a row that bring nothing
-PAUSE = 1.0  # seconds after the first of them; twice as long after each further one
-LONGEST_PAUSE = 60.0  # seconds that a server may ask for
+TIMEOUT = 30.0  # seconds of silence
+MAX_ATTEMPTS = 5  # in a row without new bytes
+PAUSE = 1.0  # seconds after the first such attempt, doubled after each further one
+MAX_PAUSE = 60.0  # seconds that a server may ask for
 CHUNK = 2**16  # bytes
-LARGEST = 2**33  # bytes of any file
-BUSY = {408, 425, 429, 500, 502, 503, 504}  # answers that may be others a little later
+MAX_BYTES = 2**33  # of any file
+TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # status codes worth another attempt
 
 
 class DownloadError(RuntimeError):
-    """A file that cannot be had from an address; the message says why."""
+    """Failed download; the message gives the reason."""
 
 
 class _Interrupted(RuntimeError):
-    """What may go better the next time, in `pause` seconds if the server says so."""
+    """Transient fault; the server may ask for a pause in seconds."""
 
     def __init__(self, reason: str, pause: float | None = None) -> None:
         super().__init__(reason)
@@ -42,47 +42,48 @@ class _Interrupted(RuntimeError):
 
 
 class _StaySecure(HTTPRedirectHandler):
-    """Follows no redirection from https to anything else."""
+    """Handler that refuses redirections from https to another scheme."""
 
     def redirect_request(self, req, fp, code, msg, headers, newurl):
         if urlsplit(req.full_url).scheme == "https" and urlsplit(newurl).scheme != "https":
-            raise DownloadError(f"it leads from https to {newurl}")
+            raise DownloadError(f"redirected from https to {newurl}")
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(path: Path, md5: str, urls: Sequence[str], most: int = LARGEST) -> None:
-    """Bring the file with this checksum to `path`, from the first of `urls` that gives it.
+def fetch(path: Path, md5: str, urls: Sequence[str], max_bytes: int = MAX_BYTES) -> None:
+    """Download a file from the first of `urls` that has the content with checksum `md5`.
 
-    What has come so far is in `path`.part, where this call goes on after a fault, and a later one
-    after the end of this process. `path` appears whole and checked, or not at all.
+    `path`.part holds the received bytes. This call, or one of a later process, resumes from there
+    after a fault. `path` itself appears only complete and checked.
 
     Args:
-        md5: of the content, in hexadecimal. It decides, not the address: somebody on the way, or
-            the owner of a mirror, cannot make another file of the same one.
-        urls: https, http or file. None is replaced by one that is less secure.
-        most: bytes that the file can have. A server that sends more, as one can that does not tell
-            how many, is not listened to any longer, and what it sent is removed.
+        path: of the file.
+        md5: of the content, in hexadecimal. Content with another checksum is refused.
+        urls: https, http or file addresses. No redirection leaves https.
+        max_bytes: upper limit of the file. Reception stops beyond the limit, and the received part
+            is removed.
 
     Raises:
-        DownloadError: none gives it; says why, for each.
-        OSError: it cannot be written.
+        DownloadError: no address works; the message has the reason for each.
+        OSError: the file cannot be written.
     """
     faults = []
     for url in urls:
         try:
-            _fetch_from(url, path, md5, most)
+            _fetch_from(url, path, md5, max_bytes)
             return
         except DownloadError as error:
             faults.append(f"{url}: {error}")
     raise DownloadError("; ".join(faults))
 
 
-def _fetch_from(url: str, path: Path, md5: str, most: int) -> None:
+def _fetch_from(url: str, path: Path, md5: str, max_bytes: int) -> None:
+    """Download from one address; restart once if the checksum of the whole file is wrong."""
     part = path.with_name(f"{path.name}.part")
-    for _ in range(2):  # parts need not be of one file: once more, then from its beginning
-        _complete(url, part, most)
-        found = calculate_md5(part)
-        if found == md5:
+    for _ in range(2):  # the part may be of another file: then once more from the beginning
+        _receive_all(url, part, max_bytes)
+        actual = calculate_md5(part)
+        if actual == md5:
             with open(part, "rb+") as file:
                 os.fsync(file.fileno())
             os.replace(part, path)
@@ -90,78 +91,88 @@ def _fetch_from(url: str, path: Path, md5: str, most: int) -> None:
             return
         size = part.stat().st_size
         part.unlink()
-    raise DownloadError(f"another file than expected: {size:,} bytes of md5 {found}, not {md5}")
+    raise DownloadError(f"another file than expected: {size:,} bytes of md5 {actual}, not {md5}")
 
 
-def _complete(url: str, part: Path, limit: int) -> None:
-    """Get what `part` lacks. Connections may break as often as they like while bytes come."""
-    most, idle = _size(part), 0
-    patience = 1 if url.startswith("file:") else PATIENCE
+def _receive_all(url: str, part: Path, max_bytes: int) -> None:
+    """Receive the rest of `part`; retry any number of times while new bytes arrive.
+
+    Raises:
+        DownloadError: too many attempts without new bytes.
+    """
+    largest, idle = _size(part), 0
+    max_attempts = 1 if url.startswith("file:") else MAX_ATTEMPTS
     while True:
         try:
-            _receive(url, part, limit)
+            _receive(url, part, max_bytes)
             return
         except _Interrupted as fault:
-            idle = 1 if _size(part) > most else idle + 1
-            most = max(most, _size(part))
-            if idle >= patience:
+            idle = 1 if _size(part) > largest else idle + 1
+            largest = max(largest, _size(part))
+            if idle >= max_attempts:
                 raise DownloadError(f"{fault}, tried {idle} times") from fault
             pause = PAUSE * 2 ** (idle - 1) if fault.pause is None else fault.pause
             print_line(f"{url}: {fault}; trying again in {pause:g} s")
             time.sleep(pause)
 
 
-def _receive(url: str, part: Path, limit: int) -> None:
-    """One connection: append to `part`, or begin it anew where the server knows no ranges.
+def _receive(url: str, part: Path, max_bytes: int) -> None:
+    """Open one connection; append to `part`, or restart `part` if the server ignores ranges.
 
     Raises:
-        _Interrupted: it is not complete yet.
-        DownloadError: trying again would not help.
+        _Interrupted: the file is not complete yet.
+        DownloadError: another attempt would not help.
     """
-    begun = _size(part)
+    offset = _size(part)
     headers = {"User-Agent": "network-deconvolution"}
-    headers |= {"Range": f"bytes={begun}-"} if begun else {}
+    headers |= {"Range": f"bytes={offset}-"} if offset else {}
     try:
         with _network_faults():
-            answer = build_opener(_StaySecure).open(Request(url, headers=headers), timeout=TIMEOUT)
-    except HTTPError as error:  # 416: there is nothing behind what has come
-        if error.headers.get("Content-Range") == f"bytes */{begun}":
+            response = build_opener(_StaySecure).open(
+                Request(url, headers=headers), timeout=TIMEOUT
+            )
+    except HTTPError as error:  # 416: the part is complete already
+        if error.headers.get("Content-Range") == f"bytes */{offset}":
             return
         part.unlink(missing_ok=True)
-        raise _Interrupted("it is shorter than what had come") from None
-    with answer:
-        start, total = _read_extent(answer.headers, begun)
-        shown = {"initial": start, "total": total, "unit": "B", "unit_scale": True}
-        bar = progress_bar(None, url.rpartition("/")[2], **shown)
+        raise _Interrupted("the file is shorter than the received part") from None
+    with response:
+        start, total = _read_extent(response.headers, offset)
+        options = {"initial": start, "total": total, "unit": "B", "unit_scale": True}
+        bar = progress_bar(None, url.rpartition("/")[2], **options)
         with bar, open(part, "ab" if start else "wb") as file:
-            for chunk in _chunks(answer):
+            for chunk in _read_chunks(response):
                 file.write(chunk)
-                file.flush()  # to the system, which keeps it when this process is killed
+                file.flush()  # the bytes survive a kill of this process
                 bar.update(len(chunk))
-                if file.tell() > limit:
+                if file.tell() > max_bytes:
                     part.unlink()
-                    raise DownloadError(f"it sends more than {limit:,} bytes, another file")
+                    raise DownloadError(f"more than {max_bytes:,} bytes arrive, another file")
     if total is not None and _size(part) < total:
         raise _Interrupted(f"the connection ended after {_size(part):,} of {total:,} bytes")
 
 
-def _read_extent(headers: Message, begun: int) -> tuple[int, int | None]:
-    """The place of an answer's first byte in the file, and the bytes of the file, if told."""
+def _read_extent(headers: Message, offset: int) -> tuple[int, int | None]:
+    """Return the offset of a response in the file, and the size of the file if announced.
+
+    Raises:
+        DownloadError: the response starts at another offset.
+    """
     extent = headers.get("Content-Range")
     if extent is None:  # the whole file
         length = headers.get("Content-Length", "")
         return 0, int(length) if length.isdecimal() else None
-    found = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", extent)
-    if not found or int(found[1]) != begun:
-        raise DownloadError(f"asked for the bytes from {begun:,}, it sends {extent!r}")
-    return begun, None if found[2] == "*" else int(found[2])
+    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", extent)
+    if not match or int(match[1]) != offset:
+        raise DownloadError(f"asked for the bytes from {offset:,}, received {extent!r}")
+    return offset, None if match[2] == "*" else int(match[2])
 
 
-def _chunks(answer) -> Iterator[bytes]:
-    """What comes, as it comes: nothing is lost when the next piece does not."""
+def _read_chunks(response: HTTPResponse) -> Iterator[bytes]:
+    """Yield bytes as they arrive, so that a broken connection loses none."""
     while True:
         with _network_faults():
-            chunk = answer.read1(CHUNK)
+            chunk = response.read1(CHUNK)
         if not chunk:
             return
         yield chunk
@@ -169,22 +180,27 @@ def _chunks(answer) -> Iterator[bytes]:
 
 @contextmanager
 def _network_faults() -> Iterator[None]:
-    """Tell faults that may pass from those that will not. Status 416 stays an HTTPError."""
+    """Sort faults into transient and permanent ones; status 416 stays an HTTPError.
+
+    Raises:
+        _Interrupted: a transient fault.
+        DownloadError: a permanent fault.
+    """
     try:
         yield
     except HTTPError as error:
         reason = f"the server answers {error.code} {error.reason}"
         if error.code == 416:
             raise
-        if error.code not in BUSY:
+        if error.code not in TRANSIENT:
             raise DownloadError(reason) from error
-        asked = error.headers.get("Retry-After", "")
-        pause = min(float(asked), LONGEST_PAUSE) if asked.isdecimal() else None
+        retry_after = error.headers.get("Retry-After", "")
+        pause = min(float(retry_after), MAX_PAUSE) if retry_after.isdecimal() else None
         raise _Interrupted(reason, pause) from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
         if isinstance(reason, ssl.SSLCertVerificationError):
-            raise DownloadError(f"its certificate is not valid: {reason.verify_message}") from error
+            raise DownloadError(f"the certificate is not valid: {reason.verify_message}") from error
         text = getattr(reason, "strerror", None) or " ".join(str(reason).split())
         raise _Interrupted(text or type(reason).__name__) from error
 

@@ -1,4 +1,4 @@
-"""Any folder of images: DIR/train/<class>/* and DIR/test/<class>/* (or DIR/val/<class>/*)."""
+"""Folders of images: DIR/train/CLASS/* and DIR/test/CLASS/* (or DIR/val/CLASS/*)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.image_files import ImageFiles, whole_image
-from util.data.images import DataSpec, Source, Split, channel_statistics, hold_in_memory
+from util.data.image_files import ImageFiles, resize_whole
+from util.data.images import DataSpec, Source, Split, channel_statistics, load_into_memory
 from util.errors import DataError
 from util.files import atomic_write
 
@@ -23,7 +23,7 @@ Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 @dataclass(frozen=True)
 class Listing:
-    """The image files of a split, in order, and for each the position of its class."""
+    """Image files of a split in order, with their targets (positions in `classes`)."""
 
     root: Path
     classes: list[str]
@@ -40,27 +40,30 @@ def load_folder(
     skip: bool = False,
     writes: bool = True,
 ) -> tuple[DataSpec, Split, Split]:
-    """Find, check and (within the memory budget) decode the images of both splits.
+    """Return the description and the splits of a folder; decode what fits the memory budget.
 
-    Every image is made RGB and resized as a whole: nothing is cut off, its aspect is not kept.
+    Every image is converted to RGB and resized as a whole; its aspect may change.
 
     Args:
-        root: the folder that holds train/ and test/ (or val/; with both, test/ is used).
-        cache_dir: gets the channel statistics, as JSON, so that the next run need not compute them.
+        root: folder that holds train/ and test/ (or val/; with both, test/ is used).
+        image_size: side in pixels.
+        cache_dir: folder for the channel statistics, which the next run reads.
         threads: that decode at once.
-        skip: whether images that cannot be decoded are left out.
-        writes: whether this process is the one that writes to cache_dir.
+        skip: True leaves out images that cannot be decoded.
+        writes: True for the one process that writes to `cache_dir`.
 
     Raises:
-        DataError: a missing or empty folder, differing classes, and unless `skip` a image that
-            cannot be decoded.
+        DataError: a folder is missing or empty, or classes differ. Without `skip`, an image cannot
+            be decoded.
     """
     train, test = scan_split(root, "train"), scan_split(root, "test", "val")
     require_same_classes(train, test)
 
-    def read(found: Listing) -> Split:
-        files = ImageFiles(found.paths, image_size, whole_image, skip=skip, at_least=2 * image_size)
-        return Split(hold_in_memory(files, threads), torch.tensor(found.targets))
+    def read(listing: Listing) -> Split:
+        files = ImageFiles(
+            listing.paths, image_size, resize_whole, skip=skip, min_size=2 * image_size
+        )
+        return Split(load_into_memory(files, threads), torch.tensor(listing.targets))
 
     splits = read(train), read(test)
     statistics = cached_statistics(
@@ -70,25 +73,23 @@ def load_folder(
 
 
 def scan_split(root: Path, *names: str) -> Listing:
-    """List the images of the first folder root/<name> that exists; hidden names are left out.
+    """List the images of the first existing folder root/NAME, without hidden names.
 
     Raises:
-        DataError: no such folder, fewer than two classes in it, or a class without a image.
+        DataError: no folder exists, it has fewer than two classes, or a class has no image.
     """
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         wanted = " or ".join(str(root / name) for name in names)
         raise DataError(
-            f"no folder {wanted}: images are expected in <class> folders inside it; the folder "
-            f"to name is the one that holds train/"
+            f"no folder {wanted}: expected images in CLASS folders inside; name the folder "
+            f"that holds train/"
         )
     classes = list_classes(folder)
     if not classes:
-        raise DataError(f"{folder} has no class folders: expected {folder}/<class>/*")
+        raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*")
     if len(classes) == 1:
-        raise DataError(
-            f"{folder} has one class only, {classes[0]}: there is nothing to tell apart"
-        )
+        raise DataError(f"{folder} has one class only, {classes[0]}: at least two are needed")
     files = [list_images(folder / name) for name in classes]
     empty = [str(folder / name) for name, paths in zip(classes, files, strict=True) if not paths]
     if empty:
@@ -98,26 +99,30 @@ def scan_split(root: Path, *names: str) -> Listing:
 
 
 def list_classes(folder: Path) -> list[str]:
-    """The names of the folders in `folder`, in order; hidden ones are left out."""
+    """Return the sorted names of the folders in `folder`, without hidden ones."""
     return sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
 
 
 def list_images(folder: Path) -> list[str]:
-    """Image files in `folder` and below, ordered by folder, then name; hidden ones are left out.
+    """Return the image files in and below `folder`, ordered by folder, then name.
 
-    Below `folder`, links to folders are not followed: they may lead in a circle, or to another
-    class.
+    Hidden names are left out. Links to folders are not followed, because a link may lead in a
+    circle or to another class.
     """
-    found = []
+    paths = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]  # where `walk` goes on
+        folders[:] = [name for name in folders if name[0] != "."]  # `walk` descends into these
         images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-        found += [os.path.join(parent, name) for name in images if name[0] != "."]
-    return sorted(found, key=os.path.split)
+        paths += [os.path.join(parent, name) for name in images if name[0] != "."]
+    return sorted(paths, key=os.path.split)
 
 
 def require_same_classes(train: Listing, test: Listing) -> None:
-    """Targets are positions in the list of classes, so both splits need the same list."""
+    """Check that both splits have the same classes, so that targets mean the same.
+
+    Raises:
+        DataError: naming the classes of one split only.
+    """
     differing = [
         f"only in {one.root}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
         for one, other in ((train, test), (test, train))
@@ -136,11 +141,10 @@ def cached_statistics(
     threads: int = 1,
     writes: bool = True,
 ) -> Statistics:
-    """Channel mean and deviation of the training images, computed unless cache_dir has them.
+    """Return channel mean and deviation of the training images, from the cache if possible.
 
-    The file's name carries a digest of folder, image size and list of files (sizes and times too),
-    so other images never meet these numbers. An unreadable cache is computed anew; one that
-    cannot be written costs a line on stderr, no more.
+    The name of the cache holds a digest of the folder, the image size and the files with their
+    sizes and times. An unreadable cache is computed anew. A failed write prints a warning.
     """
     cache = cache_dir / f"channel-statistics-{digest_files(train, image_size)}.json"
     try:
@@ -150,28 +154,28 @@ def cached_statistics(
         mean, std = channel_statistics(source, threads)
     if not writes:
         return mean, std
-    about = {"folder": str(train.root), "image_size": image_size, "images": len(source)}
+    facts = {"folder": str(train.root), "image_size": image_size, "images": len(source)}
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as file:
-            file.write(json.dumps({**about, "mean": mean, "std": std}, indent=1).encode() + b"\n")
+            file.write(json.dumps({**facts, "mean": mean, "std": std}, indent=1).encode() + b"\n")
     except OSError as error:
-        print(f"warning: the channel statistics could not be kept: {error}", file=sys.stderr)
+        print(f"warning: the channel statistics could not be saved: {error}", file=sys.stderr)
     return mean, std
 
 
-def digest_files(found: Listing, image_size: int) -> str:
-    """Sixteen hexadecimal digits that change with the folder, the image size or any file.
+def digest_files(listing: Listing, image_size: int) -> str:
+    """Return 16 hexadecimal digits that change with the folder, the image size or any file.
 
     Raises:
-        DataError: naming a file that is listed but not there, as a broken link.
+        DataError: naming a file that does not exist, such as a broken link.
     """
-    digest = hashlib.sha256(os.fsencode(f"{Path(found.root).resolve()}\n{image_size}\n"))
-    for path in found.paths:
+    digest = hashlib.sha256(os.fsencode(f"{Path(listing.root).resolve()}\n{image_size}\n"))
+    for path in listing.paths:
         try:
             status = os.stat(path)
         except OSError as error:
             raise DataError(f"cannot read the image {path}: {error.strerror}") from None
-        name = path.removeprefix(str(found.root))
+        name = path.removeprefix(str(listing.root))
         digest.update(os.fsencode(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"))
     return digest.hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""ImageNet and folders like it, DIR/train/<class>/* and DIR/val/<class>/*; or as much noise."""
+"""Loaders of ImageNet-like folders, DIR/train/CLASS/* and DIR/val/CLASS/*, and of noise."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ import numpy as np
 import torch
 
 from util.data.augment import Augmentation
-from util.data.image_files import ImageFiles, View, centre_crop, random_crop
+from util.data.image_files import ImageFiles, Transform, centre_crop, random_crop
 from util.data.image_folder import Listing, require_same_classes, scan_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, check_arguments
 from util.data.sampler import random_words
 
 IMAGE_SIZE = 224
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's training images
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training images of ImageNet
 TRAIN_SIZE, TEST_SIZE, CLASSES = 1_281_167, 50_000, 1000  # of ImageNet
-POOL = 64  # different images of noise: as many as a test of speed needs, 10 MB at 224 pixels
+POOL = 64  # different noise images, 10 MB at 224 pixels
 
 
 def build_imagenet_loaders(
@@ -35,32 +35,38 @@ def build_imagenet_loaders(
     rank: int = 0,
     processes: int = 1,
 ) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
-    """Find the images below `root`, and wrap training and test split in loaders.
+    """Return the description of a folder of images, its training loader and its test loader.
 
-    Images are decoded when a batch needs them. To train: a random box of 8 to 100 % of the area,
-    resized, mirrored half of the time. To test: the shorter side is made 256/224 of image_size, and
-    the middle cut out. Channels are normalised by the published statistics of ImageNet.
+    Images are decoded when a batch needs them. Training images: a random box of 8 to 100 % of the
+    area, resized, flipped with probability 0.5. Test images: the shorter side resized to 256/224 of
+    `image_size`, then a centre crop. ImageNet's published statistics normalise the channels.
 
     Args:
-        root: the folder that holds train/ and val/ (or test/; with both, val/ is used).
-        batch_size, num_workers, seed, device_type, rank, processes: see ImageLoader.
+        root: folder that holds train/ and val/ (or test/; with both, val/ is used).
+        batch_size: see ImageLoader.
+        num_workers: see ImageLoader.
+        seed: see ImageLoader.
+        device_type: see ImageLoader.
+        rank: see ImageLoader.
+        processes: see ImageLoader.
         image_size: side in pixels, at least 32.
-        on_bad_image: "error" stops at a image that cannot be decoded; "skip" makes the batch
-            smaller by it and names it in `ImageLoader.skipped`.
-        test_only: leave train/ alone, which need not be there, and return None for its loader.
+        on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
+            of its batch and names the file in `ImageLoader.skipped`.
+        test_only: do not read train/; return None for the training loader.
 
     Raises:
         ValueError: a number out of range.
-        DataError: a missing or empty folder, classes that differ; out of a loader, a bad image.
+        DataError: a folder is missing or empty, or classes differ. A loader raises the error for a
+            bad image.
     """
     check_arguments(batch_size, num_workers, image_size, on_bad_image)
     root = Path(root).expanduser()
-    found = scan_split(root, "val", "test")
-    spec = DataSpec("imagenet", 3, image_size, tuple(found.classes), MEAN, STD)
+    test_listing = scan_split(root, "val", "test")
+    spec = DataSpec("imagenet", 3, image_size, tuple(test_listing.classes), MEAN, STD)
 
-    def split(found: Listing, view: View) -> Split:
-        files = ImageFiles(found.paths, image_size, view, skip=on_bad_image == "skip")
-        return Split(files, torch.tensor(found.targets))
+    def make_split(listing: Listing, transform: Transform) -> Split:
+        files = ImageFiles(listing.paths, image_size, transform, skip=on_bad_image == "skip")
+        return Split(files, torch.tensor(listing.targets))
 
     loader = partial(
         ImageLoader,
@@ -72,13 +78,13 @@ def build_imagenet_loaders(
         rank=rank,
         processes=processes,
     )
-    test = loader(split(found, centre_crop), train=False)
+    test = loader(make_split(test_listing, centre_crop), train=False)
     if test_only:
         return spec, None, test
-    to_learn = scan_split(root, "train")
-    require_same_classes(to_learn, found)
-    images = split(to_learn, partial(random_crop, seed=seed))
-    return spec, loader(images, train=True, augmentation=Augmentation(flip=True)), test
+    train_listing = scan_split(root, "train")
+    require_same_classes(train_listing, test_listing)
+    train = make_split(train_listing, partial(random_crop, seed=seed))
+    return spec, loader(train, train=True, augmentation=Augmentation(flip=True)), test
 
 
 def build_dummy_loaders(
@@ -93,15 +99,20 @@ def build_dummy_loaders(
     rank: int = 0,
     processes: int = 1,
 ) -> tuple[DataSpec, ImageLoader, ImageLoader]:
-    """Loaders like ImageNet's, but of noise: for timing without data.
+    """Return loaders of noise in the shape of ImageNet, for timing without data.
 
-    A image and its target depend on (seed, index) alone; there are only POOL different images.
-    What is left to do, copying and normalising, takes half a millisecond for a image.
+    An image and its target depend on (seed, index) alone. There are POOL different images.
 
     Args:
-        batch_size, num_workers, seed, device_type, rank, processes: see ImageLoader.
+        batch_size: see ImageLoader.
+        num_workers: see ImageLoader.
+        seed: see ImageLoader.
+        device_type: see ImageLoader.
+        rank: see ImageLoader.
+        processes: see ImageLoader.
         image_size: side in pixels, at least 32.
-        train_size, test_size: images.
+        train_size: number of training images.
+        test_size: number of test images.
 
     Raises:
         ValueError: a number out of range.
@@ -123,7 +134,7 @@ def build_dummy_loaders(
 
 
 class Noise:
-    """A source of `size` square images of uniform noise, each by (seed, index) alone."""
+    """Source of `size` square images of uniform noise, each a function of (seed, index) alone."""
 
     def __init__(self, size: int, image_size: int, seed: int) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -138,6 +149,6 @@ class Noise:
         return Pixels(self.pool[torch.from_numpy(index % POOL)], {})
 
     def split(self) -> Split:
-        """The images with targets by chance."""
+        """Return the images with random targets."""
         words = random_words(self.seed, 0, np.arange(self.size), 0) % np.uint64(CLASSES)
         return Split(self, torch.from_numpy(words.astype(np.int64)))

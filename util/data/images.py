@@ -1,4 +1,4 @@
-"""Images as they are before augmentation: in memory or read when asked for, and their pixels."""
+"""Images before augmentation: descriptions, splits, sources in memory or read on access."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from util.console import progress_bar
 from util.errors import DataError
 
 MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
-CHUNK = 256  # images read at once when a whole split is read
+CHUNK = 256  # images per read when a whole split is read
 
 
 @dataclass(frozen=True)
 class DataSpec:
-    """What a network and a log need to know about a data set.
+    """Description of a dataset, for networks and logs.
 
     Attributes:
         name: one of `util.data.datasets.DATASETS`, or "imagenet" or "dummy".
-        in_channels, image_size: images are (in_channels, image_size, image_size).
+        in_channels, image_size: shape of an image, (in_channels, image_size, image_size).
         classes: names, by target.
-        mean, std: per channel, of pixels scaled to [0, 1].
+        mean, std: per channel, of pixels in [0, 1].
     """
 
     name: str
@@ -44,11 +44,11 @@ class DataSpec:
 
 
 class Pixels(NamedTuple):
-    """What came of the images asked for.
+    """Result of a read.
 
     Attributes:
-        images: (n, C, H, W) uint8, those that could be read, in the order asked for.
-        bad: of the others, by index, the name of the file.
+        images: (N, C, H, W) uint8, the good images in the requested order.
+        bad: file names of the bad images, by index.
     """
 
     images: Tensor
@@ -56,30 +56,30 @@ class Pixels(NamedTuple):
 
 
 class Source(Protocol):
-    """The images of a split, read by index."""
+    """Images of a split, read by index."""
 
     def __len__(self) -> int: ...
 
     def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
-        """Images `index` (N,); `epoch` (N,) matters where reading itself draws by chance."""
+        """Read images `index` (N,). Sources that crop at random use `epoch` (N,)."""
         ...
 
 
 class Split(NamedTuple):
-    """The training or the test half of a data set: images and their int64 targets."""
+    """Training or test part of a dataset: images and int64 targets."""
 
     source: Source
     targets: Tensor
 
 
 def is_good(index: np.ndarray, bad: dict[int, str]) -> np.ndarray:
-    """(N,) bool: which of the images `index` (N,) are not `bad`."""
+    """Return a mask (N,) of the images `index` (N,) that are not `bad`."""
     return ~np.isin(index, list(bad))
 
 
 @dataclass(frozen=True)
-class Held:
-    """Images in memory, (size, C, H, W) uint8; the rows of those that are `bad` mean nothing."""
+class InMemory:
+    """Images in memory, (size, C, H, W) uint8. The rows of `bad` images are undefined."""
 
     images: Tensor
     bad: dict[int, str] = field(default_factory=dict)
@@ -95,7 +95,7 @@ class Held:
 
 @dataclass(frozen=True)
 class Resized:
-    """A source whose square images are resized on access (bilinear, antialiased)."""
+    """Source whose square images are resized on access (bilinear, antialiased)."""
 
     source: Source
     image_size: int
@@ -109,10 +109,7 @@ class Resized:
 
 
 def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray, Pixels]]:
-    """All indices and images, CHUNK at a time; a terminal sees a bar if it takes over a second.
-
-    They are read as in epoch 0.
-    """
+    """Yield all indices and images as read in epoch 0, CHUNK at a time, with a progress bar."""
 
     def read(index: np.ndarray) -> tuple[np.ndarray, Pixels]:
         return index, source.read(np.zeros_like(index), index)
@@ -129,29 +126,29 @@ def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray,
         )
 
 
-def hold_in_memory(source: Source, threads: int = 1) -> Source:
-    """The source with its images in one tensor if that fits MEMORY_BUDGET, else as it is."""
+def load_into_memory(source: Source, threads: int = 1) -> Source:
+    """Load a source into memory if its images fit MEMORY_BUDGET, else return the source."""
     first = np.zeros(1, np.int64)
     shape = source.read(first, first).images.shape[1:]  # C H W
     if len(source) * math.prod(shape) > MEMORY_BUDGET:
         return source
-    held, all_bad = torch.empty(len(source), *shape, dtype=torch.uint8), {}
+    pixels, all_bad = torch.empty(len(source), *shape, dtype=torch.uint8), {}
     for index, (images, bad) in read_batches(source, threads):
-        held[torch.from_numpy(index[is_good(index, bad)])] = images
+        pixels[torch.from_numpy(index[is_good(index, bad)])] = images
         all_bad |= bad
-    return Held(held, all_bad)
+    return InMemory(pixels, all_bad)
 
 
 def channel_statistics(
     source: Source, threads: int = 1
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of each channel over all pixels, in [0, 1] units.
+    """Return mean and standard deviation of each channel over all pixels, for pixels in [0, 1].
 
-    Sums are of integers, so exact: neither chunks nor threads change the result. A channel of one
-    flat value counts as one grey level of deviation, so that dividing by it stays finite.
+    The sums are exact integers: neither chunks nor threads change the result. The deviation is at
+    least one grey level, so that normalisation stays finite.
 
     Raises:
-        DataError: not one image can be read.
+        DataError: no image can be read.
     """
     pixels, total, squares = 0, 0, 0
     for _, (images, _) in read_batches(source, threads):
@@ -178,7 +175,7 @@ def to_nchw(data: np.ndarray | Tensor) -> Tensor:
 def make_split(
     data: np.ndarray | Tensor, targets: np.ndarray | Tensor | list[int], image_size: int
 ) -> Split:
-    """Hold images in memory at `image_size`.
+    """Return images in memory, at `image_size`.
 
     Images of 28 x 28 pixels are first padded to 32 with black. Images of another size than
     `image_size` are resized.
@@ -191,7 +188,7 @@ def make_split(
     images = to_nchw(data)
     if images.shape[-1] == 28:
         images = functional.pad(images, [2])
-    held = Held(images)
-    same = images.shape[-1] == image_size
-    source = held if same else hold_in_memory(Resized(held, image_size))
+    source = InMemory(images)
+    if images.shape[-1] != image_size:
+        source = load_into_memory(Resized(source, image_size))
     return Split(source, torch.as_tensor(targets, dtype=torch.int64))

@@ -1,4 +1,4 @@
-"""Loaders: a split of images as the batches of one process, augmented and normalised."""
+"""Loaders: iterate over a split in augmented, normalised batches of one process."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from util.data.images import DataSpec, Split, is_good
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
 
-MIN_IMAGE_SIZE = 32  # pixels, the side of the smallest image that the networks take
-TEST_BATCH = 256  # images at most: the figures of a test depend on no larger batch size
+MIN_IMAGE_SIZE = 32  # pixels, side of the smallest image that the networks accept
+MAX_TEST_BATCH = 256  # images; test metrics do not depend on larger batch sizes
 
 T = TypeVar("T")
 
@@ -29,7 +29,7 @@ T = TypeVar("T")
 def check_arguments(
     batch_size: int, num_workers: int, image_size: int, on_bad_image: str = "error"
 ) -> None:
-    """Refuse by name what no data set can serve, before any file is touched.
+    """Check arguments that all datasets share, before any file is read.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -45,10 +45,9 @@ def check_arguments(
 
 
 class ImageSet(Dataset):
-    """A split as the loader wants it: keys (epoch, index) in, one finished batch out.
+    """Dataset for DataLoader: takes keys (epoch, index), returns a finished batch.
 
-    Works on whole batches (`__getitems__`), because a call for each image would cost more than
-    the image.
+    The class works on whole batches (`__getitems__`), which is faster than a call per image.
     """
 
     def __init__(
@@ -66,9 +65,11 @@ class ImageSet(Dataset):
         return len(self.split.targets)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, list[str]]:
-        """Images (N, C, H, W) float32 normalised, targets (N,) int64, and the bad files left out.
+        """Return a batch, without its bad files.
 
-        N is the number of keys less that of the bad files, and may be 0.
+        Returns:
+            Normalised images (N, C, H, W) float32, targets (N,) int64, and the names of the bad
+            files. N is the number of good files, 0 or more.
         """
         epoch, index = np.array(keys, np.int64).reshape(-1, 2).T
         images, bad = self.split.source.read(epoch, index)
@@ -80,28 +81,31 @@ class ImageSet(Dataset):
 
 
 class ImageLoader(DataLoader):
-    """Iterates over batches (images (N, C, H, W) float32 normalised, targets (N,) int64).
+    """Loader of batches: normalised images (N, C, H, W) float32 and targets (N,) int64.
 
-    Training, all processes together see the batches of one process: each takes its part of every
-    batch (see `EpochBatches`). Call `loader.batch_sampler.set_epoch(epoch)` before each epoch: the
-    order depends on (seed, epoch) alone, what chance does to a image on (seed, epoch, index)
-    alone, whatever the workers and processes and whatever else draws random numbers.
+    In training each process takes its part of every batch (see `EpochBatches`). Call
+    `loader.batch_sampler.set_epoch(epoch)` before each epoch. The order depends on (seed, epoch)
+    alone, the augmentation of an image on (seed, epoch, index) alone.
 
-    Testing, the order is that of the data set, in batches of TEST_BATCH images at most, which
-    are dealt whole: every image once, and no figure depends on the number of processes.
+    In testing the order is that of the dataset, in batches of at most MAX_TEST_BATCH images. Whole
+    batches are dealt to the processes, so that metrics do not depend on the world size.
 
-    N is 0 where the part of a process is empty, or all its images are bad files left out.
+    N is 0 if the part of a process is empty or holds bad files only.
 
     Args:
-        train: True for the batches of training, False for those of testing.
+        spec: description of the dataset.
+        split: images and targets.
+        train: True for training batches, False for test batches.
         batch_size: images in a training batch, over all processes.
-        num_workers: processes that prepare batches for this one; 0 prepares them in this one.
-        seed: of the order and of the augmentation.
-        device_type: "cuda" gives pinned memory.
-        rank, processes: the number of this process among those that train, and how many they are.
+        num_workers: processes that prepare batches for this process. 0: this process does.
+        seed: of order and augmentation.
+        augmentation: of training images. None: none.
+        device_type: "cuda" pins the memory of the batches.
+        rank: number of this process.
+        processes: world size.
 
     Attributes:
-        skipped: names of the bad files that this process has left out so far.
+        skipped: names of the bad files that this process has left out.
     """
 
     def __init__(
@@ -122,27 +126,27 @@ class ImageLoader(DataLoader):
             ImageSet(spec, split, seed=seed, augmentation=augmentation),
             batch_sampler=EpochBatches(
                 len(split.targets),
-                batch_size if train else min(batch_size, TEST_BATCH),
+                batch_size if train else min(batch_size, MAX_TEST_BATCH),
                 seed=seed,
                 shuffle=train,
                 rank=rank,
                 processes=processes,
-                whole=not train,
+                whole_batches=not train,
             ),
             num_workers=num_workers,
             persistent_workers=num_workers > 0,
-            collate_fn=as_is,
-            worker_init_fn=heed_parent_alone,
+            collate_fn=pass_through,
+            worker_init_fn=ignore_foreign_sigterm,
             pin_memory=device_type == "cuda",
-            generator=torch.Generator(),  # else each epoch would draw from the global one
+            generator=torch.Generator(),  # else each epoch draws from the global generator
         )
         self.skipped: set[str] = set()
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        with _tell_of_lost_workers() if self.num_workers else nullcontext():
+        with _explain_lost_worker() if self.num_workers else nullcontext():
             batches = super().__iter__()
-            # Torch would raise the loss of a worker wherever this process is just then, in the
-            # middle of a step. Without its handler it is found where the next batch is waited for.
+            # Torch's SIGCHLD handler raises the loss of a worker in the middle of a step. Without
+            # the handler, the wait for the next batch raises the loss.
             if self.num_workers and threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             for images, targets, skipped in batches:
@@ -151,44 +155,48 @@ class ImageLoader(DataLoader):
 
 
 def count_images(train: ImageLoader, test: ImageLoader) -> dict[str, int]:
-    """How many there are, by words for an error."""
+    """Return the numbers of images, keyed by a phrase for error messages."""
     names = "number of training images", "number of test images"
-    return {name: len(one.dataset) for name, one in zip(names, (train, test), strict=True)}
+    return {name: len(loader.dataset) for name, loader in zip(names, (train, test), strict=True)}
 
 
 @contextmanager
-def _tell_of_lost_workers() -> Iterator[None]:
-    """Turn PyTorch's error into one that says what can be done."""
+def _explain_lost_worker() -> Iterator[None]:
+    """Turn PyTorch's error about a killed worker into a DataError with advice.
+
+    Raises:
+        DataError: a worker was killed.
+    """
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as error:
-        # The latter two are of a batch that was on its way when its worker was killed.
-        cut = not isinstance(error, RuntimeError) and not str(error).startswith("Caught")
-        if not (cut or str(error).startswith("DataLoader worker (pid")):
+        # EOFError and ConnectionError: the worker was killed while it sent a batch.
+        interrupted = not isinstance(error, RuntimeError) and not str(error).startswith("Caught")
+        if not (interrupted or str(error).startswith("DataLoader worker (pid")):
             raise
         raise DataError(
             "a process that loads images was killed: is memory short, or shared memory "
-            "(/dev/shm, --shm-size of a container)? Fewer of them need less: -j 1, or -j 0 for none"
+            "(/dev/shm, --shm-size of a container)? Fewer workers need less: -j 1, or -j 0 for none"
         ) from error
 
 
-def heed_parent_alone(worker: int) -> None:
-    """Let SIGTERM end this process, which loads images, only where its parent has sent it.
+def ignore_foreign_sigterm(worker: int) -> None:
+    """Let SIGTERM end this loader worker only if the parent process sent the signal.
 
-    torchrun, Slurm and systemd ask every process of a run to stop, but the step in which the parent
-    notices may want further images.
+    torchrun, Slurm and systemd send SIGTERM to every process of a run. The last step of the parent
+    may still need images of the worker.
     """
-    if hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not tell who has sent a signal
+    if hasattr(signal, "sigwaitinfo"):  # macOS and Windows do not report the sender
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_await_end, daemon=True).start()
+        threading.Thread(target=_exit_on_parent_sigterm, daemon=True).start()
 
 
-def _await_end() -> None:
+def _exit_on_parent_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
 
 
-def as_is(batch: T) -> T:
-    """Collate nothing: the set hands over finished batches. Named, so that it pickles."""
+def pass_through(batch: T) -> T:
+    """Return the finished batch; a named function, because lambdas cannot be pickled."""
     return batch

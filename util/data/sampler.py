@@ -1,8 +1,7 @@
-"""Which image comes when, and with what chance numbers: pure functions of (seed, epoch, index).
+"""Order of the images and their random numbers: pure functions of (seed, epoch, index).
 
-No generator carries state from image to image, so workers and processes share nothing, a
-resumed epoch needs no replay, and the global random state (dropout, initialisation) is neither read
-nor moved.
+No generator carries state from image to image. Workers and processes therefore share nothing, and a
+resumed epoch needs no replay. The global random state is neither read nor changed.
 """
 
 from __future__ import annotations
@@ -13,22 +12,23 @@ import numpy as np
 from numpy.typing import ArrayLike
 from torch.utils.data import Sampler
 
-# The numbers drawn for a image in an epoch; from CROP on, two for each attempt at a random crop.
+# Random numbers of an image in an epoch. Each attempt at a random crop takes two, from CROP on.
 ORDER, TOP, LEFT, FLIP, CROP = range(5)
 
-Key = tuple[int, int]  # epoch and index of a image
+Key = tuple[int, int]  # epoch and index of an image
 
 
 def random_words(seed: int, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike) -> np.ndarray:
-    """Uniform 64-bit words, one for each key (seed, epoch, index, draw), by that key alone.
+    """Return uniform 64-bit words, each a function of its key (seed, epoch, index, draw) alone.
 
-    Nested SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195): every
-    number of the key selects an output of the generator that starts at the word so far.
+    Nested SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195): each
+    number of the key selects an output of the generator that starts at the previous word.
 
     Args:
         seed: any integer, taken modulo 2**64.
-        epoch, index, draw: integers >= 0, or (N,) arrays of them, together of shape (N,); `draw`
-            says which number of the image, see ORDER, TOP, LEFT, FLIP, CROP.
+        epoch: integer >= 0, or (N,) of them.
+        index: as `epoch`.
+        draw: as `epoch`; ORDER, TOP, LEFT, FLIP, or CROP and above.
 
     Returns:
         (N,) uint64.
@@ -40,6 +40,7 @@ def random_words(seed: int, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike)
 
 
 def _splitmix64(state: np.ndarray, step: np.ndarray) -> np.ndarray:
+    """Return output number `step` (from 0) of the generator that starts at `state`."""
     word = state + (step + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
     word = (word ^ (word >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     word = (word ^ (word >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
@@ -47,26 +48,24 @@ def _splitmix64(state: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Yields the batches of one process: lists of keys (epoch, index), so that whoever fetches a
-    image knows its epoch.
+    """Batches of one process, as lists of keys (epoch, index).
 
-    Together the processes see the batches that one process would see, image for image. Either
-    each takes its part of every batch, as training needs: consecutive images, parts as equal as
-    possible, the earlier ones larger by one. The last batch may leave some with an empty list: it
-    is a batch all the same, so that all take the same number of steps. Or whole batches are dealt
-    in turn, as testing likes: each is computed exactly as one process would compute it.
+    Together the processes see the batches of a single process, image for image. In training each
+    process takes its part of every batch: consecutive images, in parts that differ by one at most.
+    A part of the last batch may be empty; the process still takes the step. In testing whole
+    batches are dealt in turn, so that each is computed exactly as by a single process.
 
     Args:
-        size: images in the data set.
-        batch_size: images in a batch, over all processes; the last may have fewer.
+        size: images in the dataset.
+        batch_size: images in a batch, over all processes. The last batch may have fewer.
         seed: with `shuffle`, the order depends on (seed, epoch, size) alone.
-        shuffle: False keeps the order of the data set.
-        rank: the number of this process, 0 .. processes - 1.
-        processes: how many there are.
-        whole: deal whole batches, batch i to process i % processes, instead of cutting each.
+        shuffle: False keeps the order of the dataset.
+        rank: number of this process, 0 .. processes - 1.
+        processes: world size.
+        whole_batches: deal batch i to process i % processes, instead of cutting each batch.
 
     Raises:
-        ValueError: rank is no number of one of the processes.
+        ValueError: `rank` is out of range.
     """
 
     def __init__(
@@ -78,42 +77,42 @@ class EpochBatches(Sampler[list[Key]]):
         shuffle: bool = True,
         rank: int = 0,
         processes: int = 1,
-        whole: bool = False,
+        whole_batches: bool = False,
     ) -> None:
         if not 0 <= rank < processes:
             raise ValueError(f"rank must be in 0 .. processes - 1, got {rank} of {processes}")
         self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.rank, self.processes, self.whole = rank, processes, whole
+        self.rank, self.processes, self.whole_batches = rank, processes, whole_batches
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Choose the epoch to iterate next, from its batch `start_batch` on (both from 0).
+        """Set the epoch to iterate next, from batch `start_batch` on (both from 0).
 
         Raises:
-            ValueError: a negative number.
+            ValueError: a number is negative.
         """
         if epoch < 0 or start_batch < 0:
             raise ValueError(f"epoch and start_batch must be >= 0, got {epoch} and {start_batch}")
         self.epoch, self.start = epoch, start_batch
 
     def images(self, batch: int) -> list[int]:
-        """The indices of a batch of this epoch, from 0, over all processes."""
+        """Return the image indices of a batch (from 0) of this epoch, over all processes."""
         return self._cut(self._order(), batch).tolist()
 
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self._order()
         for step in self._steps():
             batch = self._cut(order, step)
-            mine = batch if self.whole else np.array_split(batch, self.processes)[self.rank]
-            yield [(epoch, index) for index in mine.tolist()]
+            part = batch if self.whole_batches else np.array_split(batch, self.processes)[self.rank]
+            yield [(epoch, index) for index in part.tolist()]
 
     def __len__(self) -> int:
         return len(self._steps())
 
     def _steps(self) -> range:
-        """The numbers of the batches that this process has, or has a part of."""
+        """Return the numbers of the batches of which this process has a part."""
         end = -(-self.size // self.batch_size)
-        if not self.whole:
+        if not self.whole_batches:
             return range(self.start, end)
         return range(self.start + (self.rank - self.start) % self.processes, end, self.processes)
 

@@ -15,8 +15,8 @@ from util.data.image_files import (
     centre_crop,
     open_image,
     random_crop,
+    resize_whole,
     to_rgb,
-    whole_image,
 )
 from util.errors import BadImage, DataError
 
@@ -28,9 +28,9 @@ def noise(width, height):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
-def read(paths, size=32, view=whole_image, epoch=0, index=None, **options):
+def read(paths, size=32, transform=resize_whole, epoch=0, index=None, **options):
     index = np.arange(len(paths)) if index is None else np.array(index)
-    files = ImageFiles([str(path) for path in paths], size, view, **options)
+    files = ImageFiles([str(path) for path in paths], size, transform, **options)
     return files.read(np.full_like(index, epoch), index)
 
 
@@ -69,9 +69,9 @@ def test_a_large_jpeg_is_close_to_the_plainly_resized_image(tmp_path):
     ramp = np.linspace(0, 255, 500)[None, :, None].repeat(400, 0).repeat(3, 2).astype(np.uint8)
     Image.fromarray(ramp).save(tmp_path / "x.jpg")
     expected = Image.fromarray(ramp).resize((32, 32), Image.Resampling.BILINEAR)
-    (image,) = read([tmp_path / "x.jpg"], at_least=64).images
+    (image,) = read([tmp_path / "x.jpg"], min_size=64).images
     assert np.abs(image.permute(1, 2, 0).numpy() - pixels(expected)).max() <= 3
-    assert open_image(str(tmp_path / "x.jpg"), at_least=64).size == (125, 100)
+    assert open_image(str(tmp_path / "x.jpg"), min_size=64).size == (125, 100)
     assert open_image(str(tmp_path / "x.jpg")).size == (500, 400)
 
 
@@ -170,11 +170,11 @@ def test_a_random_crop_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise(90, 70).save(tmp_path / "x.png")
     paths = [tmp_path / "x.png"] * 3
     views = [partial(random_crop, seed=seed) for seed in (0, 1)]
-    whole = read(paths, view=views[0], epoch=2).images
-    assert torch.equal(read(paths, view=views[0], epoch=2, index=[2, 0]).images, whole[[2, 0]])
+    whole = read(paths, transform=views[0], epoch=2).images
+    assert torch.equal(read(paths, transform=views[0], epoch=2, index=[2, 0]).images, whole[[2, 0]])
     for other in (
-        read(paths, view=views[0], epoch=3).images,
-        read(paths, view=views[1], epoch=2).images,
+        read(paths, transform=views[0], epoch=3).images,
+        read(paths, transform=views[1], epoch=2).images,
         whole[[1, 2, 0]],
     ):
         assert (other != whole).flatten(1).any(1).all()

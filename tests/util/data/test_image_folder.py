@@ -204,7 +204,7 @@ def test_statistics_that_cannot_be_kept_are_used_all_the_same(root, capsys):
     spec, *_ = build(root, cache_dir=root / "file" / "run")
     assert spec == build(root)[0]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith("warning: the channel statistics could not be kept: ")
+    assert line.startswith("warning: the channel statistics could not be saved: ")
 
 
 def test_classes_that_differ_are_listed(tmp_path):

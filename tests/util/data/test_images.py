@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from util.data import images
-from util.data.images import Held, Pixels, Resized, channel_statistics, hold_in_memory
+from util.data.images import InMemory, Pixels, Resized, channel_statistics, load_into_memory
 from util.errors import BadImage, DataError
 
 IMAGES = torch.arange(600 * 3 * 4 * 4).remainder(251).to(torch.uint8).reshape(600, 3, 4, 4)
@@ -40,7 +40,7 @@ def test_channel_statistics_are_those_of_all_good_pixels(threads, bad):
 
 
 def test_flat_images_have_a_deviation_to_divide_by():
-    mean, std = channel_statistics(Held(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)))
+    mean, std = channel_statistics(InMemory(torch.full((2, 1, 4, 4), 51, dtype=torch.uint8)))
     assert mean == pytest.approx((0.2,)) and std == pytest.approx((1 / 255,))
 
 
@@ -50,15 +50,15 @@ def test_bad_images_alone_have_no_statistics():
 
 
 def test_a_source_is_held_in_memory_only_within_the_budget(monkeypatch):
-    assert torch.equal(hold_in_memory(OnAccess()).images, IMAGES)
+    assert torch.equal(load_into_memory(OnAccess()).images, IMAGES)
     monkeypatch.setattr(images, "MEMORY_BUDGET", IMAGES.numel() - 1)
     source = OnAccess()
-    assert hold_in_memory(source) is source
+    assert load_into_memory(source) is source
 
 
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_source_held_in_memory_reads_as_before_bad_images_too(threads):
-    source, held = OnAccess(BAD), hold_in_memory(OnAccess(BAD), threads)
+    source, held = OnAccess(BAD), load_into_memory(OnAccess(BAD), threads)
     for index in ([5, 2, 300, 7], [599, 0], [], range(600)):
         images, bad = read(held, *index)
         expected, expected_bad = read(source, *index)
@@ -66,7 +66,7 @@ def test_a_source_held_in_memory_reads_as_before_bad_images_too(threads):
 
 
 def test_resized_images_have_the_size_asked_for():
-    resized = Resized(Held(torch.full((5, 1, 8, 8), 9, dtype=torch.uint8), {0: "x"}), 32)
+    resized = Resized(InMemory(torch.full((5, 1, 8, 8), 9, dtype=torch.uint8), {0: "x"}), 32)
     images, bad = read(resized, 4, 0, 1)
     assert torch.equal(images, torch.full((2, 1, 32, 32), 9).byte()) and bad == {0: "x"}
     assert read(resized).images.shape == (0, 1, 32, 32)

@@ -2,14 +2,14 @@ import pytest
 import torch
 
 from util.data.augment import Augmentation
-from util.data.images import DataSpec, Held, Split
-from util.data.loader import TEST_BATCH, ImageLoader, ImageSet
+from util.data.images import DataSpec, InMemory, Split
+from util.data.loader import MAX_TEST_BATCH, ImageLoader, ImageSet
 
 SIZE = 23
 IMAGES = torch.arange(SIZE * 3 * 4 * 4).remainder(251).to(torch.uint8).reshape(SIZE, 3, 4, 4)
 TARGETS = torch.arange(SIZE) % 7
 SPEC = DataSpec("set", 3, 4, ("a", "b"), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7))
-SPLIT = Split(Held(IMAGES), TARGETS)
+SPLIT = Split(InMemory(IMAGES), TARGETS)
 CROP_AND_FLIP = Augmentation(pad=2, flip=True)
 
 
@@ -56,7 +56,7 @@ def test_the_parts_of_a_batch_are_that_batch_pixel_for_pixel(processes, workers)
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_empty_part_is_a_batch_of_no_images(workers):
-    few = Split(Held(IMAGES[:2]), TARGETS[:2])
+    few = Split(InMemory(IMAGES[:2]), TARGETS[:2])
     ((images, targets),) = loader(few, rank=2, processes=3, num_workers=workers)
     assert images.shape == (0, 3, 4, 4) and images.dtype == torch.float32
     assert targets.shape == (0,) and targets.dtype == torch.int64
@@ -73,17 +73,21 @@ def test_test_batches_are_dealt_whole(processes):
 
 
 def test_a_test_batch_stays_the_same_beyond_its_limit():
-    many = Split(Held(IMAGES[:1].expand(300, 3, 4, 4)), TARGETS[:1].expand(300))
+    many = Split(InMemory(IMAGES[:1].expand(300, 3, 4, 4)), TARGETS[:1].expand(300))
     for batch_size in (256, 300):
         test = loader(many, train=False, batch_size=batch_size)
-        assert [len(targets) for _, targets in test] == [TEST_BATCH, 300 - TEST_BATCH] == [256, 44]
+        assert (
+            [len(targets) for _, targets in test]
+            == [MAX_TEST_BATCH, 300 - MAX_TEST_BATCH]
+            == [256, 44]
+        )
     assert [len(targets) for _, targets in loader(many, batch_size=300)] == [300]
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_files_left_out_come_back_to_the_process_that_asked(workers):
     bad = {1: "one", 9: "nine", **{i: str(i) for i in range(16, SIZE)}}
-    broken = loader(Split(Held(IMAGES, bad), TARGETS), train=False, num_workers=workers)
+    broken = loader(Split(InMemory(IMAGES, bad), TARGETS), train=False, num_workers=workers)
     assert broken.skipped == set()
     whole, found = list(loader(train=False)), list(broken)
     assert broken.skipped == set(bad.values())
@@ -94,7 +98,7 @@ def test_files_left_out_come_back_to_the_process_that_asked(workers):
 
 
 def test_a_image_left_out_changes_no_other():
-    entire, broken = loader(), loader(Split(Held(IMAGES, {9: "nine"}), TARGETS))
+    entire, broken = loader(), loader(Split(InMemory(IMAGES, {9: "nine"}), TARGETS))
     for (images, targets), (some, their) in zip(entire, broken, strict=True):
         kept = [i for i, image in enumerate(images) if any(torch.equal(image, x) for x in some)]
         assert same((some, their), (images[kept], targets[kept]))

@@ -73,7 +73,7 @@ def test_batches_are_the_order_cut_and_the_last_is_kept():
 @pytest.mark.parametrize("whole", [False, True])
 def test_an_epoch_resumed_at_a_batch_continues_the_same_order(whole):
     for rank in range(3):
-        share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole": whole}
+        share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole_batches": whole}
         entire = batches(1, **share)
         for start in range(7):
             done = len(range(rank, start, 3)) if whole else start
@@ -110,7 +110,7 @@ def test_whole_batches_are_dealt_in_turn(size, batch_size, processes):
     options = {"size": size, "batch_size": batch_size, "shuffle": False}
     one = batches(**options)
     for rank in range(processes):
-        dealt = batches(rank=rank, processes=processes, whole=True, **options)
+        dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
         assert dealt == one[rank::processes]
 
 

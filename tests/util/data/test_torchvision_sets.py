@@ -133,7 +133,7 @@ def no_network(monkeypatch):
 
     whole_open = OpenerDirector.open
     monkeypatch.setattr(OpenerDirector, "open", refuse)
-    monkeypatch.setattr(download, "PATIENCE", 1)
+    monkeypatch.setattr(download, "MAX_ATTEMPTS", 1)
 
 
 def build(name, root, **options):

@@ -163,7 +163,7 @@ def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
 def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processes):
     """--test-iter 4 of 7 batches."""
     dealt = [
-        list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole=True))
+        list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole_batches=True))
         for rank in range(processes)
     ]
     tested = [b[: World(rank, processes).shard_count(4)] for rank, b in enumerate(dealt)]
