@@ -36,7 +36,7 @@ def test_every_place_and_both_directions_occur():
     assert 150 < mirrored.sum() < 250
 
 
-def test_a_image_is_augmented_by_seed_epoch_and_index_alone():
+def test_an_image_is_augmented_by_seed_epoch_and_index_alone():
     whole = augment(CROP_AND_FLIP, epoch=3, seed=1)
     some = torch.tensor([7, 3, 399])
     alone = augment(CROP_AND_FLIP, IMAGES[some], INDEX[some], epoch=3, seed=1)
@@ -71,7 +71,7 @@ def columns(boxes):
 
 
 @pytest.mark.parametrize(("width", "height"), [(999, 10), (7, 300), (1, 1)])
-def test_a_image_too_narrow_for_a_random_box_gives_its_middle(width, height):
+def test_an_image_too_narrow_for_a_random_box_gives_its_middle(width, height):
     published = RandomResizedCrop(224)
     image = torch.empty(3, height, width)
     expected = published.get_params(image, published.scale, published.ratio)

@@ -214,7 +214,7 @@ def test_classes_that_differ_are_listed(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_a_image_that_cannot_be_decoded_is_named(root, content):
+def test_an_image_that_cannot_be_decoded_is_named(root, content):
     whole = (root / "test" / "dog" / "0.png").read_bytes()
     bad = root / "test" / "dog" / "bad.png"
     bad.write_bytes(whole[:-200] if content is None else content)

@@ -31,7 +31,7 @@ def test_batches_are_normalised_images_with_their_targets():
     assert SPEC.num_classes == 2
 
 
-def test_a_image_alone_is_the_image_in_its_batch():
+def test_an_image_alone_is_the_image_in_its_batch():
     data = ImageSet(SPEC, SPLIT, seed=3, augmentation=CROP_AND_FLIP)
     keys = [(1, 4), (2, 4), (2, 9)]
     images, targets, _ = data.__getitems__(keys)
@@ -97,7 +97,7 @@ def test_files_left_out_come_back_to_the_process_that_asked(workers):
     assert found[2][0].shape == (0, 3, 4, 4)
 
 
-def test_a_image_left_out_changes_no_other():
+def test_an_image_left_out_changes_no_other():
     entire, broken = loader(), loader(Split(InMemory(IMAGES, {9: "nine"}), TARGETS))
     for (images, targets), (some, their) in zip(entire, broken, strict=True):
         kept = [i for i, image in enumerate(images) if any(torch.equal(image, x) for x in some)]

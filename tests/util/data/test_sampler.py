@@ -3,6 +3,7 @@ from itertools import chain
 import numpy as np
 import pytest
 
+from tests.pairwise import pairwise
 from util.data.sampler import CROP, FLIP, ORDER, TOP, EpochBatches, _splitmix64, random_words
 
 MANY = np.arange(20_000)
@@ -58,7 +59,7 @@ def test_every_epoch_shuffles_afresh():
     assert abs(np.corrcoef(*ranks)[0, 1]) < 5 / np.sqrt(len(MANY))
 
 
-def test_many_draws_of_a_image_are_those_drawn_one_by_one():
+def test_many_draws_of_an_image_are_those_drawn_one_by_one():
     many = random_words(-1, 2, 3, CROP + np.arange(4))
     assert many.tolist() == [random_words(-1, [2], [3], CROP + i)[0] for i in range(4)]
 
@@ -85,8 +86,10 @@ def test_without_shuffle_every_epoch_has_the_order_of_the_data():
     assert [[index for _, index in batch] for batch in found] == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.parametrize("processes", range(1, 6))
-@pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (17, 8), (3, 8), (9, 2)])
+@pytest.mark.parametrize(
+    ("size", "batch_size", "processes"),
+    pairwise([3, 17, 23, 24], [2, 8], range(1, 6)),
+)
 def test_the_parts_of_all_processes_are_the_batches_of_one(size, batch_size, processes):
     options = {"epoch": 1, "size": size, "batch_size": batch_size, "seed": 3}
     parts = [batches(rank=rank, processes=processes, **options) for rank in range(processes)]
@@ -104,14 +107,14 @@ def test_the_images_of_a_batch_can_be_told_afterwards():
     assert [sampler.images(i) for i in range(3)] == [[i for _, i in batch] for batch in found]
 
 
-@pytest.mark.parametrize("processes", range(1, 6))
 @pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (3, 8), (9, 2)])
-def test_whole_batches_are_dealt_in_turn(size, batch_size, processes):
+def test_whole_batches_are_dealt_in_turn(size, batch_size):
     options = {"size": size, "batch_size": batch_size, "shuffle": False}
     one = batches(**options)
-    for rank in range(processes):
-        dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
-        assert dealt == one[rank::processes]
+    for processes in range(1, 6):
+        for rank in range(processes):
+            dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
+            assert dealt == one[rank::processes]
 
 
 @pytest.mark.parametrize(("epoch", "start"), [(-1, 0), (0, -1)])
