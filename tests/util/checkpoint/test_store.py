@@ -27,7 +27,7 @@ from util.checkpoint.store import (
     save_checkpoint,
 )
 from util.errors import CheckpointError
-from util.files import atomic_write, clear_leftovers
+from util.files import clear_leftovers
 from util.random_state import set_rng_state
 
 read = partial(load_checkpoint, device="cpu")
@@ -147,13 +147,6 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path
     assert leftovers > 10  # else nothing was tested
 
 
-def test_only_leftovers_of_saves_are_cleared(tmp_path):
-    for name in (".checkpoint.pth.tar.123.tmp", ".mine.tmp", ".notes", "file.12.tmp"):
-        (tmp_path / name).touch()
-    clear_leftovers(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} == {".mine.tmp", ".notes", "file.12.tmp"}
-
-
 @pytest.mark.parametrize(
     "bad, reason",
     [
@@ -186,17 +179,6 @@ def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
         save_checkpoint(make_state(epoch=3), tmp_path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
-
-
-def test_a_file_and_its_folder_reach_the_disk_in_order(tmp_path, monkeypatch):
-    calls = []
-    fsync, replace = os.fsync, os.replace
-    monkeypatch.setattr(os, "fsync", lambda fd: (calls.append("fsync"), fsync(fd)))
-    monkeypatch.setattr(os, "replace", lambda a, b: (calls.append("replace"), replace(a, b)))
-    with atomic_write(tmp_path / "file") as file:
-        file.write(b"text")
-    assert calls == ["fsync", "replace", "fsync"]
-    assert (tmp_path / "file").read_bytes() == b"text"
 
 
 def test_files_that_are_no_checkpoint_are_refused_by_name_and_reason(tmp_path):

@@ -14,7 +14,6 @@ import pytest
 
 from util.data import download
 from util.data.download import DownloadError, fetch
-from util.lock import LockHeld, take_lock
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
 MD5 = hashlib.md5(CONTENT).hexdigest()
@@ -212,29 +211,3 @@ def test_a_killed_download_goes_on_where_it_was(server, tmp_path):
     fetch(tmp_path / "file.bin", MD5, [server.url])
     assert server.asked == [None, "bytes=1000-"]
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
-
-
-def own(path, ready, end):
-    with take_lock(path):
-        ready.set()
-        end.wait(20)
-
-
-@pytest.mark.parametrize("killed", [True, False])
-def test_a_lock_has_one_owner_until_that_ends(tmp_path, killed):
-    path, ready, end = tmp_path / "lock", fork.Event(), fork.Event()
-    owner = fork.Process(target=own, args=(path, ready, end))
-    owner.start()
-    assert ready.wait(20)
-    with pytest.raises(LockHeld, match=f"process {owner.pid} on "):
-        take_lock(path)
-    told = []
-
-    def wait(text):
-        told.append(text)
-        os.kill(owner.pid, signal.SIGKILL) if killed else end.set()
-
-    with take_lock(path, wait):
-        assert f"process {os.getpid()} on " in path.read_text()
-    owner.join()
-    assert len(told) == 1 and f"process {owner.pid} on " in told[0]

@@ -1,71 +1,23 @@
 import errno
 import json
 import os
-import random
 import shutil
 import signal
 from argparse import Namespace
 from contextlib import nullcontext
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from tests.states import make_state
 from util.checkpoint.store import load_checkpoint, save_checkpoint
-from util.device import choose_device, count_processes
 from util.errors import CheckpointError, RunError, Stopped
-from util.random_state import seed_everything
 from util.tracking import run_dir as run_dir_module
 from util.tracking.provenance import write_record
 from util.tracking.run_dir import check_unchanged, copy_previous_run, find_run_dir, open_run_dir
 from util.training.session import check_last_batch, name_images
 from util.training.signals import tell_where_to_continue
-
-
-def test_devices_are_those_that_the_flags_and_the_process_number_choose(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    monkeypatch.setattr(torch.cuda, "set_device", lambda index: None)
-    assert str(choose_device(None, None, None)) == "cuda:0"
-    assert str(choose_device(True, None, None, local_rank=1)) == "cuda:1"
-    assert str(choose_device(None, 1, None)) == "cuda:1"
-    assert str(choose_device(False, None, None, local_rank=1)) == "cpu"
-    with pytest.raises(RunError, match="process 2 .* 2 are visible"):
-        choose_device(None, None, None, local_rank=2)
-    with monkeypatch.context() as several:
-        several.setenv("LOCAL_WORLD_SIZE", "2")
-        with pytest.raises(RunError, match="--gpu 1: several processes"):
-            choose_device(None, 1, None)
-    assert [count_processes(None, None), count_processes(None, 1)] == [2, 1]
-    assert count_processes(False, None) == 1
-
-
-def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert choose_device(None, None, None).type == "cpu"
-    assert count_processes(None, None) == 1
-    with pytest.raises(RunError, match="--use-gpu True"):
-        choose_device(True, None, None)
-    with pytest.raises(RunError, match="--gpu 3: PyTorch sees 0"):
-        choose_device(None, 3, None)
-
-
-def test_threads_are_set():
-    before = torch.get_num_threads()
-    try:
-        choose_device(False, None, before + 1)
-        assert torch.get_num_threads() == before + 1
-    finally:
-        torch.set_num_threads(before)
-
-
-def test_seeding_repeats_all_generators():
-    def draw():
-        seed_everything(2**40)
-        return random.random(), np.random.rand(), torch.rand(1).item()  # noqa: NPY002
-
-    assert draw() == draw()
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
