@@ -1,9 +1,9 @@
-"""Kernels that a layer launches on a GPU, in eager mode, and its graphs under torch.compile.
+"""Count the GPU kernels that a layer launches, and its graphs under torch.compile.
 
-On paper: the layer runs on the meta device, which holds no numbers and takes the hooks of a GPU,
-and every operator is counted that is not a view or an allocation; those known to launch more
-kernels than one count as so many (`kernels`). What a library does inside, as cuSOLVER in a Cholesky
-factor, counts as one. On a GPU: by torch.profiler, copies and fills included.
+Without a GPU, the layer runs on the meta device. Every operator that is not a view or an allocation
+counts; operators that launch several kernels count as such (`kernels`). A call of a library, such
+as cuSOLVER's Cholesky factor, counts as one. On a GPU, torch.profiler counts, copies and fills
+included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from scripts.bench.layers import DIRECTIONS, WHOLE, Key, Stopwatch, divide
 aten = torch.ops.aten
 META = torch.device("meta")
 RUNNING = "running statistics"
-WARMUP = 3  # calls before a GPU is asked: libraries choose their kernels in the first
+WARMUP = 3  # calls before counting: libraries choose their kernels in the first call
 
 # Operators without a kernel that are no views by their signatures.
 NO_KERNEL = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
@@ -37,7 +37,7 @@ TWO_KERNELS = {aten.constant_pad_nd, aten.eye, aten.baddbmm}
 
 
 def kernels(func: Any, args: tuple[Any, ...], result: Any) -> int:
-    """Kernels that a call of an operator launches."""
+    """Return the number of kernels that a call of an operator launches."""
     returned = func._schema.returns
     view = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
     operator = func.overloadpacket
@@ -53,7 +53,7 @@ def kernels(func: Any, args: tuple[Any, ...], result: Any) -> int:
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
-    """Whether two tensors are the same numbers in memory."""
+    """Return True if two tensors are the same view of the same memory."""
     places = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride()) for x in (one, other)]
     return places[0] == places[1] and one.shape == other.shape
 
@@ -64,7 +64,7 @@ def _has_tensor(result: Any) -> bool:
 
 
 class Launches(TorchDispatchMode):
-    """Counts kernels while it is entered."""
+    """A dispatch mode that counts kernels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,13 +90,13 @@ class LaunchWatch(Stopwatch):
 
 
 def count_on_paper(layer: nn.Module, shape: tuple[int, ...]) -> Counter[Key]:
-    """Launches by layer, step and direction, as `profile_layer.measure` has its seconds.
+    """Count launches by layer, step and direction, as `layers.measure` takes seconds.
 
-    RUNNING is a step of its own here.
+    RUNNING is a separate step here.
     """
     layer = deepcopy(layer).to(META).train()
     x = torch.empty(shape, device=META, requires_grad=True)
-    layer(x)  # what is kept from the first step on is made
+    layer(x)  # makes what later steps reuse
     launches = Launches()
     watch = LaunchWatch(launches)
     if hasattr(layer, "_update_running"):
@@ -113,7 +113,7 @@ def count_on_paper(layer: nn.Module, shape: tuple[int, ...]) -> Counter[Key]:
 def count_on_gpu(
     layer: nn.Module, shape: tuple[int, ...], device: torch.device, *, compiled: bool = False
 ) -> dict[str, int]:
-    """Launches forward and backward that the profiler sees."""
+    """Count the launches of forward and backward with the profiler."""
     layer = deepcopy(layer).to(device).train()
     layer = torch.compile(layer) if compiled else layer
     x = torch.randn(shape, device=device, requires_grad=True)
@@ -129,7 +129,7 @@ def count_on_gpu(
 
 
 def count_calls(call: Callable[[], Any]) -> int:
-    """What a call gives the GPU to do: kernels, copies and fills."""
+    """Count the kernels, copies and fills of a call on the GPU."""
     for _ in range(WARMUP):
         call()
     torch.cuda.synchronize()
@@ -141,7 +141,7 @@ def count_calls(call: Callable[[], Any]) -> int:
 
 
 def count_graphs(layer: nn.Module, shape: tuple[int, ...], *, training: bool) -> int:
-    """Graphs that torch.compile makes of the forward: 1 where nothing breaks it.
+    """Count the graphs that torch.compile makes of the forward; 1 without graph breaks.
 
     The backward is compiled from the same graphs. The layer stays where it is.
     """

@@ -1,15 +1,14 @@
-"""Where the time of deconvolution goes: its four steps and the convolution, as a Markdown table.
+"""Time the four steps of deconvolution and the convolution, as a Markdown table.
 
     python scripts/bench/layers.py --layer 64,128,32                    channels in, out, side
     python scripts/bench/layers.py --layer 3,64,224,7,2 --mode 4        kernel and stride as well
     python scripts/bench/layers.py --arch vgg11 --batch-size 128 --by-layer
 
-Times are of forward and backward, without loss and optimizer, medians over the rounds. A step's
-forward is that of the functions by whose names `deconv.whitening` calls it; its backward runs from
-the last gradient that arrives at their results to the last that leaves for their arguments; patches
-are gathered and scattered inside the second step, and taken out of it here. What a layer takes
-beyond its steps counts as convolution. On a GPU the clock runs between CUDA events, gaps included
-in which the GPU waits for work.
+Times are medians over rounds of forward and backward, without loss and optimizer. The forward of
+a step is the time of its functions in `deconv.whitening`. The backward of a step runs from the last
+gradient that arrives at their results to the last that leaves for their arguments. Patches are
+gathered and scattered inside the second step; the table subtracts their time there. The rest of a
+layer's time counts as convolution. On a GPU, CUDA events take the time, idle gaps included.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from scripts.bench import steps
 from util.cli.parser import Parser, bounded_int
 from util.training.accelerator import Accelerator
 
-# Functions of deconv.whitening, and the step of each.
+# Functions of deconv.whitening, and their steps.
 PATCHES, STATISTICS = "patches", "mean and covariance"
 STEPS = {
     "mean_and_covariance": STATISTICS,
@@ -55,10 +54,10 @@ Key = tuple[str, str, str]  # layer, step, direction
 
 
 class Stopwatch:
-    """Takes the time of functions, forward and backward, by layer and step.
+    """A clock for the forward and backward of functions, by layer and step.
 
     Args:
-        device: whose clock counts.
+        device: the device whose time is taken.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -68,7 +67,7 @@ class Stopwatch:
         self.backward_of: dict[str, Span] = {}
 
     def now(self) -> Any:
-        """The time: seconds on a CPU, an event in the stream of a GPU."""
+        """Return the time: seconds on a CPU, an event in the stream of a GPU."""
         if self.device.type != "cuda":
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
@@ -76,14 +75,14 @@ class Stopwatch:
         return event
 
     def span(self, *key: str) -> Span:
-        """A new span of time for (layer, step, direction)."""
+        """Return a new span of time for (layer, step, direction)."""
         self.spans.append(Span(key, self.now))
         return self.spans[-1]
 
     def timed(
         self, function: Callable[..., Any], step: str, layer: str | None = None
     ) -> Callable[..., Any]:
-        """The same function under the clock; it begins `layer`, or belongs to the present one."""
+        """Return a timed function; it begins `layer`, or belongs to the present layer."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -105,7 +104,7 @@ class Stopwatch:
         backward.start()
 
     def timed_inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The same function under the clock, in whatever step of a layer it is called."""
+        """Return a timed function that may run inside any step of a layer."""
 
         @wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -116,7 +115,7 @@ class Stopwatch:
 
     @contextmanager
     def attached(self, model: nn.Module) -> Iterator[None]:
-        """Time the deconvolution layers of `model`, for good, and their steps, for the while."""
+        """Time the deconvolution layers of `model`, and their steps while the context is open."""
         for name, layer in model.named_modules():
             if isinstance(layer, FastDeconv | Delinear):
                 layer.forward = self.timed(layer.forward, LAYER, name)
@@ -133,7 +132,7 @@ class Stopwatch:
             yield
 
     def read(self) -> Counter[Key]:
-        """Seconds since the last reading."""
+        """Return the seconds by layer, step and direction since the last reading."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         seconds: Counter[Key] = Counter()
@@ -144,7 +143,7 @@ class Stopwatch:
 
 
 class Span:
-    """From the last start to the last stop, by the clock `now`; as a context, of its block."""
+    """A span of time from the last start to the last stop; as a context, of its block."""
 
     def __init__(self, key: Key, now: Callable[[], Any]) -> None:
         self.key, self.now = key, now
@@ -163,7 +162,7 @@ class Span:
         self.stop()
 
     def seconds(self) -> float:
-        """0 for one that was not begun or not ended."""
+        """Return the seconds, 0 for a span that was not started or not stopped."""
         if self.begin is None or self.end is None:
             return 0.0
         if isinstance(self.begin, float):
@@ -172,7 +171,7 @@ class Span:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity; `note` is called when the gradient passes."""
+    """The identity; the backward calls `note`."""
 
     @staticmethod
     def forward(ctx, x: Tensor, note: Callable[[], None]) -> Tensor:
@@ -186,18 +185,18 @@ class _Mark(torch.autograd.Function):
 
 
 def note_leaving(x: Tensor, note: Callable[[], None]) -> Tensor:
-    """The same tensor for one use, after whose backward `note` is called."""
+    """Return a view of `x` that calls `note` after its backward."""
     return _Mark.apply(x, note)
 
 
 def note_arriving(x: Tensor, note: Callable[[], None]) -> Tensor:
-    """The tensor itself, which may be changed in place; `note` is called before its backward."""
+    """Return `x`, with a hook that calls `note` before its backward."""
     x.register_hook(lambda grad: note())
     return x
 
 
 def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """The tensor, tuple, list or dict with every tensor changed that has a gradient."""
+    """Apply `change` to every tensor with a gradient in tuples, lists and dicts."""
     if isinstance(tree, Tensor) and tree.requires_grad:
         return change(tree)
     if isinstance(tree, tuple | list):
@@ -212,7 +211,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags = parser.parse_args(argv)
     if flags.layer and (flags.arch or flags.by_layer):
-        parser.error(f"--layer: {'--arch' if flags.arch else '--by-layer'} is of whole networks")
+        parser.error(f"--layer: {'--arch' if flags.arch else '--by-layer'} needs a whole network")
     device = steps.find_device(parser, flags)
     torch.manual_seed(0)
     try:
@@ -226,8 +225,8 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser() -> Parser:
-    parser = Parser("profile_layer.py", __doc__.splitlines()[0])
-    add = parser.add_group("what to profile")
+    parser = Parser("layers.py", __doc__.splitlines()[0])
+    add = parser.add_group("case")
     add("--layer", "one layer", layer_shape, metavar="C,OUT,SIDE[,KERNEL[,STRIDE]]")
     add("--arch", "a network", None, None, ARCH, metavar="NAME")
     add("--by-layer", "a row for each layer", action="store_true")
@@ -241,7 +240,7 @@ def make_parser() -> Parser:
 
 
 def layer_shape(text: str) -> tuple[int, ...]:
-    """C,OUT,SIDE[,KERNEL[,STRIDE]], of kernel 3 and stride 1 unless told."""
+    """Parse C,OUT,SIDE[,KERNEL[,STRIDE]]; the defaults are kernel 3 and stride 1."""
     words = text.split(",")
     if not 3 <= len(words) <= 5 or not all(word.isdecimal() and int(word) for word in words):
         raise argparse.ArgumentTypeError(
@@ -251,7 +250,7 @@ def layer_shape(text: str) -> tuple[int, ...]:
 
 
 def build(flags: argparse.Namespace) -> tuple[nn.Module, Tensor]:
-    """The layer or network, and what it is given; the layer's input wants a gradient too.
+    """Build the layer or network and its input; a layer's input requires a gradient.
 
     Raises:
         ValueError, TypeError: as `steps.build`.
@@ -271,10 +270,10 @@ def build(flags: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 def measure(
     model: nn.Module, images: Tensor, accelerator: Accelerator, *, rounds: int, warmup: int
 ) -> list[Counter[Key]]:
-    """Seconds of each round by layer, step and direction, what lies beyond the steps included.
+    """Return the seconds of each round by layer, step and direction.
 
-    The four steps and CONVOLUTION add up to the layer; all layers and REST to the whole, whose
-    layer is called "".
+    The four steps and CONVOLUTION add up to the layer. All layers and REST add up to WHOLE, which
+    has the layer name "".
     """
     model = accelerator.to_device(model)
     images = images.detach().to(accelerator.device, memory_format=accelerator.memory_format)
@@ -299,7 +298,7 @@ def _run_once(
 
 
 def divide(seconds: Counter[Key]) -> Counter[Key]:
-    """A reading with CONVOLUTION and REST in place of the time of whole layers."""
+    """Replace the time of whole layers by CONVOLUTION and REST."""
     parts: Counter[Key] = Counter()
     for (layer, step, direction), value in seconds.items():
         if step == WHOLE:
@@ -318,7 +317,7 @@ def divide(seconds: Counter[Key]) -> Counter[Key]:
 
 
 def format_steps(rounds: Sequence[Counter[Key]]) -> str:
-    """A row for each step, over all layers."""
+    """Format a row for each step, over all layers."""
     several = any(layer for round_ in rounds for layer, _, _ in round_)
     lines = ["| step | forward (ms) | backward (ms) | share |", "|---|---:|---:|---:|"]
     for step in (*NAMES, CONVOLUTION, *([REST] if several else []), WHOLE):
@@ -329,7 +328,7 @@ def format_steps(rounds: Sequence[Counter[Key]]) -> str:
 
 
 def format_layers(rounds: Sequence[Counter[Key]]) -> str:
-    """A row for each layer of a network: its steps, forward and backward together."""
+    """Format a row for each layer: its steps, forward and backward together."""
     steps = (*NAMES, CONVOLUTION)
     titles = [f"{title} (ms)" for title in (*steps, *DIRECTIONS)]
     lines = [f"| layer | {' | '.join(titles)} | share |", f"|---|{'---:|' * (len(titles) + 1)}"]
@@ -349,7 +348,7 @@ def find(
     step: str | None = None,
     direction: str | None = None,
 ) -> float:
-    """Milliseconds of all that is of this layer, step and direction: the median of the rounds."""
+    """Return the median milliseconds of this layer, step and direction; None selects all."""
     asked = (layer, step, direction)
 
     def fits(key: Key) -> bool:
