@@ -1,60 +1,78 @@
-"""Compare finished runs: one picture of their curves and one Markdown table of their results.
+"""Compare finished runs: one figure of their curves and one Markdown table of their results.
 
     python scripts/compare.py runs/digits-vgg11-bn/* runs/digits-vgg11-deconv-mode5/*
+    python scripts/compare.py RUN_DIR... --accuracy-only --out accuracy_against_steps
 
-Seconds are those of the machine that trained; compare them between runs of one machine only.
+Runs that differ in the seed alone form a group. The figure shows a group's mean in a band from the
+lowest to the highest seed. The table adds a row with mean and sample standard deviation. Times are
+comparable between runs of one machine only.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.cli.inherited import MAY_CHANGE
 from util.console import visible
 from util.files import atomic_write
 from util.tracking.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
-from util.tracking.plots import RunCurves, plot_comparison
+from util.tracking.plots import RunCurves, RunGroup, plot_comparison
 from util.tracking.provenance import RECORD_NAME
 
 FILES = ("summary.json", RECORD_NAME, "train.log", "test.log", "train_batch.log")
+# Flags in which runs of one group may differ.
+FREE_FLAGS = {"seed", *MAY_CHANGE} - {"data", "epochs", "max_steps"}
+KIND_TITLES = {"bn": "BatchNorm", "plain": "no normalization"}
 
 
 @dataclass(frozen=True)
 class Run:
-    """What one run folder tells."""
+    """Content of one run's folder."""
 
     name: str
     flags: dict[str, Any]
     summary: dict[str, Any]
     curves: RunCurves
 
+    @property
+    def kind(self) -> str:
+        return str(self.summary.get("kind", "run"))
+
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        runs = [
-            read_run(folder, name)
-            for folder, name in zip(args.runs, name_runs(args.runs), strict=True)
-        ]
-        table = format_table(runs)
+        names = name_runs(args.runs)
+        runs = [read_run(folder, name) for folder, name in zip(args.runs, names, strict=True)]
+        groups = group_seeds(runs)
+        table = format_table(groups)
         stem = args.out.with_suffix("") if args.out.suffix in (".png", ".md") else args.out
-        picture, text = Path(f"{stem}.png"), Path(f"{stem}.md")
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        plot_comparison([run.curves for run in runs], picture)
+        figure, text = Path(f"{stem}.png"), Path(f"{stem}.md")
+        figure.parent.mkdir(parents=True, exist_ok=True)
+        curves = [
+            RunGroup(label, group[0].kind, [run.curves for run in group])
+            for label, group in zip(label_groups(groups), groups, strict=True)
+        ]
+        title = describe_setting(runs) if args.title is None else args.title
+        plot_comparison(curves, figure, title=title, accuracy_only=args.accuracy_only)
         with atomic_write(text) as file:
             file.write(table.encode())
     except (OSError, ValueError) as error:
         raise SystemExit(f"compare.py: {error}") from error
-    print(f"{table}\ncurves: {picture}\ntable: {text}")
+    print(f"{table}\nfigure: {figure}\ntable: {text}")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -64,7 +82,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="RUN_DIR",
         nargs="+",
         type=Path,
-        help="folder of a finished run, the one that holds summary.json",
+        help="folder of a finished run, which holds summary.json",
     )
     parser.add_argument(
         "--out",
@@ -73,6 +91,16 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=Path("comparison"),
         help="write STEM.png and STEM.md (default: %(default)s)",
     )
+    parser.add_argument(
+        "--accuracy-only",
+        action="store_true",
+        help="plot accuracy against steps alone (default: accuracy and loss, steps and seconds)",
+    )
+    parser.add_argument(
+        "--title",
+        metavar="TEXT",
+        help="title of the figure (default: network, dataset and batch size)",
+    )
     return parser.parse_args(argv)
 
 
@@ -80,7 +108,7 @@ def read_run(folder: Path, name: str) -> Run:
     """Read the files of a run.
 
     Raises:
-        ValueError: naming the folder and the file that is missing or damaged.
+        ValueError: a file is missing or damaged; the message names folder and file.
     """
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
@@ -90,58 +118,128 @@ def read_run(folder: Path, name: str) -> Run:
     train, test, batches = (_read_log(folder / f"{stem}.log", columns) for stem, columns in logs)
     if len(train["epoch"]) != len(test["epoch"]):
         raise ValueError(f"{folder / 'test.log'}: not as many rows as train.log")
-    kind = str(summary.get("kind", "run"))
-    label = name if kind in name else f"{name} ({kind})"
-    curves = RunCurves(label, kind, train, test, batches, summary.get("epoch_steps") or 0)
+    epoch_steps = summary.get("epoch_steps") or max(batches["batch"], default=1)
+    total = summary.get("steps") or math.inf
+    ends = [min(epoch * epoch_steps, total) for epoch in test["epoch"]]
+    curves = RunCurves(train, test, batches, ends, epoch_steps)
     return Run(name, read_json(folder / RECORD_NAME).get("flags", {}), summary, curves)
 
 
-def count_epochs(run: Run) -> int | str | None:
-    """The epochs finished, with "of" how many where the run has not come to its end."""
-    done, epoch_steps = run.summary.get("epochs"), run.summary.get("epoch_steps")
-    wanted, max_steps = run.flags.get("epochs"), run.flags.get("max_steps")
-    if epoch_steps and max_steps and wanted:
-        wanted = min(wanted, math.ceil(max_steps / epoch_steps))
-    return f"{done} of {wanted}" if done and wanted and done < wanted else done
-
-
 def name_runs(folders: Sequence[Path]) -> list[str]:
-    """Each folder's path below the deepest folder that they share."""
+    """Return each folder's path below the deepest common folder."""
     paths = [folder.resolve() for folder in folders]
-    shared = os.path.commonpath([path.parent for path in paths])
-    return [path.relative_to(shared).as_posix() for path in paths]
+    common = os.path.commonpath([path.parent for path in paths])
+    return [path.relative_to(common).as_posix() for path in paths]
+
+
+def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
+    """Group runs that differ in the seed alone, in the order of their first runs.
+
+    A second run of one seed begins a group of its own.
+    """
+    groups: dict[tuple[str, int], list[Run]] = {}
+    repeats: Counter[tuple[str, Any]] = Counter()
+    for run in runs:
+        fixed = {name: value for name, value in run.flags.items() if name not in FREE_FLAGS}
+        setting = json.dumps([run.kind, fixed], sort_keys=True)
+        seed = (setting, run.flags.get("seed"))
+        groups.setdefault((setting, repeats[seed]), []).append(run)
+        repeats[seed] += 1
+    return list(groups.values())
+
+
+def label_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
+    """Label each group by kind and learning rate, and by name where these are not unique."""
+    labels = []
+    for group in groups:
+        kind, rate = group[0].kind, group[0].summary.get("lr")
+        label = KIND_TITLES.get(kind) or re.sub(r"^deconv-mode", "deconvolution mode ", kind)
+        labels.append(f"{label}, lr {rate:g}" if isinstance(rate, (int, float)) else label)
+    count = Counter(labels)
+    for number, group in enumerate(groups):
+        if count[labels[number]] > 1:
+            labels[number] = f"{name_group(group)} ({labels[number]})"
+        if len(group) > 1:
+            labels[number] += f", {len(group)} seeds"
+    return labels
+
+
+def name_group(group: Sequence[Run]) -> str:
+    """Return what the names of the runs begin with, without the word seed."""
+    if len(group) == 1:
+        return group[0].name
+    start = os.path.commonprefix([run.name for run in group])
+    return re.sub(r"[-_./]*(seed)?[-_./]*$", "", start) or group[0].name
+
+
+def describe_setting(runs: Sequence[Run]) -> str:
+    """Name network, dataset and batch size where all runs have them in common."""
+    facts = []
+    for name, form in (("arch", "{}"), ("dataset", "{}"), ("batch_size", "batch {}")):
+        values = {run.summary.get(name) for run in runs}
+        facts += [form.format(*values)] if len(values) == 1 and None not in values else []
+    return ", ".join(facts)
+
+
+def count_epochs(run: Run) -> int | str | None:
+    """Return the finished epochs; "1 of 3" for a run that has not reached its end."""
+    finished, epoch_steps = run.summary.get("epochs"), run.summary.get("epoch_steps")
+    planned, max_steps = run.flags.get("epochs"), run.flags.get("max_steps")
+    if epoch_steps and max_steps and planned:
+        planned = min(planned, math.ceil(max_steps / epoch_steps))
+    return f"{finished} of {planned}" if finished and planned and finished < planned else finished
 
 
 COLUMNS: dict[str, Callable[[Run], Any]] = {
     "run": lambda run: run.name,
-    "kind": lambda run: run.curves.kind,
+    "kind": lambda run: run.kind,
+    "lr": lambda run: run.summary.get("lr"),
     "seed": lambda run: run.flags.get("seed"),
     "epochs": count_epochs,
     "steps": lambda run: run.summary.get("steps"),
-    "best top-1 (%)": lambda run: _number(run.summary.get("best_test_top1"), ".2f"),
-    "final top-1 (%)": lambda run: _number(run.summary.get("test_top1"), ".2f"),
-    "test loss": lambda run: _number(run.summary.get("test_loss"), ".4f"),
-    "training (s)": lambda run: _number(run.summary.get("train_seconds"), ".1f"),
-    "pictures/s": lambda run: _number(run.summary.get("images_per_second"), ",.0f"),
-    "parameters": lambda run: _number(run.summary.get("parameters"), ",.0f"),
-    "peak memory (MB)": lambda run: _number(run.summary.get("peak_memory_mb"), ",.0f"),
+}
+METRICS = {  # key in summary.json, format
+    "final top-1 (%)": ("test_top1", ".2f"),
+    "best top-1 (%)": ("best_test_top1", ".2f"),
+    "test loss": ("test_loss", ".4f"),
+    "training (s)": ("train_seconds", ".1f"),
+    "images/s": ("images_per_second", ",.0f"),
+    "parameters": ("parameters", ",.0f"),
+    "peak memory (MB)": ("peak_memory_mb", ",.0f"),
 }
 
 
-def format_table(runs: Sequence[Run]) -> str:
-    """The runs as a Markdown table, one row each, numbers to the right."""
-    cells = [[_escape(column(run)) for column in COLUMNS.values()] for run in runs]
-    rule = [":---" if title in ("run", "kind") else "---:" for title in COLUMNS]
-    return "".join(f"| {' | '.join(row)} |\n" for row in [list(COLUMNS), rule, *cells])
+def format_table(groups: Sequence[Sequence[Run]]) -> str:
+    """Return a Markdown table: a row for each run, and one for the mean of several seeds."""
+    titles = [*COLUMNS, *METRICS]
+    rows = [titles, [":---" if title in ("run", "kind") else "---:" for title in titles]]
+    for group in groups:
+        for run in group:
+            cells = [read(run) for read in COLUMNS.values()]
+            rows.append([_escape(cell) for cell in cells] + _format_metrics([run]))
+        if len(group) > 1:
+            values = [{read(run) for run in group} for read in COLUMNS.values()]
+            cells = [one.pop() if len(one) == 1 else None for one in values]
+            cells[:1], cells[3:4] = [f"{name_group(group)} (mean ± std)"], [f"{len(group)} seeds"]
+            rows.append([_escape(cell) for cell in cells] + _format_metrics(group))
+    return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _number(value: Any, form: str) -> str:
-    """`value` in `form`; "-" where the run did not say, or where it was not finite (null)."""
-    return format(value, form) if isinstance(value, (int, float)) else "-"
+def _format_metrics(runs: Sequence[Run]) -> list[str]:
+    """Format the mean of each metric and, where the runs differ, its standard deviation."""
+    cells = []
+    for key, form in METRICS.values():
+        values = [run.summary.get(key) for run in runs]
+        if not all(isinstance(value, (int, float)) for value in values):
+            cells.append("-")  # missing, or not finite (null)
+            continue
+        spread = f" ± {stdev(values):{form}}" if len(set(values)) > 1 else ""
+        cells.append(f"{mean(values):{form}}{spread}")
+    return cells
 
 
 def _escape(cell: Any) -> str:
-    """One line in which nothing ends the cell, or is a link or a tag; a folder may be so called."""
+    """Return one line of plain Markdown: a folder's name may hold bars, links and tags."""
     text = visible(" ".join(str("-" if cell is None else cell).split()))
     return re.sub(r"([\\|<\[`])", r"\\\1", text)
 

@@ -1,6 +1,7 @@
-"""Pictures: curves of one run, curves of several runs side by side, the filters of a layer.
+"""Plots: curves of one run, curves of several runs, losses of a recipe, filters of a layer.
 
-Metrics are made without pyplot, so nothing global is touched and no display is needed.
+Figures are made without pyplot: no global state, no display. Import this module where a plot is
+drawn, because matplotlib and torchvision take a second to import.
 """
 
 from __future__ import annotations
@@ -9,8 +10,10 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from itertools import cycle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,113 +22,157 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from util.files import atomic_write
 
-QUANTITIES = (("top1", "top-1 accuracy (%)"), ("loss", "loss (mean per picture)"))
-# Okabe and Ito's colours, which stay apart for the colour-blind too. Blue is BatchNorm's.
+METRICS = {"top1": "top-1 accuracy (%)", "loss": "loss (mean per image)"}
+AXES = {"step": "training step", "seconds": "training time (s)"}
+# Okabe and Ito's colours, which the colour-blind can tell apart. BatchNorm is blue.
 BATCHNORM_COLOR, DECONV_COLORS = "#0072B2", ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dvp"
-DARKEST = 0.65  # how near to black the last run of a kind is drawn
-TRAINING_POINTS = 30  # of one run's training curve in a comparison: the mean of that many parts
+DARKEST = 0.65  # blackness of the darkest shade of a kind
+MAX_WINDOW = 25  # rows of a running mean
 MAX_FILTERS, FILTER_PIXELS = 256, 32
 
 Columns = Mapping[str, Sequence[float]]
 
 
 @dataclass(frozen=True)
+class Series:
+    """Values of one metric of one run, at optimizer steps and at seconds of training."""
+
+    step: np.ndarray
+    seconds: np.ndarray
+    values: np.ndarray
+
+
+@dataclass(frozen=True)
 class RunCurves:
-    """What `plot_comparison` draws of one run.
+    """Curves of one run.
 
     Args:
-        label: for the legend.
-        kind: runs of one kind are shades of one colour; those of "bn..." are blue and dashed.
-        train, test, batches: columns of `train.log`, `test.log`, `train_batch.log`.
-        epoch_steps: optimizer steps of a whole epoch; batches of a higher number overrule it.
+        train, test: columns `loss top1 seconds` with one row per epoch.
+        batches: columns of `train_batch.log`.
+        ends: optimizer steps at the end of each epoch; a cut epoch ends where training ended.
+        epoch_steps: optimizer steps of a whole epoch; 0: unknown.
+    """
+
+    train: Columns
+    test: Columns
+    batches: Columns
+    ends: Sequence[int]
+    epoch_steps: int
+
+    def training(self, metric: str) -> Series:
+        """Return the running mean over the rows of `train_batch.log`.
+
+        A run without such rows gives the means of its epochs.
+        """
+        if not self.batches["batch"]:
+            return self._by_epoch(self.train[metric])
+        batch, epoch = (np.asarray(self.batches[key], int) for key in ("batch", "epoch"))
+        starts = self._seconds[(epoch - 1).clip(0, len(self.ends))]
+        step = (epoch - 1) * max(self.epoch_steps, *batch) + batch
+        values = _running_mean(np.asarray(self.batches[metric], float))
+        return Series(step, starts + self.batches["seconds"], values)
+
+    def testing(self, metric: str) -> Series:
+        """Return the test metric after each epoch."""
+        return self._by_epoch(self.test[metric])
+
+    def _by_epoch(self, values: Sequence[float]) -> Series:
+        return Series(np.asarray(self.ends), self._seconds[1:], np.asarray(values, float))
+
+    @property
+    def _seconds(self) -> np.ndarray:
+        """Seconds of training at the start of each epoch and at the end of the last."""
+        return np.cumsum([0.0, *self.train["seconds"]])
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in the seed alone.
+
+    Args:
+        label: text for the legend.
+        kind: groups of one kind are shades of one colour; kinds "bn..." are blue and dashed.
+        runs: one or more.
     """
 
     label: str
     kind: str
-    train: Columns
-    test: Columns
-    batches: Columns
-    epoch_steps: int
+    runs: Sequence[RunCurves]
 
 
-def plot_training(history: Columns, path: str | Path, *, title: str = "") -> None:
-    """Accuracy and loss against epochs, on training and test pictures, as a PNG.
-
-    Args:
-        history: lists under `epoch`, `train_loss`, `train_top1`, `test_loss`, `test_top1`.
-    """
+def plot_training(run: RunCurves, path: str | Path, *, title: str = "") -> None:
+    """Plot accuracy and loss of one run against steps, as a PNG."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     figure.suptitle(title, parse_math=False)
-    for axes, (key, label) in zip(figure.subplots(1, 2), QUANTITIES, strict=True):
-        for part, color in (("train", DECONV_COLORS[0]), ("test", BATCHNORM_COLOR)):
-            style = {"color": color, "marker": "o", "markersize": _marker_size(history["epoch"])}
-            axes.plot(history["epoch"], history[f"{part}_{key}"], label=part, **style)
-        _dress(axes, "epoch", label)
+    for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
+        train, test = run.training(metric), run.testing(metric)
+        style = {"marker": "o", "markersize": _marker_size(test.step), "linewidth": 2}
+        axes.plot(train.step, train.values, color=DECONV_COLORS[0], label="train, running mean")
+        axes.plot(test.step, test.values, color=BATCHNORM_COLOR, label="test", **style)
+        _dress(axes, AXES["step"], METRICS[metric])
+        _add_epochs(axes, run.epoch_steps)
         axes.legend(frameon=False)
     _save(figure, path)
 
 
-def plot_comparison(runs: Sequence[RunCurves], path: str | Path) -> None:
-    """Accuracy and loss against epochs and against seconds of training, all runs, as a PNG.
+def plot_comparison(
+    groups: Sequence[RunGroup], path: str | Path, *, title: str = "", accuracy_only: bool = False
+) -> None:
+    """Plot accuracy and loss of several groups against steps and seconds, as a PNG.
 
-    Bold with markers: after each epoch, on test pictures. Thin: in training, smoothed.
-    """
-    figure = Figure(figsize=(11, 7.5 + 0.12 * len(runs)), layout="constrained")
-    figure.suptitle("Test pictures, after each epoch (bold), and training pictures (thin)")
-    grid = figure.subplots(2, 2, sharex="col", sharey="row")
-    handles = [_draw_run(grid, run, style) for run, style in zip(runs, _styles(runs), strict=True)]
-    for row, (_, label) in zip(grid, QUANTITIES, strict=True):
-        _dress(row[0], "epoch", label)
-        _dress(row[1], "training time (s)", label)
-    labels = [" ".join(run.label.split()) for run in runs]
-    columns = max(1, min(len(runs), 120 // (max(map(len, labels)) + 8)))
-    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3}
-    legend = figure.legend(handles, labels, frameon=False, **place)
-    for text in legend.get_texts():
-        text.set_parse_math(False)  # a folder may be called anything, dollars included
-    _save(figure, path)
-
-
-def plot_growth(panels: Mapping[str, tuple[Sequence[float], Columns]], path: str | Path) -> None:
-    """Milliseconds of forward and backward against each of several quantities, log-log, as a PNG.
+    A line with markers is the test set after each epoch; a thin line is a running mean over
+    training batches. Both are means over the seeds, in a band from the lowest to the highest.
 
     Args:
-        panels: for each quantity its values and, by name, the milliseconds at these; the first two
-            names are drawn bold, the first in BatchNorm's colour. All panels have the same names.
+        title: of the figure.
+        accuracy_only: plot accuracy against steps alone, with labels beside the final accuracy.
     """
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    grid = figure.subplots(2, math.ceil(len(panels) / 2), sharey=True, squeeze=False)
-    colors = (BATCHNORM_COLOR, *DECONV_COLORS, "#666666")
-    for axes, (quantity, (values, lines)) in zip(grid.flat, panels.items(), strict=False):
-        axes.set(xscale="log", yscale="log")
-        for number, (name, times) in enumerate(lines.items()):
-            style = {"color": colors[number % len(colors)], "linestyle": "-" if number else "--"}
-            style |= {"marker": MARKERS[number % len(MARKERS)], "linewidth": 1 + (number < 2)}
-            axes.plot(values, times, label=name, **style)
-        _dress(axes, quantity, "milliseconds, both hooks")
-        axes.set_xticks(values, labels=[f"{value:g}" for value in values])
-        axes.minorticks_off()
-    for axes in grid.flat[len(panels) :]:
-        axes.set_visible(False)
-    handles, names = grid.flat[0].get_legend_handles_labels()
-    figure.legend(handles, names, frameon=False, loc="outside lower center", ncols=len(names))
+    styles = list(_styles(groups))
+    figure = Figure(layout="constrained")
+    figure.suptitle(title, parse_math=False)
+    if accuracy_only:
+        figure.set_size_inches(8, max(4.2, 0.7 * len(groups)))
+        metrics, xs = ["top1"], ["step"]
+    else:
+        figure.set_size_inches(11, 8 + 0.12 * len(groups))
+        metrics, xs = list(METRICS), list(AXES)
+    grid = figure.subplots(len(metrics), len(xs), squeeze=False)
+    epoch_steps = {run.epoch_steps for group in groups for run in group.runs}
+    for row, metric in zip(grid, metrics, strict=True):
+        for axes, x in zip(row, xs, strict=True):
+            for group, style in zip(groups, styles, strict=True):
+                _draw_group(axes, group, metric, x, style)
+            _dress(axes, AXES[x], METRICS[metric])
+            if x == "step" and len(epoch_steps) == 1:
+                _add_epochs(axes, *epoch_steps)
+    key = _describe_marks(groups)
+    if accuracy_only:
+        grid[0, 0].legend(*zip(*key, strict=True), frameon=False, loc="lower right")
+        _label_ends(grid[0, 0], groups, styles)
+    else:
+        entries = [
+            (Line2D([], [], linewidth=2, **style), " ".join(group.label.split()))
+            for group, style in zip(groups, styles, strict=True)
+        ]
+        _add_legend(figure, [*entries, *key])
     _save(figure, path)
 
 
 def plot_losses(
     panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | Path
 ) -> None:
-    """Training loss against optimizer steps, a panel for each title, logarithmic, as a PNG.
+    """Plot training loss against optimizer steps, one panel per title, log scale, as a PNG.
 
     Args:
-        panels: by title, and in a panel by label, pairs of a step and a loss.
+        panels: maps a title to a panel; a panel maps a label to pairs (step, loss).
     """
     figure = Figure(figsize=(12, 7), layout="constrained")
     grid = figure.subplots(2, math.ceil(len(panels) / 2), squeeze=False)
@@ -145,17 +192,18 @@ def plot_losses(
 
 
 def draw_filters(weight: Tensor) -> Tensor:
-    """A picture of convolution kernels, each stretched to black ... white, enlarged, in a grid.
+    """Return an image of convolution kernels in a grid, each scaled to black ... white.
 
     Args:
-        weight: O C h w. One channel is drawn grey, three as red, green and blue, any other number
-            as the grey mean of the channels. At most the first 256 kernels are drawn.
+        weight: kernels (O, C, h, w), of which the first 256 are drawn. Three channels are drawn as
+            red, green and blue; any other number is averaged and drawn grey.
 
     Returns:
-        3 H W in [0, 1], on the CPU. NaN and infinity are drawn as zero, a constant kernel black.
+        Image (3, H, W) in [0, 1], on the CPU. NaN and infinity count as zero. A constant kernel is
+        black.
 
     Raises:
-        ValueError: `weight` is not of four dimensions.
+        ValueError: `weight` does not have four dimensions.
     """
     if weight.dim() != 4:
         raise ValueError(f"weight must be O C h w to be drawn, got shape {tuple(weight.shape)}")
@@ -163,76 +211,121 @@ def draw_filters(weight: Tensor) -> Tensor:
     if kernels.shape[1] != 3:
         kernels = kernels.mean(dim=1, keepdim=True)  # O 1 h w
     low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
-    pictures = (kernels - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
+    images = (kernels - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     scale = max(1, FILTER_PIXELS // max(kernels.shape[2:]))
-    pictures = F.interpolate(pictures, scale_factor=scale, mode="nearest")
-    return make_grid(pictures, nrow=math.ceil(math.sqrt(len(pictures))), pad_value=1.0)
+    images = F.interpolate(images, scale_factor=scale, mode="nearest")
+    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), pad_value=1.0)
 
 
-def _draw_run(grid: np.ndarray, run: RunCurves, style: dict) -> Line2D:
-    """Draw one run into the 2 x 2 axes; returns a line for the legend."""
-    size = _marker_size(run.test["epoch"])
-    seconds = np.cumsum([0.0, *run.train["seconds"]])
-    for row, (key, _) in zip(grid, QUANTITIES, strict=True):
-        for axes, x in zip(row, (run.test["epoch"], seconds[1:]), strict=True):
-            (line,) = axes.plot(x, run.test[key], linewidth=2, markersize=size, **style)
-        for axes, x in zip(row, _training_positions(run, seconds), strict=True):
-            curve = {**style, "marker": "", "alpha": 0.5, "linewidth": 1}
-            axes.plot(_smooth(x), _smooth(run.batches[key]), **curve)
-    return line
+def _draw_group(axes: Axes, group: RunGroup, metric: str, x: str, style: dict[str, Any]) -> None:
+    """Draw the training and the test curve of a group, each in a band over the seeds."""
+    plain = {key: style[key] for key in ("color", "linestyle")}
+    for part in ("training", "testing"):
+        at, values = _align([getattr(run, part)(metric) for run in group.runs], x)
+        mean, low, high = values.mean(0), values.min(0), values.max(0)
+        if part == "training":
+            axes.plot(at, mean, linewidth=1.2, alpha=0.8, **plain)
+        else:
+            axes.plot(at, mean, linewidth=2, markersize=_marker_size(at), zorder=3, **style)
+        if len(group.runs) > 1:
+            axes.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            if part == "testing" and len(at) <= 5:  # a band over one epoch has no width
+                axes.vlines(at, low, high, color=style["color"], linewidth=1.5)
 
 
-def _training_positions(run: RunCurves, seconds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where the rows of `train_batch.log` lie, in epochs and in seconds of training.
-
-    Args:
-        seconds: of training at the start of each epoch, the first one 0.
-    """
-    finished = np.asarray(run.batches["epoch"], dtype=int) - 1
-    batch = np.asarray(run.batches["batch"], dtype=float)
-    epochs = finished + batch / max(run.epoch_steps, *batch, 1)
-    return epochs, seconds[finished.clip(0, len(seconds) - 1)] + run.batches["seconds"]
+def _align(series: Sequence[Series], x: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return the positions (P) and values (runs, P) at the steps that all runs have in common."""
+    common = reduce(np.intersect1d, [one.step for one in series])
+    masks = [np.isin(one.step, common) for one in series]
+    at = [getattr(one, x)[mask] for one, mask in zip(series, masks, strict=True)]
+    values = [one.values[mask] for one, mask in zip(series, masks, strict=True)]
+    return np.mean(at, axis=0), np.stack(values)
 
 
-def _smooth(values: Sequence[float]) -> list[float]:
-    """The means of up to `TRAINING_POINTS` consecutive parts."""
-    parts = np.array_split(np.asarray(values, float), max(1, min(len(values), TRAINING_POINTS)))
-    return [part.mean() for part in parts if len(part)]
+def _running_mean(values: np.ndarray) -> np.ndarray:
+    """Average each value with its neighbours: an eighth of the curve, at most MAX_WINDOW rows."""
+    window = np.ones(min(2 * (len(values) // 16) + 1, MAX_WINDOW))
+    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
 
 
-def _styles(runs: Sequence[RunCurves]) -> Iterable[dict]:
-    """For each run a colour and a dash of its kind, in a shade and with a marker of its own."""
-    deconv_kinds = {run.kind for run in runs if not run.kind.startswith("bn")}
-    # From the last name on, so that deconv-mode5, the default, has one colour in every picture.
+def _describe_marks(groups: Sequence[RunGroup]) -> list[tuple[Any, str]]:
+    """Return legend entries for what line, marker and band mean."""
+    grey = {"color": "#555555"}
+    marks = [
+        (Line2D([], [], marker="o", markersize=7, linewidth=2, **grey), "test set"),
+        (Line2D([], [], linewidth=1.2, **grey), "training batches, running mean"),
+    ]
+    if any(len(group.runs) > 1 for group in groups):
+        marks.append((Patch(alpha=0.3, **grey), "lowest to highest seed"))
+    return marks
+
+
+def _label_ends(axes: Axes, groups: Sequence[RunGroup], styles: Sequence[dict[str, Any]]) -> None:
+    """Write each group's label and final test accuracy beside the plot, without overlaps."""
+    low, high = axes.get_ylim()
+    finals = [_align([run.testing("top1") for run in group.runs], "step")[1] for group in groups]
+    means = [values[:, -1].mean() if values.size else math.nan for values in finals]
+    order = sorted(range(len(groups)), key=lambda n: means[n])
+    gap, place = 0.16, -math.inf
+    for rank, number in enumerate(order):
+        wanted = (means[number] - low) / (high - low) if math.isfinite(means[number]) else 0.0
+        place = max(wanted, place + gap, 0.02)
+        place = min(place, 1 - gap * (len(order) - 1 - rank))
+        label = " ".join(groups[number].label.split())
+        text = f"{label}\ntest {means[number]:.1f} %"
+        style = {"color": styles[number]["color"], "va": "center", "fontweight": "bold"}
+        axes.annotate(text, (1.02, place), xycoords="axes fraction", parse_math=False, **style)
+
+
+def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
+    """Put a legend below the plots, in as many columns as fit."""
+    handles, labels = zip(*entries, strict=True)
+    columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
+    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3}
+    legend = figure.legend(handles, labels, frameon=False, **place)
+    for text in legend.get_texts():
+        text.set_parse_math(False)  # the name of a folder may contain dollars
+
+
+def _styles(groups: Sequence[RunGroup]) -> Iterable[dict[str, Any]]:
+    """Yield colour, dash and marker of each group: a colour and a dash for each kind."""
+    deconv_kinds = {group.kind for group in groups if not group.kind.startswith("bn")}
+    # From the last name on, so that deconv-mode5, the default, has one colour in every figure.
     colors = dict(zip(sorted(deconv_kinds, reverse=True), cycle(DECONV_COLORS), strict=False))
-    alike, drawn = Counter(run.kind for run in runs), Counter()
-    for run in runs:
-        number = drawn[run.kind]
-        drawn[run.kind] += 1
-        darkness = DARKEST * number / max(alike[run.kind] - 1, 1)
-        color = _darken(colors.get(run.kind, BATCHNORM_COLOR), darkness)
+    total, drawn = Counter(group.kind for group in groups), Counter()
+    for group in groups:
+        number = drawn[group.kind]
+        drawn[group.kind] += 1
+        darkness = DARKEST * number / max(total[group.kind] - 1, 1)
+        color = _darken(colors.get(group.kind, BATCHNORM_COLOR), darkness)
         style = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
-        dash = "-" if run.kind in colors else "--"
+        dash = "-" if group.kind in colors else "--"
         yield {**style, "linestyle": dash, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
 def _darken(color: str, part: float) -> tuple[float, ...]:
-    """The colour, `part` of the way to black."""
+    """Mix a colour with `part` of black."""
     return tuple((1 - part) * channel for channel in to_rgb(color))
 
 
-def _marker_size(epochs: Sequence[float]) -> float:
-    """Points; a run of one epoch has nothing but its markers, one of a hundred hardly needs any."""
-    return 7 if len(epochs) <= 5 else 4 if len(epochs) <= 30 else 2
+def _marker_size(points: Sequence[float]) -> float:
+    """Return the size in points: the fewer markers, the larger."""
+    return 8 if len(points) <= 5 else 4 if len(points) <= 30 else 2
+
+
+def _add_epochs(axes: Axes, epoch_steps: int) -> None:
+    """Add an axis of epochs above the axis of steps."""
+    if epoch_steps:
+        functions = (lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps)
+        axes.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
 
 
 def _dress(axes: Axes, x: str, y: str) -> None:
+    """Set labels, limits, ticks and grid."""
     axes.set(xlabel=x, ylabel=y)
-    if axes.get_xscale() == "linear":
-        axes.set_xlim(left=0)
-    if x == "epoch":
+    axes.set_xlim(left=0)
+    if "step" in x:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.tick_params(labelbottom=True, labelleft=True)  # shared axes would hide the inner ones
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
