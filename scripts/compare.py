@@ -19,6 +19,7 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -35,7 +36,7 @@ from util.tracking.provenance import RECORD_NAME
 FILES = ("summary.json", RECORD_NAME, "train.log", "test.log", "train_batch.log")
 # Flags in which runs of one group may differ.
 FREE_FLAGS = {"seed", *MAY_CHANGE} - {"data", "epochs", "max_steps"}
-KIND_TITLES = {"bn": "BatchNorm", "plain": "no normalization"}
+KIND_TITLES = {"bn": "BatchNorm", "plain": "no normalisation"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ class Run:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Write the figure and the table of the given runs, and print the table."""
     args = parse_args(argv)
     try:
         names = name_runs(args.runs)
@@ -165,11 +167,12 @@ def label_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def name_group(group: Sequence[Run]) -> str:
-    """Return what the names of the runs begin with, without the word seed."""
+    """Return the name of a single run, or that of the first run without its seed."""
     if len(group) == 1:
         return group[0].name
-    start = os.path.commonprefix([run.name for run in group])
-    return re.sub(r"[-_./]*(seed)?[-_./]*$", "", start) or group[0].name
+    pairs = zip(*(run.name for run in group), strict=False)
+    shared = "".join(letters[0] for letters in takewhile(lambda pair: len({*pair}) == 1, pairs))
+    return re.sub(r"[-_./]*(seed)?[-_./]*$", "", shared) or group[0].name
 
 
 def describe_setting(runs: Sequence[Run]) -> str:

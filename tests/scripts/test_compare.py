@@ -18,7 +18,7 @@ def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
         logger.batch(epoch, 4 * epoch, 1.0, 40.0, 90.0, 0.1, 2.0)
         values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0, "steps": 4}
         logger.epoch(epoch, values, values)
-    known = {"kind": kind, "epochs": epochs, "steps": 8, "epoch_steps": 4}
+    known = {"kind": kind, "lr": 0.1, "epochs": epochs, "steps": 8, "epoch_steps": 4}
     known.update(best_test_top1=50.125, test_top1=49.5, test_loss=1.25)
     known.update(train_seconds=4.0, images_per_second=1234.4)
     logger.summary({**known, "parameters": 9231114, "peak_memory_mb": 700.2, **summary})
@@ -27,23 +27,45 @@ def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
     return str(folder)
 
 
-def test_the_command_prints_the_table_and_leaves_table_and_picture(tmp_path):
+def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
     runs = [make_run(tmp_path / kind, kind) for kind in ("bn", "deconv-mode5")]
     command = [sys.executable, "scripts/compare.py", *runs, "--out", str(tmp_path / "new" / "cmp")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     table = (tmp_path / "new" / "cmp.md").read_text()
-    assert done.stdout.startswith(table)
-    assert str(tmp_path / "new" / "cmp.png") in done.stdout
-    assert done.stderr == ""
+    assert end.stdout.startswith(table)
+    assert str(tmp_path / "new" / "cmp.png") in end.stdout
+    assert end.stderr == ""
     header, _, bn, deconv = table.splitlines()
-    assert header.count("|") == bn.count("|") == deconv.count("|") == 13
+    assert header.count("|") == bn.count("|") == deconv.count("|") == 14
+    assert header.index("final top-1") < header.index("best top-1")
     assert bn == (
-        "| bn | bn | 7 | 2 | 8 | 50.12 | 49.50 | 1.2500 | 4.0 | 1,234 | 9,231,114 | 700 |"
+        "| bn | bn | 0.1 | 7 | 2 | 8 | 49.50 | 50.12 | 1.2500 | 4.0 | 1,234 | 9,231,114 | 700 |"
     )
-    assert deconv.startswith("| deconv-mode5 | deconv-mode5 | 7 |")
-    with Image.open(tmp_path / "new" / "cmp.png") as picture:
-        picture.load()
-        assert picture.width > 1000
+    assert deconv.startswith("| deconv-mode5 | deconv-mode5 | 0.1 | 7 |")
+    with Image.open(tmp_path / "new" / "cmp.png") as image:
+        image.load()
+        assert image.width > 1000
+
+
+def test_runs_that_differ_in_the_seed_alone_become_a_group_with_mean_and_deviation(tmp_path):
+    runs = [
+        make_run(tmp_path / f"{kind}-seed{seed}", kind, flags={"seed": seed}, test_top1=top1)
+        for kind in ("bn", "deconv-mode5")
+        for seed, top1 in ((0, 40.0), (1, 50.0))
+    ]
+    runs.append(make_run(tmp_path / "bn-wide", flags={"seed": 2, "arch": "other"}))
+    read = [compare.read_run(Path(run), Path(run).name) for run in runs]
+    groups = compare.group_seeds(read)
+    assert [[run.name for run in group] for group in groups] == [
+        ["bn-seed0", "bn-seed1"],
+        ["deconv-mode5-seed0", "deconv-mode5-seed1"],
+        ["bn-wide"],
+    ]
+    rows = compare.format_table(groups).splitlines()[2:]
+    assert rows[2].startswith("| bn (mean ± std) | bn | 0.1 | 2 seeds | 2 | 8 | 45.00 ± 7.07 |")
+    assert compare.label_groups(groups)[1] == "deconvolution mode 5, lr 0.1, 2 seeds"
+    again = compare.group_seeds([*read[:2], *read[:2]])
+    assert [len(group) for group in again] == [2, 2]  # a repeated seed is no new evidence
 
 
 def test_a_suffix_of_out_is_not_doubled(tmp_path, capsys):
@@ -64,7 +86,7 @@ def test_names_cannot_break_the_table_or_the_legend(tmp_path, capsys):
     run = make_run(tmp_path / "a|b\\|c\nd $x^ <b> [x](y) \x1b", kind="_k|")
     compare.main([run, "--out", str(tmp_path / "cmp")])
     row = (tmp_path / "cmp.md").read_text().splitlines()[2]
-    assert row.startswith("| a\\|b\\\\\\|c d $x^ \\<b> \\[x](y) \\\\x1b | _k\\| | 7 |")
+    assert row.startswith("| a\\|b\\\\\\|c d $x^ \\<b> \\[x](y) \\\\x1b | _k\\| | 0.1 | 7 |")
 
 
 def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys):
@@ -72,7 +94,7 @@ def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys)
     (tmp_path / "a" / "args.json").write_text("{}")
     compare.main([run, "--out", str(tmp_path / "cmp")])
     row = (tmp_path / "cmp.md").read_text().splitlines()[2]
-    assert row == "| a | bn | - | 2 | 8 | 50.12 | 49.50 | - | 4.0 | 1,234 | 9,231,114 | - |"
+    assert row == "| a | bn | 0.1 | - | 2 | 8 | 49.50 | 50.12 | - | 4.0 | 1,234 | 9,231,114 | - |"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run leaves behind while it trains: logs, TensorBoard events, curves, a summary."""
+"""Logs of a run: tab-separated tables, TensorBoard events, training curves and a summary."""
 
 from __future__ import annotations
 
@@ -15,32 +15,33 @@ from torch import Tensor
 from util.checkpoint.schema import HISTORY, VALUES
 from util.console import visible
 from util.files import atomic_write
-from util.tracking.plots import draw_filters, plot_training
 from util.tracking.tensorboard import Events, NullEvents
 
 EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
 BATCH_LOG_NAME = "train_batch.log"
 PLOT_NAME = "TrainingPlots.png"
+PARTS = ("train", "test")
 
 
 class RunLogger:
     """Writes `train.log`, `test.log`, `train_batch.log`, TensorBoard events, `TrainingPlots.png`.
 
-    Logs are tab separated with a header row, and each row is on its way to the disk when the call
-    returns. Accuracy is in percent, time in seconds; `train.log` and `test.log` tell the seconds of
-    each epoch, `train_batch.log` the seconds of training since the epoch began. NaN and infinity
-    are written as such. In TensorBoard everything is placed at the number of optimizer steps.
+    Logs are tab-separated with a header row. Every row is flushed before the call returns.
+    Accuracy is in percent, time in seconds. `train.log` and `test.log` give the seconds of each
+    epoch, `train_batch.log` the seconds since the epoch began. TensorBoard places every event at
+    its optimizer step.
 
     Args:
-        run_dir: the folder, made if need be.
+        run_dir: folder of the run; created if missing.
         tensorboard: write event files.
         plot: draw the curves after each epoch.
-        history: `history` of the checkpoint to continue; later rows and events are cut, so that
-            the files become those of a run never interrupted. None starts all files afresh.
-        start_epoch, start_step: epochs, and optimizer steps, that count as done before the first
-            row, where there is no history of finished epochs.
-        batches: steps done since, of an epoch under way; their rows and events stay, too.
+        history: `history` of the checkpoint to continue. Later rows and events are cut, as if the
+            run had never been interrupted. None starts all files afresh.
+        start_epoch, start_step: epochs and optimizer steps that count as finished before the first
+            row, without a history.
+        batches: steps of the epoch under way; their rows and events stay.
+        epoch_steps: optimizer steps of a whole epoch, for the axis of epochs; 0: unknown.
     """
 
     def __init__(
@@ -53,12 +54,15 @@ class RunLogger:
         start_epoch: int = 0,
         start_step: int = 0,
         batches: int = 0,
+        epoch_steps: int = 0,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._plot, self._start_epoch, self._start_step = plot, start_epoch, start_step
+        self._epoch_steps = epoch_steps
+        self._batch_rows: list[Sequence[float]] = []
         self.history = {key: list(history[key]) if history else [] for key in HISTORY}
-        self._logs = {part: self._open_epoch_log(part) for part in ("train", "test")}
+        self._logs = {part: self._open_epoch_log(part) for part in PARTS}
         self._batch_log = self._open_batch_log(batches)
         first = self._finished_steps + batches + 1
         self._events = (
@@ -75,24 +79,27 @@ class RunLogger:
         lr: float,
         seconds: float,
     ) -> None:
-        """One row of `train_batch.log`.
+        """Add a row to `train_batch.log`.
 
         Args:
-            step: optimizer steps so far in the whole run, this one included; the column `batch`
-                counts them within the epoch.
-            loss, top1, top5: over the images of this step, or since the row before.
-            seconds: of training since the epoch began.
+            epoch: number of the epoch, from 1.
+            step: optimizer steps of the run so far; the column `batch` counts them in the epoch.
+            loss, top1, top5: means over the steps since the row before.
+            lr: learning rate of this step.
+            seconds: training time since the epoch began.
         """
         batch = step - self._finished_steps
         row = (epoch, batch, loss, top1, top5, lr, seconds)
+        self._batch_rows.append(row)
         self._batch_log.write(_format_row(row) + "\n")
         self._events.scalar("batch/loss", loss, step)
         self._events.scalar("batch/lr", lr, step)
 
     def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
-        """One row of `train.log` and of `test.log`, and the curves so far.
+        """Add a row to `train.log` and to `test.log`, and draw the curves so far.
 
         Args:
+            epoch: number of the epoch, from 1.
             train: `loss top1 top5 lr seconds`, and `steps`, the optimizer steps of this epoch.
             test: `loss top1 top5 seconds`.
         """
@@ -100,7 +107,7 @@ class RunLogger:
         parts = {"train": train, "test": {**test, "lr": train["lr"]}}
         self.history["epoch"].append(epoch)
         self.history["step"].append(step)
-        for part, values in parts.items():  # all, before a full disk refuses a row
+        for part, values in parts.items():  # before a full disk can refuse a row
             for key in VALUES:
                 self.history[f"{part}_{key}"].append(float(values[key]))
         for part, values in parts.items():
@@ -108,41 +115,53 @@ class RunLogger:
             for key in ("loss", "top1", "top5"):
                 self._events.scalar(f"{part}/{key}", values[key], step)
         if self._plot:
-            title = visible("/".join(self.run_dir.resolve().parts[-2:]))
-            plot_training(self.history, self.run_dir / PLOT_NAME, title=title)
-            gc.collect()  # parts of a figure know each other, and its pixels: megabytes would wait
+            self._plot_curves()
+
+    def _plot_curves(self) -> None:
+        from util.tracking.plots import RunCurves, plot_training
+
+        train, test = ({key: self.history[f"{part}_{key}"] for key in VALUES} for part in PARTS)
+        columns = zip(*self._batch_rows, strict=True) if self._batch_rows else [[]] * 7
+        batches = dict(zip(BATCH_COLUMNS, columns, strict=True))
+        curves = RunCurves(train, test, batches, self.history["step"], self._epoch_steps)
+        title = visible("/".join(self.run_dir.resolve().parts[-2:]))
+        plot_training(curves, self.run_dir / PLOT_NAME, title=title)
+        gc.collect()  # a figure refers to itself: without a collection its pixels stay
 
     def filters(self, epoch: int, raw: Tensor | None, whitened: Tensor | None) -> None:
-        """Images of the first layer's filters (O C h w) after `epoch` (0: before training).
+        """Log images of the first layer's filters (O C h w) after `epoch` (0: before training).
 
         Raises:
             ValueError: `epoch` has not been logged yet.
         """
+        from util.tracking.plots import draw_filters
+
         steps = dict(zip([0, *self.history["epoch"]], [0, *self.history["step"]], strict=True))
         if epoch not in steps:
-            raise ValueError(f"filters of epoch {epoch}, which is not logged yet")
+            raise ValueError(f"epoch must be logged before its filters, got {epoch}")
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
             if weight is not None:
                 self._events.image(f"filters/{tag}", draw_filters(weight), steps[epoch])
 
-    def layers(self, figures: Mapping[str, float]) -> None:
-        """Metrics about layers, by names, after the last epoch."""
-        for name, value in figures.items():
+    def layers(self, scalars: Mapping[str, float]) -> None:
+        """Log scalars about layers by name, at the last epoch."""
+        for name, value in scalars.items():
             self._events.scalar(f"layers/{name}", value, self._finished_steps)
 
     def summary(self, values: dict[str, Any]) -> None:
-        """Write `summary.json`; NaN and infinity, which JSON does not have, become null."""
+        """Write `summary.json`; NaN and infinity, which JSON lacks, become null."""
         text = json.dumps(_without_nonfinite(values), indent=2, allow_nan=False)
         with atomic_write(self.run_dir / "summary.json") as file:
             file.write(text.encode() + b"\n")
 
     def close(self) -> None:
+        """Close all files."""
         for file in (*self._logs.values(), self._batch_log, self._events):
             file.close()
 
     @property
     def _finished_steps(self) -> int:
-        """Optimizer steps of the epochs logged so far."""
+        """Count the optimizer steps of the epochs logged so far."""
         return self.history["step"][-1] if self.history["step"] else self._start_step
 
     def _epoch_row(self, part: str, index: int) -> list[float]:
@@ -156,17 +175,19 @@ class RunLogger:
     def _open_batch_log(self, batches: int) -> TextIO:
         path = self.run_dir / BATCH_LOG_NAME
         last = self.history["epoch"][-1] if self.history["epoch"] else self._start_epoch
-        rows = _whole_rows(path) if self.history["epoch"] or batches else []
-        kept = [row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)]
-        return _open_log(path, BATCH_COLUMNS, kept)
+        rows = _read_complete_rows(path) if self.history["epoch"] or batches else []
+        self._batch_rows = [
+            row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)
+        ]
+        return _open_log(path, BATCH_COLUMNS, self._batch_rows)
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a JSON file of a run's folder says.
+    """Return the content of a JSON file.
 
     Raises:
-        OSError: there is none that can be read.
-        ValueError: it holds something else, naming the file.
+        OSError: the file cannot be read.
+        ValueError: the file holds no JSON object; the message names it.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -178,10 +199,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_log(path: str | Path) -> dict[str, list[float]]:
-    """The columns of a log by their names; `epoch` and `batch` are whole numbers.
+    """Return the columns of a log by name; `epoch` and `batch` are integers.
 
     Raises:
-        ValueError: naming the file and the line that is not a row of numbers.
+        ValueError: a line is not a row of numbers; the message names file and line.
     """
     header, *lines = Path(path).read_text(encoding="utf-8").splitlines() or [""]
     columns = header.split("\t")
@@ -198,15 +219,15 @@ def _parse_row(line: str, columns: Sequence[str]) -> list[float]:
     cells = line.split("\t")
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} values for the {len(columns)} columns {' '.join(columns)}")
-    whole = ("epoch", "batch")
+    integers = ("epoch", "batch")
     pairs = zip(columns, cells, strict=True)
-    return [int(cell) if column in whole else float(cell) for column, cell in pairs]
+    return [int(cell) if column in integers else float(cell) for column, cell in pairs]
 
 
-def _whole_rows(path: Path) -> list[list[float]]:
-    """The rows of `train_batch.log`, up to a line that a crash has torn."""
+def _read_complete_rows(path: Path) -> list[list[float]]:
+    """Return the rows of `train_batch.log`, up to a line that a crash left incomplete."""
     rows: list[list[float]] = []
-    if not path.is_file():  # a pipe would be waited for
+    if not path.is_file():  # a pipe would block
         return rows
     with suppress(ValueError), open(path, encoding="utf-8") as lines:
         next(lines, None)  # the header
@@ -218,7 +239,7 @@ def _whole_rows(path: Path) -> list[list[float]]:
 
 
 def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> TextIO:
-    """A log that holds the header and `rows`, opened to append further ones line by line."""
+    """Write a log with the header and `rows`, and open it for appending line by line."""
     lines = ["\t".join(columns), *(_format_row(row) for row in rows)]
     with atomic_write(path) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())

@@ -1,4 +1,4 @@
-"""TODO: util/tracking/provenance.py."""
+"""Provenance of a run: flags, versions, commit and machine, written to args.json."""
 
 from __future__ import annotations
 
@@ -22,7 +22,17 @@ PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "ten
 def write_record(
     run_dir: Path, flags: Mapping[str, Any], device: torch.device, processes: int = 1
 ) -> None:
-    """Write RECORD_NAME: all one needs to know to do the run again."""
+    """Write args.json, which holds all that is needed to repeat the run.
+
+    Args:
+        run_dir: folder of the run.
+        flags: all settings, by name.
+        device: device of this rank.
+        processes: world size.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
     record = {
         "flags": dict(flags),
         "versions": {"python": platform.python_version(), **_installed_versions()},
@@ -37,7 +47,8 @@ def write_record(
 
 
 def _installed_versions() -> dict[str, str]:
-    versions = {"torch": torch.__version__}  # with the build, +cpu or +cu132
+    """Return the versions of the installed packages by name."""
+    versions = {"torch": torch.__version__}  # includes the build: +cpu or +cu132
     for package in PACKAGES:
         try:
             versions[package] = version(package)
@@ -47,12 +58,12 @@ def _installed_versions() -> dict[str, str]:
 
 
 def _git_commit() -> str | None:
-    """The commit of this checkout; None where the project is not the root of one."""
+    """Return the commit of this checkout; None if the project is not the root of a repository."""
     root = Path(__file__).resolve().parents[2]
     command = ["git", "-C", str(root), "rev-parse", "--show-toplevel", "HEAD"]
     try:
-        answer = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-    top, commit = answer.splitlines()
+    top, commit = output.splitlines()
     return commit if Path(top).resolve() == root else None

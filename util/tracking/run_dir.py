@@ -1,4 +1,4 @@
-"""A run and its surroundings: device, random numbers, folder, and the record of what made it."""
+"""The folder of a run: find, create and lock it, and copy a previous run into it."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ LOCK_NAME = ".lock"
 
 
 def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
-    """The folder that the flags ask for; None where a new one is to be made.
+    """Return the folder that the flags name; None if a new one is to be created.
 
-    One that a run left before its first checkpoint may be used again.
+    A folder whose run ended before its first checkpoint may be used again.
 
     Raises:
-        RunError: it holds another run, or is not a folder.
+        RunError: the path holds another run or is not a folder.
     """
     home = Path(resume).resolve().parent if resume else None
     if run_dir is None:
@@ -40,38 +40,38 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     if path.exists() and not path.is_dir():
         raise RunError(f"--run-dir {run_dir}: not a folder")
     if list_checkpoints(path) and path.resolve() != home:
-        raise RunError(f"--run-dir {run_dir}: holds a run already; continue it with --resume")
+        raise RunError(f"--run-dir {run_dir}: already holds a run; continue it with --resume")
     return path
 
 
 def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[str]]:
-    """Make `run_dir`, or a new folder out/name/<time> where that is None, for this process alone.
+    """Create and lock `run_dir`, or a new folder out/name/<time> if `run_dir` is None.
 
-    What a killed process left in it is cleared.
+    Temporary files of a killed process are removed.
 
     Returns:
-        The folder, and a file to be closed when nothing more is written there.
+        The folder, and the lock: a file to close when nothing more is written.
 
     Raises:
-        RunError: the system does not let it be made, or another process writes there.
+        RunError: the folder cannot be created, or another process writes to it.
     """
     try:
         if run_dir is None:
-            run_dir = _make_new(Path(out).expanduser() / name)
+            run_dir = _create_stamped(Path(out).expanduser() / name)
         run_dir.mkdir(parents=True, exist_ok=True)
         sync_folder(run_dir.parent)
         lock = take_lock(run_dir / LOCK_NAME)
         clear_leftovers(run_dir)
     except OSError as error:
         name = error.filename or run_dir or out
-        raise RunError(f"{name} cannot be made: {error.strerror}") from error
+        raise RunError(f"{name} cannot be created: {error.strerror}") from error
     except LockHeld as owner:
         raise RunError(f"{run_dir}: {owner} writes a run here; choose another folder") from owner
     return run_dir, lock
 
 
-def _make_new(parent: Path) -> Path:
-    """A folder named by the time that no other process has made."""
+def _create_stamped(parent: Path) -> Path:
+    """Create a folder named by the time, which no other process has created."""
     stamp = time.strftime("%Y%m%d-%H%M%S")
     for number in count():
         path = parent / (f"{stamp}-{number}" if number else stamp)
@@ -82,30 +82,39 @@ def _make_new(parent: Path) -> Path:
 
 
 def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] | None) -> None:
-    """See that no other process has trained in `run_dir` since this one looked, before it owned it.
+    """Check that no other process trained in `run_dir` before this one locked it.
+
+    Args:
+        run_dir: folder of the run, locked by now.
+        resume: file of the checkpoint to continue, or None.
+        saved: content of `resume` as read before the lock was taken.
 
     Raises:
-        RunError: it has.
-        CheckpointError: the checkpoint `resume`, with the content `saved`, is gone.
+        RunError: another process has trained there.
+        CheckpointError: the checkpoint is gone.
     """
     find_run_dir(str(run_dir), resume)
     if resume and saved and (now := load_checkpoint(resume, "cpu")["step"]) != saved["step"]:
         raise RunError(
-            f"{resume}: another process has trained on, from step {saved['step']} to {now}; "
-            "start again to go on from there"
+            f"{resume}: another process has trained from step {saved['step']} to {now}; "
+            "start again to continue from there"
         )
 
 
 def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_dir: Path) -> None:
-    """Bring checkpoint, best network and train_batch.log to the folder a run begins or goes on in.
+    """Copy checkpoint, best model and train_batch.log of the resumed run into `run_dir`.
 
-    From then on it holds what is needed to go on, and nothing of another past: the checkpoint is
-    its latest and only one. The best is the one that `saved`, the content of the checkpoint
-    `resume`, knows: the checkpoint itself, or the one beside it if it is of that epoch, or of one
-    before where the disk was full when that was to be kept.
+    The checkpoint becomes the latest and only one of the folder. The best model is the one that the
+    checkpoint knows: the checkpoint itself, or the file beside it if that is of the best epoch. If
+    a full disk kept the best epoch from being saved, an earlier best model is taken.
+
+    Args:
+        resume: file of the checkpoint to continue; None removes an old best model.
+        saved: content of `resume`.
+        run_dir: folder of the run.
 
     Raises:
-        OSError: something cannot be read or written; what was there stays.
+        OSError: a file cannot be read or written; existing files stay.
     """
     if resume is None or saved is None:
         (run_dir / BEST_NAME).unlink(missing_ok=True)
@@ -122,12 +131,12 @@ def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_d
 
 
 def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
-    """Whether `path` is the checkpoint that `progress` remembers as the best, or one before it."""
+    """Return whether `path` holds the best epoch that `progress` names, or an earlier best."""
     try:
         state = load_checkpoint(path, "meta")
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError) and path.exists():
-            raise error.__cause__ from None  # it may be good
+            raise error.__cause__ from None  # unreadable now, but perhaps intact
         return False
     known = progress["best_epoch"], progress["best_top1"]
     return (state["epoch"], state["best_top1"]) == known or (
@@ -136,8 +145,8 @@ def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
 
 
 def _replace(path: Path, source: Path | None) -> None:
-    """Make `path` a copy of `source`, and remove it where there is none."""
-    if source is None or not source.is_file():  # a pipe would be waited for
+    """Make `path` a copy of `source`; remove `path` if there is no source."""
+    if source is None or not source.is_file():  # a pipe would block
         path.unlink(missing_ok=True)
     elif path.resolve() != source:
         with atomic_write(path) as copy, open(source, "rb") as file:

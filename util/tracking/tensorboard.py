@@ -1,7 +1,7 @@
-"""TensorBoard events, written as they come.
+"""TensorBoard event files, flushed event by event.
 
-tensorboardX's own SummaryWriter hands them to a thread: what that has not yet written is lost when
-the process is killed, and a full disk ends the thread, after which the caller waits for ever.
+The SummaryWriter of tensorboardX writes from a thread. A killed process loses what that thread
+still holds. A full disk ends the thread, and the caller then waits for ever.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from torch import Tensor
 
 
 class Events:
-    """An event file, each event on its way to the disk when the call returns.
+    """An event file; every event is flushed before the call returns.
 
     Args:
-        run_dir: the folder.
-        purge_step: what older event files of the folder tell of this step and later is hidden.
+        run_dir: folder of the run.
+        purge_step: TensorBoard hides events of older files from this step on.
     """
 
     def __init__(self, run_dir: Path, purge_step: int) -> None:
-        # Here: they take more than a second to import.
+        # Imported here: these take more than a second.
         from tensorboardX import summary
         from tensorboardX.event_file_writer import EventsWriter
         from tensorboardX.proto.event_pb2 import Event, SessionLog
@@ -33,13 +33,15 @@ class Events:
         self._add(purge_step, session_log=SessionLog(status=SessionLog.START))
 
     def scalar(self, tag: str, value: float, step: int) -> None:
+        """Add a scalar."""
         self._add(step, summary=self._summary.scalar(tag, value))
 
     def image(self, tag: str, image: Tensor, step: int) -> None:
-        """`image`: 3 H W in [0, 1]."""
+        """Add an image (3, H, W) with values in [0, 1]."""
         self._add(step, summary=self._summary.image(tag, image.numpy()))
 
     def close(self) -> None:
+        """Close the file."""
         self._file.close()
 
     def _add(self, step: int, **content: object) -> None:
@@ -48,7 +50,7 @@ class Events:
 
 
 class NullEvents:
-    """Events that are not wanted."""
+    """A stand-in for `Events` that writes nothing."""
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
