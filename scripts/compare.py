@@ -167,7 +167,7 @@ def label_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 
 def name_group(group: Sequence[Run]) -> str:
-    """Return the name of a single run, or that of the first run without its seed."""
+    """Return what the names of the runs begin with, without the word seed."""
     if len(group) == 1:
         return group[0].name
     pairs = zip(*(run.name for run in group), strict=False)

@@ -79,6 +79,7 @@ class Recorder:
             start_epoch=done.epoch,
             start_step=done.step,
             batches=meters.steps,
+            epoch_steps=facts["epoch_steps"],
         )
 
     def batch(self, batch: int, now: Metrics) -> None:

@@ -200,7 +200,7 @@ def test_tensorboard_has_the_figures_of_layers_after_the_last_epoch(tmp_path):
 def test_filters_can_be_left_out_but_not_come_before_their_epoch(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=False)
     logger.filters(0, torch.randn(8, 3, 3, 3), None)
-    with pytest.raises(ValueError, match="filters of epoch 1"):
+    with pytest.raises(ValueError, match="before its filters, got 1"):
         logger.filters(1, torch.randn(8, 3, 3, 3), None)
     logger.close()
     assert read_events(tmp_path).Tags()["images"] == ["filters/first_layer"]

@@ -45,7 +45,7 @@ def test_a_folder_that_holds_a_run_is_taken_for_its_own_continuation_only(tmp_pa
 
 def test_a_folder_that_cannot_be_made_is_an_error_that_names_it(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(RunError, match="file/run cannot be made"):
+    with pytest.raises(RunError, match="file/run cannot be created"):
         open_run_dir(tmp_path / "file" / "run", "", "")
 
 
@@ -133,7 +133,7 @@ def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
 def test_a_link_in_the_place_of_the_lock_empties_no_other_file(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / ".lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(RunError, match=r"\.lock cannot be made: Too many levels of symbolic"):
+    with pytest.raises(RunError, match=r"\.lock cannot be created: Too many levels of symbolic"):
         open_run_dir(tmp_path, "", "")
     assert (tmp_path / "precious").read_text() == "precious"
 
@@ -149,7 +149,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_not_taken_up(tmp_path):
     check_unchanged(tmp_path, None, None)
     read = save(tmp_path, 1, best_epoch=1)
     check_unchanged(tmp_path, checkpoint, read)
-    with pytest.raises(RunError, match="holds a run already"):
+    with pytest.raises(RunError, match="already holds a run"):
         check_unchanged(tmp_path, None, None)
     save(tmp_path, 2, best_epoch=1)
     with pytest.raises(RunError, match="another process has trained on, from step 5 to 10"):
