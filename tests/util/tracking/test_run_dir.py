@@ -152,7 +152,7 @@ def test_a_run_that_another_process_has_gone_on_with_is_not_taken_up(tmp_path):
     with pytest.raises(RunError, match="already holds a run"):
         check_unchanged(tmp_path, None, None)
     save(tmp_path, 2, best_epoch=1)
-    with pytest.raises(RunError, match="another process has trained on, from step 5 to 10"):
+    with pytest.raises(RunError, match="another process has trained from step 5 to 10"):
         check_unchanged(tmp_path, checkpoint, read)
 
 
