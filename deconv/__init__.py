@@ -1,44 +1,47 @@
-"""Network deconvolution: convolutions that whiten what their kernel sees (Ye et al., ICLR 2020).
+"""Network deconvolution: layers that whiten what their kernel sees (Ye et al., ICLR 2020).
 
     from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
     from deconv import convert, fuse, plan, recalibrate, whiteness
 
-    conv = FastDeconv(64, 128, 3, padding=1)    # in place of Conv2d + BatchNorm2d
-    head = Delinear(512, 10)                    # in place of Linear
-    up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # 1d, 3d: the same names
-    network = convert(resnet18())               # in place of all of them, in any network
-    print(plan(resnet18()))                     # what that does to each layer, and why
-    recalibrate(network, loader)                # running statistics anew, of averaged weights, say
-    print(whiteness(network, images))           # before and after whitening, layer by layer
-    served = fuse(network.eval())               # trained: plain Conv2d and Linear layers
+    conv = FastDeconv(64, 128, 3, padding=1)    # replaces Conv2d and BatchNorm2d
+    head = Delinear(512, 10)                    # replaces Linear
+    up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # also 1d and 3d
+    model = convert(resnet18())                 # replaces all of them, in any model
+    print(plan(resnet18()))                     # what `convert` does to each layer, and why
+    recalibrate(model, loader)                  # computes the running statistics anew
+    print(whiteness(model, images))             # correlation before and after whitening, by layer
+    served = fuse(model.eval())                 # a trained model as plain Conv2d and Linear layers
 
-A convolution sees patches x_p, and neighbouring pixels and channels of a patch are strongly
-correlated. The correlation acts like a blur that gradient descent must undo. Whitening removes it:
+A convolution sees patches x_p. Neighbouring pixels and channels of a patch are strongly correlated.
+This correlation acts like a blur that gradient descent must undo. Whitening removes it, in four
+steps (Algorithm 1 of the paper):
 
-    mu  = mean_p x_p
-    Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I
-    D   ~ Cov^(-1/2)                                     coupled Newton-Schulz, five steps
-    y   = W D (x - mu) + b = (W D) x + (b - W D mu)      so fold D and mu into W and b
+    x_p = sample(x)                                       patches                ops/patches.py
+    mu  = mean_p x_p                                      mean                   ops/covariance.py
+    Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I           covariance             ops/covariance.py
+    D   ~ Cov^(-1/2)                                      inverse square root    ops/inverse_sqrt.py
+    y   = W D (x - mu) + b = (W D) x + (b - W D mu)       fold D, mu into W, b   ops/fold.py
 
-Nothing the size of a feature map is whitened: an ordinary convolution runs with the folded weight.
-In evaluation mu and Cov are running averages, and the layer is a plain convolution exactly.
-Under torch.distributed mu and Cov are those of the patches of all processes (`sync_stats`).
+No feature map is whitened: one ordinary convolution runs with the folded weight and bias. In
+evaluation mu and Cov are running averages, and the layer equals a plain convolution. Under
+torch.distributed they cover the patches of all ranks (`sync_stats`). `Whitening.fold_whitening`
+in whitening.py runs the four steps for every kind of layer.
 
-| symbol | shape or unit | meaning | where |
+| symbol | shape or unit | meaning | name in the code |
 |---|---|---|---|
-| N C H W | | a batch of feature maps | |
-| T | K * K | taps of the kernel | |
-| B | channels | `block`: channels whitened together | `divide_channels` |
+| N C H W | | batch of images or feature maps | `x` |
+| T | K * K | taps of the kernel | `Blocks.taps` |
+| B | channels | channels whitened together | `block`, `Blocks.size` |
 | F | B * T | features of a block | `Blocks.features` |
-| M | | sampled patches, every `sampling_stride`-th or fewer | `PatchGrid`, `PatchSubset` |
+| M | | sampled patches | `PatchGrid`, `PatchSubset` |
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
-| mu | (C*T,) | mean patch | `measure_patches` |
-| Cov | (G, F, F) | covariance, eps on its diagonal (units of variance) | `measure_patches` |
-| D | (G, F, F) | its inverse square root | `inverse_sqrt` |
-| W D | as weight | effective kernel | `fold`, `fuse` |
+| mu | (C*T,) | mean patch | `mean_and_covariance` |
+| Cov | (G, F, F), units of variance | covariance with eps on its diagonal | `mean_and_covariance` |
+| D | (G, F, F) | inverse square root of Cov | `inverse_sqrt` |
+| W D | as weight | folded weight | `fold`, `fuse` |
 
-The package imports nothing but torch and can be copied into another project unchanged.
+The package imports nothing but torch. It can be copied into another project.
 """
 
 from .conv import FastDeconv, FastDeconv1d, FastDeconv2d, FastDeconv3d

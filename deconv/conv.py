@@ -16,7 +16,7 @@ from .ops.patches import PatchGrid, PatchSubset, Sampling
 from .sync import locate_batch
 from .whitening import Whitening, require_positive
 
-# What each mode whitens, in this order. 4 and 5 differ in the patches they look at.
+# Whitened axes by mode, in order. Modes 4 and 5 differ in the patches they sample.
 MODES: dict[int, tuple[str, ...]] = {
     1: ("channel", "pixel"),
     2: ("pixel",),
@@ -27,14 +27,24 @@ MODES: dict[int, tuple[str, ...]] = {
 
 
 class Convolution(Whitening):
-    """Convolutions of any number of dimensions, see `FastDeconv`.
+    """Convolution in any number of dimensions, see `FastDeconv`.
 
-    A layer is this and the class of torch that it stands for, `plain`, and adds `convolve`, the
-    function of torch that does its work.
+    A subclass names `plain`, the class of torch it replaces, and `convolve`, its function.
     """
 
-    plain: type[nn.Module]
+    plain: Callable[..., nn.Module]
     convolve: Callable[..., Tensor]
+    in_channels: int
+    out_channels: int
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    padding: str | tuple[int, ...]
+    dilation: tuple[int, ...]
+    output_padding: tuple[int, ...]
+    groups: int
+    padding_mode: Any  # str; torch declares it differently per class
+    transposed: bool
+    _reversed_padding_repeated_twice: list[int]
 
     def __init__(
         self,
@@ -184,78 +194,82 @@ class Convolution(Whitening):
         )
 
 
-def find_geometry(conv: nn.Module) -> dict[str, Any]:
-    """What a convolution is told beside its shape, but for its bias: of torch's or of ours."""
+def find_geometry(conv: Any) -> dict[str, Any]:
+    """Return the arguments of a convolution of torch or ours, except its shape and its bias."""
     names = ["stride", "padding", "dilation", "groups", "padding_mode"]
     names += ["output_padding"] if conv.transposed else []
     return {name: getattr(conv, name) for name in names}
 
 
 class FastDeconv(Convolution, nn.Conv2d):
-    """A 2-d convolution that whitens the patches its kernel sees, by folding the whitening into it.
+    """2-d convolution that whitens the patches its kernel sees. Replaces Conv2d and BatchNorm2d.
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
 
-    In training mu and D come from the batch, and gradients flow through them; running averages of
-    mu and of the covariance are kept for evaluation, where the layer is a plain convolution. Use it
-    in place of a convolution and the BatchNorm beside it.
+    In training, mu and D come from the batch, and gradients flow through both. For evaluation the
+    layer keeps running averages of mu and of the covariance: it then equals a plain convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
-            `torch.nn.Conv2d`. A grouped convolution whitens each group by itself.
-        padding_mode: as there. "reflect", "replicate" and "circular" fill the map first, and its
-            patches are then those that are whitened.
-        mode: 1 separable (channels, then pixels), 2 pixels, 3 channels, 4 joint over every patch,
-            5 joint over sampled patches.
-        block: B, channels whitened together. A group's C channels form blocks of the largest
-            divisor of C up to `block`.
-        eps: regularisation of the covariance, in units of variance.
-        n_iter: Newton-Schulz steps, 1 to 15.
-        momentum: weight of the new batch in the running statistics.
-        sampling_stride: every so-many-th patch in each direction is looked at, times the
-            convolution's own stride. Mode 3 looks at every so-many-th pixel; mode 4 at every patch,
-            whatever this says.
-        rows_per_feature: modes 1, 2 and 5 look at so few patches of each image, see `PatchSubset`,
-            that a batch has about so many rows, vectors of a block, for each feature of a matrix;
-            0: at all that sampling leaves, as published. A patch has a row in each of the blocks
-            that share a matrix. One patch of each image is the least. The mean is that of all
-            that sampling leaves in any case.
-        root: "newton", `n_iter` steps as published; "resolvent", the same within 0.75 % for the
-            price of a matrix inverse, or more of them beyond five steps; "cholesky", the inverse
-            Cholesky factor with the floor of so many steps, which is as good where matrices are
-            small and eps is not. See `inverse_sqrt`.
-        layout, shared: see `Blocks`.
-        sync_stats: under torch.distributed, the statistics in training are those of the patches of
-            all processes, so that N processes equal one with the whole batch, whatever each one's
-            share of it, be it none (where shares differ, `batch_share` must tell them). All must
-            then run the layer equally often, and start from the same buffers (DDP sees to it). A
-            layer sends one message forward and one backward, mode 1 two for its two axes, of
-            1 + C T + G d^2 numbers each: C all channels, T the taps (1 in mode 3), G whitening
-            matrices of side d. Where few patches are looked at, the first has another C T for the
-            mean of all. Evaluation sends nothing.
-        track_running_stats: False: none are kept, for what cannot write to buffers; the layer then
-            whitens by its batch in evaluation as well, and `fuse` refuses it.
+            `torch.nn.Conv2d`. Each group of a grouped convolution is whitened by itself.
+        padding_mode: as in `torch.nn.Conv2d`. "reflect", "replicate" and "circular" pad the input
+            before its patches are whitened.
+        mode: what is whitened (default 5).
+            1: channels, then pixels (separable). 2: pixels. 3: channels.
+            4: channels and pixels jointly, over every patch.
+            5: channels and pixels jointly, over sampled patches.
+        block: channels whitened together, B (default 16). The C channels of a group form blocks of
+            the largest divisor of C up to `block`.
+        eps: regularisation of the covariance (default 1e-2), in units of variance.
+        n_iter: Newton-Schulz steps, 1 to 15 (default 5).
+        momentum: weight of a batch in the running statistics, in (0, 1] (default 0.1).
+        sampling_stride: distance of sampled patches (default 3), in output pixels. Mode 3 samples
+            input pixels at this distance, mode 4 every patch.
+        rows_per_feature: rows of the covariance per feature (default 24), for modes 1, 2 and 5. The
+            layer samples so few of the remaining patches, at least one per image. A patch has one
+            row per block that shares the matrix. 0: all patches, as published. The mean always
+            covers all of them.
+        root: D from the covariance (default "cholesky"), see `inverse_sqrt`.
+            "newton": `n_iter` steps of Newton-Schulz, as published.
+            "resolvent": the same within 0.75 %, from one matrix inverse for `n_iter` up to 5.
+            "cholesky": the inverse Cholesky factor, with the soft floor of `n_iter` steps.
+        layout: channels per block, "contiguous" or "interleaved" (default), see `Blocks`.
+        shared: the blocks of a group share one D (default True), as published.
+        sync_stats: take the batch statistics over all ranks (default True). N ranks then equal one
+            with the whole batch, also with unequal or empty shares, see `batch_share`. All ranks
+            must run the layer equally often and start from equal buffers. A layer sends one message
+            forward and one backward (mode 1: two), of 1 + C T + G d^2 numbers: T taps (1 in
+            mode 3), G matrices of side d. A subset of patches adds C T numbers. Evaluation with
+            running statistics sends none.
+        track_running_stats: keep running statistics (default True). Otherwise evaluation whitens by
+            its batch, and `fuse` raises.
+        device, dtype: of the parameters, as in `torch.nn.Conv2d`.
 
     Shape:
-        (N, C, H, W) -> as `torch.nn.Conv2d`; N may be 0, which leaves the statistics alone.
+        (N, C, H, W) or (C, H, W), as in `torch.nn.Conv2d`. N = 0 leaves the statistics unchanged.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; the input has another number of channels, or is
+            smaller than the kernel.
 
-    Source: Ye et al., Network Deconvolution, ICLR 2020, algorithm 1.
+    Example:
+        layer = FastDeconv(64, 128, 3, padding=1)
+        y = layer(torch.randn(8, 64, 32, 32))  # (8, 128, 32, 32)
+
+    Source: Ye et al., Network Deconvolution, ICLR 2020, section 3, Algorithm 1.
     """
 
     plain, convolve = nn.Conv2d, staticmethod(F.conv2d)
 
 
 class FastDeconv1d(Convolution, nn.Conv1d):
-    """`FastDeconv` in place of `nn.Conv1d`: (N, C, L) -> as that."""
+    """`FastDeconv` for sequences (N, C, L), in place of `nn.Conv1d`."""
 
     plain, convolve = nn.Conv1d, staticmethod(F.conv1d)
 
 
 class FastDeconv3d(Convolution, nn.Conv3d):
-    """`FastDeconv` in place of `nn.Conv3d`: (N, C, D, H, W) -> as that."""
+    """`FastDeconv` for volumes (N, C, D, H, W), in place of `nn.Conv3d`."""
 
     plain, convolve = nn.Conv3d, staticmethod(F.conv3d)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import gcd
 from typing import Any
 
@@ -13,42 +14,47 @@ from .ops.patches import PatchGrid
 
 
 class _Transposed(Convolution):
-    """A transposed convolution that whitens the patches its kernel sees.
+    """Transposed convolution that whitens the patches its kernel sees.
 
-    A transposed convolution of stride s is the ordinary convolution, of stride 1 and with the
-    kernel turned round, of the map that has s - 1 zeros between each two pixels. So what the kernel
-    sees at each pixel of the output is a patch of that wider map, most of it zeros. These patches
-    are whitened, as those of `FastDeconv` are:
+    A transposed convolution of stride s equals an ordinary one, of stride 1 with a flipped kernel,
+    on the image with s - 1 zeros between its pixels. The patches of this wider image are whitened
+    as those of `FastDeconv`:
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu)
 
-    mu is the mean over all pixels of the output, so W D mu is one number for each channel, and the
-    layer is a plain transposed convolution exactly, at the borders and at any stride. Taps of
-    different phases (pixels of the output modulo s) never meet a pixel at once, so D is nearly a
-    matrix for each phase, which takes the correlation of neighbours out of x. That phases differ in
-    their means is variance like any other, and D damps it.
+    mu is the mean over all output pixels. W D mu is one number per channel: the layer equals a
+    plain transposed convolution, at the borders and at any stride. Taps of different phases (output
+    pixels modulo s) never meet a pixel at once. D is nearly one matrix per phase, and removes the
+    correlation of neighbouring pixels. Different means of the phases count as variance.
 
-    Pixels are found where they lie in x: nothing of the size of the wider map is made.
+    The wider image is never allocated.
 
     NOTE (differs from paper): the paper has no transposed convolutions. Whitening the channels of
-    single pixels of x alone would be another reading; its mean cannot be folded into a bias, as how
-    many taps meet a pixel depends on the phase and on the borders.
+    single pixels instead would leave a mean that no bias can hold: the number of taps that meet a
+    pixel depends on phase and border.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
-            dilation, padding_mode: as in `torch.nn.ConvTranspose2d`, padding with zeros only.
-        options: all that `FastDeconv` takes by keyword. `mode` and what belongs to it speak of
-            patches of the wider map: features are zero but for one pixel in s^n (n dimensions), and
-            `eps` weighs so much more. Where `sampling_stride` has a divisor in common with the
-            stride, the next larger number without one is taken, as some phases would never be seen.
+            dilation, padding_mode: as in `torch.nn.ConvTranspose2d`; only zero padding.
+        options: the keywords of `FastDeconv`, for patches of the wider image. In n dimensions one
+            pixel of s^n is not zero: variances are smaller, and `eps` weighs more. If
+            `sampling_stride` shares a divisor with the stride, the next larger number without one
+            is taken, so that all phases are sampled.
 
     Shape:
-        As `torch.nn.ConvTranspose2d`, `output_size` included; the statistics are those of the
-        output that `output_padding` gives.
+        As in `torch.nn.ConvTranspose2d`, with its `output_size`. The statistics cover the output
+        size that `output_padding` gives.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range; the input has another number of channels.
+
+    Example:
+        up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)
+        y = up(torch.randn(8, 128, 16, 16))  # (8, 64, 32, 32)
     """
+
+    padding: Any  # tuple[int, ...]; torch declares it differently
+    _output_padding: Callable[..., list[int]]  # of torch
 
     def __init__(
         self,
@@ -64,11 +70,11 @@ class _Transposed(Convolution):
         padding_mode: str = "zeros",
         **options: Any,
     ) -> None:
-        where = (stride, padding, dilation, groups, bias, padding_mode)
-        super().__init__(in_channels, out_channels, kernel_size, *where, **options)
-        several = not isinstance(output_padding, int)
-        dims = len(self.kernel_size)
-        self.output_padding = tuple(output_padding) if several else (output_padding,) * dims
+        geometry = (stride, padding, dilation, groups, bias, padding_mode)
+        super().__init__(in_channels, out_channels, kernel_size, *geometry, **options)
+        if isinstance(output_padding, int):
+            output_padding = (output_padding,) * len(self.kernel_size)
+        self.output_padding = tuple(output_padding)
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
@@ -106,15 +112,15 @@ class _Transposed(Convolution):
 
 
 class FastDeconvTranspose1d(_Transposed, nn.ConvTranspose1d):
-    __doc__ = _Transposed.__doc__
+    __doc__ = _Transposed.__doc__ or ""
     plain, convolve = nn.ConvTranspose1d, staticmethod(F.conv_transpose1d)
 
 
 class FastDeconvTranspose2d(_Transposed, nn.ConvTranspose2d):
-    __doc__ = _Transposed.__doc__
+    __doc__ = _Transposed.__doc__ or ""
     plain, convolve = nn.ConvTranspose2d, staticmethod(F.conv_transpose2d)
 
 
 class FastDeconvTranspose3d(_Transposed, nn.ConvTranspose3d):
-    __doc__ = _Transposed.__doc__
+    __doc__ = _Transposed.__doc__ or ""
     plain, convolve = nn.ConvTranspose3d, staticmethod(F.conv_transpose3d)

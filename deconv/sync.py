@@ -69,7 +69,9 @@ def pool_statistics(
 
     Args:
         stats: statistics of this rank.
-        blocks, axis, whitened: as in `mean_and_covariance`.
+        blocks: the view of a patch as blocks.
+        axis: as in `mean_and_covariance`.
+        whitened: as in `mean_and_covariance`.
         reference: (C*T,), equal on all ranks; None for 0.
     """
     centre = stats.centre
@@ -78,11 +80,11 @@ def pool_statistics(
     if whitened is not None:
         offset = transform_along(whitened[0], offset, whitened[1], blocks)
     moment = stats.cov + second_moment(offset, axis, blocks)
-    means = () if stats.mean is centre else (stats.mean,)
-    count, shift, moment, *means = average_over_ranks(stats.count, offset, moment, *means)
+    own = () if stats.mean is centre else (stats.mean,)
+    samples, shift, moment, *means = average_over_ranks(stats.samples, offset, moment, *own)
     cov = moment - second_moment(shift, axis, blocks)
     centre = reference + shift.flatten()  # of raw patches, unless `whitened`
-    return Statistics(stats.images, count, means[0] if means else centre, cov, centre)
+    return Statistics(stats.images, samples, means[0] if means else centre, cov, centre)
 
 
 def average_over_ranks(count: int | Tensor, *means: Tensor) -> tuple[Tensor, ...]:

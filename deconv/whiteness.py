@@ -140,7 +140,7 @@ def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhitene
     return LayerWhiteness(
         name,
         blocks.features,
-        patches.count,
+        patches.samples,
         before=_compute_whiteness(cov),
         after=_compute_whiteness(after),
         condition=(values[:, -1] / values[:, 0]).max().item(),

@@ -41,7 +41,7 @@ class Whitening(nn.Module):
     """
 
     weight: Tensor
-    bias: Tensor | None
+    bias: Any  # Tensor | None; the layers of torch declare it differently
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
     root: str
@@ -71,7 +71,10 @@ class Whitening(nn.Module):
         Mode 1 has two axes: the second one sees patches that the first has whitened.
         """
         sampling, blocks = self.choose_patches(x)
-        mean, covs, whiten, whitened = None, {}, {}, None
+        means: list[Tensor] = []
+        covs: Matrices = {}
+        whiten: Matrices = {}
+        whitened: tuple[str, Tensor] | None = None
         for axis in self.axes:
             patches = sample(x, sampling)
             stats = mean_and_covariance(patches, blocks, axis, whitened)
@@ -80,9 +83,9 @@ class Whitening(nn.Module):
             rows = centre_rows(stats, patches, blocks) if self._has_few_rows(patches) else None
             whiten[axis] = inverse_sqrt(stats.cov, self.n_iter, self.root, self.eps, rows)
             covs[axis] = stats.cov
-            mean = stats.mean if mean is None else mean
+            means.append(stats.mean)
             x, whitened = stats.images, (axis, whiten[axis])
-        return x, stats.count, mean, covs, whiten
+        return x, stats.samples, means[0], covs, whiten
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Return the layer's input as (N, C, *size), checked and padded."""
@@ -114,7 +117,11 @@ class Whitening(nn.Module):
             axes: what is whitened, in order: "joint", "channel" or "pixel".
             blocks: the view of the layer's features.
             mean_taps: taps that have a mean of their own, 1 or T.
-            eps, n_iter, momentum, sync_stats, track_running_stats: as in `FastDeconv`.
+            eps: as in `FastDeconv`, like all that follow.
+            n_iter: Newton-Schulz steps.
+            momentum: weight of a batch in the running statistics.
+            sync_stats: take the batch statistics over all ranks.
+            track_running_stats: keep running statistics.
 
         Raises:
             ValueError: an option is out of range.
@@ -151,7 +158,7 @@ class Whitening(nn.Module):
         """Return whether Newton-Schulz is cheaper from rows than from the covariance."""
         newton = self.axes == ("joint",) and self.root == "newton"
         alone = not self.pools_ranks and isinstance(patches.sampling, PatchGrid)
-        rows = patches.count * self.blocks.sharing
+        rows = patches.samples * self.blocks.sharing
         return newton and alone and 0 < 2 * rows < self.blocks.features
 
     def running_covariances(self) -> Matrices:

@@ -143,9 +143,12 @@ def make_blocks(
     """Return blocks of the largest admissible size.
 
     Args:
-        groups, channels, taps, shared: as in `Blocks`.
+        groups: convolution groups.
+        channels: channels of one group, C.
         block: largest number of channels per block.
+        taps: kernel positions, T.
         layout: "contiguous" or "interleaved".
+        shared: the blocks of a group share one matrix.
         joint: interleave single features. Otherwise channels, as separate axes need them whole.
 
     Raises:

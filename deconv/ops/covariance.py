@@ -11,7 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
 from .matmul import outer_products
-from .patches import Patches, PatchSubset, gather, scatter, select_pixels, weigh_pixels
+from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
 CPU_CHUNK, CHUNK = 8 << 20, 256 << 20
@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
     """First and second moments of patches along one axis."""
 
     images: Tensor  # N C H W
-    count: int | Tensor  # M, sampled patches
+    samples: int | Tensor  # M, number of sampled patches
     mean: Tensor  # C*T, of all patches of the grid
     cov: Tensor  # G d d, of the sampled patches
     centre: Tensor  # C*T, mean of the sampled patches: `cov` is centred there
@@ -62,10 +62,10 @@ def mean_and_covariance(
     Raises:
         ValueError: images are smaller than the kernel.
     """
-    before, matrix = whitened or (None, None)
+    before, matrix = whitened or ("", None)
     x, sampling = patches
     x, centre, cov, *mean = _MeanAndCovariance.apply(x, matrix, before, sampling, blocks, axis)
-    return Statistics(x, patches.count, *mean or (centre,), cov, centre)
+    return Statistics(x, patches.samples, mean[0] if mean else centre, cov, centre)
 
 
 class _MeanAndCovariance(torch.autograd.Function):
@@ -80,36 +80,36 @@ class _MeanAndCovariance(torch.autograd.Function):
         ctx: Any,
         x: Tensor,
         matrix: Tensor | None,
-        before: str | None,
-        sampling: Any,
+        before: str,
+        sampling: Sampling,
         blocks: Blocks,
         axis: str,
     ) -> tuple[Tensor, ...]:
         ctx.settings = before, sampling, blocks, axis
-        ctx.patches = max(Patches(x, sampling).count, 1)
+        ctx.patches = max(Patches(x, sampling).samples, 1)
         ctx.set_materialize_grads(False)
         selection = select_pixels(x, sampling)
-        kept = gather(x, sampling, selection) if keeps_patches(Patches(x, sampling)) else None
-        weights = mean = None
-        if not isinstance(sampling, PatchSubset):
-            centre = _average_pixels(x, weigh_pixels(x, sampling))
-        else:
-            centre = _average(kept)
-            if matrix is None:
-                weights = weigh_pixels(x, sampling.grid)
-                mean = _average_pixels(x, weights)
+        chunks = list(_split(x, x, sampling))
+        whole = gather(x, sampling, selection) if len(chunks) == 1 else None
+        grid = sampling.grid if isinstance(sampling, PatchSubset) else sampling
+        centre = _average_pixels(x, weigh_pixels(x, grid)) if whole is None else _average(whole)
+        subset = isinstance(sampling, PatchSubset) and matrix is None
+        weights = weigh_pixels(x, grid) if subset else None
         ctx.rows = ctx.patches * len(centre) // (blocks.matrices * blocks.side(axis))
-        cov = None
-        for part, _ in _split(x, x, sampling):
-            maps = gather(part, sampling, selection) if kept is None else kept
+        cov: Tensor | None = None
+        for part, _ in chunks:
+            maps = gather(part, sampling, selection) if whole is None else whole
             maps = maps.sub_(centre[:, None])
             if matrix is not None:
                 maps = transform_along(before, maps, matrix, blocks)
             vectors = blocks.to_vectors(axis, maps)
-            products = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.rows)
-            cov = products if cov is None else cov + products
+            product = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.rows)
+            cov = product if cov is None else cov + product
+        assert cov is not None  # one chunk at least
+        kept = whole if keeps_patches(Patches(x, sampling)) else None
         ctx.save_for_backward(x, matrix, centre, kept, weights, *selection)
-        return (x, centre, cov) if mean is None else (x, centre, cov, mean)
+        mean = () if weights is None else (_average_pixels(x, weights),)
+        return x, centre, cov, *mean
 
     @staticmethod
     @once_differentiable
@@ -133,9 +133,9 @@ class _MeanAndCovariance(torch.autograd.Function):
                 maps = gather(part, sampling, selection).sub_(centre[:, None])
             vectors = maps if matrix is None else transform_along(before, maps, matrix, blocks)
             slope = transform_along(axis, vectors, symmetric, blocks)
-            if matrix is not None:
-                pair = (blocks.to_vectors(before, each) for each in (slope, maps))
-                grad_matrix += outer_products(*pair, blocks.matrices)
+            if grad_matrix is not None:
+                left, right = (blocks.to_vectors(before, each) for each in (slope, maps))
+                grad_matrix += outer_products(left, right, blocks.matrices)
                 slope = transform_along(before, slope, matrix.mT, blocks)
             if grad_centre is not None:
                 slope.add_(grad_centre[:, None], alpha=1 / ctx.patches)
@@ -179,7 +179,7 @@ def _average(maps: Tensor) -> Tensor:
     return maps.mean(0).mean(1) if maps.numel() else maps.sum((0, 2))
 
 
-def _split(x: Tensor, grad: Tensor, sampling: Any) -> Iterator[tuple[Tensor, Tensor]]:
+def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield x and grad in chunks of images whose patches fit into memory or cache."""
     patches = Patches(x, sampling)
     chunk = CPU_CHUNK if x.device.type == "cpu" else CHUNK

@@ -34,7 +34,8 @@ def outer_products(left: Tensor, right: Tensor, groups: int, scale: float = 1.0)
     """Sum u v^T over the pairs of vectors of each group, times `scale`.
 
     Args:
-        left, right: (R, groups * d, L).
+        left: vectors u, (R, groups * d, L).
+        right: vectors v, of the same shape.
         groups: number of groups.
         scale: factor of the sum.
 

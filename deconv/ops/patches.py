@@ -7,14 +7,14 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
 from math import gcd, prod
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 SMALL = 128  # pixels of an image up to which a product with a 0-1 matrix gathers fastest
 
-Slices = tuple[slice, ...]
+Slices = tuple[Any, ...]  # a slice per spatial dimension
 Selection = tuple[Tensor, ...]
 
 
@@ -144,17 +144,16 @@ class Patches(NamedTuple):
     sampling: Sampling
 
     @property
-    def count(self) -> int:
+    def samples(self) -> int:
         """Number of sampled patches, M."""
         return len(self.images) * self.sampling.count(self.images.shape[2:])
 
     @property
     def bytes_per_image(self) -> int:
         """Memory of the gathered patches of one image."""
-        patches = self.sampling.count(self.images.shape[2:])
-        return (
-            max(self.images.element_size(), 4) * patches * self.images.shape[1] * self.sampling.taps
-        )
+        _, channels, *size = self.images.shape
+        numbers = channels * self.sampling.taps * self.sampling.count(size)
+        return max(self.images.element_size(), 4) * numbers
 
 
 def sample(x: Tensor, sampling: Sampling) -> Patches:
@@ -202,7 +201,7 @@ def number_pixels(grid: PatchGrid, size: Sequence[int], device: torch.device) ->
     pixels = torch.arange(prod(size), device=device).reshape(*size)
     numbers = pixels.new_full((grid.taps, *grid.positions(size)), prod(size))
     for tap, where, under in grid.split_taps(size):
-        numbers[(tap, *where)] = pixels[under]
+        numbers[tap][where] = pixels[under]
     return numbers.flatten(1)
 
 
@@ -220,7 +219,7 @@ def select_pixels(x: Tensor, sampling: Sampling) -> Selection:
     count, _, *size = x.shape
     if isinstance(sampling, PatchSubset):
         return _index_subset(sampling, count, tuple(size), like=x)
-    if sampling.taps == 1 or prod(size) > SMALL:
+    if prod(size) > SMALL or prod(size) * sampling.taps == 1:
         return ()
     dtype = torch.promote_types(x.dtype, torch.float32)
     return _make_gather_matrix(sampling, tuple(size), dtype, like=x)
@@ -254,7 +253,7 @@ def _make_mean_weights(
 ) -> Selection:
     weights = torch.zeros(grid.taps, *size, dtype=dtype, device=device)
     for tap, _, pixels in grid.split_taps(size):
-        weights[(tap, *pixels)] = 1 / grid.count(size)
+        weights[tap][pixels] = 1 / grid.count(size)
     return (weights.flatten(1),)
 
 
@@ -297,8 +296,9 @@ def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
     if selection:
         return (x.to(dtype).flatten(2) @ selection[0]).reshape(shape)
     patches = x.new_zeros(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
-    for tap, where, pixels in sampling.split_taps(size):
-        patches[(slice(None), slice(None), tap, *where)] = x[(..., *pixels)]
+    for tap, where, under in sampling.split_taps(size):
+        at, below = (..., *where), (..., *under)
+        patches[:, :, tap][at] = x[below]
     return patches.reshape(shape)
 
 
@@ -325,5 +325,6 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
         x += (patches.reshape(count, channels, len(matrix)) @ matrix).reshape(x.shape)
         return
     patches = patches.reshape(count, channels, sampling.taps, *sampling.positions(size))
-    for tap, where, pixels in sampling.split_taps(size):
-        x[(..., *pixels)].add_(patches[(slice(None), slice(None), tap, *where)])
+    for tap, where, under in sampling.split_taps(size):
+        at, below = (..., *where), (..., *under)
+        x[below].add_(patches[:, :, tap][at])

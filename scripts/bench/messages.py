@@ -92,7 +92,7 @@ def patch_size(model: nn.Module, side: int) -> float:
     def count(module: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0] if inputs[0].dim() > 2 else inputs[0].unsqueeze(-1)
         sampling, blocks = module.choose_patches(x)
-        sizes.append(sample(x, sampling).count * blocks.groups * blocks.channels * blocks.taps)
+        sizes.append(sample(x, sampling).samples * blocks.groups * blocks.channels * blocks.taps)
 
     for module in model.modules():
         if hasattr(module, "axes"):

@@ -11,6 +11,7 @@ import deconv
 from deconv import Delinear, FastDeconv
 from deconv.ops.inverse_sqrt import ROOTS
 from deconv.surgery.plan import DECONVOLUTIONS
+from tests.pairwise import pairwise
 
 HALF = [torch.bfloat16, torch.float16]
 LAYERS = {
@@ -114,7 +115,7 @@ def test_the_gradient_of_a_broadcast_output(name):
 
 def test_no_code_asks_for_a_device_of_one_kind():
     """`device.type == "cpu"` chooses a faster way; anything else must do on every device."""
-    for path in Path(deconv.__file__).parent.glob("*.py"):
+    for path in Path(deconv.__file__).parent.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             assert not (isinstance(node, ast.Attribute) and node.attr in ("cuda", "mps", "xla"))
             text = isinstance(node, ast.Constant) and isinstance(node.value, str)
@@ -141,9 +142,9 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-@pytest.mark.parametrize("mode", [1, 2, 3, 4, 5])
-@pytest.mark.parametrize("kind", DECONVOLUTIONS)
+@pytest.mark.parametrize(
+    ("kind", "mode", "options"), pairwise([*DECONVOLUTIONS], [1, 2, 3, 4, 5], OPTIONS)
+)
 def test_a_forward_on_a_fake_gpu_mixes_no_devices(kind, mode, options):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -1,4 +1,4 @@
-"""Statistics across processes: 1, 2 and 3 gloo processes against one with the whole batch."""
+"""Statistics of 1, 2 and 3 gloo ranks against one rank with the whole batch."""
 
 from datetime import timedelta
 from functools import partial
@@ -12,7 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deconv import Delinear, FastDeconv, batch_share
 from deconv.sync import is_distributed
 
-PICTURES = 7
+IMAGES = 7
 SHARINGS = [(7,), (5, 2), (0, 7), (4, 0, 3), (1, 3, 3)]  # images of each process
 CONV = dict(kernel_size=3, padding=1, block=2, sampling_stride=2, rows_per_feature=0)
 VARIANTS = product((1, 2, 3, 4, 5), ("contiguous", "interleaved"), (True, False))
@@ -45,14 +45,14 @@ def batches(layer):
     generator = torch.Generator().manual_seed(0)
     size = (layer.in_features,) if isinstance(layer, nn.Linear) else (4, 9, 8)
     for number in range(2):
-        noise = torch.randn(PICTURES, *size, generator=generator, dtype=torch.float64)
+        noise = torch.randn(IMAGES, *size, generator=generator, dtype=torch.float64)
         yield noise.cumsum(-1) + number + torch.arange(size[0]).reshape(-1, *[1] * (len(size) - 1))
 
 
 def loss(y, share):
     """Every output times a random weight of its own, which no sharing changes."""
     generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(PICTURES, *y.shape[1:], generator=generator, dtype=torch.float64)
+    weight = torch.randn(IMAGES, *y.shape[1:], generator=generator, dtype=torch.float64)
     return (y * weight[share]).sum()
 
 
@@ -148,7 +148,7 @@ def whitening_far_from_zero(share):
 
 
 def experiments(share):
-    with batch_share(share.start, PICTURES):
+    with batch_share(share.start, IMAGES):
         return {
             "train": {case: train(build(case), share) for case in CASES},
             "train alone": train_alone(share),
@@ -210,22 +210,23 @@ def sharing(found, spawned):
 
 
 close = partial(torch.testing.assert_close, rtol=1e-10, atol=1e-10)
-WHOLE = slice(0, PICTURES)
+WHOLE = slice(0, IMAGES)
 
 
 def total(parts):
     return {name: sum(part[name] for part in parts) for name in parts[0]}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_processes_equal_one_with_the_whole_batch(case, found):
-    by_image, gradient, statistics = train(build(case), WHOLE)
-    parts = [part["train"][case] for part in found]
-    together = [torch.cat(shares) for shares in zip(*(part[0] for part in parts), strict=True)]
-    close(together, by_image)
-    close(total([part[1] for part in parts]), gradient)
-    for part in parts:
-        close(part[2], statistics)
+def test_ranks_equal_one_with_the_whole_batch(found):
+    for case in CASES:
+        by_image, gradient, statistics = train(build(case), WHOLE)
+        parts = [part["train"][case] for part in found]
+        together = [torch.cat(shares) for shares in zip(*(part[0] for part in parts), strict=True)]
+        expect = partial(close, msg=lambda error, case=case: f"{case}: {error}")
+        expect(together, by_image)
+        expect(total([part[1] for part in parts]), gradient)
+        for part in parts:
+            expect(part[2], statistics)
 
 
 def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
@@ -244,17 +245,17 @@ def documented_message(layer):
     return [1 + layer.in_channels * taps + matrix for matrix in matrices]
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_one_message_a_layer_of_the_documented_size_two_in_mode_1(case, found):
-    sizes = documented_message(build(case)) if len(found) > 1 else []
-    assert len(sizes) == (0 if len(found) == 1 else 2 if "mode 1" in case else 1)
-    if sizes and "few patches" in case:
-        sizes[0] += len(build(case).running_mean)
-    for part in found:
-        forward, backward, evaluation = part["messages"][case]
-        assert forward == [(size, torch.float64) for size in sizes]
-        assert backward == forward[::-1]
-        assert evaluation == []
+def test_one_message_a_layer_of_the_documented_size_two_in_mode_1(found):
+    for case in CASES:
+        sizes = documented_message(build(case)) if len(found) > 1 else []
+        assert len(sizes) == (0 if len(found) == 1 else 2 if "mode 1" in case else 1), case
+        if sizes and "few patches" in case:
+            sizes[0] += len(build(case).running_mean)
+        for part in found:
+            forward, backward, evaluation = part["messages"][case]
+            assert forward == [(size, torch.float64) for size in sizes], case
+            assert backward == forward[::-1], case
+            assert evaluation == [], case
 
 
 def test_statistics_travel_in_float32_under_autocast(found):
@@ -263,20 +264,20 @@ def test_statistics_travel_in_float32_under_autocast(found):
     assert all(part["messages under autocast"] == expected for part in found)
 
 
-def test_without_sync_every_process_is_alone(found, sharing):
+def test_without_sync_every_rank_is_alone(found, sharing):
     for part, share in zip(found, pieces(sharing), strict=True):
         close(part["train alone"], train_alone(share))
         assert part["messages alone"] == []
 
 
-def test_a_batch_that_is_empty_everywhere_leaves_no_trace(found):
+def test_a_batch_that_is_empty_everywhere_is_skipped(found):
     for part in found:
         before, after, gradient = part["empty"]
         close(after, before, rtol=0, atol=0)
         assert not gradient.any()
 
 
-def test_one_process_with_a_non_finite_share_spares_the_statistics_of_all(found):
+def test_a_non_finite_share_of_one_rank_spares_the_statistics_of_all(found):
     for part in found:
         before, after, _ = part["poisoned"]
         close(after, before, rtol=0, atol=0)
@@ -291,13 +292,13 @@ def test_float32_survives_an_offset_far_from_zero_once_the_running_mean_is_near(
         )
 
 
-def test_a_torch_without_distributed_is_one_process(monkeypatch):
+def test_torch_without_distributed_is_one_rank(monkeypatch):
     monkeypatch.setattr(distributed, "is_available", lambda: False)
     monkeypatch.delattr(distributed, "is_initialized")
     assert not is_distributed()
 
 
-def test_only_layers_that_keep_to_themselves_say_so():
+def test_only_layers_without_sync_show_it():
     assert "sync_stats" not in repr(nn.Sequential(FastDeconv(4, 6, 3), Delinear(4, 2)))
     assert "sync_stats=False" in repr(FastDeconv(4, 6, 3, sync_stats=False))
     assert "sync_stats=False" in repr(Delinear(4, 2, sync_stats=False))

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deconv.ops.blocks import Blocks, divide_channels
+from tests.pairwise import pairwise
 
 
 @pytest.mark.parametrize(
@@ -18,11 +19,11 @@ def test_block_below_one_is_refused():
         divide_channels(8, 0)
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("axis", ["joint", "channel", "pixel"])
-@pytest.mark.parametrize("unit", [6, 3, 1])  # contiguous, channels dealt, features dealt
-def test_back_inverts_along(unit, axis, shared, groups):
+@pytest.mark.parametrize(
+    ("unit", "axis", "shared", "groups"),  # contiguous, channels interleaved, features interleaved
+    pairwise([6, 3, 1], ["joint", "channel", "pixel"], [True, False], [1, 2]),
+)
+def test_from_vectors_inverts_to_vectors(unit, axis, shared, groups):
     blocks = Blocks(groups=groups, channels=8, size=2, taps=3, unit=unit, shared=shared)
     x = torch.randn(5, groups * 24, 4)
     vectors = blocks.to_vectors(axis, x)

@@ -1,0 +1,103 @@
+"""deconv.convert and deconv.fuse on networks of 1 to 3 dimensions, transposed layers included."""
+
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from deconv import convert, fuse, plan
+from deconv.surgery.batchnorm import ChannelAffine
+from deconv.surgery.plan import DECONVOLUTIONS
+from tests.oracle import CONVOLUTIONS, TRANSPOSED, make_maps
+
+NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+
+
+@pytest.fixture(autouse=True)
+def _double():
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def make_network(dims):
+    """Down and up again; BatchNorm after the convolutions, and before the last one."""
+    down, up, norm = CONVOLUTIONS[dims - 1], TRANSPOSED[dims - 1], NORMS[dims]
+    layers = [down(4, 6, 3, 2, 1, padding_mode="reflect", bias=False), norm(6), nn.ReLU()]
+    layers += [up(6, 4, 4, 2, 1, groups=2, bias=False), norm(4), nn.ReLU()]
+    layers += [nn.AvgPool1d(1) if dims == 1 else nn.Identity(), norm(4), nn.ReLU(), down(4, 2, 1)]
+    model = nn.Sequential(*layers)
+    for module in model.modules():
+        if isinstance(module, norm):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.normal_(module.bias)
+    return model.eval()
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_networks_of_all_dimensions_are_converted_and_fused(dims):
+    model, x = make_network(dims), make_maps(dims)
+    names = [DECONVOLUTIONS[k].__name__ for k in (CONVOLUTIONS[dims - 1], TRANSPOSED[dims - 1])]
+    new = convert(model)
+    kinds = [type(module).__name__ for module in new]
+    assert kinds[0] == kinds[-1] == names[0] and kinds[3] == names[1]
+    assert [kinds[number] for number in (1, 4, 7)] == ["Identity"] * 3
+    assert new[0].bias is not None and new[3].bias.shape == (4,)  # BatchNorm's shift is gone
+    new(x).square().mean().backward()
+    assert all(p.grad.isfinite().all() for p in new.parameters())
+    kept = convert(model, pretrained=True)
+    torch.testing.assert_close(kept(x), model(x), rtol=1e-9, atol=1e-9)
+    plain = fuse(kept)
+    torch.testing.assert_close(plain(x), model(x), rtol=1e-9, atol=1e-9)
+    assert b"deconv" not in pickle.dumps(plain)
+
+
+def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
+    class Both(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.maps, self.conv = nn.BatchNorm1d(4), nn.Conv1d(4, 4, 3)
+            self.vectors, self.head = nn.BatchNorm1d(4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            x = F.relu(self.maps(x))
+            x = x.mean(2) + self.conv(x).mean(2)
+            return self.head(self.vectors(x))
+
+    rows = {row.name: (row.action, row.reason) for row in plan(Both())}
+    assert rows["vectors"] == ("kept", "may be of vectors, which nothing after it whitens")
+    assert rows["maps"][0] == "kept"  # its output goes past the convolution as well
+    ordered = plan(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)))
+    assert ordered[0].action == "replaced"
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("inner", [False, True])
+def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
+    """A convolution's maps are maps behind layers that leave them so, whatever follows."""
+    conv, pool = CONVOLUTIONS[dims - 1](4, 4, 2), [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d]
+    before = [conv, nn.ReLU(), pool[dims - 1](2), nn.Dropout()]
+    before = [nn.Sequential(*before)] if inner else before
+    model = nn.Sequential(*before, NORMS[dims](4), nn.Flatten(), nn.LazyLinear(2)).eval()
+    model(make_maps(dims))
+    nn.init.normal_(model[-3].running_mean)
+    row = next(row for row in plan(model) if isinstance(row.module, NORMS[dims]))
+    assert (row.action, row.reason) == ("replaced", "every BatchNorm of maps does")
+    kept, x = convert(model, pretrained=True), make_maps(dims)
+    assert type(kept[-3]) is ChannelAffine
+    torch.testing.assert_close(kept(x), model(x))
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@pytest.mark.parametrize("last", [nn.Flatten, lambda: nn.Linear(4, 4)])
+def test_a_batchnorm_that_sees_vectors_for_certain_stays(norm, last):
+    pool = [nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
+    model = nn.Sequential(*pool, last(), nn.ReLU(), norm(4), nn.Linear(4, 2)).eval()
+    new, x = convert(model, pretrained=True), make_maps(2)
+    assert type(new[5]) is norm
+    torch.testing.assert_close(new(x), model(x))
