@@ -1,8 +1,8 @@
-# Sourced by quickstart.sh and test.sh: a virtual environment in .venv, made if need be.
+# Make a virtual environment in .venv; quickstart.sh and test.sh source this file.
 #
-#     make_environment requirements.txt     installs that file unless .venv has it already
+#     make_environment requirements.txt     install the file unless .venv already has it
 #
-# PYTHON chooses the interpreter that .venv is made with (python3).
+# PYTHON names the interpreter of .venv (default: python3).
 
 make_environment() {
     local requirements=$1 python=${PYTHON:-python3} stamp sum
@@ -15,13 +15,13 @@ make_environment() {
         echo "making a virtual environment in .venv with $python"
         "$python" -m venv .venv
     elif [ -n "${PYTHON:-}" ] && [ "$("$python" --version)" != "$(.venv/bin/python --version)" ]; then
-        echo ".venv is of $(.venv/bin/python --version), $python is $("$python" --version):" \
-            "remove .venv to have it made anew" >&2
+        echo ".venv has $(.venv/bin/python --version), $python is $("$python" --version):" \
+            "remove .venv to make it anew" >&2
         return 1
     fi
     source .venv/bin/activate
 
-    # The stamp holds what was installed, so that changed requirements are noticed.
+    # The stamp holds a checksum of the installed requirements, so that changes are noticed.
     stamp=.venv/installed-$requirements
     sum=$(cat requirements.txt "$requirements" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$sum" ]; then

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# ImageNet on several machines under SLURM: one torchrun on each, one process for each GPU.
+# Train on ImageNet on several machines under SLURM: one torchrun each, one process per GPU.
 #
 #     sbatch --nodes=2 scripts/slurm.sh /data/imagenet -a resnet18d --deconv True -j 32
 #
-# The arguments are those of main_imagenet.py. The folder of the run is runs/slurm-<job>: a process
-# that fails, or a job that is requeued, continues from its last checkpoint.
+# The arguments are those of main_imagenet.py. The run goes to runs/slurm-JOB. A failed process and a
+# requeued job continue from the last checkpoint.
 #SBATCH --job-name=deconv
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
@@ -12,7 +12,7 @@
 #SBATCH --requeue
 set -euo pipefail
 
-# Each restart meets in a store of its own: the old one knows processes that are gone.
+# Each restart uses a new store, because the old store holds the addresses of dead processes.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 srun --cpus-per-task="$SLURM_CPUS_PER_TASK" torchrun \

@@ -21,7 +21,7 @@ DatasetClass = type[datasets.VisionDataset]
 
 @dataclass(frozen=True)
 class Archive:
-    """A published file, and the files that it unpacks to. All paths are relative to the root.
+    """Published file and its unpacked files. All paths are relative to the root.
 
     Attributes:
         path: of the published file.

@@ -1,4 +1,4 @@
-"""The table of datasets, and the loaders of a dataset by name."""
+"""Table of datasets; loaders of a dataset by name."""
 
 from __future__ import annotations
 

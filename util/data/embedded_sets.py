@@ -32,7 +32,7 @@ Part = tuple[np.ndarray, np.ndarray]  # images (N, H, W) uint8, labels (N,)
 
 @dataclass(frozen=True)
 class EmbeddedSet:
-    """A dataset that comes with this repository or its requirements.
+    """Dataset that comes with this repository or its requirements.
 
     Attributes:
         read: returns the training part and the test part.

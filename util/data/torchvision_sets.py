@@ -21,7 +21,7 @@ STL10_NAMES = (
 
 @dataclass(frozen=True)
 class TorchvisionSet:
-    """A dataset of torchvision.
+    """Dataset of torchvision.
 
     Attributes:
         dataset: the torchvision class.

@@ -1,4 +1,4 @@
-"""The world of a run: rank, world size, and the operations between processes."""
+"""World of a run: rank, world size, and the operations between processes."""
 
 from __future__ import annotations
 
