@@ -84,7 +84,9 @@ class RunLogger:
         Args:
             epoch: number of the epoch, from 1.
             step: optimizer steps of the run so far; the column `batch` counts them in the epoch.
-            loss, top1, top5: means over the steps since the row before.
+            loss: mean over the images of this step.
+            top1: accuracy over the images of this step, in percent.
+            top5: top-5 accuracy over the images of this step, in percent.
             lr: learning rate of this step.
             seconds: training time since the epoch began.
         """

@@ -132,7 +132,9 @@ def plot_comparison(
     training batches. Both are means over the seeds, in a band from the lowest to the highest.
 
     Args:
-        title: of the figure.
+        groups: curves to draw, in the order of the legend.
+        path: file to write.
+        title: title of the figure.
         accuracy_only: plot accuracy against steps alone, with labels beside the final accuracy.
     """
     styles = list(_styles(groups))
@@ -173,6 +175,7 @@ def plot_losses(
 
     Args:
         panels: maps a title to a panel; a panel maps a label to pairs (step, loss).
+        path: file to write.
     """
     figure = Figure(figsize=(12, 7), layout="constrained")
     grid = figure.subplots(2, math.ceil(len(panels) / 2), squeeze=False)
