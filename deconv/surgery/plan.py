@@ -265,7 +265,7 @@ class _BatchNormPlanner:
         if reason := self._find_dependency(name, norm):
             return Row(name, norm, KEPT, reason=reason)
         if not is_known_batchnorm(norm):
-            return Row(name, norm, SKIPPED, reason=f"what {_name_class(norm)} does is not known")
+            return Row(name, norm, SKIPPED, reason=f"forward of {_name_class(norm)} is not known")
         source = self.flow.find_exclusive_source(norm)
         before = None if source is None or is_batchnorm(source) else self.rows.get(id(source))
         if before is not None and before.action != REPLACED:
@@ -277,7 +277,7 @@ class _BatchNormPlanner:
         if before is None:
             redundant, reason = self._find_whitener(norm)
             obstacle = "no convolution before it can take it in"
-        elif (ancestor := self.flow.find_untraced_ancestor(norm)) is None:
+        elif (ancestor := self.flow.find_untraced_ancestor(norm, before.module)) is None:
             reason = f"{'folded into' if self.pretrained else 'follows'} {before.name}"
             return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
         else:
@@ -297,7 +297,7 @@ class _BatchNormPlanner:
         if owner in self.layers and self.layers[owner] is not norm:
             return f"is a part of {owner or 'the model'}, {_name_class(self.layers[owner])}"
         if (reader := self.flow.find_reader(norm)) is not None:
-            return f"{_name_class(reader)} uses more than its output"
+            return f"{_name_class(reader)} reads its tensors by name"
         if (caller := self.flow.find_untraced_caller(norm)) is not None:
             return f"{_explain_untraced(caller)}, so nothing is known of its input and output"
         return ""
@@ -305,14 +305,14 @@ class _BatchNormPlanner:
     def _find_whitener(self, norm: nn.Module) -> tuple[bool, str]:
         """Tell whether some deconvolution makes a BatchNorm redundant, and the reason."""
         if not self.whitens:
-            return False, "no layer of the network whitens"
+            return False, "no layer of the model whitens"
         consumers = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
         after = [self.rows.get(id(layer)) for layer in consumers]
         if after and all(row is not None and row.layer is not None for row in after):
-            return True, "what follows it whitens"
+            return True, "the layers after it whiten"
         if self._sees_maps(norm):
-            return True, "every BatchNorm of maps does"
-        return False, "may be of vectors, which nothing after it whitens"
+            return True, "whitening replaces normalisation of maps"
+        return False, "may normalise vectors, which no layer after it whitens"
 
     def _sees_maps(self, norm: nn.Module) -> bool:
         """Tell maps from vectors, which BatchNorm1d and SyncBatchNorm also normalise."""

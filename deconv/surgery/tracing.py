@@ -52,13 +52,13 @@ class Dataflow:
         """Return the module that calls this one in a forward that cannot be traced, if any."""
         return self._untraced_callers.get(id(module))
 
-    def find_untraced_ancestor(self, module: nn.Module) -> nn.Module | None:
-        """Return an ancestor whose forward cannot be traced, if any.
+    def find_untraced_ancestor(self, *modules: nn.Module) -> nn.Module | None:
+        """Return an ancestor of any of the modules whose forward cannot be traced, if any.
 
-        Such a forward may call a module at any depth below it, in addition to the calls that the
-        traces show.
+        Such a forward may call modules at any depth, in addition to the calls that traces show.
         """
-        return self._untraced_ancestors.get(id(module))
+        ancestors = (self._untraced_ancestors.get(id(module)) for module in modules)
+        return next((ancestor for ancestor in ancestors if ancestor is not None), None)
 
     def find_reader(self, module: nn.Module) -> nn.Module | None:
         """Return a module whose traced forward uses tensors of this one by name, if any."""

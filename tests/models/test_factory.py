@@ -1,3 +1,7 @@
+"""make_layers: each option reaches the layers that it is for."""
+
+from itertools import product
+
 import pytest
 import torch
 from torch import nn
@@ -59,14 +63,13 @@ def test_block_final_decides_the_last_linear_layer(deconv, block_final, block):
     assert block is None or linear.block == block
 
 
-@pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("batchnorm", [True, False])
-def test_convolutions_have_a_bias_only_where_batchnorm_does_not(bias, batchnorm):
-    layers = make_layers(deconv=False, bias=bias, batchnorm=batchnorm)
-    for conv in (layers.stem(3, 4, 3), layers.conv(3, 4, 3)):
-        assert type(conv) is nn.Conv2d
-        assert (conv.bias is not None) == (bias and not batchnorm)
-    assert type(layers.norm(4)) is (nn.BatchNorm2d if batchnorm else nn.Identity)
+def test_convolutions_have_a_bias_only_without_batchnorm():
+    for bias, batchnorm in product([True, False], [True, False]):
+        layers = make_layers(deconv=False, bias=bias, batchnorm=batchnorm)
+        for conv in (layers.stem(3, 4, 3), layers.conv(3, 4, 3)):
+            assert type(conv) is nn.Conv2d
+            assert (conv.bias is not None) == (bias and not batchnorm)
+        assert type(layers.norm(4)) is (nn.BatchNorm2d if batchnorm else nn.Identity)
 
 
 def theirs():

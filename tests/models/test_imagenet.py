@@ -1,3 +1,5 @@
+"""Networks for large images: equal to torchvision's with BatchNorm, or converted from there."""
+
 import warnings
 
 import pytest
@@ -98,21 +100,22 @@ def test_with_batchnorm_they_are_torchvisions_networks(arch):
     assert [m.p for m in find(ours, nn.Dropout)] == [m.p for m in find(theirs, nn.Dropout)]
 
 
-@pytest.mark.parametrize("arch", TWINS)
-def test_with_deconvolution_no_batchnorm_is_left(arch):
-    model = on_meta(build, arch, deconv=True)
-    assert not find(model, nn.modules.batchnorm._BatchNorm)
-    assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d))
-    *hidden, last = find(model, nn.Linear)
-    assert (type(last), last.block) == (Delinear, 32)
-    assert [type(linear) for linear in hidden] == [nn.Linear] * (2 * arch.startswith("vgg"))
+def test_with_deconvolution_no_batchnorm_is_left():
+    for arch in TWINS:
+        model = on_meta(build, arch, deconv=True)
+        assert not find(model, nn.modules.batchnorm._BatchNorm), arch
+        assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d)), arch
+        *hidden, last = find(model, nn.Linear)
+        assert (type(last), last.block) == (Delinear, 32), arch
+        kinds = [type(linear) for linear in hidden]
+        assert kinds == [nn.Linear] * (2 * arch.startswith("vgg")), arch
 
 
-@pytest.mark.parametrize("arch", ["resnet34d", "resnet101d", "vgg11d", "vgg16d"])
-def test_deconvolution_takes_large_images(arch):
+def test_deconvolution_takes_large_images():
     with FakeTensorMode():  # shapes only
-        model = build(arch, deconv=True)
-        assert model(torch.randn(2, 3, 224, 224)).shape == (2, 1000)
+        for arch in ("resnet34d", "resnet101d", "vgg11d", "vgg16d"):
+            model = build(arch, deconv=True)
+            assert model(torch.randn(2, 3, 224, 224)).shape == (2, 1000), arch
 
 
 @pytest.mark.parametrize("arch", ["resnet18d", "resnet50d", "densenet121d"])
@@ -196,15 +199,17 @@ def test_refusals_name_the_argument_and_a_way_out(arch, options, message):
         build(arch, **options)
 
 
-@pytest.mark.parametrize("arch", ["vit_b_16", "timm/resnet18"])
-@pytest.mark.parametrize("options", [{"batchnorm": False}, {"block_final": 32}])
-def test_networks_of_others_take_no_mixture(arch, options):
+@pytest.mark.parametrize(
+    ("arch", "options"),
+    [("vit_b_16", {"batchnorm": False}), ("timm/resnet18", {"block_final": 32})],
+)
+def test_external_networks_refuse_mixed_layers(arch, options):
     with pytest.raises(ValueError, match=f"{arch} has layers of its own"):
         build_imagenet_model(arch, make_layers(deconv=False, **options))
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "googlenet", "vgg11_bn"])
-def test_networks_of_others_are_converted(arch):
+def test_external_networks_are_converted(arch):
     model = on_meta(build, arch, deconv=True, num_classes=7)
     assert not find(model, nn.modules.batchnorm._BatchNorm)
     assert all(isinstance(conv, FastDeconv) for conv in find(model, nn.Conv2d))
@@ -212,13 +217,13 @@ def test_networks_of_others_are_converted(arch):
     assert (type(last), last.block, last.out_features) == (Delinear, 32, 7)
 
 
-@pytest.mark.parametrize("arch", TWINS)
-def test_converted_networks_are_as_large_as_ours(arch):
-    ours, theirs = (on_meta(build, name, deconv=True) for name in (arch, TWINS[arch][0]))
-    shapes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (ours, theirs)]
-    assert shapes[0] == shapes[1]
-    layers = [[repr(layer) for layer in find(m, (FastDeconv, Delinear))] for m in (ours, theirs)]
-    assert sorted(layers[0]) == sorted(layers[1])
+def test_converted_networks_have_the_layers_of_ours():
+    for arch, (name, _) in TWINS.items():
+        models = [on_meta(build, each, deconv=True) for each in (arch, name)]
+        ours, theirs = (sorted(tuple(p.shape) for p in m.parameters()) for m in models)
+        assert ours == theirs, arch
+        ours, theirs = (sorted(map(repr, find(m, (FastDeconv, Delinear)))) for m in models)
+        assert ours == theirs, arch
 
 
 def test_pretrained_weights_are_folded_in(monkeypatch):

@@ -7,7 +7,6 @@ from torch.nn import functional as F
 
 from deconv import Delinear, FastDeconv
 from models import ARCHITECTURES, build_model, make_layers
-from models.building_blocks import SqueezeExcitation
 from tests.pairwise import pairwise
 
 SMALL = ("simple_v1", "mlp")  # made for one image size, kept small here
@@ -196,15 +195,6 @@ def test_grouped_layers_whiten_within_their_groups(arch, groups):
     assert {layer.groups for layer in layers} == groups
     for layer in layers:
         assert len(layer.running_cov_joint) == layer.groups == layer.blocks.groups
-
-
-def test_a_gate_scales_channels_by_what_the_whole_image_says():
-    gate, images = SqueezeExcitation(32), torch.randn(2, 32, 4, 4)
-    scale = gate(images) / images
-    assert ((scale > 0) & (scale < 1)).all()
-    torch.testing.assert_close(scale, scale[..., :1, :1].expand_as(scale))
-    shuffled = images.flatten(2)[..., torch.randperm(16)].reshape(images.shape)
-    torch.testing.assert_close(gate(shuffled) / shuffled, scale)
 
 
 @pytest.mark.parametrize("size", [33, 64])

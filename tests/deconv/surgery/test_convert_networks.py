@@ -11,7 +11,7 @@ from torchvision.models import detection, segmentation
 
 from deconv import FastDeconv, convert, plan
 from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
-from tests.deconv.surgery.test_convert import stir
+from tests.deconv.surgery.helpers import randomize
 
 # Of different families; the slow test has all.
 FAMILIES = [
@@ -80,7 +80,7 @@ def start_heads(model):
 def assert_converts(model, x, forward=lambda model, x: model(x)):
     """forward(model, x) -> an output to compare in evaluation, and to minimise in training."""
     skip_where_memory_is_short(model)
-    start_heads(stir(model).eval())
+    start_heads(randomize(model).eval())
     with torch.no_grad():
         wide = copy.deepcopy(model).double()
         exact = forward(wide, x.double())

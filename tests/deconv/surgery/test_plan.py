@@ -1,0 +1,125 @@
+"""deconv.plan: the action and the reason for each layer."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.quantization import default_qat_qconfig
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, prune
+
+from deconv import convert, plan
+from tests.deconv.surgery.helpers import PreActivation, actions, pair, reasons
+
+
+def test_an_inplace_function_keeps_the_batchnorm_before_it():
+    class InPlace(PreActivation):
+        def forward(self, x):
+            return x + self.conv1(F.relu(self.bn1(x), inplace=True))
+
+    assert reasons(InPlace())["bn1"] == "skipped: relu after it would overwrite its input"
+
+
+class Own(nn.Conv2d):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("conv", "reason"),
+    [
+        (nn.LazyConv2d(8, 1), "there is no deconvolution for LazyConv2d"),
+        (Own(4, 8, 1), r"there is no deconvolution for \S*test_plan\.Own"),
+        (parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), "no deconvolution for .*Parametrized"),
+        (nn.Conv2d(4, 8, 1, dtype=torch.complex64), "only real numbers .*, not torch.complex64"),
+        (torch.ao.nn.qat.Conv2d(4, 8, 1, qconfig=default_qat_qconfig), r"torch\.ao\.nn\.qat"),
+        (prune.identity(nn.Conv2d(4, 8, 1), "weight"), "a hook computes its weight or its bias"),
+    ],
+)
+def test_an_unsupported_convolution_keeps_its_batchnorm(conv, reason):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), conv, nn.BatchNorm2d(8))
+    first, second, third = plan(model)
+    assert first.action == "replaced"
+    assert second.action == "skipped"
+    assert re.search(reason, second.reason)
+    assert (third.action, third.reason) == ("kept", "follows 1, which is skipped")
+    new = convert(model)
+    assert type(new[1]).__name__ == type(conv).__name__ and type(new[2]) is nn.BatchNorm2d
+
+
+class OwnNorm(nn.BatchNorm2d):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+@pytest.mark.parametrize(
+    ("norm", "options", "reason"),
+    [
+        (OwnNorm(8), {}, f"skipped: forward of {__name__}.OwnNorm is not known"),
+        (nn.BatchNorm2d(8, track_running_stats=False), {}, "replaced: follows 0"),
+        (
+            nn.BatchNorm2d(8, track_running_stats=False),
+            {"pretrained": True},
+            "skipped: has no running statistics to fold",
+        ),
+        (nn.GroupNorm(2, 8), {}, "kept: is not a BatchNorm"),
+        (nn.InstanceNorm2d(8), {}, "kept: is not a BatchNorm"),
+        (nn.BatchNorm2d(8), {"skip": ["1"]}, "skipped: matches the pattern '1' of skip"),
+    ],
+)
+def test_other_norms_stay_with_a_reason(norm, options, reason):
+    model = nn.Sequential(nn.Conv2d(4, 8, 1), norm)
+    assert reasons(model, **options)["1"].startswith(reason)
+    assert (type(convert(model, **options)[1]) is type(norm)) != reason.startswith("replaced")
+
+
+def test_batchnorm_of_vectors_stays():
+    vectors = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(8))
+    model = nn.Sequential(pair(), vectors)
+    assert actions(model)["1.2"] == ("kept", "")
+
+
+def test_layers_are_skipped_by_name():
+    model = nn.Sequential(pair(), pair())
+    model[1][0] = nn.Conv2d(8, 8, 1)
+    table = actions(model, skip=["1.*"])
+    assert {name: action for name, (action, _) in table.items()} == {
+        "0.0": "replaced",
+        "0.1": "replaced",
+        "1.0": "skipped",
+        "1.1": "skipped",
+    }
+    assert actions(model, skip=["1.0"])["1.1"] == ("kept", "")  # it goes with its convolution
+
+
+def test_the_printed_plan_matches_what_convert_does():
+    model = nn.Sequential(pair(), nn.Sequential(Own(4, 4, 1)), nn.Linear(2, 2))
+    rows = plan(model, block=3)
+    header, *lines, counts = str(rows).splitlines()
+    assert header.split() == ["layer", "class", "action", "becomes", "reason"]
+    assert [line.split()[:3] for line in lines] == [
+        ["0.0", "Conv2d", "replaced"],
+        ["0.1", "BatchNorm2d", "replaced"],
+        ["1.0", "Own", "skipped"],
+        ["2", "Linear", "kept"],
+    ]
+    assert "FastDeconv, blocks of 2, with a bias" in lines[0]
+    assert counts == "2 replaced, 1 kept, 1 skipped"
+    new = convert(model, block=3)
+    for row in rows:
+        assert (type(new.get_submodule(row.name)) is not type(row.module)) == (
+            row.action == "replaced"
+        )
+    assert "(all)" in str(plan(nn.Conv2d(1, 1, 1)))
+
+
+def test_compiled_parts_are_refused():
+    with pytest.raises(ValueError, match="0 is wrapped: OptimizedModule .*'_orig_mod'"):
+        plan(nn.Sequential(torch.compile(pair())))
+
+
+def test_unknown_options_are_refused():
+    for function in (plan, convert):
+        for name in ("blocks", "stride", "dtype"):
+            with pytest.raises(TypeError, match=rf"convert\(\) .*'{name}'"):
+                function(pair(), **{name: 16})

@@ -1,0 +1,274 @@
+"""Only BatchNorms whose dataflow is known are folded or removed."""
+
+import re
+
+import pytest
+import torch
+from torch import nn
+from torch.ao.nn.intrinsic.qat import ConvBn2d
+from torch.ao.quantization import default_qat_qconfig
+from torch.nn import functional as F
+
+from deconv import convert, plan
+from deconv.surgery.batchnorm import ChannelAffine
+from tests.deconv.surgery.helpers import assert_kept, pair, randomize, reasons
+
+
+class Twice(nn.Module):
+    """One convolution that two BatchNorms and a shortcut look at: nothing can be folded."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn1, self.bn2 = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        y = self.conv(x)
+        return self.bn1(y).relu() + self.bn2(y)
+
+
+class Again(nn.Module):
+    """One convolution called twice, with and without the BatchNorm."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.conv(self.bn(self.conv(x)))
+
+
+class Untraceable(nn.Module):
+    """Looks at a value, so that its code cannot be traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+        self.relu = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        y = self.relu(self.bn(self.conv(x)))
+        return y if x.sum() > 0 else -y
+
+
+class Optional(nn.Module):
+    """Has another way through, which is not the default one."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.bn, self.other = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+    def forward(self, x, mask=None, *, deep=False):
+        y = self.conv(x)
+        if mask is not None:
+            y = y * mask
+        return self.bn(y) if not deep else self.other(y)
+
+
+class Borrowed(nn.Module):
+    """Calls a part of its part by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+
+    def forward(self, x):
+        return self.block(x) + self.block[0](x)
+
+
+class Listed(nn.Module):
+    """Goes through lists, which have no code of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(4, 4, 1) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+
+    def forward(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = norm(conv(x)).relu()
+        return x
+
+
+@pytest.mark.parametrize(
+    ("network", "affine"),
+    [(Twice, 2), (Again, 1), (Untraceable, 0), (Borrowed, 1), (Optional, 0), (Listed, 0)],
+)
+def test_pretrained_folds_only_into_exclusive_sources(network, affine):
+    model = randomize(nn.Sequential(network(), nn.Conv2d(4, 2, 1)))
+    new = convert(model, pretrained=True)
+    assert sum(isinstance(module, ChannelAffine) for module in new.modules()) == affine
+    assert_kept(model, new, torch.randn(2, 4, 6, 6))
+
+
+@pytest.mark.parametrize("at", ["conv", "inner", "norm"])
+def test_pretrained_folds_nothing_across_a_hook(at):
+    inner = nn.Sequential(nn.Conv2d(4, 4, 1))
+    model = randomize(nn.Sequential(inner, nn.BatchNorm2d(4)))
+    if at == "norm":
+        model[1].register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    else:
+        hooked = inner[0] if at == "conv" else inner
+        hooked.register_forward_hook(lambda module, args, output: output.square())
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
+
+
+def test_an_instance_forward_is_not_traced():
+    model = randomize(pair())
+    model.forward = lambda x: model[2](model[1](2 * model[0](x)))
+    assert reasons(model, pretrained=True)["1"].startswith(
+        "kept: forward of Sequential cannot be traced"
+    )
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning")
+def test_torchscript_parts_stay():
+    scripted = torch.jit.script(nn.Sequential(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)))
+    model = randomize(nn.Sequential(pair(), nn.Conv2d(8, 4, 1), scripted, nn.BatchNorm2d(4)))
+    new = convert(model, pretrained=True)
+    assert (
+        reasons(model)["2.0"]
+        == "skipped: is TorchScript: convert the model before torch.jit.script"
+    )
+    assert isinstance(new[2], torch.jit.ScriptModule)
+    assert_kept(model, new, torch.randn(2, 4, 5, 5))
+
+
+def test_the_source_is_found_inside_a_sequential():
+    model = randomize(
+        nn.Sequential(nn.Sequential(nn.ReLU(), nn.Conv2d(4, 4, 1)), nn.BatchNorm2d(4))
+    )
+    new = convert(model, pretrained=True)
+    assert type(new[1]) is nn.Identity
+    assert_kept(model, new, torch.randn(2, 4, 6, 6))
+
+
+def test_tracing_sets_no_attributes():
+    class Counting(nn.Sequential):
+        def forward(self, x):
+            self.last = x
+            return super().forward(x)
+
+    model = Counting(nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4))
+    convert(model)
+    assert not hasattr(model, "last")
+
+
+class TwoUses(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) + F.conv2d(x, self.conv.weight)
+
+
+def test_pretrained_folds_nothing_into_a_weight_with_other_uses():
+    model, x = TwoUses().eval(), torch.randn(2, 4, 7, 7)
+    nn.init.normal_(model.norm.weight)
+    torch.testing.assert_close(convert(model, pretrained=True)(x), model(x))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class ByName(nn.Module):
+    """Code that no trace goes through, and that calls what lies within its child."""
+
+    def __init__(self, child):
+        super().__init__()
+        self.child = child
+
+    def forward(self, x):
+        y = self.child.conv(x)
+        return y if x.sum() > 1e9 else self.child.norm(y) + y
+
+
+class ByNumber(ByName):
+    def forward(self, x):
+        y = self.child[0](x)
+        return y if x.sum() > 1e9 else self.child[1](y) + y
+
+
+@pytest.mark.parametrize("model", [ByName(Pair()), ByNumber(nn.Sequential(*Pair().children()))])
+def test_pretrained_is_exact_below_an_untraceable_forward(model):
+    nn.init.normal_(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
+    x = torch.randn(2, 4, 7, 7)
+    torch.testing.assert_close(convert(model.eval(), pretrained=True)(x), model(x))
+
+
+class WithNorm(nn.Conv2d):
+    """A convolution with a BatchNorm of its own, as some libraries have."""
+
+    def __init__(self):
+        super().__init__(4, 4, 3)
+        self.norm = nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(super().forward(x))
+
+
+class ByHand(Pair):
+    def forward(self, x):
+        norm = self.norm
+        return F.batch_norm(self.conv(x), norm.running_mean, norm.running_var, norm.weight)
+
+
+class Filled(ByName):
+    def __init__(self, child):
+        super().__init__(child)
+        nn.init.constant_(self.child.norm.weight, 2)
+
+
+class ByScale(Filled):
+    """Reads a scale where no trace tells, in a method of its forward."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        return y if x.sum() > 1e9 else self.scale(y)
+
+    def scale(self, y):
+        return y * sum(self.child.norm.weight[c] for c in range(4))
+
+
+def test_initialising_the_scale_does_not_keep_the_batchnorm():
+    assert plan(Filled(Pair()))[1].action == "replaced"
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "reason"),
+    [
+        (WithNorm(), "1.norm", r"is a part of 1, \S*test_tracing.WithNorm"),
+        (ByHand(), "1.norm", r"\S*test_tracing.ByHand reads its tensors by name"),
+        (Untraceable(), "1.bn", r"forward of \S*test_tracing.Untraceable cannot be traced"),
+        (ConvBn2d(4, 4, 3, qconfig=default_qat_qconfig), "1.bn", r"is a part of 1, \S*ConvBn2d"),
+    ],
+)
+def test_a_batchnorm_stays_that_code_depends_on(part, name, reason):
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), part))
+    row = next(row for row in plan(model) if row.name == name)
+    assert row.action == "kept" and re.match(reason, row.reason)
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
+    convert(model).train()(torch.randn(2, 4, 5, 5))
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_reading_a_replaced_scale_raises_attribute_error(pretrained):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), ByScale(Pair()))
+    new = convert(model, pretrained=pretrained)
+    with pytest.raises(AttributeError, match="has no attribute 'weight'"):
+        new(torch.randn(2, 4, 5, 5))
+
+
+def test_nothing_is_folded_below_an_untraceable_forward():
+    row = {row.name: row for row in plan(ByName(Pair()), pretrained=True)}["child.norm"]
+    assert row.becomes == "ChannelAffine"
+    assert row.reason.endswith("ByName cannot be traced, so child.conv may have other uses")
+    kept = reasons(ByName(Pair()), skip=["child.conv"])["child.norm"]
+    assert kept == "kept: follows child.conv, which is skipped"
