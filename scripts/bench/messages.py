@@ -32,7 +32,6 @@ SHOWN = (
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a row per network."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--mode", type=int, default=5, help="mode of deconvolution (5)")
     parser.add_argument("--own", action="store_true", help="one matrix per block")

@@ -76,13 +76,11 @@ class Case:
     dtype: str
 
     def flags(self) -> list[str]:
-        """Return the flags that select this case."""
         items = asdict(self).items()
         return [word for name, v in items for word in (f"--{name.replace('_', '-')}", str(v))]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measure the cases of a command line."""
     words = sys.argv[1:] if argv is None else list(argv)
     parser = make_parser()
     flags = parser.parse_args(words)
@@ -115,11 +113,12 @@ def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None
         rows.append({**asdict(case), **measure_times(case, flags, device), "memory_mb": memory})
         print(format_row(rows[-1]), flush=True)
         if flags.json:
-            write_json(flags.json, {"environment": environment, "flags": vars(flags), "rows": rows})
+            content = {"environment": environment, "flags": vars(flags), "rows": rows}
+            with atomic_write(flags.json) as file:
+                file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
 
 
 def make_parser() -> Parser:
-    """Return the parser of all flags."""
     parser = Parser("steps.py", __doc__.splitlines()[0])
     add = parser.add_group("cases (all combinations)")
     several: dict[str, Any] = {"nargs": "+"}
@@ -181,11 +180,6 @@ def option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def name_options(flags: argparse.Namespace) -> str:
-    """Return the options as the beginning of an error message."""
-    return "".join(f"--option {name}={value}: " for name, value in flags.option)
-
-
 def find_device(parser: Parser, flags: argparse.Namespace) -> torch.device:
     """Return the device of --device, by default a GPU if available; set the CPU threads."""
     has_gpu = torch.cuda.is_available()
@@ -200,13 +194,14 @@ def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> N
     """Refuse invalid cases before any measurement."""
     if flags.json and not flags.json.absolute().parent.is_dir():
         parser.error(f"--json {flags.json}: the folder does not exist")
+    options = "".join(f"--option {name}={value}: " for name, value in flags.option)
     for case in cases:
         for kind in (flags.against, OURS):
             try:
                 with torch.device("meta"):
                     build(case, kind, flags)
             except (TypeError, ValueError) as error:
-                parser.error(f"{' '.join(case.flags())}: {name_options(flags)}{error}")
+                parser.error(f"{' '.join(case.flags())}: {options}{error}")
 
 
 def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
@@ -368,7 +363,6 @@ def read_resident(name: str) -> float | None:
 
 
 def describe_environment(device: torch.device) -> dict[str, str]:
-    """Return processor, device and versions."""
     return {
         "processor": read_processor(),
         "device": describe_device(device),
@@ -378,7 +372,6 @@ def describe_environment(device: torch.device) -> dict[str, str]:
 
 
 def format_head(flags: argparse.Namespace) -> str:
-    """Return the two header lines of the table."""
     base, ours = TITLES[flags.against], {"eval (ms)": "fused"} if flags.fuse else {}
     units = ("(ms)", "eval (ms)", "(MiB)")
     pairs = [f"{base} {unit} | {ours.get(unit, OURS)} {unit}" for unit in units]
@@ -388,7 +381,6 @@ def format_head(flags: argparse.Namespace) -> str:
 
 
 def format_row(row: dict[str, Any]) -> str:
-    """Return the table row of a case."""
     cells = [row[name] for name in ("arch", "mode", "block", "batch_size", "dtype")]
     for part in (row["train"], row["eval"]):
         cells += [f"{1000 * part[f'{name}_seconds']:.1f}" for name in ("base", OURS)]
@@ -396,12 +388,6 @@ def format_row(row: dict[str, Any]) -> str:
     memory = (row["memory_mb"].get(name) for name in ("base", OURS))
     cells += ["-" if value is None else f"{value:.0f}" for value in memory]
     return f"| {' | '.join(map(str, cells))} |"
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write all results to a JSON file."""
-    with atomic_write(path) as file:
-        file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
 
 
 if __name__ == "__main__":

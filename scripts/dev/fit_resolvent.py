@@ -29,7 +29,6 @@ DIGITS = 5
 
 
 def main() -> None:
-    """Print the table."""
     logs = np.array([])
     for n_iter in range(1, MAX_STEPS + 1):
         logs = logs - np.log(2.25)

@@ -70,7 +70,6 @@ class Curve(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Record the networks of a command line."""
     parser = Parser("record_golden.py", __doc__.splitlines()[0])
     add, known = parser.add_group("networks"), list_networks()
     add("names", f"any of {', '.join(known)}", default_text="all", nargs="*", metavar="ARCH")

@@ -50,7 +50,6 @@ class Part(NamedTuple):
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Run the test and print the table."""
     parser = Parser("soak.py", __doc__.splitlines()[0])
     add = parser.add_group("run")
     add("--steps", "optimizer steps", bounded_int(6), 2000, metavar="N")

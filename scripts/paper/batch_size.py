@@ -22,12 +22,10 @@ SEEDS = (0, 1, 2)
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return all runs."""
     return [make_run(*case) for case in product(SEEDS, KINDS, reversed(SIZES))]
 
 
 def make_run(seed: int, kind: str, size: int) -> Run:
-    """Return the run of one seed, kind and batch size."""
     steps, deconv = IMAGES // size, kind == "deconv"
     flags = f"--arch vgg11 --epochs 1 --wd 5e-4 --deconv {deconv} --batch-size {size}"
     flags += f" --lr {scale_rate(kind, size):g} --max-steps {steps} --seed {seed}"
@@ -41,12 +39,10 @@ def scale_rate(kind: str, size: int) -> float:
 
 
 def name_run(seed: int, kind: str, size: int) -> str:
-    """Return the name of a run."""
     return f"{kind}-batch{size}-seed{seed}"
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     header = ["batch size", "steps"]
     for title in KINDS.values():
         header += [f"{title}: lr", f"{title}: test top-1 (%)"]

@@ -33,7 +33,6 @@ Pair = tuple[float, float]  # learning rate, weight decay
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return the runs of the search, and those of the best pairs once it has ended."""
     runs = []
     for arch, kind in product(NETWORKS, KINDS):
         pairs, best = search(arch, kind, find_top1)
@@ -70,7 +69,6 @@ def _find_beyond(best: float, rates: Sequence[float]) -> float | None:
 
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
-    """Return the run of one network, kind, pair and seed."""
     lr, decay = pair
     flags = f"--preset paper --arch {arch} {FLAGS[kind]}"
     flags += f" --lr {lr:g} --wd {decay:g} --epochs 1 --seed {seed}"
@@ -79,7 +77,6 @@ def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
 
 
 def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:
-    """Return the name of a run."""
     return f"{arch}-{kind}-lr{pair[0]:g}-wd{pair[1]:g}-seed{seed}"
 
 
@@ -90,7 +87,6 @@ def find_best(arch: str, kind: str, records: Records) -> tuple[Pair | None, list
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     grid = f"""
         CIFAR-10, test top-1 (%) after one epoch with seed {SEEDS[0]}. The settings are those of
         `--preset paper --root newton` except for learning rate and weight decay. The search tries

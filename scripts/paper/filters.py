@@ -25,19 +25,16 @@ FLAGS += " --wd 5e-4 --num-groups 16 --eps 1e-2 --seed 0"
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return the single run."""
     seconds = estimate("vgg11, blocks of 16", True, STEPS, BATCH_SIZE)
     return [Run(NAME, "cifar10", FLAGS, STEPS, seconds)]
 
 
 def list_plot_commands(folder: Path, cifar10: str) -> list[list[str]]:
-    """Return the command that draws the plot."""
     paths = [str(folder / NAME / LATEST_NAME), f"docs/{PLOT}", "--data", cifar10]
     return [[sys.executable, "scripts/inspect_layers.py", *paths]]
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     text = wrap(f"""
         VGG-11 after one epoch of CIFAR-10: mode 5, blocks of 16, eps 1e-2, learning rate 0.1,
         weight decay 5e-4, seed 0, test top-1 {show_top1(records, [NAME])} %. The plot shows the

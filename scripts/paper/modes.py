@@ -37,7 +37,6 @@ TIMES = "modes_steps"  # written to results/ by scripts/bench/steps.py
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return the runs of every seed, kind and mode."""
     kinds = [(BATCHNORM, "--deconv False --lr .01", None)]
     for mode, block in list_cases():
         flags = f"--deconv True --mode {mode} --lr .1 --eps 1e-2 --deconv-iter 5"
@@ -52,7 +51,6 @@ def list_cases() -> list[tuple[int, int | None]]:
 
 
 def make_run(kind: str, flags: str, mode: int | None, seed: int) -> Run:
-    """Return the run of one kind and seed."""
     arch = "vgg11" if kind.endswith("block64") else "vgg11, blocks of 16"
     slowdown = 2 if mode == 4 else 1  # mode 4 reads nine times as many patches
     seconds = estimate(arch, mode is not None, STEPS, BATCH_SIZE, slowdown=slowdown)
@@ -60,17 +58,14 @@ def make_run(kind: str, flags: str, mode: int | None, seed: int) -> Run:
 
 
 def name_kind(mode: int, block: int | None) -> str:
-    """Return the name of a mode and block."""
     return f"mode{mode}-block{block}" if block else f"mode{mode}"
 
 
 def name_run(kind: str, seed: int) -> str:
-    """Return the name of a run."""
     return f"{kind}-seed{seed}"
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     header = ["mode", "whitened", "block (channels)", "test top-1 (%)", "step (ms)"]
     header += ["BatchNorm step (ms)", "ratio [quartiles]"]
     measured = load(TIMES, RESULTS)

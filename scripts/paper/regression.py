@@ -44,13 +44,11 @@ Case = tuple[str, str, str]
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return all runs."""
     runs = [make_run(*choice) for choice in product(CASES, METHODS, RATES)]
     return runs + [make_descent(method) for method in DESCENT]
 
 
 def make_run(case: Case, method: int, rate: float) -> Run:
-    """Return the run of one case, method and learning rate."""
     dataset, arch, loss = case
     flags = f"--arch {arch} --method {method} --loss {loss} --lr {rate:g} --wd 5e-4 --seed 0"
     flags += f" --epochs 1 --batch-size {BATCH_SIZE} --print-freq 1"
@@ -59,7 +57,6 @@ def make_run(case: Case, method: int, rate: float) -> Run:
 
 
 def make_descent(method: int) -> Run:
-    """Return the run of full-batch gradient descent with one method."""
     flags = f"--arch simple_v1 --method {method} --loss L2 --lr {DESCENT[method]:g} --wd 0 --seed 0"
     flags += f" --momentum 0 --lr-scheduler step --epochs {DESCENT_STEPS} --print-freq 1"
     flags += f" --batch-size {TRAIN_IMAGES['fashion']}"
@@ -69,12 +66,10 @@ def make_descent(method: int) -> Run:
 
 
 def name_run(case: Case, method: int, rate: float) -> str:
-    """Return the name of a run."""
     return f"{'-'.join(case)}-method{method}-lr{rate:g}"
 
 
 def name_descent(method: int) -> str:
-    """Return the name of a run of full-batch gradient descent."""
     return f"fashion-descent-method{method}"
 
 
@@ -94,7 +89,6 @@ def choose_rate(case: Case, method: int, records: Records) -> float | None:
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     header = ["dataset", "network", "loss", "method"]
     header += [f"training loss, lr {rate:g}" for rate in RATES]
     header.append("test top-1 (%) at the best lr")

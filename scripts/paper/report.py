@@ -42,7 +42,6 @@ Accuracy is test top-1 in percent after the last epoch, not the best epoch. CIFA
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write records, page, plots and the table in README.md."""
     parser = Parser("report.py", __doc__.splitlines()[0])
     add = parser.add_group("folders")
     add("--runs", "runs of the recipes", path_name, str(RUNS), "runs/paper", metavar="DIR")
@@ -112,7 +111,6 @@ def write_page(results: Path, docs: Path) -> None:
 
 
 def name_plot(recipe: Recipe) -> str:
-    """Return the file name of a recipe's plot."""
     return f"results_{recipe.name}.png"
 
 

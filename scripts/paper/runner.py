@@ -132,7 +132,6 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser(recipe: Recipe) -> Parser:
-    """Return the parser that all recipes share."""
     parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Other flags are passed on to main.py.")
     add = parser.add_group("runs")
     text = "folder of CIFAR-10 as image files, train/CLASS/* and test/CLASS/*"

@@ -35,7 +35,6 @@ TOLERANCE = 2.0  # points of top-1; a wider gap to the paper needs an explanatio
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    """Return all runs, the short ones first."""
     runs = [
         make_run(arch, kind, seed, STEPS // 2 if arch in HALVED else STEPS)
         for arch in NETWORKS
@@ -47,7 +46,6 @@ def plan(find_top1: FindTop1) -> list[Run]:
 
 
 def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
-    """Return the run of one network, kind and seed."""
     epochs = -(-steps // STEPS)
     flags = f"--preset paper --arch {arch} {FLAGS[kind]} --seed {seed}"
     flags += f" --epochs {epochs}" + (f" --max-steps {steps}" if steps % STEPS else "")
@@ -56,17 +54,14 @@ def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
 
 
 def name_run(arch: str, kind: str, seed: int) -> str:
-    """Return the name of a run."""
     return f"{arch}-{kind}-seed{seed}"
 
 
 def name_runs(arch: str, kind: str) -> list[str]:
-    """Return the names of the runs of all seeds."""
     return [name_run(arch, kind, seed) for seed in SEEDS.get(arch, (0,))]
 
 
 def format_section(records: Records) -> str:
-    """Return the section of docs/results.md."""
     parts = [_format_one_epoch(records), *_list_differences(), _format_long(records)]
     return "\n".join(parts)
 

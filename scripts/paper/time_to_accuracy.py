@@ -28,10 +28,9 @@ from pathlib import Path
 from statistics import mean
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from scripts.paper.records import ROOT
+from scripts.paper.tables import KINDS, format_table
 from util.cli.parser import Parser, bounded_float, bounded_int, path_name
-
-ROOT = Path(__file__).resolve().parents[2]
-KINDS = {"BatchNorm": "False", "deconvolution": "True"}  # values of --deconv
 
 
 @dataclass(frozen=True)
@@ -71,13 +70,12 @@ Train = Callable[[float, int, int], Result]  # learning rate, steps, seed
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search both kinds, time both, and print the table."""
     parser = make_parser()
     flags, passed = parser.parse_known_args(argv)
     out = Path(flags.out)
 
     def train(kind: str, out: Path, lr: float, steps: int, seed: int) -> Result:
-        own = {"deconv": KINDS[kind], "lr": lr, "max-steps": steps, "seed": seed}
+        own = {"deconv": kind == "deconv", "lr": lr, "max-steps": steps, "seed": seed}
         return run(out, own, passed)
 
     outcomes = {
@@ -105,7 +103,6 @@ def search(train: Train, flags: Namespace, begin: int) -> Outcome:
 
 
 def make_parser() -> Parser:
-    """Return the parser; main.py takes the other flags."""
     parser = Parser("time_to_accuracy.py", __doc__.splitlines()[0])
     add = parser.add_group("search")
     add(
@@ -172,19 +169,17 @@ def find_shortest(
 
 def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
     """Return a Markdown table of two rows, and the ratio of their training times."""
-    lines = [
-        "| layers | top-1 (%) by lr | best lr | steps | top-1 (%) | training (s) | mean (s) |",
-        "|---|---|---|---|---|---|---|",
-    ]
+    header = ["layers", "top-1 (%) by lr", "best lr", "steps", "top-1 (%)", "training (s)"]
+    rows = []
     for kind, outcome in outcomes.items():
         screened = ", ".join(f"{lr:g}: {top1:.1f}" for lr, top1 in outcome.screened.items())
         top1 = ", ".join(f"{run.top1:.2f}" for run in outcome.runs)
         seconds = ", ".join(f"{run.seconds:.0f}" for run in outcome.runs)
-        cells = [kind, screened, f"{outcome.lr:g}", outcome.steps, top1, seconds]
-        lines.append(f"| {' | '.join(map(str, cells))} | {outcome.seconds:.0f} |")
-    base, ours = (outcome.seconds for outcome in outcomes.values())
-    lines.append(f"\nTo {target:g} %: deconvolution is {base / ours:.2f} times as fast.")
-    return "\n".join(lines)
+        cells = [KINDS[kind], screened, f"{outcome.lr:g}", outcome.steps, top1, seconds]
+        rows.append([*cells, f"{outcome.seconds:.0f}"])
+    ratio = outcomes["bn"].seconds / outcomes["deconv"].seconds
+    table = format_table([*header, "mean (s)"], rows)
+    return f"{table}\nTo {target:g} %: deconvolution is {ratio:.2f} times as fast."
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def test_a_target_out_of_reach_ends_the_search():
 def test_the_table_compares_means_of_seconds():
     slow = Outcome({0.01: 60.0, 0.1: 20.0}, 400, [Result(70.1, 100), Result(70.3, 300)])
     fast = Outcome({0.01: 50.0, 0.1: 65.0}, 200, [Result(71.0, 100), Result(70.0, 100)])
-    text = format_outcomes({"BatchNorm": slow, "deconvolution": fast}, 70)
+    text = format_outcomes({"bn": slow, "deconv": fast}, 70)
     assert (
         "| BatchNorm | 0.01: 60.0, 0.1: 20.0 | 0.01 | 400 | 70.10, 70.30 | 100, 300 | 200 |" in text
     )
