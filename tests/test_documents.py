@@ -16,7 +16,7 @@ from tests.commands import find_commands, read_flags
 
 ROOT = Path(__file__).resolve().parents[1]
 README, GUIDE = ROOT / "README.md", ROOT / "CONTRIBUTING.md"
-METHOD = ROOT / "docs" / "method.md"
+METHOD, RELIABILITY = ROOT / "docs" / "method.md", ROOT / "docs" / "reliability.md"
 PAGES = [README, GUIDE, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
 SHELL = sorted((ROOT / "scripts").rglob("*.sh"))
 ROOMS = ("deconv", "models", "util", "scripts", "tests", "docs", "results")
@@ -84,6 +84,12 @@ def test_every_equation_is_where_the_page_says():
         code = read(ROOT / file.strip("`"))
         for found in re.findall(r"`(\w+)`", names):
             assert re.search(rf"^ *(def|class) {found}\b|^{found}\b", code, re.MULTILINE), found
+
+
+def test_every_promise_names_a_test():
+    tests = {path.name: read(path) for path in (ROOT / "tests").rglob("test_*.py")}
+    for file, words in re.findall(r"`(test_\w+\.py)(?:: (\w+))?`", read(RELIABILITY)):
+        assert re.search(rf"def test_\w*{words}", tests[file]), f"{file}: {words}"
 
 
 def test_every_document_names_the_version_of_the_package():
