@@ -151,7 +151,7 @@ class Whitening(nn.Module):
 
     @property
     def pools_ranks(self) -> bool:
-        """Whether the batch statistics cover the patches of all ranks."""
+        """Return True if the batch statistics cover the patches of all ranks."""
         return self.sync_stats and is_distributed()
 
     def _has_few_rows(self, patches: Patches) -> bool:
