@@ -7,10 +7,9 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
-from deconv import batch_share, fuse, whiteness
-from models import ARCHITECTURES, build_model, describe_architectures, make_layers
+from models import ARCHITECTURES, build_model, describe_architectures, make_layers, model_hooks
 from util.cli import flags
 from util.cli.launch import start
 from util.cli.parser import Parser
@@ -21,37 +20,29 @@ from util.data.images import DataSpec
 from util.data.loader import ImageLoader
 from util.random_state import seed_everything
 from util.training.hooks import ModelHooks
-from util.training.session import RunContext, describe_kind, fit, test
+from util.training.session import RunContext, evaluate_only, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says. Exit: 2 bad input, 1 diverged, 128 + signal."""
+    """Train or test; exit with 2 for bad input, 1 if training diverged, 128 + signal."""
     start(__file__, build_script(), train, argv)
 
 
 def train(context: RunContext) -> None:
-    """Flags -> data -> layers -> model -> epochs; with -e -> one test."""
-    flags = context.flags
-    run_dir = None if flags.evaluate else context.find_run_dir()
-    spec, train_loader, test_loader = context.world.rank0_first(partial(load_images, context))
+    """Run flags -> data -> layers -> model -> fit, or one test with -e."""
+    flags, run_dir = context.flags, context.find_run_dir()
+    data = context.world.rank0_first(partial(load_images, context))  # rank 0 may download
     seed_everything(flags.seed)
-    model = build_network(flags, spec)
-    hooks = ModelHooks(batch_share, fuse, judge_layers)
+    model = build_network(flags, data[0])
+    hooks = ModelHooks(**model_hooks())
     if flags.evaluate:
-        test(context, spec, model, test_loader, hooks=hooks)
-        return
-    kind = describe_kind(flags) if flags.method is None else f"method{flags.method}"
-    name = f"{flags.dataset}-{flags.arch}-{kind}"
-    fit(context, run_dir, name, kind, spec, model, train_loader, test_loader, hooks=hooks)
-
-
-def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return the whiteness of each layer's input, before and after whitening."""
-    return whiteness(network, images).scalars()
+        evaluate_only(context, data, model, hooks=hooks)
+    else:
+        fit(context, run_dir, data, model, hooks=hooks)
 
 
 def build_script() -> Script:
-    """The command line of this script, and what is allowed on it."""
+    """Return the command line of this script and its rules."""
     description = "Train an image classifier, with BatchNorm or with deconvolution."
     parser = Parser("main.py", description, flags.EXAMPLES)
     add = flags.add_network_flags(parser, ARCHITECTURES, describe_architectures, "vgg11")
@@ -76,6 +67,7 @@ def data_rules(flags: Namespace) -> Rules:
 
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:
+    """Return the description of the dataset, the training loader and the test loader."""
     flags, world = context.flags, context.world
     return build_loaders(
         flags.dataset,
@@ -94,7 +86,7 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader
 
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
-    """Layers as the flags want them, and the network made of them."""
+    """Build the model that the flags describe."""
     return build_model(
         flags.arch,
         make_layers(**choose_layers(flags)),

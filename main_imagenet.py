@@ -7,15 +7,15 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
-from deconv import batch_share, fuse, whiteness
 from models import (
     IMAGENET_ARCHITECTURES,
     Options,
     build_imagenet_model,
     describe_imagenet_architectures,
     make_layers,
+    model_hooks,
 )
 from util.cli import flags
 from util.cli.launch import start
@@ -28,43 +28,31 @@ from util.data.loader import ImageLoader
 from util.errors import RunError
 from util.random_state import seed_everything
 from util.training.hooks import ModelHooks
-from util.training.session import RunContext, describe_kind, fit, test
+from util.training.session import RunContext, evaluate_only, fit
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Do what the command line says. Exit: 2 bad input, 1 diverged, 128 + signal."""
+    """Train or test; exit with 2 for bad input, 1 if training diverged, 128 + signal."""
     start(__file__, build_script(), train, argv)
 
 
 def train(context: RunContext) -> None:
-    """Flags -> data -> layers -> model -> epochs; with -e -> one test."""
-    flags = context.flags
-    run_dir = None if flags.evaluate else context.find_run_dir()
-    spec, train_loader, test_loader = context.world.rank0_first(partial(load_images, context))
+    """Run flags -> data -> layers -> model -> fit, or one test with -e."""
+    flags, run_dir = context.flags, context.find_run_dir()
+    data = context.world.rank0_first(partial(load_images, context))
     seed_everything(flags.seed)
-    # One after the other: the first downloads the weights of --pretrained for all.
-    model = context.world.rank0_first(partial(build_network, flags, spec))
-    more = {"limit": count_batches(flags), "hooks": ModelHooks(batch_share, fuse, judge_layers)}
+    # Rank 0 first: it downloads the weights of --pretrained for all ranks.
+    model = context.world.rank0_first(partial(build_network, flags, data[0]))
+    max_batches = flags.test_iter if flags.test_run else sys.maxsize
+    hooks = ModelHooks(**model_hooks())
     if flags.evaluate:
-        test(context, spec, model, test_loader, **more)
-        return
-    kind = describe_kind(flags)
-    name = f"imagenet-{flags.arch.replace('/', '-')}-{kind}"
-    fit(context, run_dir, name, kind, spec, model, train_loader, test_loader, **more)
-
-
-def judge_layers(network: nn.Module, images: Tensor) -> dict[str, float]:
-    """Return the whiteness of each layer's input, before and after whitening."""
-    return whiteness(network, images).scalars()
-
-
-def count_batches(flags: Namespace) -> int:
-    """Batches of an epoch and of a test, at most."""
-    return flags.test_iter if flags.test_run else sys.maxsize
+        evaluate_only(context, data, model, hooks=hooks, max_batches=max_batches)
+    else:
+        fit(context, run_dir, data, model, hooks=hooks, max_batches=max_batches)
 
 
 def build_script() -> Script:
-    """The command line of this script, and what is allowed on it."""
+    """Return the command line of this script and its rules."""
     description = "Train on ImageNet, with BatchNorm or with deconvolution."
     parser = Parser("main_imagenet.py", description, flags.IMAGENET_EXAMPLES)
     names = IMAGENET_ARCHITECTURES
@@ -106,6 +94,7 @@ def own_rules(flags: Namespace) -> Rules:
 
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
+    """Return the description of the dataset, the training loader and the test loader."""
     flags, world = context.flags, context.world
     settings = {
         "batch_size": flags.batch_size,
@@ -125,7 +114,7 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
 
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
-    """Layers as the flags want them, and the network made of them."""
+    """Build the model that the flags describe."""
     try:
         return build_imagenet_model(
             flags.arch,
@@ -135,7 +124,7 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
             pretrained=flags.pretrained,
             dropout_rate=flags.dropout_rate,
         )
-    except ValueError as error:  # images of a size or classes of a number it cannot have
+    except ValueError as error:  # an image size or number of classes that the model cannot have
         raise RunError(f"--arch {flags.arch}: {error}") from error
     except OSError as error:
         raise RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error

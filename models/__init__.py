@@ -10,7 +10,7 @@ a network, see `registry.py`.
 
 from __future__ import annotations
 
-from .factory import Layers, make_layers
+from .factory import Layers, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
 from .registry import Architecture, Options, init_weights
 from .small_images import ARCHITECTURES, build_model, describe_architectures
@@ -27,4 +27,5 @@ __all__ = [
     "describe_imagenet_architectures",
     "init_weights",
     "make_layers",
+    "model_hooks",
 ]

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from deconv import Delinear, FastDeconv, convert
+from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
 
 Maker = Callable[..., nn.Module]
 
@@ -238,3 +238,12 @@ def _make_image_convolution(
 def _make_image_linear(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Sequential:
     """Make a linear layer on the in_channels * image_size**2 pixels of an image."""
     return nn.Sequential(nn.Flatten(), linear(in_channels * image_size**2, out))
+
+
+def model_hooks() -> dict[str, Callable]:
+    """Return what training must do for layers that whiten, by the attributes of `ModelHooks`."""
+    return {
+        "batch_context": batch_share,
+        "eval_model": fuse,
+        "diagnose": lambda model, images: whiteness(model, images).scalars(),
+    }

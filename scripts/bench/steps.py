@@ -239,7 +239,7 @@ def make_steps(
         amp=AMP[case.dtype],
         channels_last=flags.channels_last,
         compiled=flags.compile,
-        replays=choose_graphs(flags.cuda_graphs, device, 1, flags.compile),
+        cuda_graphs=choose_graphs(flags.cuda_graphs, device, 1, flags.compile),
     )
     model = accelerator.to_device(build(case, kind, flags))
     criterion = build_criterion("CE", flags.classes)

@@ -348,9 +348,9 @@ def test_resume_refuses_an_epoch_that_was_cut_short(tmp_path, capsys):
     train(f"--max-steps 2 {QUIET}", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
-    assert "ended by --max-steps, at step 2 in the middle of 12" in told
+    assert "--max-steps ended epoch 1 of the checkpoint at step 2, in the middle of 12" in told
     main.main(["--resume", str(checkpoint)])
-    assert "is finished: 2 steps of 2" in capsys.readouterr().out
+    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 
 
 def test_more_epochs_are_not_cut_short_by_the_steps_asked_for_before(tmp_path):

@@ -141,7 +141,7 @@ def test_bad_images_end_the_run_or_are_listed(images, tmp_path, capsys):
     assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == [
         str(data / "train" / "dark" / "empty.jpg")
     ]
-    assert "1 bad images left out" in capsys.readouterr().out
+    assert "skipped 1 bad images" in capsys.readouterr().out
 
 
 def test_bad_images_met_before_a_stop_are_listed_at_the_end(images, tmp_path, monkeypatch):
@@ -194,9 +194,9 @@ def test_epochs_can_be_counted_from_later_on(images, tmp_path):
     assert row.startswith("4\t")
 
 
-def test_a_image_alone_is_named_where_batchnorm_meets_it(images, tmp_path, capsys):
+def test_a_single_image_is_named_where_batchnorm_meets_it(images, tmp_path, capsys):
     line = f"--batch-size 3 --epochs 1 --run-dir {tmp_path / 'run'}"  # 16 images: one is left
-    assert "one image alone is too few for BatchNorm" in refusal(capsys, line, images)
+    assert "a single image is too few for BatchNorm" in refusal(capsys, line, images)
 
 
 def test_defaults_are_the_published_ones():

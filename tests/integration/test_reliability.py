@@ -43,7 +43,7 @@ if __name__ == "__main__":
 AFTER_STEP = """
 def batch(self, number, now):
     whole_batch(self, number, now)
-    step, model = self.done.step + number, self.model
+    step, model = self.state.progress.step + number, self.state.model
     {act}
 Recorder.batch = batch
 """
@@ -418,5 +418,5 @@ def test_a_folder_that_takes_no_more_keeps_the_last_good_checkpoint(
     kept = tmp_path / "run.after" / "checkpoint.pth.tar"
     assert load_checkpoint(kept, "cpu")["step"] == 2
     (rescued,) = tmp_path.glob("run-*/checkpoint.pth.tar")
-    assert f"; what was trained is in {rescued}" in end.err
+    assert f"; the last checkpoint was saved to {rescued}" in end.err
     assert load_checkpoint(rescued, "cpu")["step"] == 12

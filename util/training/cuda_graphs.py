@@ -1,4 +1,4 @@
-"""Training steps whose kernels a GPU is told all at once, in place of one after the other."""
+"""Capture a training step as a CUDA graph."""
 
 from __future__ import annotations
 
@@ -11,27 +11,25 @@ from torch import Tensor, nn
 from util.errors import RunError
 
 
-class Replayed(nn.Module):
-    """A network that trains on full batches by CUDA graphs, and is itself in all else.
+class GraphedModel(nn.Module):
+    """Model that trains on full batches by CUDA graphs and runs as usual otherwise.
 
-    To launch a kernel takes a process longer than many kernels take, and whitening has many small
-    ones: a step of VGG-11 on 128 images of 32 x 32 waits for the process four fifths of its time.
-    Forward and backward are therefore recorded once each, and replayed as a whole. The kernels are
-    those of before, so nothing is computed otherwise.
+    Whitening launches many small kernels, and each launch takes the CPU longer than its kernel
+    takes the GPU. One graph for forward and one for backward replay the same kernels.
 
     Args:
-        model: on its GPU. Recording leaves no trace in its buffers.
-        images: a full batch, whatever it shows; later ones are copied into its place.
+        model: on its GPU. The capture leaves buffers and random state unchanged.
+        images: a full batch of any content; later batches are copied into its memory.
 
     Raises:
-        RunError: the network does what cannot be recorded, such as waiting for the GPU.
+        RunError: the model cannot be captured, for example because it waits for the GPU.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         super().__init__()
         self.shape = images.shape
         try:
-            with _unchanged(model, images.device):
+            with _keep_state(model, images.device):
                 step = _Step(model).train()
                 self.step = torch.cuda.make_graphed_callables(step, (images,))
         except torch.OutOfMemoryError:
@@ -39,16 +37,16 @@ class Replayed(nn.Module):
         except RuntimeError as error:
             reason = str(error).splitlines()[0]
             raise RunError(
-                f"steps cannot be recorded ({reason}): train with --cuda-graphs False"
+                f"steps cannot be captured ({reason}): train with --cuda-graphs False"
             ) from error
 
     def forward(self, images: Tensor) -> Tensor:
-        full = self.training and torch.is_grad_enabled() and images.shape == self.shape
-        return (self.step if full else self.step.model)(images)
+        is_full = self.training and torch.is_grad_enabled() and images.shape == self.shape
+        return (self.step if is_full else self.step.model)(images)
 
 
 class _Step(nn.Module):
-    """What is recorded: the network within keeps its own forward, for batches that are not full."""
+    """Wrapper whose forward is captured, so that `model` keeps its own for other batches."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -59,8 +57,8 @@ class _Step(nn.Module):
 
 
 @contextmanager
-def _unchanged(model: nn.Module, device: torch.device) -> Iterator[None]:
-    """Within it the model may be run: its buffers and the random numbers are then as before."""
+def _keep_state(model: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restore buffers of `model` and random state after the block."""
     before = [buffer.clone() for buffer in model.buffers()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield

@@ -1,4 +1,4 @@
-"""One pass over the data, to train or to test. Returns figures; logging is the caller's."""
+"""One pass over the data, to train or to test a model. Returns metrics; the caller logs."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from util.distributed.world import World
 from util.errors import RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
 from util.training.hooks import BatchContext, no_batch_context
-from util.training.metrics import EpochMetrics, Metrics, _average, count_hits
+from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
 from util.training.optim import Criterion
 from util.training.signals import StopRequest, never_stop
 
-SHOW_SECONDS = 1.0  # between two readings for the progress bar, each of which waits for a GPU
+REFRESH_SECONDS = 1.0  # between updates of the progress bar, each of which waits for a GPU
 
 
 def train_one_epoch(
@@ -35,97 +35,91 @@ def train_one_epoch(
     *,
     accelerator: Accelerator,
     world: World = World(),  # noqa: B008 - frozen
-    meters: EpochMetrics | None = None,
+    epoch_metrics: EpochMetrics | None = None,
     max_steps: int | None = None,
-    on_batch: Callable[[int, Metrics], None] = lambda batch, figures: None,
+    on_batch: Callable[[int, Metrics], None] = lambda batch, metrics: None,
     stop_request: StopRequest = never_stop,
     batch_context: BatchContext = no_batch_context,
     title: str = "train",
 ) -> Metrics:
-    """Train on every batch once, or until the epoch has had `max_steps`.
+    """Train on every batch once, or until the epoch has `max_steps` steps.
 
     Args:
-        loader: gives this process its share of each batch. Shares may be empty, but all processes
-            have as many.
-        world: the processes that step together. Their gradients are averaged by the model
-            (DistributedDataParallel), so each loss is weighted to make that the gradient of the
-            mean over the whole batch. All figures are those of whole batches.
-        meters: of the batches of this epoch that were trained on before, which the loader leaves
-            out (`EpochBatches.set_epoch`); those of now are added, each before its `on_batch`.
-        on_batch: called as on_batch(batch, figures) after every batch, with its number in the epoch
-            from 1, its loss, top1 and top5, the lr of its step, and the seconds of training since
-            the epoch began.
-        stop_request: read in every step; any process's stops all of them after it, but for the
-            last of the epoch.
-        batch_context: makes what the forward of one of several processes runs in.
-        title: of the progress bar, which appears on a terminal only.
+        model: in several processes, a model that averages gradients (DistributedDataParallel).
+        loader: yields this rank's part of each batch. Parts may be empty, but all ranks have the
+            same number.
+        criterion: loss of (logits, targets), averaged over the batch.
+        optimizer: optimizer of the model's parameters.
+        scheduler: learning rate, one step per optimizer step.
+        accelerator: device and precision.
+        world: ranks that step together. Each loss is weighted so that the averaged gradient is the
+            gradient of the mean over the whole batch. Metrics are of whole batches.
+        epoch_metrics: metrics of the earlier batches of this epoch, which the loader omits;
+            receives each new batch before `on_batch`. None: an empty epoch.
+        max_steps: most steps of the epoch, earlier batches included; None: no limit.
+        on_batch: called as on_batch(batch, metrics) after each step, with the batch's number in
+            the epoch from 1, and its loss, top1, top5, lr, and seconds of training since the epoch
+            began.
+        stop_request: checked in each step. A request on any rank stops all ranks after the step,
+            unless the step is the last of the epoch.
+        batch_context: makes the context of each forward, with several ranks.
+        title: title of the progress bar, which only a terminal shows.
 
     Returns:
-        loss, top1, top5 (percent) averaged over the images as the network learned them, seconds,
-        images, steps, and lr, the rate of the last step.
+        loss, top1, top5 (percent) averaged over images, seconds, images, steps, and lr of the last
+        step.
 
     Raises:
-        TrainingDiverged: a loss or a gradient is not finite, in all processes at once. No parameter
-            has been updated with it; BatchNorm's running statistics may have taken the batch in.
-        Stopped: by `wish`, in all processes at once.
-        DataError: the loader fails; what was trained before stands.
-        RunError: BatchNorm has met a single image, of which there is no variance.
+        TrainingDiverged: a loss or gradient is not finite, on all ranks at once, before the step
+            updates any parameter. Running statistics may include the batch.
+        Stopped: by `stop_request`, on all ranks at once.
+        DataError: the loader fails; the earlier steps stand.
+        RunError: BatchNorm met a single image, which has no variance.
     """
     model.train()
-    meters = EpochMetrics() if meters is None else meters
-    first, steps = meters.steps + 1, meters.steps + len(loader)
+    epoch_metrics = EpochMetrics() if epoch_metrics is None else epoch_metrics
+    first, steps = epoch_metrics.steps + 1, epoch_metrics.steps + len(loader)
     steps = steps if max_steps is None else min(max_steps, steps)
-    batches = islice(loader, steps - meters.steps)
-    with meters.timed(), progress_bar(batches, title, total=steps, initial=meters.steps) as bar:
+    batches = islice(loader, steps - epoch_metrics.steps)
+    bar = progress_bar(batches, title, total=steps, initial=epoch_metrics.steps)
+    refresh_bar = _BarRefresh(bar, epoch_metrics)
+    with epoch_metrics.timed(), bar:
         for step, batch in enumerate(bar, start=first):
             images, targets = accelerator.batch_to_device(*batch)
-            within = nullcontext()
+            context = nullcontext()
             if world.size > 1:
-                within = batch_context(*world.batch_offset(len(images), images.device))
+                context = batch_context(*world.batch_offset(len(images), images.device))
             try:
-                with within:
+                with context:
                     loss, row = _forward(model, criterion, accelerator, images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
                 raise RunError(
-                    f"{title}, batch {step}: one image alone is too few for BatchNorm; choose "
+                    f"{title}, batch {step}: a single image is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error
             row = world.sum(torch.cat([row, row.new_tensor([stop_request()])]))
-            part = len(targets) / row[0].clamp(min=1)  # of the whole batch
-            largest = accelerator.backward(loss * (part * world.size).to(loss.dtype), optimizer)
-            *row, asked, largest = torch.cat([row, largest.to(row)[None]]).cpu()  # waits for a GPU
+            fraction = len(targets) / row[0].clamp(min=1)  # this rank's part of the batch
+            scaled_loss = loss * (fraction * world.size).to(loss.dtype)
+            largest = accelerator.backward(scaled_loss, optimizer)
+            # The only transfer of the step waits for a GPU once.
+            *row, stops, largest = torch.cat([row, largest.to(row)[None]]).cpu()
             row = torch.stack(row)
-            figures = _average([row])
-            for name, value in (("loss", figures["loss"]), ("largest gradient", largest)):
-                if figures["images"] and not math.isfinite(value):
-                    place = f"{title}, batch {step}"
-                    raise TrainingDiverged(f"{place}: the {name} is {value:g}", step, images)
+            metrics = average_rows([row])
+            for name, value in (("loss", metrics["loss"]), ("largest gradient", largest)):
+                if metrics["images"] and not math.isfinite(value):
+                    message = f"{title}, batch {step}: the {name} is {value:g}"
+                    raise TrainingDiverged(message, step, images)
             accelerator.step(optimizer)
-            meters.add(row, optimizer.param_groups[0]["lr"])
+            epoch_metrics.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
-            _show(bar, meters)
-            now = {name: figures[name] for name in ("loss", "top1", "top5")}
-            on_batch(step, {**now, "lr": meters.lr, "seconds": meters.seconds})
-            if asked and step < steps:
+            refresh_bar()
+            metrics = {name: metrics[name] for name in ("loss", "top1", "top5")}
+            on_batch(step, {**metrics, "lr": epoch_metrics.lr, "seconds": epoch_metrics.seconds})
+            if stops and step < steps:
                 raise Stopped(stop_request())
-    return meters.training_metrics()
-
-
-@contextmanager
-def first_input(network: nn.Module) -> Iterator[list[Tensor]]:
-    """A list that will hold the first batch that the network is given in the block, if any."""
-    kept: list[Tensor] = []
-
-    def keep(module: nn.Module, given: tuple[Tensor, ...]) -> None:
-        kept.extend(given[: 1 - len(kept)])
-
-    hook = network.register_forward_pre_hook(keep)
-    try:
-        yield kept
-    finally:
-        hook.remove()
+    return epoch_metrics.training_metrics()
 
 
 @torch.no_grad()
@@ -140,28 +134,74 @@ def evaluate(
     stop_request: StopRequest = never_stop,
     title: str = "test",
 ) -> Metrics:
-    """loss, top1, top5 (percent) over the images of all processes; seconds and images.
+    """Return loss, top1, top5 (percent) over the images of all ranks, seconds and images.
 
-    Each process takes some of the batches. The figures are sums of what each batch gives, added
-    without rounding, so they do not depend on which process computed which.
+    Each rank tests some of the batches. Sums are exact, so the metrics do not depend on which rank
+    tested which batch.
+
+    Args:
+        model: any model.
+        loader: yields this rank's batches.
+        criterion: loss of (logits, targets), averaged over the batch.
+        accelerator: device and precision.
+        world: ranks that test together.
+        max_steps: most batches of this rank; None: no limit.
+        stop_request: checked after each batch.
+        title: title of the progress bar, which only a terminal shows.
 
     Raises:
-        Stopped: by the `wish` of any process, in all of them.
+        Stopped: by the `stop_request` of any rank, on all ranks.
     """
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
-    meters = EpochMetrics()
-    with meters.timed(), progress_bar(islice(loader, steps), title, total=steps) as bar:
+    epoch_metrics = EpochMetrics()
+    with epoch_metrics.timed(), progress_bar(islice(loader, steps), title, total=steps) as bar:
+        refresh_bar = _BarRefresh(bar, epoch_metrics)
         for batch in bar:
-            meters.add(
-                _forward(model, criterion, accelerator, *accelerator.batch_to_device(*batch))[1]
-            )
-            _show(bar, meters)
+            images, targets = accelerator.batch_to_device(*batch)
+            epoch_metrics.add(_forward(model, criterion, accelerator, images, targets)[1])
+            refresh_bar()
             if stop_request():
                 break
     if any(world.gather(stop_request())):
         raise Stopped(stop_request())
-    return meters.figures(world)
+    return epoch_metrics.average(world)
+
+
+@contextmanager
+def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
+    """Yield a list that receives the first batch that `model` gets within the block."""
+    inputs: list[Tensor] = []
+    hook = model.register_forward_pre_hook(lambda _, args: inputs.extend(args[: 1 - len(inputs)]))
+    try:
+        yield inputs
+    finally:
+        hook.remove()
+
+
+def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size: int = 1) -> None:
+    """Check that every rank gets enough images of each batch of an epoch.
+
+    Args:
+        model: BatchNorm1d within it needs two images on every rank.
+        images: number of training images.
+        batch_size: images of a batch, over all ranks.
+        world_size: number of ranks.
+
+    Raises:
+        RunError: a batch has fewer images than ranks; or a rank's part of the last batch is a
+            single image, and `model` has BatchNorm1d.
+    """
+    if batch_size < world_size:
+        raise RunError(f"--batch-size {batch_size}: fewer images than the {world_size} processes")
+    last = images % batch_size or batch_size
+    has_single = last // world_size == 1 or -(-last // world_size) == 1
+    if has_single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        parts = f", split over {world_size} processes" if world_size > 1 else ""
+        raise RunError(
+            f"--batch-size {batch_size}: the last batch of {images} images has {last}{parts}; a "
+            "single image is too few for BatchNorm1d; choose another size or --batchnorm False"
+        )
 
 
 def _forward(
@@ -171,22 +211,28 @@ def _forward(
     images: Tensor,
     targets: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss, and a row of sums (4,) float64: images, loss, top1 hits, top5 hits."""
+    """Return the mean loss, and the sums (4,) float64 of images, loss, top1 hits, top5 hits."""
     with accelerator.autocast():
         logits = model(images)
-        # The mean over no image would be NaN, in the gradients of every process too.
+        # The mean over no image is NaN and would spread to the gradients of every rank.
         loss = criterion(logits, targets) if len(targets) else logits.sum()
     hits = count_hits(logits.detach(), targets)
     total = loss.detach().double() * len(targets)
     return loss, torch.stack([torch.full_like(total, len(targets)), total, *hits])
 
 
-def _show(bar: tqdm, meters: EpochMetrics) -> None:
-    """Put the figures on the bar: at the first batch, then once in SHOW_SECONDS."""
-    if not bar.disable and meters.seconds >= meters.next_show:
-        now = meters.figures()
-        meters.next_show = now["seconds"] + SHOW_SECONDS
-        speed = now["images"] / now["seconds"]
-        bar.set_postfix_str(
-            f"loss {now['loss']:.3f}, top1 {now['top1']:.1f}%, {speed:.0f} images/s"
+class _BarRefresh:
+    """Shows the metrics on a progress bar: at the first batch, then once in REFRESH_SECONDS."""
+
+    def __init__(self, bar: tqdm, epoch_metrics: EpochMetrics) -> None:
+        self.bar, self.epoch_metrics, self.next_seconds = bar, epoch_metrics, 0.0
+
+    def __call__(self) -> None:
+        if self.bar.disable or self.epoch_metrics.seconds < self.next_seconds:
+            return
+        metrics = self.epoch_metrics.average()
+        self.next_seconds = metrics["seconds"] + REFRESH_SECONDS
+        throughput = metrics["images"] / metrics["seconds"]
+        self.bar.set_postfix_str(
+            f"loss {metrics['loss']:.3f}, top1 {metrics['top1']:.1f}%, {throughput:.0f} images/s"
         )

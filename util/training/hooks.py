@@ -1,4 +1,4 @@
-"""Hooks by which a model adapts how it is trained, tested and diagnosed."""
+"""Hooks that adapt training, testing and diagnostics to a model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ BatchContext = Callable[[int, int], AbstractContextManager[None]]
 
 
 def no_batch_context(first: int, total: int) -> AbstractContextManager[None]:
-    """Return a context that does nothing, for layers that need not know the other ranks."""
+    """Return a context that does nothing, for layers that ignore the other ranks."""
     return nullcontext()
 
 
@@ -22,7 +22,7 @@ class ModelHooks:
 
     Attributes:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
-            context in which the forward of a training step runs.
+            context of a training step's forward.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
         diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
     """

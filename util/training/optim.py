@@ -1,4 +1,4 @@
-"""What is minimised, by which rule, at which rate. Every schedule counts optimizer steps."""
+"""Losses, optimizers and learning rate schedules. Every schedule counts optimizer steps."""
 
 from __future__ import annotations
 
@@ -20,12 +20,15 @@ Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
 def build_criterion(loss: str, num_classes: int) -> Criterion:
-    """criterion(logits (N, classes), targets (N,) int64) -> scalar, averaged over the batch.
+    """Return a function of logits (N, classes) and targets (N,) int64, averaged over the batch.
 
-    CE is the cross-entropy; L2 half the squared distance to the one-hot target, as published.
+    Args:
+        loss: "CE", cross-entropy; or "L2", half the squared distance to the one-hot target, as in
+            the published code.
+        num_classes: number of classes.
 
     Raises:
-        ValueError: an unknown loss.
+        ValueError: `loss` is unknown.
     """
     if loss == "CE":
         return nn.CrossEntropyLoss()
@@ -35,8 +38,8 @@ def build_criterion(loss: str, num_classes: int) -> Criterion:
 
 
 def _half_squared_distance(num_classes: int, logits: Tensor, targets: Tensor) -> Tensor:
-    wanted = F.one_hot(targets, num_classes).to(logits.dtype)
-    return F.mse_loss(logits, wanted, reduction="sum") / (2 * len(targets))
+    one_hot = F.one_hot(targets, num_classes).to(logits.dtype)
+    return F.mse_loss(logits, one_hot, reduction="sum") / (2 * len(targets))
 
 
 def build_optimizer(
@@ -47,10 +50,17 @@ def build_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """SGD with momentum, Adam or AMSGrad (which have their own), all with L2 weight decay.
+    """Return an optimizer with L2 weight decay.
+
+    Args:
+        name: "SGD", "Adam" or "AMSGrad".
+        params: parameters to optimize.
+        lr: initial learning rate.
+        momentum: momentum of SGD; the other optimizers ignore it.
+        weight_decay: factor of the L2 penalty.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `name` is unknown.
     """
     if name == "SGD":
         return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
@@ -71,16 +81,25 @@ def build_scheduler(
     warmup_epochs: float = 0.0,
     start_step: int = 0,
 ) -> LambdaLR:
-    """The learning rate as a function of the optimizer steps done; call `step()` after each.
+    """Return a schedule; call its `step()` after each optimizer step.
 
-    cosine falls from lr to 0 over `total_steps`; multistep multiplies by `gamma` at each milestone
-    (see `milestone_steps`), step at every `step_size` epochs. During the first `warmup_epochs` the
-    rate climbs in a straight line to lr; cosine begins its fall after them, drops stay where they
-    are. The rate is a closed form of the step, so a resumed run needs only `start_step`, the steps
-    already done.
+    The rate is a closed form of the step, so a resumed run needs `start_step` only.
+
+    Args:
+        name: "cosine" falls from lr to 0; "multistep" multiplies the rate by `gamma` at each
+            milestone; "step" does so every `step_size` epochs.
+        optimizer: its lr is the rate at the start, or after the warmup.
+        total_steps: optimizer steps of the run.
+        epoch_steps: optimizer steps of an epoch.
+        milestones: see `milestone_steps`.
+        gamma: factor of multistep and step.
+        step_size: epochs between drops of step.
+        warmup_epochs: epochs in which the rate climbs linearly to lr. Cosine falls after the
+            warmup; drops stay where they are.
+        start_step: finished optimizer steps.
 
     Raises:
-        ValueError: an unknown name.
+        ValueError: `name` is unknown.
     """
     warmup = round(warmup_epochs * epoch_steps)
     if name == "cosine":
@@ -92,17 +111,19 @@ def build_scheduler(
         factor = partial(_multistep, drops, gamma)
     else:
         raise ValueError(f"lr_scheduler must be one of {SCHEDULES}, got {name!r}")
-    for group in optimizer.param_groups:  # a fresh optimizer may begin late
+    for group in optimizer.param_groups:  # LambdaLR requires it unless start_step is 0
         group.setdefault("initial_lr", group["lr"])
-    climb = partial(_warm_up, warmup, factor)
-    return LambdaLR(optimizer, climb, last_epoch=start_step - 1)
+    return LambdaLR(optimizer, partial(_warm_up, warmup, factor), last_epoch=start_step - 1)
 
 
 def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: int) -> list[int]:
-    """Steps at which the rate drops, in order.
+    """Return the steps at which the rate drops, in order.
 
-    A milestone from 1 upward is an epoch. One below 1 is a fraction of the run, and a single one
-    repeats, as the published 0.4 does: at 40 % and at 80 %.
+    Args:
+        milestones: from 1 upward an epoch, below 1 a fraction of the run. A single fraction
+            repeats, as in the published code: 0.4 means 40 % and 80 %.
+        total_steps: optimizer steps of the run.
+        epoch_steps: optimizer steps of an epoch.
     """
     if len(milestones) == 1 and milestones[0] < 1:
         milestones = [k * milestones[0] for k in range(1, math.ceil(1 / milestones[0]))]
@@ -114,8 +135,8 @@ def _warm_up(warmup: int, factor: Callable[[int], float], step: int) -> float:
 
 
 def _cosine(start: int, end: int, step: int) -> float:
-    done = min(max(step - start, 0) / max(end - start, 1), 1)
-    return (1 + math.cos(math.pi * done)) / 2
+    progress = min(max(step - start, 0) / max(end - start, 1), 1)
+    return (1 + math.cos(math.pi * progress)) / 2
 
 
 def _multistep(drops: Sequence[int], gamma: float, step: int) -> float:

@@ -1,4 +1,4 @@
-"""What a run keeps: its folder with record, logs and checkpoints, and the lines on the console."""
+"""Writer of a run's record: folder, logs, checkpoints, and the lines on the console."""
 
 from __future__ import annotations
 
@@ -10,38 +10,34 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from util.checkpoint.store import save_checkpoint
-from util.console import print_line
+from util.console import print_line, shows_bars
 from util.device import describe_device
 from util.errors import RunError
 from util.files import atomic_write, describe_fault
 from util.tracking.logger import RunLogger
 from util.tracking.provenance import write_record
 from util.tracking.run_dir import check_unchanged, copy_previous_run, open_run_dir
-from util.training.metrics import EpochMetrics, Metrics, peak_memory_mb
-from util.training.report import report_batch, report_epoch
-from util.training.resume import Progress
+from util.training.metrics import Metrics, peak_memory_mb
+from util.training.resume import Plan, TrainingState
 
 SKIPPED_NAME = "skipped.txt"
 DIVERGED_NAME = "diverged.json"
 
 
 class Recorder:
-    """Keeps everything about a run that is under way; the first process has one.
+    """Record of a run under way, kept by rank 0.
 
     Args:
-        flags: all settings, for the record.
-        saved: the checkpoint that is continued, None for a fresh start.
-        run_dir: the folder; None: a new one, `name`/<time> in the folder of --out.
-        name: of the run.
-        facts: what summary.json says beside the figures.
-        model: whose first filters are drawn.
-        done, meters: how far the run has come, and its epoch under way; the caller counts on.
-        device, processes: what the run computes on, all in all.
-        epochs: of the whole run.
+        flags: all settings.
+        saved: the checkpoint that the run continues; None: a fresh start.
+        run_dir: folder of the run; None: a new folder `name`/<time> below --out.
+        name: name of the run.
+        kind: kind of layers of the model, for summary.json.
+        state: state of the training, which the caller updates.
+        plan: length of the run.
     """
 
     def __init__(
@@ -50,127 +46,180 @@ class Recorder:
         saved: dict[str, Any] | None,
         run_dir: Path | None,
         name: str,
-        facts: dict[str, Any],
-        *,
-        model: nn.Module,
-        done: Progress,
-        meters: EpochMetrics,
-        device: torch.device,
-        processes: int,
-        epochs: int,
+        kind: str,
+        state: TrainingState,
+        plan: Plan,
     ) -> None:
-        self.flags, self.model, self.done = flags, model, done
-        self._told: set[str] = set()
-        self.device, self.epochs = device, epochs
-        self.facts = facts | {"device": describe_device(device), "processes": processes}
+        self.flags, self.state, self.plan = flags, state, plan
+        self._warnings: set[str] = set()
+        device, ranks = state.accelerator.device, state.world.size
+        self._constants = {
+            **_describe_settings(flags, kind, state.model),
+            "epoch_steps": plan.epoch_steps,
+            "device": describe_device(device),
+            "processes": ranks,
+        }
         self.run_dir, self._lock = open_run_dir(run_dir, flags.out, name)
         check_unchanged(self.run_dir, flags.resume, saved)
-        write_record(self.run_dir, vars(flags), device, processes)
+        write_record(self.run_dir, vars(flags), device, ranks)
         copy_previous_run(flags.resume, saved, self.run_dir)
         print_line(
-            f"{name}, {facts['parameters']:,} parameters, {self.facts['device']}"
-            f"{f' in {processes} processes' if processes > 1 else ''}, in {self.run_dir}"
+            f"{name}, {self._constants['parameters']:,} parameters, {self._constants['device']}"
+            f"{f' in {ranks} processes' if ranks > 1 else ''}, in {self.run_dir}"
         )
         self.logger = RunLogger(
             self.run_dir,
             tensorboard=flags.tensorboardX,
             plot=flags.save_plot,
-            history=saved["history"] if saved else None,
-            start_epoch=done.epoch,
-            start_step=done.step,
-            batches=meters.steps,
-            epoch_steps=facts["epoch_steps"],
+            history=state.history if saved else None,
+            start_epoch=state.progress.epoch,
+            start_step=state.progress.step,
+            batches=state.metrics.steps,
+            epoch_steps=plan.epoch_steps,
         )
+        state.history = self.logger.history
 
-    def batch(self, batch: int, now: Metrics) -> None:
-        """Called with the figures of every batch."""
-        with self._not_for_a_full_disk():
-            report_batch(self.logger, self.done, self.flags.print_freq, self.flags.msg, batch, now)
+    def batch(self, batch: int, metrics: Metrics) -> None:
+        """Log a training step of the epoch under way.
 
-    def checkpoint(self, state: dict[str, Any], *, last: bool = False) -> None:
-        """Called where a run may have to be taken up in the middle of an epoch.
+        The log gets a row every --print-freq steps of the run. The console gets a line as often
+        where no progress bar is shown, and a line for every step with --msg.
+        """
+        epoch, step = self.state.progress.epoch + 1, self.state.progress.step + batch
+        is_due = step % self.flags.print_freq == 0
+        with self._warn_on_full_disk():
+            if self.flags.msg or (is_due and not shows_bars()):
+                print_line(
+                    f"epoch {epoch} batch {batch}  loss {metrics['loss']:.4f}"
+                    f"  top1 {metrics['top1']:.2f}%  lr {metrics['lr']:.3g}"
+                )
+            if is_due:
+                self.logger.batch(epoch, step, **metrics)
+
+    def epoch(self, train: Metrics, test: Metrics, saved: dict[str, Any], *, last: bool) -> None:
+        """Log a finished epoch, update summary.json and save a checkpoint.
 
         Args:
-            last: the run ends here, see `_rescued`.
+            train: metrics of the training.
+            test: metrics of the test.
+            saved: content of the checkpoint.
+            last: whether the run ends here.
         """
-        self._save(state, last=last)
+        progress, every = self.state.progress, self.flags.checkpoint_epoch
+        with self._warn_on_full_disk():
+            self.logger.epoch(progress.epoch, train, test)
+            self.logger.filters(progress.epoch, *_first_filters(self.state.model))
+            print_line(
+                f"epoch {progress.epoch:{len(str(self.plan.epochs))}}/{self.plan.epochs}"
+                f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"
+                f"  test loss {test['loss']:.4f} top1 {test['top1']:5.2f}% top5 {test['top5']:.2f}%"
+                f"  lr {train['lr']:.2g}  {train['seconds'] + test['seconds']:.1f} s"
+            )
+            memory = peak_memory_mb(self.state.accelerator.device)
+            self.logger.summary({**self._constants, **progress.summary(), "peak_memory_mb": memory})
+        if every and progress.epoch % every == 0:
+            self._save(saved, last=False, filename=f"checkpoint_{progress.epoch}.pth.tar")
+        self._save(saved, last=last, is_best=progress.is_best)
 
-    def epoch(
-        self, trained: Metrics, tested: Metrics, state: dict[str, Any], *, last: bool
-    ) -> None:
-        """Called at the end of every epoch, the `last` included: logs, summary, the checkpoint."""
-        epoch, every = self.done.epoch, self.flags.checkpoint_epoch
-        with self._not_for_a_full_disk():
-            report_epoch(self.logger, epoch, self.epochs, trained, tested, self.model)
-            memory = {"peak_memory_mb": peak_memory_mb(self.device)}
-            self.logger.summary({**self.facts, **self.done.summary(), **memory})
-        if every and epoch % every == 0:
-            self._save(state, last=False, filename=f"checkpoint_{epoch}.pth.tar")
-        self._save(state, last=last, is_best=self.done.is_best)
+    def checkpoint(self, saved: dict[str, Any], *, last: bool = False) -> None:
+        """Save a checkpoint in the middle of an epoch; `last` if the run ends here."""
+        self._save(saved, last=last)
 
-    def layers(
-        self, judge: Callable[[torch.Tensor], Mapping[str, float]], *images: torch.Tensor
-    ) -> None:
-        """Called after `epoch`, with a batch that was tested: figures about layers, if wanted."""
-        with self._not_for_a_full_disk():
+    def layers(self, diagnose: Callable[[Tensor], Mapping[str, float]], *images: Tensor) -> None:
+        """Log diagnostics of the layers after `epoch`, with --tensorboardX.
+
+        Args:
+            diagnose: batch of images -> scalars by name.
+            images: a batch of test images, if there is one.
+        """
+        with self._warn_on_full_disk():
             for batch in images if self.flags.tensorboardX else ():
-                self.logger.layers(judge(batch))
+                self.logger.layers(diagnose(batch))
 
     def diverged(self, report: dict[str, Any]) -> None:
-        """Called when training ends for numbers that are not finite: keeps what is known of it."""
-        with self._not_for_a_full_disk(), atomic_write(self.run_dir / DIVERGED_NAME) as file:
+        """Write `report` on numbers that are not finite to diverged.json."""
+        with self._warn_on_full_disk(), atomic_write(self.run_dir / DIVERGED_NAME) as file:
             file.write(json.dumps(report).encode() + b"\n")
 
     def skipped(self, names: list[str]) -> None:
-        """Called with all the bad files left out so far: lists them in skipped.txt."""
+        """List all bad images skipped so far in skipped.txt."""
         if not names:
             return
         path = self.run_dir / SKIPPED_NAME
-        with self._not_for_a_full_disk(), atomic_write(path) as file:
+        with self._warn_on_full_disk(), atomic_write(path) as file:
             lines = "".join(name.replace("\n", "\\n") + "\n" for name in names)
             file.write(lines.encode(errors="surrogateescape"))
-        print_line(f"{len(names)} bad images left out, listed in {path}")
+        print_line(f"skipped {len(names)} bad images, listed in {path}")
+
+    def finished(self) -> None:
+        """Print the result of the whole run and its folder."""
+        progress = self.state.progress
+        best = "no epoch had a finite test loss"
+        if progress.best_epoch:
+            best = f"best test top1 {progress.best_top1:.2f}% in epoch {progress.best_epoch}"
+        seconds = progress.train_seconds + progress.test_seconds
+        print_line(f"finished {progress.step} steps in {seconds:.1f} s, {best}: {self.run_dir}")
 
     def close(self) -> None:
-        with self._not_for_a_full_disk():
+        """Close the logs and release the folder."""
+        with self._warn_on_full_disk():
             self.logger.close()
         self._lock.close()
 
-    def _save(self, state: dict[str, Any], *, last: bool, **options: Any) -> None:
-        state = {**state, "history": self.logger.history}
-        with self._rescued(state) if last else self._not_for_a_full_disk():
-            save_checkpoint(state, self.run_dir, **options)
+    def _save(self, saved: dict[str, Any], *, last: bool, **options: Any) -> None:
+        with self._save_elsewhere_on_error(saved) if last else self._warn_on_full_disk():
+            save_checkpoint(saved, self.run_dir, **options)
 
     @contextmanager
-    def _not_for_a_full_disk(self) -> Iterator[None]:
-        """No row, image or checkpoint is worth the run: say what is not written, and go on."""
+    def _warn_on_full_disk(self) -> Iterator[None]:
+        """Turn an OSError into a warning, once per fault: no file is worth the run."""
         try:
             yield
         except OSError as error:
             fault = describe_fault(error)
-            if fault not in self._told:
+            if fault not in self._warnings:
                 print_line(f"warning: {fault}; training goes on")
-            self._told.add(fault)
+            self._warnings.add(fault)
 
     @contextmanager
-    def _rescued(self, state: dict[str, Any]) -> Iterator[None]:
-        """Where the last checkpoint cannot be written, it goes to the folder for temporary files.
+    def _save_elsewhere_on_error(self, saved: dict[str, Any]) -> Iterator[None]:
+        """Save the last checkpoint to the temporary folder if the run's folder refuses it.
 
         Raises:
-            RunError: naming what failed, and where the checkpoint is instead.
+            RunError: names the fault and the checkpoint.
         """
         try:
             yield
         except OSError as error:
             folder = tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")
-            path = save_checkpoint(state, folder)
-            raise RunError(f"{describe_fault(error)}; what was trained is in {path}") from error
+            path = save_checkpoint(saved, folder)
+            fault = describe_fault(error)
+            raise RunError(f"{fault}; the last checkpoint was saved to {path}") from error
 
 
 class NullRecorder:
-    """Keeps nothing: what all processes but the first have."""
+    """Recorder of the ranks above 0: every method does nothing."""
 
     run_dir = None
 
     def __getattr__(self, name: str) -> Callable[..., None]:
         return lambda *args, **kwargs: None
+
+
+def _describe_settings(flags: Namespace, kind: str, model: nn.Module) -> dict[str, Any]:
+    """Return the settings that summary.json holds beside the metrics."""
+    names = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
+    return {
+        "kind": kind,
+        **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+    }
+
+
+def _first_filters(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
+    """Return the first convolution's kernels: as stored, and with whitening if it whitens."""
+    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
+    if first is None:
+        return None, None
+    whitened = first.whitened_weight() if hasattr(first, "whitened_weight") else None
+    return first.weight.detach(), whitened

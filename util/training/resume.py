@@ -1,4 +1,4 @@
-"""How far a run has come: counted, put into a checkpoint, taken up again."""
+"""State of a training run: captured into a checkpoint, restored from a checkpoint."""
 
 from __future__ import annotations
 
@@ -15,16 +15,42 @@ from torch.optim import Optimizer
 
 from util.checkpoint.store import check_compatible
 from util.checkpoint.validators import describe
+from util.data.images import DataSpec
+from util.data.loader import ImageLoader, count_images
+from util.distributed.world import World
 from util.errors import CheckpointError, ContentError
+from util.random_state import rng_state, set_rng_state
 from util.training.accelerator import Accelerator
 from util.training.metrics import EpochMetrics, Metrics
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Length of a run, and of its parts.
+
+    Attributes:
+        epoch_steps: optimizer steps of one epoch.
+        total_steps: optimizer steps of the run; the last epoch may be cut short.
+        test_batches: most batches that this rank evaluates after an epoch.
+        checkpoint_steps: optimizer steps between checkpoints within an epoch; 0: none.
+    """
+
+    epoch_steps: int
+    total_steps: int
+    test_batches: int
+    checkpoint_steps: int = 0
+
+    @property
+    def epochs(self) -> int:
+        """Number of epochs; the last one may be cut short."""
+        return math.ceil(self.total_steps / self.epoch_steps)
+
+
 @dataclass
 class Progress:
-    """Counts and sums over the finished epochs. Accuracy in percent, time in seconds.
+    """Counts and sums over the finished epochs; accuracy in percent, time in seconds.
 
-    `best_epoch` is 0 as long as no epoch has had a finite test loss.
+    `best_epoch` is 0 until an epoch has a finite test loss.
     """
 
     epoch: int = 0
@@ -37,7 +63,7 @@ class Progress:
     latest: Metrics = field(default_factory=dict)
 
     def finish_epoch(self, train: Metrics, test: Metrics) -> None:
-        """Count an epoch, given the figures of `train_one_epoch` and `evaluate`."""
+        """Add an epoch, given the metrics of `train_one_epoch` and `evaluate`."""
         self.epoch += 1
         self.step += int(train["steps"])
         self.images += int(train["images"])
@@ -50,11 +76,11 @@ class Progress:
 
     @property
     def is_best(self) -> bool:
-        """No epoch before was as good as the latest."""
+        """True if the latest epoch is better than all before."""
         return self.epoch == self.best_epoch
 
     def summary(self) -> dict[str, float]:
-        """The figures for summary.json."""
+        """Return the metrics for summary.json."""
         return {
             "best_test_top1": self.best_top1,
             "best_epoch": self.best_epoch,
@@ -67,141 +93,183 @@ class Progress:
         }
 
 
-def snapshot(
-    done: Progress,
-    meters: EpochMetrics,
-    model: nn.Module,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-) -> dict[str, Any]:
-    """The part of a checkpoint that `restore` takes up again.
+@dataclass
+class TrainingState:
+    """Everything that a checkpoint holds, and the only place that knows its layout.
 
-    Args:
-        done: the finished epochs; `meters`: the one under way.
+    Attributes:
+        config: all flags by name.
+        spec: description of the dataset.
+        loaders: the training loader and the test loader.
+        model: the model that is saved and tested.
+        optimizer: optimizer of the parameters of `model`.
+        accelerator: holds the gradient scaler of fp16.
+        world: all ranks of the run.
+        progress: the finished epochs.
+        metrics: the epoch under way.
+        history: columns of train.log and test.log; the logger of rank 0 appends to them.
     """
-    return {
-        "epoch": done.epoch,
-        "step": done.step + meters.steps,
-        "best_top1": done.best_top1,
-        "progress": asdict(done),
-        "meters": meters.state_dict(),
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "scheduler": None,  # has no state: the rate is a closed form of `step`
-        "scaler": accelerator.state_dict(),
-    }
+
+    config: dict[str, Any]
+    spec: DataSpec
+    loaders: tuple[ImageLoader, ImageLoader]
+    model: nn.Module
+    optimizer: Optimizer
+    accelerator: Accelerator
+    world: World
+    progress: Progress = field(default_factory=Progress)
+    metrics: EpochMetrics = field(default_factory=EpochMetrics)
+    history: dict[str, list] = field(default_factory=dict)
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps since the run began."""
+        return self.progress.step + self.metrics.steps
+
+    def capture(self) -> dict[str, Any]:
+        """Return the content of a checkpoint; all ranks must call this method together."""
+        return {
+            "epoch": self.progress.epoch,
+            "step": self.step,
+            "best_top1": self.progress.best_top1,
+            "config": self.config,
+            "spec": asdict(self.spec),
+            "images": count_images(*self.loaders),
+            "progress": asdict(self.progress),
+            "meters": self.metrics.state_dict(),
+            "model": self.model.state_dict(),
+            "own_buffers": self.world.gather_own_buffers(self.model),
+            "optimizer": self.optimizer.state_dict(),
+            "scheduler": None,  # stateless: the learning rate is a closed form of `step`
+            "scaler": self.accelerator.state_dict(),
+            "rng": self.world.gather(rng_state()),
+            "skipped": list_skipped(self.world, *self.loaders),
+            "history": self.history,
+        }
+
+    def restore(self, saved: dict[str, Any], plan: Plan, *, file: str) -> None:
+        """Continue from a checkpoint.
+
+        Each rank gets its own random state if the run has as many ranks as before.
+
+        Args:
+            saved: content of the checkpoint.
+            plan: of the run that continues.
+            file: name of the checkpoint, for error messages.
+
+        Raises:
+            CheckpointError: the checkpoint is of another dataset, number of images or model; or
+                --max-steps cut its last epoch short and `plan` has steps left.
+        """
+        check_compatible(saved["images"], count_images(*self.loaders))
+        progress, metrics = Progress(**saved["progress"]), EpochMetrics(saved["meters"])
+        _check_position(progress, metrics, plan, file)
+        restore_model(saved, self.model, file=file, spec=asdict(self.spec))
+        with _fitting(file):
+            _check_optimizer_state(saved["optimizer"], self.optimizer)
+            buffers = dict(self.model.named_buffers())
+            for rank, own in enumerate(saved["own_buffers"]):
+                _check_tensors(f"own_buffers[{rank}]", own, buffers)
+            # Hyperparameters come from the flags, the learning rate from the step.
+            groups = self.optimizer.state_dict()["param_groups"]
+            state = saved["optimizer"]["state"]
+            self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            self.accelerator.load_state_dict(saved["scaler"])
+        self.world.take_own_buffers(self.model, saved["own_buffers"])
+        if len(saved["rng"]) == self.world.size:
+            set_rng_state(saved["rng"][self.world.rank])
+        self.loaders[0].skipped.update(saved["skipped"])
+        self.progress, self.metrics, self.history = progress, metrics, saved["history"]
 
 
-def restore(
-    saved: dict[str, Any],
-    model: nn.Module,
-    optimizer: Optimizer,
-    accelerator: Accelerator,
-    *,
-    file: str,
-    spec: dict[str, Any],
-    images: dict[str, int],
-    epoch_steps: int,
-    total_steps: int,
-) -> tuple[Progress, EpochMetrics]:
-    """Put a checkpoint's weights and optimizer state in place; returns how far it had come.
+def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
+    """Return the bad files that any rank has skipped so far, sorted."""
+    skipped = set().union(*(loader.skipped for loader in loaders))
+    return sorted(set().union(*world.gather(skipped)))
 
-    Args:
-        saved: the content of `file`.
-        images: how many there are; one more or less and all come in another order.
 
-    Raises:
-        CheckpointError: it was trained on other data than `spec` describes or on another number of
-            `images`, is of another network, or its last epoch was cut short by --max-steps, and
-            some of `total_steps` are to go.
-    """
-    check_compatible(saved.get("images", images), images)  # younger than some checkpoints
-    done, meters = Progress(**saved["progress"]), EpochMetrics(saved["meters"])
-    for name, steps, most in (
-        ("progress.step", done.step, done.epoch * epoch_steps),
-        ("meters.rows", meters.steps, epoch_steps),
+def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file: str) -> None:
+    """Raise CheckpointError if a run of this plan cannot continue from this step."""
+    for name, steps, limit in (
+        ("progress.step", progress.step, progress.epoch * plan.epoch_steps),
+        ("meters.rows", metrics.steps, plan.epoch_steps),
     ):
-        if steps > most:
+        if steps > limit:
             raise CheckpointError(
-                f"cannot resume: {file}: {name} has {steps} steps, in {done.epoch} epochs of "
-                f"{epoch_steps} there are {most}"
+                f"cannot resume: {file}: {name} has {steps} steps, but {progress.epoch} epochs of "
+                f"{plan.epoch_steps} have {limit}"
             )
-    if done.step < total_steps and done.step != done.epoch * epoch_steps:
+    if progress.step < plan.total_steps and progress.step != progress.epoch * plan.epoch_steps:
         raise CheckpointError(
-            f"cannot resume: epoch {done.epoch} of the checkpoint was ended by --max-steps, at "
-            f"step {done.step} in the middle of {epoch_steps}; continue one of before"
+            f"cannot resume: --max-steps ended epoch {progress.epoch} of the checkpoint at step "
+            f"{progress.step}, in the middle of {plan.epoch_steps}; resume an earlier checkpoint"
         )
-    restore_model(saved, model, file=file, spec=spec)
-    with _fitting(file):
-        _check_state(saved["optimizer"], optimizer)
-        buffers = dict(model.named_buffers())
-        for rank, own in enumerate(saved.get("own_buffers", ())):
-            _check_tensors(f"own_buffers[{rank}]", own, buffers)
-        # Only the state: settings are those of the flags, the rate is a closed form of the step.
-        groups = optimizer.state_dict()["param_groups"]
-        optimizer.load_state_dict({"state": saved["optimizer"]["state"], "param_groups": groups})
-        accelerator.load_state_dict(saved["scaler"])
-    return done, meters
 
 
 def restore_model(
     saved: dict[str, Any], model: nn.Module, *, file: str, spec: dict[str, Any]
 ) -> None:
-    """Put the weights of a checkpoint, the content of `file`, in place.
+    """Load the weights of a checkpoint into `model`.
+
+    Args:
+        saved: content of the checkpoint.
+        model: a model of the same architecture.
+        file: name of the checkpoint, for error messages.
+        spec: description of the dataset, as a dict.
 
     Raises:
-        CheckpointError: it was trained on other data than `spec` describes, or is of another
-            network.
+        CheckpointError: the checkpoint is of another dataset or model.
     """
     check_compatible(saved["spec"], spec)
     with _fitting(file):
         for name, current in model.state_dict().items():
-            found = saved["model"].get(name, current)
-            if found.dtype != current.dtype:  # it would be rounded; shapes torch looks at
-                raise ContentError(f"model.{name} is {describe(found)}, not {describe(current)}")
+            value = saved["model"].get(name, current)
+            if value.dtype != current.dtype:  # load_state_dict would round; it checks shapes
+                raise ContentError(f"model.{name} is {describe(value)}, not {describe(current)}")
         model.load_state_dict(saved["model"])
 
 
-def _check_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
-    """See that the state of an optimizer is one that this one could have come to."""
+def _check_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
+    """Raise ContentError unless `optimizer` could have reached the saved state."""
     groups = [list(group["params"]) for group in saved["param_groups"]]
-    mine = [group["params"] for group in optimizer.state_dict()["param_groups"]]
-    if groups != mine:
-        sizes = " and ".join(str([len(group) for group in one]) for one in (groups, mine))
+    own_groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
+    if groups != own_groups:
+        sizes = " and ".join(str([len(group) for group in one]) for one in (groups, own_groups))
         raise ContentError(f"optimizer.param_groups differ, of sizes {sizes} here")
     params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
         if number not in range(len(params)):
-            raise ContentError(f"optimizer.state.{number} is of no parameter")
+            raise ContentError(f"optimizer.state.{number} belongs to no parameter")
         state = {name: value for name, value in state.items() if value is not None}
-        kept = _try_step(optimizer, params[number])
-        if state and state.keys() != kept.keys():
-            names = " and ".join(f"({', '.join(one)})" for one in (state, kept))
+        expected = _example_state(optimizer, params[number])
+        if state and state.keys() != expected.keys():
+            names = " and ".join(f"({', '.join(one)})" for one in (state, expected))
             raise ContentError(f"optimizer.state.{number} differs, of {names} here")
-        _check_tensors(f"optimizer.state.{number}", state, kept)
+        _check_tensors(f"optimizer.state.{number}", state, expected)
 
 
-def _try_step(optimizer: Optimizer, like: nn.Parameter) -> dict[str, Tensor]:
-    """What an optimizer of this kind keeps for a parameter: of its shape, but on no device."""
-    parameter = nn.Parameter(torch.zeros_like(like, device="meta"))
-    parameter.grad = torch.zeros_like(parameter)
-    twin = type(optimizer)([parameter], **optimizer.defaults)
+def _example_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
+    """Return the state that an optimizer of this kind holds for a parameter, on "meta"."""
+    example = nn.Parameter(torch.zeros_like(parameter, device="meta"))
+    example.grad = torch.zeros_like(example)
+    twin = type(optimizer)([example], **optimizer.defaults)
     twin.step()
-    return twin.state[parameter]
+    return twin.state[example]
 
 
-def _check_tensors(place: str, found: Mapping[str, Tensor], known: Mapping[str, Tensor]) -> None:
-    """See that all are known by name, and of the shape and type of those that are known."""
-    for name, value in found.items():
-        if name not in known:
-            raise ContentError(f"{place}.{name} is not known")
-        if (value.shape, value.dtype) != (known[name].shape, known[name].dtype):
-            raise ContentError(f"{place}.{name} is {describe(value)}, not {describe(known[name])}")
+def _check_tensors(path: str, saved: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Raise ContentError unless all names are expected, with equal shape and dtype."""
+    for name, value in saved.items():
+        if name not in expected:
+            raise ContentError(f"{path}.{name} is not known")
+        like = expected[name]
+        if (value.shape, value.dtype) != (like.shape, like.dtype):
+            raise ContentError(f"{path}.{name} is {describe(value)}, not {describe(like)}")
 
 
 @contextmanager
 def _fitting(file: str) -> Iterator[None]:
-    """Turn what PyTorch says about state that does not fit into one line."""
+    """Turn errors about state that does not fit into a CheckpointError of one line."""
     try:
         yield
     except (RuntimeError, ValueError) as error:

@@ -1,16 +1,16 @@
-"""The story both scripts share once they have images and a network: train, test, keep.
+"""Session of a script: train or test a model on a dataset as the flags say.
 
-Beside `settings.py` and `launch.py` the only module that reads the flags; what it calls takes plain
-values.
+Only this module and `util.cli` read the flags; the other modules take plain values.
 """
 
 from __future__ import annotations
 
-import math
 import shlex
+import signal
 import sys
 from argparse import Namespace
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,38 +18,38 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
+from util.checkpoint.store import LATEST_NAME
 from util.console import print_line
 from util.data.datasets import is_embedded
 from util.data.images import DataSpec
-from util.data.loader import ImageLoader, count_images
+from util.data.loader import ImageLoader
 from util.device import choose_graphs
 from util.distributed.world import World
-from util.errors import RunError
-from util.random_state import seed_everything, set_rng_state
+from util.errors import RunError, Stopped
+from util.random_state import seed_everything
 from util.tracking.run_dir import find_run_dir
 from util.training.accelerator import Accelerator
-from util.training.engine import evaluate
+from util.training.engine import check_batch_size, evaluate
 from util.training.hooks import ModelHooks
-from util.training.metrics import EpochMetrics
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 from util.training.recorder import NullRecorder, Recorder
-from util.training.resume import Progress, restore, restore_model
-from util.training.signals import heed_signals, tell_where_to_continue
-from util.training.trainer import Trainer, list_skipped
+from util.training.resume import Plan, Progress, TrainingState, list_skipped, restore_model
+from util.training.signals import stop_on_signal
+from util.training.trainer import Trainer
+
+Data = tuple[DataSpec, ImageLoader | None, ImageLoader]
 
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a process of a run is given to work with.
+    """Surroundings of a run, in one of its processes.
 
     Attributes:
         flags: all settings.
-        saved: the checkpoint to continue, None for a fresh start.
-        world: the processes of the run.
-        device: of this process.
+        saved: the checkpoint to continue; None: a fresh start.
+        world: all ranks of the run.
+        device: device of this process.
     """
 
     flags: Namespace
@@ -58,243 +58,178 @@ class RunContext:
     device: torch.device
 
     def find_run_dir(self) -> Path | None:
-        """The folder that the flags ask for; None where a new one is to be made."""
+        """Return the folder that the flags name; None for a new folder, or for a test."""
+        if self.flags.evaluate:
+            return None
         return self.world.on_rank0(partial(find_run_dir, self.flags.run_dir, self.flags.resume))
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long a run is: optimizer steps of an epoch and in all, and the epochs they make."""
-
-    epoch_steps: int
-    total_steps: int
-
-    @property
-    def epochs(self) -> int:
-        return math.ceil(self.total_steps / self.epoch_steps)
 
 
 def fit(
     context: RunContext,
     run_dir: Path | None,
-    name: str,
-    kind: str,
-    spec: DataSpec,
+    data: Data,
     model: nn.Module,
-    train_loader: ImageLoader,
-    test_loader: ImageLoader,
     *,
-    limit: int = sys.maxsize,
-    hooks: ModelHooks = ModelHooks(),  # noqa: B008 - frozen
+    hooks: ModelHooks,
+    max_batches: int = sys.maxsize,
 ) -> None:
-    """Train `model` to the end of the run, or take up its checkpoint and go on.
+    """Train `model` to the end of the run.
 
     Args:
-        run_dir: where the run is kept; None: in a new folder under `name`.
-        name, kind: of the run and of its layers, for those who read about it.
-        limit: batches of an epoch, and of a test, at most.
-        hooks: how the network wants to be run.
+        context: flags, checkpoint, ranks and device.
+        run_dir: folder of the run; None: a new folder.
+        data: description of the dataset, training loader, test loader.
+        model: on the CPU.
+        hooks: adaptation to the model.
+        max_batches: most batches of an epoch, and of a test.
     """
     flags, saved, world = context.flags, context.saved, context.world
-    check_last_batch(model, len(train_loader.dataset), flags.batch_size, world.size)
-    accelerator = choose_accelerator(context)
-    accelerator.to_device(model)
-    optimizer = choose_optimizer(flags, model)
-    epoch_steps = min(len(train_loader), limit)
+    spec, train_loader, test_loader = data
+    check_batch_size(model, len(train_loader.dataset), flags.batch_size, world.size)
+    epoch_steps = min(len(train_loader), max_batches)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
-    plan = Plan(epoch_steps, total_steps)
-    done, meters = Progress(flags.start_epoch, flags.start_epoch * epoch_steps), EpochMetrics()
-    if saved:
-        data = {"spec": asdict(spec), "images": count_images(train_loader, test_loader)}
-        places = model, optimizer, accelerator
-        done, meters = restore(saved, *places, file=flags.resume, **data, **asdict(plan))
-        train_loader.skipped.update(saved.get("skipped", ()))
-    if done.step >= total_steps and not saved:
+    test_batches = world.shard_count(max_batches)
+    plan = Plan(epoch_steps, total_steps, test_batches, flags.checkpoint_steps)
+    start = Progress(flags.start_epoch, flags.start_epoch * epoch_steps)
+    if start.step >= total_steps and not saved:
         raise RunError(
-            f"--start-epoch {flags.start_epoch}: its {done.step} steps are not before the end, "
+            f"--start-epoch {flags.start_epoch}: its {start.step} steps are not before the end, "
             f"--max-steps {flags.max_steps}"
         )
-    if done.step >= total_steps:
-        print_line(
-            f"{flags.resume or name} is finished: {done.step} steps of {total_steps} asked for"
-        )
-        return
-    scheduler = choose_schedule(flags, optimizer, plan, done.step + meters.steps)
-    recorder = open_recorder(context, run_dir, name, kind, model, done, meters, plan)
-    ended = tell_where_to_continue(recorder.run_dir, name_images(flags))
-    with ended, closing(recorder), heed_signals() as stop_request:
-        seed_process(context)
-        Trainer(
-            vars(flags),
-            spec,
-            world,
-            accelerator,
-            model,
-            build_criterion(flags.loss, spec.num_classes),
-            optimizer,
-            scheduler,
-            train_loader,
-            test_loader,
-            recorder,
-            done,
-            meters,
-            **asdict(plan),
-            epochs=plan.epochs,
-            test_batches=world.shard_count(limit),
-            save_every=flags.checkpoint_steps,
-            stop_request=stop_request,
-            hooks=hooks,
-            own_buffers=saved.get("own_buffers", ()) if saved else (),
-        ).run()
-
-
-def test(
-    context: RunContext,
-    spec: DataSpec,
-    model: nn.Module,
-    loader: ImageLoader,
-    *,
-    limit: int = sys.maxsize,
-    hooks: ModelHooks = ModelHooks(),  # noqa: B008 - frozen
-) -> None:
-    """Say how good a finished network is, that of the checkpoint if there is one; keep nothing.
-
-    Args:
-        limit, hooks: as of `fit`.
-    """
-    flags, world = context.flags, context.world
-    accelerator = choose_accelerator(context)
+    accelerator = _build_accelerator(context)
     accelerator.to_device(model)
-    if context.saved:
-        restore_model(context.saved, model, file=flags.resume, spec=asdict(spec))
-    criterion = build_criterion(flags.loss, spec.num_classes)
-    network = accelerator.compile(hooks.eval_model(model.eval()))
-    steps = world.shard_count(limit)
-    figures = evaluate(
-        network, loader, criterion, accelerator=accelerator, world=world, max_steps=steps
-    )
-    for name in list_skipped(world, loader):
-        print_line(f"left out: {name} cannot be decoded")
-    print_line(
-        f"{flags.arch}  test loss {figures['loss']:.4f} top1 {figures['top1']:.2f}%"
-        f" top5 {figures['top5']:.2f}%  {figures['images']} images  {figures['seconds']:.1f} s"
-    )
-
-
-def open_recorder(
-    context: RunContext,
-    run_dir: Path | None,
-    name: str,
-    kind: str,
-    model: nn.Module,
-    done: Progress,
-    meters: EpochMetrics,
-    plan: Plan,
-) -> Recorder | NullRecorder:
-    """What keeps the run, in the first process; in the others what keeps nothing."""
-    if not context.world.is_first:
-        return NullRecorder()
-    facts = describe_run(context.flags, kind, model) | {"epoch_steps": plan.epoch_steps}
-    return Recorder(
-        context.flags,
-        context.saved,
-        run_dir,
-        name,
-        facts,
-        model=model,
-        done=done,
-        meters=meters,
-        device=context.device,
-        processes=context.world.size,
-        epochs=plan.epochs,
-    )
-
-
-def seed_process(context: RunContext) -> None:
-    """Random numbers of its own for each process, as dropout wants them.
-
-    A continued run goes on with those of before, if it has as many processes.
-    """
-    saved, world = context.saved, context.world
-    if saved and len(saved["rng"]) == world.size:
-        set_rng_state(saved["rng"][world.rank])
-    else:
-        seed_everything(context.flags.seed + world.rank)
-
-
-def choose_accelerator(context: RunContext) -> Accelerator:
-    flags, world = context.flags, context.world
-    return Accelerator(
-        context.device,
-        amp=flags.amp,
-        channels_last=flags.channels_last,
-        compiled=flags.compile,
-        replays=choose_graphs(flags.cuda_graphs, context.device, world.size, flags.compile),
-    )
-
-
-def choose_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
-    return build_optimizer(
+    optimizer = build_optimizer(
         flags.optimizer,
         model.parameters(),
         lr=flags.lr,
         momentum=flags.momentum,
         weight_decay=flags.weight_decay,
     )
+    shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
+    replica = world.replicate(accelerator.compile_for_training(model, shape))
+    loaders = train_loader, test_loader
+    state = TrainingState(vars(flags), spec, loaders, model, optimizer, accelerator, world, start)
+    seed_everything(flags.seed + world.rank)  # dropout differs between ranks
+    if saved:
+        state.restore(saved, plan, file=flags.resume)
+    if state.progress.step >= total_steps:
+        print_line(f"{flags.resume} is finished: {state.progress.step} of {total_steps} steps")
+        return
+    scheduler = build_scheduler(
+        flags.lr_scheduler,
+        optimizer,
+        total_steps=total_steps,
+        epoch_steps=epoch_steps,
+        milestones=flags.milestone,
+        gamma=flags.multistep_gamma,
+        step_size=flags.scheduler_step_size,
+        warmup_epochs=flags.warmup_epochs,
+        start_step=state.step,
+    )
+    criterion = build_criterion(flags.loss, spec.num_classes)
+    recorder = _open_recorder(context, run_dir, state, plan)
+    ended = exit_when_stopped(recorder.run_dir, format_data_flag(flags))
+    with ended, closing(recorder), stop_on_signal() as stop_request:
+        Trainer(state, plan, replica, criterion, scheduler, recorder, hooks, stop_request).run()
 
 
-def name_images(flags: Namespace) -> str:
-    """The words of the command line that tell where the images are: --data DIR, or DIR alone."""
+def evaluate_only(
+    context: RunContext,
+    data: Data,
+    model: nn.Module,
+    *,
+    hooks: ModelHooks,
+    max_batches: int = sys.maxsize,
+) -> None:
+    """Print the test metrics of a model, with the checkpoint's weights if there is one.
+
+    Args:
+        context: flags, checkpoint, ranks and device.
+        data: description of the dataset, training loader (not used), test loader.
+        model: on the CPU.
+        hooks: adaptation to the model.
+        max_batches: most batches to test.
+    """
+    flags, world = context.flags, context.world
+    spec, _, loader = data
+    accelerator = _build_accelerator(context)
+    accelerator.to_device(model)
+    if context.saved:
+        restore_model(context.saved, model, file=flags.resume, spec=asdict(spec))
+    metrics = evaluate(
+        accelerator.compile(hooks.eval_model(model.eval())),
+        loader,
+        build_criterion(flags.loss, spec.num_classes),
+        accelerator=accelerator,
+        world=world,
+        max_steps=world.shard_count(max_batches),
+    )
+    for name in list_skipped(world, loader):
+        print_line(f"skipped {name}: the image cannot be decoded")
+    print_line(
+        f"{flags.arch}  test loss {metrics['loss']:.4f} top1 {metrics['top1']:.2f}%"
+        f" top5 {metrics['top5']:.2f}%  {metrics['images']} images  {metrics['seconds']:.1f} s"
+    )
+
+
+@contextmanager
+def exit_when_stopped(run_dir: Path | None, data_flag: str = "") -> Iterator[None]:
+    """Turn Ctrl-C and `Stopped` into one line that names the last checkpoint, and an exit code.
+
+    Args:
+        run_dir: folder of the run; None: print nothing.
+        data_flag: words that name the images on the command line; --resume does not hold them.
+
+    Raises:
+        SystemExit: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
+    """
+    try:
+        yield
+    except (KeyboardInterrupt, Stopped) as stop:
+        number = stop.number if isinstance(stop, Stopped) else signal.SIGINT
+        if run_dir is not None:
+            path = run_dir / LATEST_NAME
+            words = " ".join(["--resume", shlex.quote(str(path)), *filter(None, [data_flag])])
+            hint = f"continue with {words}" if path.exists() else "no checkpoint was saved yet"
+            with suppress(OSError):  # the terminal may be gone
+                print(f"\ninterrupted: {hint}", file=sys.stderr)
+        sys.exit(128 + number)
+
+
+def format_data_flag(flags: Namespace) -> str:
+    """Return the words that name the images on the command line: --data DIR, or DIR alone."""
     if is_embedded(getattr(flags, "dataset", None)):  # refuses --data
         return ""
     words = [] if flags.data is None else [flags.data]
     return shlex.join(["--data", *words] if hasattr(flags, "dataset") else words)
 
 
-def choose_schedule(
-    flags: Namespace, optimizer: Optimizer, plan: Plan, start_step: int
-) -> LRScheduler:
-    return build_scheduler(
-        flags.lr_scheduler,
-        optimizer,
-        **asdict(plan),
-        milestones=flags.milestone,
-        gamma=flags.multistep_gamma,
-        step_size=flags.scheduler_step_size,
-        warmup_epochs=flags.warmup_epochs,
-        start_step=start_step,
-    )
+def _open_recorder(
+    context: RunContext, run_dir: Path | None, state: TrainingState, plan: Plan
+) -> Recorder | NullRecorder:
+    """Return a Recorder on rank 0, a NullRecorder on the other ranks."""
+    if not context.world.is_first:
+        return NullRecorder()
+    flags = context.flags
+    kind = _describe_layers(flags)
+    arch = flags.arch.replace("/", "-")
+    name = f"{getattr(flags, 'dataset', 'imagenet')}-{arch}-{kind}"
+    return Recorder(flags, context.saved, run_dir, name, kind, state, plan)
 
 
-def describe_kind(flags: Namespace) -> str:
-    """A word for the layers of a network: bn, deconv-mode5, plain."""
+def _describe_layers(flags: Namespace) -> str:
+    """Return a word for the model's layers: method2, deconv-mode5, bn or plain."""
+    if getattr(flags, "method", None) is not None:
+        return f"method{flags.method}"
     return f"deconv-mode{flags.mode}" if flags.deconv else "bn" if flags.batchnorm else "plain"
 
 
-def describe_run(flags: Namespace, kind: str, model: nn.Module) -> dict[str, Any]:
-    """What summary.json says beside the figures."""
-    names = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
-    return {
-        "kind": kind,
-        **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
-
-
-def check_last_batch(model: nn.Module, images: int, batch_size: int, processes: int = 1) -> None:
-    """See that BatchNorm1d, which has no variance of one image alone, never meets one.
-
-    Raises:
-        RunError: some process's share of the last batch of `images` images is a single one; or
-            there are more processes than images in a batch.
-    """
-    if batch_size < processes:
-        raise RunError(f"--batch-size {batch_size}: fewer images than the {processes} processes")
-    last = images % batch_size or batch_size
-    single = last // processes == 1 or -(-last // processes) == 1
-    if single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
-        among = f", shared by {processes} processes" if processes > 1 else ""
-        raise RunError(
-            f"--batch-size {batch_size}: the last batch of {images} images is of {last}{among}: "
-            "one alone is too few for BatchNorm1d; choose another size or --batchnorm False"
-        )
+def _build_accelerator(context: RunContext) -> Accelerator:
+    flags, device = context.flags, context.device
+    return Accelerator(
+        device,
+        amp=flags.amp,
+        channels_last=flags.channels_last,
+        compiled=flags.compile,
+        cuda_graphs=choose_graphs(flags.cuda_graphs, device, context.world.size, flags.compile),
+    )

@@ -1,190 +1,154 @@
-"""One epoch after the other: train, test, keep; and how that ends before its time."""
+"""Training loop of a run: train and test epoch by epoch, and save before an early end."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from util.data.images import DataSpec
-from util.data.loader import ImageLoader, count_images
-from util.distributed.world import World
 from util.errors import DataError, Stopped, TrainingDiverged
-from util.random_state import rng_state
-from util.training.accelerator import Accelerator
 from util.training.engine import evaluate, first_input, train_one_epoch
 from util.training.hooks import ModelHooks
 from util.training.metrics import EpochMetrics, Metrics
-from util.training.nonfinite import name_bad_place
+from util.training.nonfinite import find_nonfinite
 from util.training.optim import Criterion
 from util.training.recorder import NullRecorder, Recorder
-from util.training.resume import Progress, snapshot
+from util.training.resume import Plan, TrainingState
 from util.training.signals import StopRequest
 
 
 @dataclass
 class Trainer:
-    """What a run trains, how far it has come, and where it is kept.
+    """Training loop of a run.
 
     Attributes:
-        config: all settings, for the checkpoints.
-        model: what is saved, and tested as `hooks` settle it; `replica` is what is trained.
-        done, meters: the finished epochs, and the one under way.
-        epoch_steps, total_steps: optimizer steps.
-        test_batches: of this process, in a test.
-        save_every: optimizer steps between checkpoints within an epoch, 0: none.
-        stop_request: to stop.
-        hooks: how the network wants to be run.
-        own_buffers: of a checkpoint, see `World.gather_own_buffers`.
+        state: the model, its optimizer, and the position in the run.
+        plan: length of the run.
+        replica: `state.model` as it is trained: compiled, and replicated over the ranks.
+        criterion: loss of (logits, targets).
+        scheduler: learning rate, one step per optimizer step.
+        recorder: writes logs and checkpoints.
+        hooks: adaptation to the model.
+        stop_request: returns the number of the signal that asks the run to stop, or 0.
     """
 
-    config: dict[str, Any]
-    spec: DataSpec
-    world: World
-    accelerator: Accelerator
-    model: nn.Module
+    state: TrainingState
+    plan: Plan
+    replica: nn.Module
     criterion: Criterion
-    optimizer: Optimizer
     scheduler: LRScheduler
-    train_loader: ImageLoader
-    test_loader: ImageLoader
     recorder: Recorder | NullRecorder
-    done: Progress
-    meters: EpochMetrics
-    epoch_steps: int
-    total_steps: int
-    epochs: int
-    test_batches: int
-    save_every: int
-    stop_request: StopRequest
     hooks: ModelHooks
-    own_buffers: Sequence[Mapping[str, Tensor]] = ()
-    replica: nn.Module = field(init=False)
-    images: list[Tensor] = field(init=False)  # a batch that was tested, or none
-
-    def __post_init__(self) -> None:
-        spec, batch_size = self.spec, self.config["batch_size"]
-        shape = batch_size, spec.in_channels, spec.image_size, spec.image_size
-        network = self.accelerator.compile_for_training(self.model, shape)
-        self.replica = self.world.replicate(network)  # makes all as the first
-        self.world.take_own_buffers(self.model, self.own_buffers)
+    stop_request: StopRequest
 
     def run(self) -> None:
-        """Train to the end.
+        """Train to the end of the plan.
 
         Raises:
-            Stopped, TrainingDiverged, DataError: before; what there is to keep has been kept.
+            Stopped, TrainingDiverged, DataError: before the end; the recorder has saved the state.
         """
-        while self.done.step < self.total_steps:
+        state, recorder = self.state, self.recorder
+        while state.progress.step < self.plan.total_steps:
             try:
-                if self.meters.steps < self.goal:  # else only the test is left
+                if state.metrics.steps < self.epoch_end:  # else only the test is left
                     self.train()
-                tested = self.test()
+                metrics, images = self.test()
             except Stopped:
-                self.world.on_rank0(partial(self.recorder.checkpoint, self.state(), last=True))
+                state.world.on_rank0(partial(recorder.checkpoint, state.capture(), last=True))
                 raise
             except TrainingDiverged as error:
                 raise self.explain(error) from error
             except DataError:
-                # Of several processes the others wait elsewhere, for this one.
-                if self.meters.steps and self.world.size == 1:
-                    self.recorder.checkpoint(self.state(), last=True)
+                # `capture` needs all ranks, but the other ranks wait in another collective.
+                if state.metrics.steps and state.world.size == 1:
+                    recorder.checkpoint(state.capture(), last=True)
                 raise
-            self.finish_epoch(tested)
+            self.finish_epoch(metrics, images)
+        recorder.finished()
 
     @property
-    def goal(self) -> int:
-        """Steps of the epoch under way: fewer than usual where the run ends within it."""
-        return min(self.epoch_steps, self.total_steps - self.done.step)
+    def epoch_end(self) -> int:
+        """Number of the last step of this epoch, which --max-steps may cut short."""
+        return min(self.plan.epoch_steps, self.plan.total_steps - self.state.progress.step)
 
     def train(self) -> None:
-        """The epoch under way, from where it is."""
-        self.train_loader.batch_sampler.set_epoch(self.done.epoch + 1, self.meters.steps)
+        """Train to the end of the epoch under way."""
+        state, epoch = self.state, self.state.progress.epoch + 1
+        loader = state.loaders[0]
+        loader.batch_sampler.set_epoch(epoch, state.metrics.steps)
         train_one_epoch(
             self.replica,
-            self.train_loader,
+            loader,
             self.criterion,
-            self.optimizer,
+            state.optimizer,
             self.scheduler,
-            accelerator=self.accelerator,
-            world=self.world,
-            meters=self.meters,
-            max_steps=self.goal,
+            accelerator=state.accelerator,
+            world=state.world,
+            epoch_metrics=state.metrics,
+            max_steps=self.epoch_end,
             on_batch=self.after_batch,
             stop_request=self.stop_request,
             batch_context=self.hooks.batch_context,
-            title=f"epoch {self.done.epoch + 1}/{self.epochs}",
+            title=f"epoch {epoch}/{self.plan.epochs}",
         )
-        self.world.average_buffers(self.model)
+        state.world.average_buffers(state.model)
         self.save_if_due()
 
-    def after_batch(self, batch: int, now: Metrics) -> None:
-        self.recorder.batch(batch, now)
-        if batch < self.goal:  # the last waits for the average, which, taken twice, would round
+    def after_batch(self, batch: int, metrics: Metrics) -> None:
+        """Log a step, and save if a checkpoint is due."""
+        self.recorder.batch(batch, metrics)
+        if batch < self.epoch_end:  # after the last step `train` averages the buffers, then saves
             self.save_if_due()
 
     def save_if_due(self) -> None:
-        step = self.done.step + self.meters.steps
-        if self.save_every and step % self.save_every == 0:
-            self.recorder.checkpoint(self.state())
+        """Save every `checkpoint_steps` steps."""
+        every = self.plan.checkpoint_steps
+        if every and self.state.step % every == 0:
+            self.recorder.checkpoint(self.state.capture())
 
-    def test(self) -> Metrics:
-        network = self.hooks.eval_model(self.model.eval())
-        with first_input(network) as self.images:
-            return evaluate(
-                network,
-                self.test_loader,
+    def test(self) -> tuple[Metrics, list[Tensor]]:
+        """Return the metrics on the test images, and one batch of test images if there is any."""
+        state = self.state
+        model = self.hooks.eval_model(state.model.eval())
+        with first_input(model) as images:
+            metrics = evaluate(
+                model,
+                state.loaders[1],
                 self.criterion,
-                accelerator=self.accelerator,
-                world=self.world,
-                max_steps=self.test_batches,
+                accelerator=state.accelerator,
+                world=state.world,
+                max_steps=self.plan.test_batches,
                 stop_request=self.stop_request,
             )
+        return metrics, images
 
-    def finish_epoch(self, tested: Metrics) -> None:
-        trained = self.meters.training_metrics()
-        self.done.finish_epoch(trained, tested)
-        self.meters = EpochMetrics()
-        last = self.done.step >= self.total_steps
-        state = self.state()
-        self.recorder.epoch(trained, tested, state, last=last)
-        self.recorder.layers(partial(self.hooks.diagnose, self.model), *self.images)
-        self.recorder.skipped(state["skipped"])
-
-    def state(self) -> dict[str, Any]:
-        """All that a checkpoint holds; asked of all processes at once."""
-        return {
-            **snapshot(self.done, self.meters, self.model, self.optimizer, self.accelerator),
-            "config": self.config,
-            "spec": asdict(self.spec),
-            "images": count_images(self.train_loader, self.test_loader),
-            "rng": self.world.gather(rng_state()),
-            "own_buffers": self.world.gather_own_buffers(self.model),
-            "skipped": list_skipped(self.world, self.train_loader, self.test_loader),
-        }
+    def finish_epoch(self, test: Metrics, images: list[Tensor]) -> None:
+        """Count, log and save the epoch."""
+        state, train = self.state, self.state.metrics.training_metrics()
+        state.progress.finish_epoch(train, test)
+        state.metrics = EpochMetrics()
+        saved = state.capture()
+        last = state.progress.step >= self.plan.total_steps
+        self.recorder.epoch(train, test, saved, last=last)
+        self.recorder.layers(partial(self.hooks.diagnose, state.model), *images)
+        self.recorder.skipped(saved["skipped"])
 
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
-        """The error with step, images and layer, which are also kept."""
-        found = self.world.gather(name_bad_place(self.model, self.accelerator, error.images))
+        """Return the error with step, layer and images; the recorder writes them to a file."""
+        state = self.state
+        origin = find_nonfinite(state.model, state.accelerator, error.images)
+        origins = filter(None, state.world.gather(origin))
         report = {
             "error": str(error),
-            "step": self.done.step + error.batch,
-            "first": next((place for place in found if place), "the loss itself"),
-            "images": self.train_loader.batch_sampler.images(error.batch - 1),
+            "step": state.progress.step + error.batch,
+            "first": next(origins, "the loss itself"),
+            "images": state.loaders[0].batch_sampler.images(error.batch - 1),
         }
         self.recorder.diverged(report)
-        some = ", ".join(map(str, report["images"][:8]))
-        more = ", ..." if len(report["images"]) > 8 else ""
-        text = f"{error} (step {report['step']}), first in {report['first']}, with training images"
-        return TrainingDiverged(f"{text} {some}{more}", error.batch, error.images)
-
-
-def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
-    """The bad files that any process has left out so far, in order."""
-    mine = set().union(*(loader.skipped for loader in loaders))
-    return sorted(set().union(*world.gather(mine)))
+        images = ", ".join(map(str, report["images"][:8]))
+        images += ", ..." if len(report["images"]) > 8 else ""
+        message = f"{error} (step {report['step']}), first in {report['first']}"
+        message += f", with training images {images}"
+        return TrainingDiverged(message, error.batch, error.images)

@@ -158,9 +158,9 @@ FOREIGN = [
     ("optimizer/state/0/{kept}", torch.zeros(7), "optimizer.state.0.{kept} is a tensor of"),
     ("optimizer/state/0/{kept}", "gone", "optimizer.state.0 differs, of ("),
     ("optimizer/state/0/other", torch.zeros(1), "optimizer.state.0 differs, of ("),
-    ("optimizer/state/999", {}, "optimizer.state.999 is of no parameter"),
+    ("optimizer/state/999", {}, "optimizer.state.999 belongs to no parameter"),
     ("own_buffers", [{"none": torch.zeros(1)}], "own_buffers[0].none is not known"),
-    ("ahead", 10**6, "progress.step has 1000000 steps, in 1 epochs of"),
+    ("ahead", 10**6, "progress.step has 1000000 steps, but 1 epochs of"),
 ]
 
 

@@ -2,22 +2,16 @@ import errno
 import json
 import os
 import shutil
-import signal
-from argparse import Namespace
-from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
 
 from tests.states import make_state
 from util.checkpoint.store import load_checkpoint, save_checkpoint
-from util.errors import CheckpointError, RunError, Stopped
+from util.errors import CheckpointError, RunError
 from util.tracking import run_dir as run_dir_module
 from util.tracking.provenance import write_record
 from util.tracking.run_dir import check_unchanged, copy_previous_run, find_run_dir, open_run_dir
-from util.training.session import check_last_batch, name_images
-from util.training.signals import tell_where_to_continue
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
@@ -169,25 +163,6 @@ def test_the_rows_of_earlier_batches_come_along(tmp_path):
     assert not (tmp_path / "new" / "train_batch.log").exists()
 
 
-@pytest.mark.parametrize(
-    ("images", "batch_size", "fine"), [(9, 4, False), (9, 1, False), (9, 3, True), (1, 4, False)]
-)
-def test_a_single_image_never_meets_batchnorm1d(images, batch_size, fine):
-    check_last_batch(nn.BatchNorm2d(3), images, batch_size)
-    told = nullcontext() if fine else pytest.raises(RunError, match="--batch-size .* is of 1:")
-    with told:
-        check_last_batch(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size)
-
-
-@pytest.mark.parametrize(("last", "fine"), [(1, False), (2, False), (3, False), (4, True)])
-def test_a_share_of_one_image_counts_as_a_batch_of_one(last, fine):
-    told = nullcontext() if fine else pytest.raises(RunError, match="shared by 2 processes")
-    with told:
-        check_last_batch(nn.BatchNorm1d(3), 8 + last, 8, processes=2)
-    with pytest.raises(RunError, match="--batch-size 1: fewer images than the 2 processes"):
-        check_last_batch(nn.Linear(1, 1), 8, 1, processes=2)
-
-
 def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
     write_record(tmp_path, {"lr": 0.1}, torch.device("cpu"))
     record = json.loads((tmp_path / "args.json").read_text())
@@ -196,33 +171,3 @@ def test_the_record_tells_flags_versions_commit_and_device(tmp_path):
     assert {"python", "torchvision", "numpy"} <= set(record["versions"])
     assert record["commit"] is None or len(record["commit"]) == 40
     assert record["device"].startswith("cpu, ")
-
-
-@pytest.mark.parametrize("finished", [True, False])
-@pytest.mark.parametrize(
-    ("stop", "code"),
-    [(KeyboardInterrupt(), 130), (Stopped(signal.SIGINT), 130), (Stopped(signal.SIGTERM), 143)],
-)
-def test_an_interrupt_names_the_last_checkpoint(tmp_path, capsys, finished, stop, code):
-    if finished:
-        (tmp_path / "checkpoint.pth.tar").touch()
-    with pytest.raises(SystemExit) as end, tell_where_to_continue(tmp_path):
-        raise stop
-    assert end.value.code == code
-    told = capsys.readouterr().err.strip()
-    expected = f"--resume {tmp_path / 'checkpoint.pth.tar'}" if finished else "nothing was saved"
-    assert expected in told and "\n" not in told
-
-
-@pytest.mark.parametrize(
-    ("given", "words"),
-    [
-        ({"dataset": "digits", "data": "./data"}, ""),
-        ({"dataset": "folder", "data": "my images"}, "--data 'my images'"),
-        ({"data": "big"}, "big"),
-        ({"data": None}, ""),
-    ],
-)
-def test_what_names_the_images_of_a_run_can_be_typed(given, words):
-    """--data is refused beside digits; ImageNet's folder stands alone, --dummy has none."""
-    assert name_images(Namespace(**given)) == words

@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 
 def step(accelerator, model, images):
-    """One step; the dtype that the network computed in."""
+    """Take one step; return the dtype of the logits."""
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     with accelerator.autocast():
         out = model(images)
@@ -26,7 +26,7 @@ def step(accelerator, model, images):
 
 
 @pytest.mark.parametrize("amp", PRECISIONS)
-def test_networks_compute_in_the_precision_asked_for_and_keep_float32_weights(amp):
+def test_models_compute_in_the_chosen_precision_and_keep_float32_weights(amp):
     torch.manual_seed(0)
     model, images = nn.Linear(8, 4), torch.randn(16, 8)
     plain = copy.deepcopy(model)
@@ -36,7 +36,7 @@ def test_networks_compute_in_the_precision_asked_for_and_keep_float32_weights(am
     torch.testing.assert_close(model.weight, plain.weight, atol=2e-3, rtol=0)
 
 
-def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
+def test_fp16_skips_the_step_and_halves_the_scale_where_gradients_overflow():
     model = nn.Linear(2, 1, bias=False)
     before, accelerator = model.weight.detach().clone(), Accelerator(CPU, amp="fp16")
     step(accelerator, model, torch.full((1, 2), 3e4))
@@ -48,7 +48,7 @@ def test_gradients_that_overflow_in_fp16_cost_the_step_and_halve_the_scale():
     assert other.state_dict() == accelerator.state_dict()
 
 
-def test_gradients_that_no_scale_of_fp16_helps_count_as_not_finite():
+def test_fp16_gradients_that_overflow_at_every_scale_count_as_nan():
     accelerator, model = Accelerator(CPU, amp="fp16"), nn.Linear(2, 1)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     loss = lambda: model(torch.ones(1, 2)).sum()
@@ -57,7 +57,7 @@ def test_gradients_that_no_scale_of_fp16_helps_count_as_not_finite():
     assert accelerator.backward(loss(), optimizer).isnan()
 
 
-def test_the_largest_gradient_is_told_and_nan_is_not_hidden():
+def test_backward_returns_the_largest_gradient_and_nan_if_one_is_nan():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = build_optimizer("SGD", [weight], lr=0.1)
     accelerator = Accelerator(CPU)
@@ -67,11 +67,11 @@ def test_the_largest_gradient_is_told_and_nan_is_not_hidden():
     assert weight.tolist() == [1.0, 2.0]
 
 
-def test_a_first_step_that_overflows_is_no_reason_for_a_warning():
+def test_a_first_step_that_overflows_causes_no_warning():
     model = nn.Linear(2, 1, bias=False)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         fresh = module_from_spec(find_spec("util.training.accelerator"))
         fresh.__spec__.loader.exec_module(fresh)  # anew: pytest forgets what the first one ignores
@@ -80,7 +80,7 @@ def test_a_first_step_that_overflows_is_no_reason_for_a_warning():
             loss = model(torch.full((1, 2), 3e4)).float().square().mean()
         accelerator.update(loss, optimizer)
         scheduler.step()
-    assert not told and scheduler.last_epoch == 1
+    assert not caught and scheduler.last_epoch == 1
 
 
 def test_other_precisions_have_no_state():
@@ -88,7 +88,7 @@ def test_other_precisions_have_no_state():
     Accelerator(CPU, amp="fp16").load_state_dict({})  # from a checkpoint of another precision
 
 
-def test_channels_last_puts_networks_and_images_pixel_by_pixel():
+def test_models_and_images_are_stored_channels_last():
     accelerator = Accelerator(CPU, channels_last=True)
     model = accelerator.to_device(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(4, 2)))
     images, _ = accelerator.batch_to_device(torch.randn(2, 3, 8, 8), torch.zeros(2))
@@ -98,7 +98,7 @@ def test_channels_last_puts_networks_and_images_pixel_by_pixel():
 
 
 def record_calls(monkeypatch):
-    """In place of recording, which needs a GPU: as many warm-up steps, and all that is replayed."""
+    """Replace the capture, which needs a GPU, by a warm-up step; return the replayed batches."""
     replayed = []
 
     def make(step, images):
@@ -111,11 +111,11 @@ def record_calls(monkeypatch):
     return replayed
 
 
-def test_only_full_batches_of_training_are_replayed_and_recording_leaves_no_trace(monkeypatch):
+def test_only_full_training_batches_are_replayed_and_the_capture_keeps_all_state(monkeypatch):
     replayed = record_calls(monkeypatch)
     model = nn.Sequential(FastDeconv(2, 3, 3), nn.Dropout(0.5))
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    network = Accelerator(CPU, replays=True).compile_for_training(model, (4, 2, 5, 5))
+    network = Accelerator(CPU, cuda_graphs=True).compile_for_training(model, (4, 2, 5, 5))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
     assert torch.equal(torch.get_rng_state(), state) and not replayed
     full, part = torch.randn(4, 2, 5, 5), torch.randn(3, 2, 5, 5)
@@ -127,16 +127,16 @@ def test_only_full_batches_of_training_are_replayed_and_recording_leaves_no_trac
     assert replayed == [full] and int(model[0].num_batches_tracked) == 3
 
 
-def test_what_is_not_to_be_replayed_is_trained_as_it_is(monkeypatch):
+def test_without_cuda_graphs_the_model_trains_as_it_is(monkeypatch):
     replayed = record_calls(monkeypatch)
     model = nn.Linear(2, 1)
     assert Accelerator(CPU).compile_for_training(model, (4, 2)) is model and not replayed
 
 
-def test_a_network_that_cannot_be_recorded_is_refused_with_the_way_out(monkeypatch):
+def test_a_model_that_cannot_be_captured_is_refused_with_a_remedy(monkeypatch):
     def make(step, images):
         raise RuntimeError("operation not permitted when stream is capturing\nCompile with ...")
 
     monkeypatch.setattr(torch.cuda, "make_graphed_callables", make)
     with pytest.raises(RunError, match=r"not permitted when .*: train with --cuda-graphs False$"):
-        Accelerator(CPU, replays=True).compile_for_training(nn.Linear(2, 1), (4, 2))
+        Accelerator(CPU, cuda_graphs=True).compile_for_training(nn.Linear(2, 1), (4, 2))

@@ -1,5 +1,6 @@
 import copy
 import io
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -8,10 +9,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from util.errors import Stopped, TrainingDiverged
+from util.errors import RunError, Stopped, TrainingDiverged
 from util.training import engine
 from util.training.accelerator import Accelerator
-from util.training.engine import _forward, evaluate, train_one_epoch
+from util.training.engine import _forward, check_batch_size, evaluate, train_one_epoch
 from util.training.metrics import EpochMetrics
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 
@@ -20,7 +21,7 @@ CRITERION = build_criterion("CE", 3)
 
 
 def make_parts(images=None):
-    """A linear network on 10 images of 2 pixels in batches of 4, 4 and 2."""
+    """Return a linear model on 10 images of 2 pixels in batches of 4, 4 and 2."""
     torch.manual_seed(0)
     images = torch.randn(10, 2) if images is None else images
     loader = DataLoader(TensorDataset(images, torch.arange(10) % 3), batch_size=4)
@@ -33,11 +34,11 @@ def make_parts(images=None):
 def test_evaluate_counts_every_image_once_and_changes_nothing():
     model, loader, *_ = make_parts()
     before = copy.deepcopy(model.state_dict())
-    figures = evaluate(model, loader, CRITERION, accelerator=CPU)
+    metrics = evaluate(model, loader, CRITERION, accelerator=CPU)
     logits, targets = model[0](loader.dataset.tensors[0]), loader.dataset.tensors[1]
-    assert figures["loss"] == pytest.approx(CRITERION(logits, targets).item())
-    assert figures["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
-    assert (figures["top5"], figures["images"]) == (100, 10)
+    assert metrics["loss"] == pytest.approx(CRITERION(logits, targets).item())
+    assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
+    assert (metrics["top5"], metrics["images"]) == (100, 10)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -56,43 +57,45 @@ def test_train_steps_as_written_out_by_hand():
             for p, v, g in zip(other.parameters(), velocity, grads, strict=True):
                 v.mul_(0.9).add_(g + 0.01 * p)
                 p.sub_(lr * v)
-    figures = train_one_epoch(*parts, accelerator=CPU)
+    metrics = train_one_epoch(*parts, accelerator=CPU)
     for ours, theirs in zip(model[0].parameters(), other.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs)
     mean = (4 * losses[0] + 4 * losses[1] + 2 * losses[2]) / 10
-    assert figures["loss"] == pytest.approx(mean)
-    assert (figures["steps"], figures["images"]) == (3, 10)
-    assert figures["lr"] == pytest.approx(float(lr))
+    assert metrics["loss"] == pytest.approx(mean)
+    assert (metrics["steps"], metrics["images"]) == (3, 10)
+    assert metrics["lr"] == pytest.approx(float(lr))
     assert scheduler.last_epoch == 3
 
 
 def test_max_steps_ends_the_epoch_early():
-    figures = train_one_epoch(*make_parts(), accelerator=CPU, max_steps=2)
-    assert (figures["steps"], figures["images"]) == (2, 8)
+    metrics = train_one_epoch(*make_parts(), accelerator=CPU, max_steps=2)
+    assert (metrics["steps"], metrics["images"]) == (2, 8)
 
 
-def test_an_epoch_goes_on_from_the_batches_before():
+def test_an_epoch_continues_after_earlier_batches():
     whole, *rest = make_parts()
-    figures = train_one_epoch(whole, *rest, accelerator=CPU)
+    metrics = train_one_epoch(whole, *rest, accelerator=CPU)
     again, loader, *others = make_parts()
-    batches, meters, heard = list(loader), EpochMetrics(), []
-    train_one_epoch(again, batches, *others, accelerator=CPU, meters=meters, max_steps=1)
-    meters = EpochMetrics(meters.state_dict())
-    report = lambda batch, now: heard.append((batch, meters.steps))
-    more = {"accelerator": CPU, "meters": meters, "on_batch": report}
-    ours = train_one_epoch(again, batches[1:], *others, max_steps=3, **more)
-    assert heard == [(2, 2), (3, 3)]
-    assert ours.pop("seconds") >= meters.seconds > 0
-    del figures["seconds"]
-    assert ours == figures
+    batches, epoch_metrics, calls = list(loader), EpochMetrics(), []
+    train_one_epoch(
+        again, batches, *others, accelerator=CPU, epoch_metrics=epoch_metrics, max_steps=1
+    )
+    epoch_metrics = EpochMetrics(epoch_metrics.state_dict())
+    report = lambda batch, metrics: calls.append((batch, epoch_metrics.steps))
+    options = {"accelerator": CPU, "epoch_metrics": epoch_metrics, "on_batch": report}
+    ours = train_one_epoch(again, batches[1:], *others, max_steps=3, **options)
+    assert calls == [(2, 2), (3, 3)]
+    assert ours.pop("seconds") >= epoch_metrics.seconds > 0
+    del metrics["seconds"]
+    assert ours == metrics
     assert torch.equal(again[0].weight, whole[0].weight)
 
 
-def test_on_batch_hears_of_every_batch():
-    heard = []
-    report = lambda batch, figures: heard.append((batch, sorted(figures)))
+def test_on_batch_is_called_after_every_batch():
+    calls = []
+    report = lambda batch, metrics: calls.append((batch, sorted(metrics)))
     train_one_epoch(*make_parts(), accelerator=CPU, on_batch=report)
-    assert heard == [(batch, ["loss", "lr", "seconds", "top1", "top5"]) for batch in (1, 2, 3)]
+    assert calls == [(batch, ["loss", "lr", "seconds", "top1", "top5"]) for batch in (1, 2, 3)]
 
 
 def test_diverging_stops_before_the_weights_are_touched():
@@ -116,7 +119,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
     grow = lambda grad: grad * (torch.inf if len(seen) == 1 else 1)
     model[0].bias.register_hook(grow)
     seen = []
-    with pytest.raises(TrainingDiverged, match="batch 2: the largest gradient is") as told:
+    with pytest.raises(TrainingDiverged, match="batch 2: the largest gradient is") as caught:
         train_one_epoch(
             model,
             *rest,
@@ -124,17 +127,17 @@ def test_a_gradient_that_is_not_finite_stops_before_the_weights_are_touched():
             on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
         )
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
-    assert (told.value.batch, len(told.value.images)) == (2, 4)
+    assert (caught.value.batch, len(caught.value.images)) == (2, 4)
 
 
-def test_a_wish_stops_after_the_step_but_not_the_last():
-    heard, signals = [], iter([0, 15, 15])
-    with pytest.raises(Stopped) as told:
-        report = lambda batch, _: heard.append(batch)
+def test_a_stop_request_stops_after_the_step_but_not_the_last():
+    calls, signals = [], iter([0, 15, 15])
+    with pytest.raises(Stopped) as caught:
+        report = lambda batch, _: calls.append(batch)
         train_one_epoch(
             *make_parts(), accelerator=CPU, on_batch=report, stop_request=lambda: next(signals, 15)
         )
-    assert (heard, told.value.number) == ([1, 2], 15)
+    assert (calls, caught.value.number) == ([1, 2], 15)
     signals = iter([0, 0, 2])
     assert (
         train_one_epoch(*make_parts(), accelerator=CPU, stop_request=lambda: next(signals))["steps"]
@@ -145,7 +148,7 @@ def test_a_wish_stops_after_the_step_but_not_the_last():
         evaluate(model, loader, criterion, accelerator=CPU, stop_request=lambda: 2)
 
 
-def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatch):
+def test_the_bar_shows_metrics_from_the_first_batch_and_once_a_second(monkeypatch):
     shown = []
 
     class Bar(tqdm):
@@ -156,7 +159,7 @@ def test_the_bar_shows_figures_from_the_first_batch_and_once_a_second(monkeypatc
     monkeypatch.setattr(engine, "progress_bar", on_terminal)
     model, loader, *rest = make_parts()
     for seconds, times in ((1e6, 1), (0.0, 3)):
-        monkeypatch.setattr(engine, "SHOW_SECONDS", seconds)
+        monkeypatch.setattr(engine, "REFRESH_SECONDS", seconds)
         train_one_epoch(model, loader, *rest, accelerator=CPU)
         evaluate(model, loader, CRITERION, accelerator=CPU)
         assert len(shown) == 2 * times
@@ -171,18 +174,18 @@ def test_train_and_eval_mode_are_set():
     assert model.training
 
 
-def test_an_empty_share_is_a_step_that_learns_nothing():
+def test_an_empty_part_of_a_batch_is_a_step_without_an_update():
     model, _, *rest = make_parts()
     empty = [(torch.zeros(0, 2), torch.zeros(0, dtype=torch.long))]
     rest[1].param_groups[0]["weight_decay"] = 0.0
     before = copy.deepcopy(model.state_dict())
-    figures = train_one_epoch(model, empty, *rest, accelerator=CPU)
-    assert (figures["images"], figures["steps"]) == (0, 1)
+    metrics = train_one_epoch(model, empty, *rest, accelerator=CPU)
+    assert (metrics["images"], metrics["steps"]) == (0, 1)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 def test_a_step_stays_on_a_gpu(monkeypatch):
-    """Everything but the backward, which needs a real one; its tensors are only described."""
+    """Fake tensors describe a GPU; the backward, which needs a real one, is left out."""
     with FakeTensorMode(allow_non_fake_inputs=True):
         gpu = Accelerator(torch.device("cuda"), channels_last=True)
         with torch.device("cuda"):
@@ -191,3 +194,26 @@ def test_a_step_stays_on_a_gpu(monkeypatch):
         loss, row = _forward(model, CRITERION, gpu, images, targets)
         assert {loss.device.type, row.device.type, images.device.type} == {"cuda"}
         assert row.shape == (4,) and row.dtype == torch.float64
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "ranks", "fits"),
+    [
+        (9, 4, 1, False),
+        (9, 1, 1, False),
+        (9, 3, 1, True),
+        (1, 4, 1, False),
+        *((8 + last, 8, 2, last == 4) for last in (1, 2, 3, 4)),
+    ],
+)
+def test_a_single_image_never_meets_batchnorm1d(images, batch_size, ranks, fits):
+    check_batch_size(nn.BatchNorm2d(3), images, batch_size, ranks)
+    parts = ", split over 2 processes;" if ranks == 2 else "has 1;"
+    refused = nullcontext() if fits else pytest.raises(RunError, match=f"--batch-size .*{parts}")
+    with refused:
+        check_batch_size(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size, ranks)
+
+
+def test_a_batch_has_an_image_for_every_rank():
+    with pytest.raises(RunError, match="--batch-size 1: fewer images than the 2 processes"):
+        check_batch_size(nn.Linear(1, 1), 8, 1, world_size=2)

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from util.training.accelerator import Accelerator
-from util.training.nonfinite import name_bad_gradient, name_bad_layer, name_bad_place
+from util.training.nonfinite import find_nonfinite, find_nonfinite_layer
 
 CPU = Accelerator(torch.device("cpu"))
 
@@ -15,21 +15,20 @@ def make_model():
     )
 
 
-def test_the_first_layer_with_a_bad_output_is_named():
+def test_the_first_layer_with_a_nonfinite_output_is_named():
     model, images = make_model(), torch.ones(4, 2)
-    assert name_bad_layer(model, CPU, images) is None
+    assert find_nonfinite_layer(model, CPU, images) is None
     with torch.no_grad():
         model[1][1].weight[0, 0] = math.inf
         model[2].weight[0, 0] = math.nan
-    assert name_bad_place(model, CPU, images) == "the output of 1.1 (Linear)"
+    assert find_nonfinite(model, CPU, images) == "the output of 1.1 (Linear)"
     assert not model[1][1]._forward_hooks
 
 
-def test_the_last_parameter_with_a_bad_gradient_is_the_first_in_backward():
+def test_the_last_parameter_with_a_nonfinite_gradient_is_named():
     model = make_model()
-    assert name_bad_place(model, CPU, torch.ones(1, 2)) is None
+    assert find_nonfinite(model, CPU, torch.ones(1, 2)) is None
     model(torch.ones(1, 2)).sum().backward()
     model[0].weight.grad[0, 0] = math.nan
     model[1][1].bias.grad[0] = math.inf
-    assert name_bad_gradient(model) == "1.1.bias"
-    assert name_bad_place(model, CPU, torch.ones(1, 2)) == "the gradient of 1.1.bias"
+    assert find_nonfinite(model, CPU, torch.ones(1, 2)) == "the gradient of 1.1.bias"

@@ -1,5 +1,6 @@
 import os
 import pty
+import select
 import signal
 import subprocess
 import sys
@@ -10,14 +11,17 @@ import pytest
 
 from util import console
 from util.errors import Stopped
-from util.training.signals import heed_signals, tell_where_to_continue
+from util.training.session import exit_when_stopped
+from util.training.signals import stop_on_signal
+
+PATIENCE = 60  # seconds, at most, for every wait
 
 
-def test_a_signal_is_a_wish_and_the_handlers_of_before_come_back(capfd):
+def test_a_signal_becomes_a_stop_request_and_the_handlers_come_back(capfd):
     numbers = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
     before = [signal.getsignal(number) for number in numbers]
     for number in numbers:
-        with heed_signals() as stop_request:
+        with stop_on_signal() as stop_request:
             assert stop_request() == 0
             os.kill(os.getpid(), number)
             assert stop_request() == number
@@ -28,14 +32,15 @@ def test_a_signal_is_a_wish_and_the_handlers_of_before_come_back(capfd):
 @pytest.mark.parametrize("first", ["SIGTERM", "SIGINT", "SIGHUP"])
 def test_an_interrupt_after_another_signal_ends_the_process_at_once(first):
     code = (
-        "import os, signal; from util.training.signals import heed_signals\n"
-        "with heed_signals() as stop_request:\n"
+        "import os, signal; from util.training.signals import stop_on_signal\n"
+        "with stop_on_signal() as stop_request:\n"
         f"    os.kill(os.getpid(), signal.{first}); os.kill(os.getpid(), signal.SIGTERM)\n"
         "    print(stop_request(), flush=True)\n"
         "    os.kill(os.getpid(), signal.SIGINT); print('alive')"
     )
     root = str(Path(__file__).resolve().parents[3])
-    end = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    options = {"capture_output": True, "text": True, "cwd": root, "timeout": PATIENCE}
+    end = subprocess.run([sys.executable, "-c", code], **options)
     assert end.returncode == -signal.SIGINT
     assert end.stdout == f"{int(getattr(signal, first))}\n"
 
@@ -43,7 +48,7 @@ def test_an_interrupt_after_another_signal_ends_the_process_at_once(first):
 def test_a_hangup_that_is_ignored_stays_so():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        with heed_signals() as stop_request:
+        with stop_on_signal() as stop_request:
             os.kill(os.getpid(), signal.SIGHUP)
             assert stop_request() == 0
         assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
@@ -51,12 +56,13 @@ def test_a_hangup_that_is_ignored_stays_so():
         signal.signal(signal.SIGHUP, before)
 
 
-def wait_for_a_wish(run_dir):
-    """Only in a child, which never returns: end as a run does."""
+def run_until_stopped(run_dir):
+    """End as a run does after a stop request; only in a child, which never returns."""
     sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    signal.alarm(PATIENCE)  # kills this process, should no signal arrive
     code = 1
     try:
-        with tell_where_to_continue(run_dir), heed_signals() as stop_request:
+        with exit_when_stopped(run_dir), stop_on_signal() as stop_request:
             os.write(1, b"ready")
             while not stop_request():
                 time.sleep(0.01)
@@ -69,14 +75,30 @@ def wait_for_a_wish(run_dir):
         os._exit(code)
 
 
-def test_a_run_whose_terminal_is_gone_ends_in_order(tmp_path):
+def test_a_run_whose_terminal_is_gone_exits_in_order(tmp_path):
     pid, terminal = pty.fork()
     if pid == 0:
-        wait_for_a_wish(tmp_path)
-    assert os.read(terminal, 5) == b"ready"
-    os.close(terminal)  # the system sends SIGHUP
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 128 + signal.SIGHUP
+        run_until_stopped(tmp_path)
+    try:
+        assert select.select([terminal], [], [], PATIENCE)[0], "the child does not start"
+        assert os.read(terminal, 5) == b"ready"
+    finally:
+        os.close(terminal)  # the system sends SIGHUP
+        status = wait_for_exit(pid)
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
 
 
-def test_who_is_stopped_by_the_wish_of_another_was_asked_to_end():
+def wait_for_exit(pid):
+    """Return the status of a child; kill a child that does not exit in time."""
+    deadline = time.monotonic() + PATIENCE
+    while time.monotonic() < deadline:
+        ended, status = os.waitpid(pid, os.WNOHANG)
+        if ended:
+            return status
+        time.sleep(0.02)
+    os.kill(pid, signal.SIGKILL)
+    return os.waitpid(pid, 0)[1]
+
+
+def test_a_process_stopped_by_another_ends_as_after_sigterm():
     assert (Stopped(0).number, str(Stopped(signal.SIGINT))) == (signal.SIGTERM, "SIGINT")

@@ -1,0 +1,91 @@
+"""Lines on the console and rows in the logs of a Recorder."""
+
+from argparse import Namespace
+
+import pytest
+import torch
+from torch import nn
+
+from tests.states import make_training
+from util.tracking.logger import read_log
+from util.training.recorder import Recorder, _first_filters
+from util.training.resume import Plan
+
+METRICS = {"loss": 0.5, "top1": 60.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0}
+TRAIN = {**METRICS, "steps": 2, "images": 8}
+
+
+def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None):
+    flags = Namespace(
+        out=str(tmp_path),
+        resume=None,
+        print_freq=print_freq,
+        msg=msg,
+        tensorboardX=False,
+        save_plot=False,
+        checkpoint_epoch=0,
+    )
+    training = make_training(model or nn.Linear(2, 2))
+    plan = Plan(2, 2 * epochs, 1)
+    return Recorder(flags, None, tmp_path / "run", "run", "bn", training, plan)
+
+
+class Whitening(nn.Conv2d):
+    def whitened_weight(self):
+        return 2 * self.weight.detach()
+
+
+def run_epoch(recorder):
+    training = recorder.state
+    training.progress.finish_epoch(TRAIN, METRICS)
+    recorder.epoch(TRAIN, METRICS, training.capture(), last=False)
+
+
+@pytest.mark.parametrize("bars", [False, True])
+def test_every_nth_step_is_logged_and_printed_where_no_bar_is_shown(
+    tmp_path, capsys, monkeypatch, bars
+):
+    monkeypatch.setattr("util.training.recorder.shows_bars", lambda: bars)
+    recorder = open_recorder(tmp_path)
+    for _ in range(3):  # epochs shorter than print_freq
+        for batch in (1, 2):
+            recorder.batch(batch, METRICS)
+        run_epoch(recorder)
+    recorder.close()
+    log = read_log(tmp_path / "run" / "train_batch.log")
+    assert (log["epoch"], log["batch"]) == ([2, 3], [1, 2])
+    lines = [line.split("  ")[0] for line in capsys.readouterr().out.splitlines()]
+    printed = [line for line in lines if "batch" in line]
+    assert printed == ([] if bars else ["epoch 2 batch 1", "epoch 3 batch 2"])
+
+
+def test_with_msg_every_batch_is_a_line(tmp_path, capsys):
+    recorder = open_recorder(tmp_path, msg=True)
+    capsys.readouterr()
+    recorder.batch(1, METRICS)
+    assert capsys.readouterr().out == "epoch 1 batch 1  loss 0.5000  top1 60.00%  lr 0.1\n"
+
+
+def test_an_epoch_is_a_line_and_the_end_names_the_best_epoch_and_the_folder(tmp_path, capsys):
+    recorder = open_recorder(tmp_path)
+    run_epoch(recorder)
+    recorder.finished()
+    recorder.close()
+    _, epoch, end = capsys.readouterr().out.splitlines()
+    assert epoch == (
+        "epoch  1/10  train loss 0.5000 top1 60.00%  test loss 0.5000 top1 60.00% top5 90.00%"
+        "  lr 0.1  4.0 s"
+    )
+    best = "best test top1 60.00% in epoch 1"
+    assert end == f"finished 2 steps in 4.0 s, {best}: {tmp_path / 'run'}"
+    assert read_log(tmp_path / "run" / "test.log")["top1"] == [60.0]
+    assert recorder.state.history["epoch"] == [1]
+
+
+def test_the_first_filters_are_those_of_the_first_convolution():
+    first = nn.Conv2d(3, 4, 3)
+    raw, whitened = _first_filters(nn.Sequential(first, Whitening(4, 4, 3)))
+    assert torch.equal(raw, first.weight) and not raw.requires_grad and whitened is None
+    raw, whitened = _first_filters(Whitening(3, 4, 3))
+    assert torch.equal(whitened, 2 * raw)
+    assert _first_filters(nn.Linear(2, 2)) == (None, None)
