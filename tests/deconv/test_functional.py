@@ -44,6 +44,9 @@ SHAPES = {
 }
 
 
+AGAIN = [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), "state_dict"]
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)
@@ -56,12 +59,12 @@ def make(name, **options):
     return layer, torch.randn(shape, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_vmap_over_a_layer_in_evaluation(name):
-    layer, x = make(name)
-    x = torch.stack([x, x + 1, 2 * x])
-    expected = torch.stack([layer.eval()(part) for part in x])
-    torch.testing.assert_close(vmap(layer)(x), expected)
+def test_vmap_over_a_layer_in_evaluation():
+    for name in LAYERS:
+        layer, x = make(name)
+        x = torch.stack([x, x + 1, 2 * x])
+        expected = torch.stack([layer.eval()(part) for part in x])
+        torch.testing.assert_close(vmap(layer)(x), expected)
 
 
 @pytest.mark.parametrize("name", LAYERS)
@@ -104,68 +107,66 @@ def test_functional_call_in_training_uses_what_it_is_given():
     assert state["num_batches_tracked"] == 2
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_without_running_statistics_evaluation_uses_the_batch(name):
-    layer, x = make(name, track_running_stats=False)
-    assert not list(layer.buffers()) and set(layer.state_dict()) == {
-        *dict(layer.named_parameters())
-    }
-    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
-    layer.reset_running_stats()
-    assert "track_running_stats=False" in repr(layer)
-    with pytest.raises(ValueError, match="no running statistics"):
-        fuse(layer.eval())
-    with pytest.raises(ValueError, match="no deconvolution layer"):
-        recalibrate(layer, [x])
-    assert not list(pickle.loads(pickle.dumps(layer)).buffers())
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("name", LAYERS)
-def test_checkpointing_counts_a_batch_once(name, use_reentrant):
-    layer, x = make(name)
-    plain = copy.deepcopy(layer)
-    inputs = [x.clone().requires_grad_() for _ in range(2)]
-    plain(inputs[0]).square().sum().backward()
-    checkpoint(layer, inputs[1], use_reentrant=use_reentrant).square().sum().backward()
-    torch.testing.assert_close(dict(layer.state_dict()), dict(plain.state_dict()), rtol=0, atol=0)
-    assert layer.num_batches_tracked == 2
-    torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
-    for given, expected in zip(layer.parameters(), plain.parameters(), strict=True):
-        torch.testing.assert_close(given.grad, expected.grad)
+def test_without_running_statistics_evaluation_uses_the_batch():
+    for name in LAYERS:
+        layer, x = make(name, track_running_stats=False)
+        assert not list(layer.buffers()) and set(layer.state_dict()) == {
+            *dict(layer.named_parameters())
+        }
+        torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
+        layer.reset_running_stats()
+        assert "track_running_stats=False" in repr(layer)
+        with pytest.raises(ValueError, match="no running statistics"):
+            fuse(layer.eval())
+        with pytest.raises(ValueError, match="no deconvolution layer"):
+            recalibrate(layer, [x])
+        assert not list(pickle.loads(pickle.dumps(layer)).buffers())
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_two_forwards_and_one_backward(name):
-    layer, first = make(name)
-    second, alone = 2 * first.flip(0) - 1, []
-    for x in (first, second):
+def test_checkpointing_counts_a_batch_once(name):
+    for use_reentrant in (True, False):
+        layer, x = make(name)
+        plain = copy.deepcopy(layer)
+        inputs = [x.clone().requires_grad_() for _ in range(2)]
+        plain(inputs[0]).square().sum().backward()
+        checkpoint(layer, inputs[1], use_reentrant=use_reentrant).square().sum().backward()
+        torch.testing.assert_close(
+            dict(layer.state_dict()), dict(plain.state_dict()), rtol=0, atol=0
+        )
+        assert layer.num_batches_tracked == 2
+        torch.testing.assert_close(inputs[1].grad, inputs[0].grad)
+        for given, expected in zip(layer.parameters(), plain.parameters(), strict=True):
+            torch.testing.assert_close(given.grad, expected.grad)
+
+
+def test_two_forwards_and_one_backward():
+    for name in LAYERS:
+        layer, first = make(name)
+        second, alone = 2 * first.flip(0) - 1, []
+        for x in (first, second):
+            layer.zero_grad()
+            layer(x).square().sum().backward()
+            alone.append([p.grad.clone() for p in layer.parameters()])
         layer.zero_grad()
-        layer(x).square().sum().backward()
-        alone.append([p.grad.clone() for p in layer.parameters()])
-    layer.zero_grad()
-    (layer(first).square().sum() + layer(second).square().sum()).backward()
-    for p, *parts in zip(layer.parameters(), *alone, strict=True):
-        torch.testing.assert_close(p.grad, sum(parts))
-    assert layer.num_batches_tracked == 5
+        (layer(first).square().sum() + layer(second).square().sum()).backward()
+        for p, *parts in zip(layer.parameters(), *alone, strict=True):
+            torch.testing.assert_close(p.grad, sum(parts))
+        assert layer.num_batches_tracked == 5
 
 
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize(
-    "again",
-    [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer)), "state_dict"],
-    ids=["deepcopy", "pickle", "state_dict"],
-)
-def test_copies_do_the_same_and_share_nothing(name, again):
-    layer, x = make(name)
-    if again == "state_dict":
-        twin = LAYERS[name](dtype=torch.float64)
-        twin.load_state_dict(layer.state_dict())
-    else:
-        twin = again(layer)
-    torch.testing.assert_close(twin.eval()(x), layer.eval()(x), rtol=0, atol=0)
-    before = layer(x)
-    twin.train()(x)
-    with torch.no_grad():
-        twin.weight.zero_()
-    torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+def test_copies_do_the_same_and_share_nothing(name):
+    for again in AGAIN:
+        layer, x = make(name)
+        if again == "state_dict":
+            twin = LAYERS[name](dtype=torch.float64)
+            twin.load_state_dict(layer.state_dict())
+        else:
+            twin = again(layer)
+        torch.testing.assert_close(twin.eval()(x), layer.eval()(x), rtol=0, atol=0)
+        before = layer(x)
+        twin.train()(x)
+        with torch.no_grad():
+            twin.weight.zero_()
+        torch.testing.assert_close(layer(x), before, rtol=0, atol=0)

@@ -50,43 +50,45 @@ def assert_close(given, expected, share):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", LAYERS)
-def test_autocast_computes_statistics_in_float32(name, dtype):
-    layer, x = make(name)
-    _, expected = learn(layer, x)
-    other, _ = make(name)
-    y, given = learn(other, x, dtype)
-    assert y.dtype == dtype and other.weight.grad.dtype == torch.float32
-    assert_close(given, expected, 0.1)
-    for key, value in layer.named_buffers():
-        torch.testing.assert_close(other.get_buffer(key), value)
+def test_autocast_computes_statistics_in_float32():
+    for dtype in HALF:
+        for name in LAYERS:
+            layer, x = make(name)
+            _, expected = learn(layer, x)
+            other, _ = make(name)
+            y, given = learn(other, x, dtype)
+            assert y.dtype == dtype and other.weight.grad.dtype == torch.float32
+            assert_close(given, expected, 0.1)
+            for key, value in layer.named_buffers():
+                torch.testing.assert_close(other.get_buffer(key), value)
 
 
-@pytest.mark.parametrize("dtype", HALF)
-@pytest.mark.parametrize("name", LAYERS)
-def test_a_network_that_was_cast_learns(name, dtype):
-    layer, x = make(name)
-    _, expected = learn(layer, x)
-    other, _ = make(name)
-    y, given = learn(other.to(dtype), x.to(dtype))
-    kinds = {value.dtype for value in [y, *other.parameters(), other.weight.grad]}
-    assert kinds == {dtype}
-    assert {value.dtype for value in other.buffers()} == {torch.float32, torch.int64}
-    made = LAYERS[name][0](dtype=dtype)  # no other than one that was cast
-    assert [value.dtype for value in made.buffers()] == [value.dtype for value in other.buffers()]
-    assert_close(given, expected, 0.1)
+def test_a_network_that_was_cast_learns():
+    for dtype in HALF:
+        for name in LAYERS:
+            layer, x = make(name)
+            _, expected = learn(layer, x)
+            other, _ = make(name)
+            y, given = learn(other.to(dtype), x.to(dtype))
+            kinds = {value.dtype for value in [y, *other.parameters(), other.weight.grad]}
+            assert kinds == {dtype}
+            assert {value.dtype for value in other.buffers()} == {torch.float32, torch.int64}
+            made = LAYERS[name][0](dtype=dtype)  # no other than one that was cast
+            assert [value.dtype for value in made.buffers()] == [
+                value.dtype for value in other.buffers()
+            ]
+            assert_close(given, expected, 0.1)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_double_precision_is_kept_throughout(name):
-    layer, x = make(name, dtype=torch.float64)
-    y = layer(x.double())
-    assert y.dtype == layer.running_mean.dtype == torch.float64
-    single, _ = make(name)
-    single.load_state_dict({key: value.float() for key, value in layer.state_dict().items()})
-    difference = (single.eval()(x).double() - layer.eval()(x.double())).abs().max()
-    assert 0 < difference < 1e-4 * y.abs().max()
+def test_double_precision_is_kept_throughout():
+    for name in LAYERS:
+        layer, x = make(name, dtype=torch.float64)
+        y = layer(x.double())
+        assert y.dtype == layer.running_mean.dtype == torch.float64
+        single, _ = make(name)
+        single.load_state_dict({key: value.float() for key, value in layer.state_dict().items()})
+        difference = (single.eval()(x).double() - layer.eval()(x.double())).abs().max()
+        assert 0 < difference < 1e-4 * y.abs().max()
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -103,14 +105,14 @@ def test_channels_last_is_kept(name, training):
     assert x.grad.is_contiguous(memory_format=last)
 
 
-@pytest.mark.parametrize("name", LAYERS)
-def test_the_gradient_of_a_broadcast_output(name):
-    layer, x = make(name)
-    gradients = []
-    for weight in (torch.ones(()), torch.ones_like(layer(x))):
-        given = x.clone().requires_grad_()
-        gradients += torch.autograd.grad((layer(given) * weight).sum(), given)
-    torch.testing.assert_close(*gradients)
+def test_the_gradient_of_a_broadcast_output():
+    for name in LAYERS:
+        layer, x = make(name)
+        gradients = []
+        for weight in (torch.ones(()), torch.ones_like(layer(x))):
+            given = x.clone().requires_grad_()
+            gradients += torch.autograd.grad((layer(given) * weight).sum(), given)
+        torch.testing.assert_close(*gradients)
 
 
 def test_no_code_asks_for_a_device_of_one_kind():

@@ -18,11 +18,11 @@ def root(cov, n_iter=5, eps=0.0):
     return inverse_sqrt(cov, n_iter, "resolvent", eps)
 
 
-@pytest.mark.parametrize("n_iter", range(1, MAX_STEPS + 1))
-def test_every_direction_is_within_three_quarters_of_a_percent_of_the_iteration(n_iter):
-    x = torch.cat([torch.zeros(1), torch.logspace(-15, 0, 5000), torch.linspace(0, 1, 5000)])
-    x = x.double()
-    assert (follow(x, n_iter) / newton_schulz_response(x, n_iter) - 1).abs().max() < 0.0075
+def test_every_direction_is_within_three_quarters_of_a_percent_of_the_iteration():
+    for n_iter in range(1, MAX_STEPS + 1):
+        x = torch.cat([torch.zeros(1), torch.logspace(-15, 0, 5000), torch.linspace(0, 1, 5000)])
+        x = x.double()
+        assert (follow(x, n_iter) / newton_schulz_response(x, n_iter) - 1).abs().max() < 0.0075
 
 
 @pytest.mark.parametrize("n_iter", [1, 5, 9, 15])
