@@ -14,14 +14,14 @@ TRANSPOSED = [nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d]
 
 
 def images(n=6, c=4, h=9, w=11):
-    """Correlated images with an offset, so that neither mean nor covariance is trivial."""
+    """Return correlated images with an offset, in 2 dimensions."""
     noise = torch.randn(n, c, h + 4, w + 4)
     mixed = torch.einsum("dc,nchw->ndhw", torch.randn(c, c), F.avg_pool2d(noise, 5, stride=1))
     return 3 * mixed + torch.arange(c).reshape(1, c, 1, 1)
 
 
 def make_maps(dims, count=5):
-    """Correlated maps with an offset, so that neither mean nor covariance is trivial."""
+    """Return correlated maps with an offset, in `dims` dimensions."""
     x = torch.randn(count, 4, *SIZES[dims])
     return x + 0.7 * x.roll(1, -1) + x.flip(1) + torch.arange(4.0).reshape(4, *(1,) * dims)
 
@@ -33,7 +33,7 @@ def make_exact(kind, *args, **options):
 
 
 def exact_root(layer, cov):
-    """D of a covariance: the root, its documented approximation, or the factor's with its floor."""
+    """Return D of a covariance by the definition of the layer's root."""
     cov = cov + layer.eps * torch.eye(len(cov))
     if layer.root == "cholesky":
         floor = cov.norm() / 1.5 ** (2 * layer.n_iter)
@@ -87,7 +87,7 @@ def brute_force(layer, x):
 
 
 def columns_of(layer):
-    """For every group a list of blocks, each the (B, T) column numbers of its features."""
+    """Yield for every group a list of blocks: the (B, T) column numbers of the features."""
     taps = layer.weight[0, 0].numel()
     for columns in torch.arange(layer.in_channels * taps).chunk(layer.groups):
         count = len(columns) // taps // layer.block
@@ -101,7 +101,7 @@ def columns_of(layer):
 
 
 def exact_whitening(layer, parts):
-    """D of every block of a group, from centred samples (M, B, T)."""
+    """Return D of every block of a group, from centred samples (M, B, T)."""
 
     def roots(equation):
         covs = [torch.einsum(equation, p, p) for p in parts]
@@ -122,7 +122,7 @@ def exact_whitening(layer, parts):
 
 
 def spread_out(x, layer):
-    """x with the zeros that a transposed convolution puts between pixels and around them."""
+    """Insert the zeros of a transposed convolution between pixels and around them."""
     shape = [(n - 1) * s + 1 for n, s in zip(x.shape[2:], layer.stride, strict=True)]
     wide = x.new_zeros(*x.shape[:2], *shape)
     wide[(..., *(slice(None, None, s) for s in layer.stride))] = x
@@ -135,7 +135,7 @@ def spread_out(x, layer):
 
 
 def patches_of(layer, x):
-    """All that the kernel sees, (N, *positions, groups, C, T), and its weight (out, C, T)."""
+    """Return all patches, (N, *positions, groups, C, T), and the weight (out, C, T)."""
     dims, weight, stride = len(layer.kernel_size), layer.weight, layer.stride
     if layer.transposed:
         x, stride = spread_out(x, layer), (1,) * dims

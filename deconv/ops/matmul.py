@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LARGE, STRIPS = 256, 3  # on a CPU, a symmetric product of this side is computed in strips
 SHORT = 16  # vectors per map from which on a CPU multiplies each map by itself
 
 
@@ -114,4 +115,25 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
     if left.device.type == "cpu" and 2 * length >= side:  # products no larger than the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     parts = [x.permute(1, 2, 0, 3).flatten(2) for x in parts]  # G d R*L
+    if left is right and side >= LARGE and _is_cpu_eager(left):
+        return _square(parts[0], scale)
     return parts[0] @ parts[-1].mT * scale
+
+
+def _is_cpu_eager(x: Tensor) -> bool:
+    """Return whether x holds numbers on a CPU, and no compiler or subclass traces it."""
+    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
+
+
+def _square(columns: Tensor, scale: float) -> Tensor:
+    """Return X X^T of X (G, d, n) times `scale`, with two thirds of the multiplications.
+
+    Each strip of rows is computed from the diagonal on. The rest mirrors the strips above.
+    """
+    groups, side, _ = columns.shape
+    result, height = columns.new_empty(groups, side, side), -(-side // STRIPS)
+    for first in range(0, side, height):
+        strip = slice(first, first + height)
+        result[:, strip, first:] = columns[:, strip] @ columns[:, first:].mT * scale
+        result[:, strip, :first] = result[:, :first, strip].mT
+    return result

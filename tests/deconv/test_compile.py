@@ -37,7 +37,7 @@ def learn(network, optimizer, run, x):
 
 
 def compare_over_20_steps(network, backend):
-    """Eager and compiled side by side; how often it was compiled, in training and evaluation."""
+    """Train eager and compiled models side by side; return the number of compilations."""
     compiled, count = copy.deepcopy(network), 0
 
     def count_and_compile(graph, inputs):

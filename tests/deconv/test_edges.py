@@ -1,4 +1,4 @@
-"""Inputs at the edge of what a layer can be given: finite, or not finite and so noticed."""
+"""Extreme inputs: results are finite, or the running statistics skip the batch."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ MODES = [0, 1, 2, 3, 4, 5]  # 0: the fully connected layer
 
 
 def learn(layer, x):
-    """Output and gradients of a step in training, then the output in evaluation."""
+    """Return output and gradients of a training step, then the output in evaluation."""
     x = x.clone().requires_grad_()
     y = layer(x)
     y.square().mean().backward()
@@ -60,7 +60,7 @@ def test_inputs_of_every_scale_and_rank(change):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_squares_beyond_float32_leave_running_statistics_alone(mode):
-    """Where the output is not finite, a run ends with an error that names the layer."""
+    """Expect a run to end with an error that names the layer if the output is not finite."""
     layer = make_layer(mode)
     before = {name: buffer.clone() for name, buffer in layer.named_buffers()}
     y = layer(make_input(mode, 8) * 1e30)
@@ -70,10 +70,10 @@ def test_squares_beyond_float32_leave_running_statistics_alone(mode):
         assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
 
 
-# Patches of 2 x 2 pixels at every sixth pixel: most pixels are read by none, or by the mean alone.
-LOOKS = {
-    "window": dict(rows_per_feature=0),
-    "spots": dict(rows_per_feature=0.1, block=1, shared=False),
+# Patches of 2 x 2 pixels at every sixth pixel: most pixels enter no patch, or the mean alone.
+SAMPLINGS = {
+    "grid": dict(rows_per_feature=0),
+    "subset": dict(rows_per_feature=0.1, block=1, shared=False),
     "newton": dict(rows_per_feature=0, root="newton"),
     "resolvent": dict(rows_per_feature=0, root="resolvent"),
     "pixels": dict(mode=3),
@@ -84,11 +84,11 @@ LOOKS = {
 
 @pytest.mark.parametrize(
     ("poison", "look", "side"),  # a small image and a large one, see `patches.SMALL`
-    pairwise([float("nan"), float("inf"), -float("inf"), 1e30], [*LOOKS], [7, 13]),
+    pairwise([float("nan"), float("inf"), -float("inf"), 1e30], [*SAMPLINGS], [7, 13]),
 )
 def test_no_pixel_anywhere_gets_what_is_not_finite_into_running_statistics(poison, look, side):
     kind = FastDeconvTranspose2d if look == "other kind" else FastDeconv
-    layer = kind(4, 3, 2, stride=2, **LOOKS[look])
+    layer = kind(4, 3, 2, stride=2, **SAMPLINGS[look])
     torch.nn.init.zeros_(layer.weight)  # which a sum of products must not hide behind
     good = torch.randn(2, 4, side, side)
     layer(good)

@@ -1,4 +1,4 @@
-"""Layers in the hands of torch.func, torch.utils.checkpoint, copy and pickle."""
+"""Layers under torch.func, torch.utils.checkpoint, copy and pickle."""
 
 import copy
 import pickle
@@ -53,7 +53,7 @@ def _seed():
 
 
 def make(name, **options):
-    """A layer that has seen a batch, and another batch."""
+    """Return a layer that has seen a batch, and another batch."""
     layer, shape = LAYERS[name](dtype=torch.float64, **options), SHAPES.get(name, (5, 4, 6, 6))
     layer(torch.randn(shape, dtype=torch.float64) + 1)
     return layer, torch.randn(shape, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""Half and double precision, memory layouts, and devices that are not here."""
+"""Half and double precision, memory formats, and fake devices."""
 
 import ast
 from pathlib import Path
@@ -33,7 +33,7 @@ def make(name, **options):
 
 
 def learn(layer, x, dtype=None):
-    """Output and gradients of a step in training, as float32, then the output in evaluation."""
+    """Return output and gradients of a training step as float32, then the output in evaluation."""
     x = x.clone().requires_grad_()
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
         y = layer(x)

@@ -1,4 +1,4 @@
-"""What holds for layers of any arguments: drawn by hypothesis, the smallest that fails is shown."""
+"""Properties of layers with arguments drawn by hypothesis, which shrinks failing examples."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
 @draw.composite
 def convolutions(pick, make=lambda kind: kind, **more):
-    """A float64 convolution that `make` gives for a class of torch, and images that it takes."""
+    """Draw a float64 convolution, made by `make` of a class of torch, and images for it."""
     kind = pick(draw.sampled_from(list(DECONVOLUTIONS)))
     dims, transposed = int(kind.__name__[-2]), "Transpose" in kind.__name__
 

@@ -41,7 +41,7 @@ def build(case, **options):
 
 
 def batches(layer):
-    """Two whole batches, correlated, with means that differ by feature and batch, in float64."""
+    """Yield two correlated float64 batches, whose means differ by feature and batch."""
     generator = torch.Generator().manual_seed(0)
     size = (layer.in_features,) if isinstance(layer, nn.Linear) else (4, 9, 8)
     for number in range(2):
@@ -50,7 +50,7 @@ def batches(layer):
 
 
 def loss(y, share):
-    """Every output times a random weight of its own, which no sharing changes."""
+    """Weigh every output by a random number that does not depend on the shares."""
     generator = torch.Generator().manual_seed(1)
     weight = torch.randn(IMAGES, *y.shape[1:], generator=generator, dtype=torch.float64)
     return (y * weight[share]).sum()
@@ -65,7 +65,7 @@ def gradients(layer):
 
 
 def train(layer, share):
-    """Two steps on a share of two batches, by image, by process and by layer."""
+    """Run two steps on a share of two batches; return values by image, rank and layer."""
     outputs, inputs = [], []
     for x in batches(layer):
         inputs.append(x[share].requires_grad_())
@@ -87,7 +87,7 @@ def network():
 
 
 def two_forwards(net, forward, share):
-    """Two forwards and one backward of the sum of their losses."""
+    """Run two forwards and one backward of the sum of their losses."""
     sum(loss(forward(x[share]), share) for x in batches(net)).backward()
     return gradients(net), buffers(net)
 
@@ -100,14 +100,14 @@ def two_forwards_under_ddp(share):
 
 
 def sent(action):
-    """The messages that an action sends, as (elements, dtype)."""
+    """Return the messages of an action as (elements, dtype)."""
     MESSAGES.clear()
     action()
     return list(MESSAGES)
 
 
 def messages(case, share):
-    """Of the training forward, of its backward and of an evaluation."""
+    """Return the messages of a training forward, its backward and an evaluation."""
     layer = build(case)
     x = next(batches(layer))[share].requires_grad_()
     y = []
@@ -124,7 +124,7 @@ def messages_under_autocast(share):
 
 
 def unusable(spoil):
-    """Buffers before and after a batch that `spoil` makes of a good one, and the gradient."""
+    """Return buffers before and after a batch changed by `spoil`, and the gradient."""
     layer = build("mode 1, interleaved, shared")
     x = next(batches(layer))
     layer(x)
@@ -139,7 +139,7 @@ def poison(x):
 
 
 def whitening_far_from_zero(share):
-    """D in float32, of a batch 3000 standard deviations off, with a running mean that is near."""
+    """Return the float32 covariance of a batch 3000 deviations from 0 but near the running mean."""
     torch.manual_seed(0)
     layer = FastDeconv(4, 6, 3, momentum=1.0)
     layer.running_mean.fill_(3000)
@@ -167,7 +167,7 @@ def pieces(sharing):
 
 
 def process(rank, folder):
-    """Join a group for every sharing that has a share for this rank, and write what came of it."""
+    """Join a group for every sharing with a share for this rank, and save the results."""
     all_reduce = distributed.all_reduce
 
     def counted(x):
@@ -190,7 +190,7 @@ def process(rank, folder):
 
 @pytest.fixture(scope="module")
 def spawned(tmp_path_factory):
-    """By sharing, a list of what each process found."""
+    """Return by sharing the results of each rank."""
     folder = tmp_path_factory.mktemp("sync")
     torch.multiprocessing.spawn(process, (str(folder),), nprocs=max(map(len, SHARINGS)))
     return {
@@ -237,7 +237,7 @@ def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
 
 
 def documented_message(layer):
-    """1 + C T + G d^2 for every whitened axis."""
+    """Return 1 + C T + G d^2 for every whitened axis."""
     matrices = [getattr(layer, f"running_cov_{axis}").numel() for axis in layer.axes]
     if isinstance(layer, nn.Linear):
         return [1 + layer.in_features + matrix for matrix in matrices]

@@ -1,4 +1,4 @@
-"""Blocks hold the features they promise, and give them back."""
+"""The features of blocks, and the way back."""
 
 import pytest
 import torch

@@ -12,22 +12,22 @@ from deconv.ops.patches import SMALL, Patches, PatchGrid, PatchSubset, select_pi
 from deconv.ops.patches import gather as gather_by
 from tests.pairwise import pairwise
 
-WINDOW = PatchGrid((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
+GRID = PatchGrid((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
 SIZE = (7, 6)
-LOOKS = {"all": WINDOW, "some": PatchSubset(WINDOW, 3)}
+SAMPLINGS = {"all": GRID, "some": PatchSubset(GRID, 3)}
 INTERLEAVED = Blocks(1, 4, 2, 6, 1, True)
-GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of WINDOW
+GEOMETRY = (3, 2), (1, 2)  # kernel and dilation of GRID
 AXES = ["joint", "channel", "pixel"]
 LAYOUTS = {"interleaved": 1, "contiguous": 12}
 
 
-def gather(x, looks):
-    return gather_by(x, looks, select_pixels(x, looks))
+def gather(x, sampling):
+    return gather_by(x, sampling, select_pixels(x, sampling))
 
 
-def measure_patches(x, looks, blocks, axis, before=None):
+def measure_patches(x, sampling, blocks, axis, before=None):
     """Return images, centre, covariance and, of a subset without `before`, the mean of all."""
-    stats = mean_and_covariance(Patches(x, looks), blocks, axis, before)
+    stats = mean_and_covariance(Patches(x, sampling), blocks, axis, before)
     means = () if stats.mean is stats.centre else (stats.mean,)
     return stats.images, stats.centre, stats.cov, *means
 
@@ -37,18 +37,18 @@ def images(n=9):
     return torch.randn(n, 4, *SIZE, dtype=torch.float64).cumsum(-1) + 5
 
 
-@pytest.mark.parametrize("looks", LOOKS)
-def test_large_images_have_the_same_statistics(looks):
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_large_images_have_the_same_statistics(sampling):
     torch.manual_seed(0)
     x = torch.randn(5, 4, 13, 14, dtype=torch.float64).cumsum(-2).requires_grad_()
     assert x[0, 0].numel() > SMALL
-    looks, blocks = LOOKS[looks], INTERLEAVED
-    found = measure_patches(x, looks, blocks, "joint")[1:3]
-    rows = F.unfold(F.pad(x, WINDOW.padding), *GEOMETRY, stride=WINDOW.stride).transpose(1, 2)
-    if looks is WINDOW:
+    sampling, blocks = SAMPLINGS[sampling], INTERLEAVED
+    found = measure_patches(x, sampling, blocks, "joint")[1:3]
+    rows = F.unfold(F.pad(x, GRID.padding), *GEOMETRY, stride=GRID.stride).transpose(1, 2)
+    if sampling is GRID:
         rows = rows.flatten(0, 1)
     else:
-        numbers = looks.choose(5, (13, 14), x.device)
+        numbers = sampling.choose(5, (13, 14), x.device)
         rows = torch.cat([rows[n, numbers[n]] for n in range(5)])
     vectors = (rows - rows.mean(0)).unflatten(1, (12, 2))
     expected = rows.mean(0), torch.einsum("mdn,men->de", vectors, vectors)[None] / len(rows) / 2
@@ -60,9 +60,9 @@ def test_large_images_have_the_same_statistics(looks):
     torch.testing.assert_close(*grads)
 
 
-def plain(x, looks, blocks, axis, before=None):
-    """The same from all patches at once, by autograd."""
-    rows = gather(x, looks).transpose(1, 2).flatten(0, 1)  # M C*T
+def plain(x, sampling, blocks, axis, before=None):
+    """Compute the same from all patches at once, by autograd."""
+    rows = gather(x, sampling).transpose(1, 2).flatten(0, 1)  # M C*T
     mean = rows.mean(0)
     maps = (rows - mean)[:, :, None]
     if before is not None:
@@ -73,12 +73,17 @@ def plain(x, looks, blocks, axis, before=None):
 
 
 @pytest.mark.parametrize(
-    ("part", "kept", "looks", "axis", "layout", "shared"),  # part, kept: bytes; 1 is one image
+    ("part", "kept", "sampling", "axis", "layout", "shared"),  # part, kept: bytes; 1 is one image
     pairwise(
-        [1, 10**9], [0, 10**9], [*LOOKS], ["joint", "channel", "pixel"], [*LAYOUTS], [True, False]
+        [1, 10**9],
+        [0, 10**9],
+        [*SAMPLINGS],
+        ["joint", "channel", "pixel"],
+        [*LAYOUTS],
+        [True, False],
     ),
 )
-def test_equals_all_patches_at_once(monkeypatch, part, kept, looks, axis, layout, shared):
+def test_equals_all_patches_at_once(monkeypatch, part, kept, sampling, axis, layout, shared):
     monkeypatch.setattr(covariance, "CPU_CHUNK", part)
     monkeypatch.setattr(covariance, "KEPT", kept)
     unit = LAYOUTS[layout] if axis == "joint" or layout == "contiguous" else 6
@@ -89,8 +94,8 @@ def test_equals_all_patches_at_once(monkeypatch, part, kept, looks, axis, layout
         matrix = torch.randn(blocks.matrices, 2, 2, dtype=torch.float64, requires_grad=True)
         before = "channel", matrix
     wanted = [x] if before is None else [x, matrix]
-    passed, mean, cov, *_ = measure_patches(x, LOOKS[looks], blocks, axis, before)
-    expected = plain(x, LOOKS[looks], blocks, axis, before)
+    passed, mean, cov, *_ = measure_patches(x, SAMPLINGS[sampling], blocks, axis, before)
+    expected = plain(x, SAMPLINGS[sampling], blocks, axis, before)
     torch.testing.assert_close((mean, cov), expected)
     a, b, c = torch.randn_like(mean), torch.randn_like(cov), torch.randn_like(x)
     found = torch.autograd.grad((mean * a).sum() + (cov * b).sum() + (passed * c).sum(), wanted)
@@ -101,8 +106,8 @@ def test_equals_all_patches_at_once(monkeypatch, part, kept, looks, axis, layout
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_of_few_patches_comes_the_mean_of_all(dtype):
     x = images().to(dtype).requires_grad_()
-    passed, _, _, mean = measure_patches(x, LOOKS["some"], INTERLEAVED, "joint")
-    expected = gather(x, WINDOW).mean((0, 2))
+    passed, _, _, mean = measure_patches(x, SAMPLINGS["some"], INTERLEAVED, "joint")
+    expected = gather(x, GRID).mean((0, 2))
     assert mean.dtype == torch.promote_types(dtype, torch.float32)
     torch.testing.assert_close(mean, expected)
     a, b = torch.randn_like(mean), torch.randn_like(x)
@@ -113,8 +118,8 @@ def test_of_few_patches_comes_the_mean_of_all(dtype):
 def test_equals_numpy_for_every_group():
     x = images()
     blocks = Blocks(2, 2, 2, 6, 12, True)
-    _, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
-    for g, rows in enumerate(gather(x, WINDOW).transpose(0, 1).flatten(1).chunk(2)):
+    _, mean, cov = measure_patches(x, SAMPLINGS["all"], blocks, "joint")
+    for g, rows in enumerate(gather(x, GRID).transpose(0, 1).flatten(1).chunk(2)):
         np.testing.assert_allclose(mean[12 * g : 12 * g + 12], rows.mean(1))
         np.testing.assert_allclose(cov[g], np.cov(rows.numpy(), bias=True), atol=1e-12)
 
@@ -123,8 +128,8 @@ def test_gradient_matches_finite_differences():
     blocks = Blocks(1, 4, 2, 6, 1, True)
 
     def measure(x, matrix):
-        passed, mean, cov = measure_patches(x, LOOKS["all"], blocks, "joint")
-        other = measure_patches(passed, LOOKS["all"], blocks, "joint", ("joint", matrix))
+        passed, mean, cov = measure_patches(x, SAMPLINGS["all"], blocks, "joint")
+        other = measure_patches(passed, SAMPLINGS["all"], blocks, "joint", ("joint", matrix))
         return mean, cov, other[2]
 
     matrix = torch.randn(1, 12, 12, dtype=torch.float64, requires_grad=True)
@@ -140,34 +145,34 @@ def test_float32_survives_an_offset_much_larger_than_the_spread():
 
 
 @pytest.mark.parametrize("statistic", [0, 1])
-@pytest.mark.parametrize("looks", LOOKS)
-def test_a_statistic_that_is_used_alone_has_its_own_gradient(looks, statistic):
-    x, looks = images().requires_grad_(), LOOKS[looks]
-    found = measure_patches(x, looks, INTERLEAVED, "joint")[1 + statistic]
-    expected = plain(x, looks, INTERLEAVED, "joint")[statistic]
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_statistic_that_is_used_alone_has_its_own_gradient(sampling, statistic):
+    x, sampling = images().requires_grad_(), SAMPLINGS[sampling]
+    found = measure_patches(x, sampling, INTERLEAVED, "joint")[1 + statistic]
+    expected = plain(x, sampling, INTERLEAVED, "joint")[statistic]
     slope = torch.randn_like(found)
     grads = [torch.autograd.grad(each, x, slope)[0] for each in (found, expected)]
     torch.testing.assert_close(*grads)
 
 
-@pytest.mark.parametrize("looks", LOOKS)
-def test_no_patches_have_mean_and_covariance_zero(looks):
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_no_patches_have_mean_and_covariance_zero(sampling):
     x, blocks = images(0).requires_grad_(), Blocks(1, 4, 2, 6, 1, True)
-    passed, *found = measure_patches(x, LOOKS[looks], blocks, "joint")
+    passed, *found = measure_patches(x, SAMPLINGS[sampling], blocks, "joint")
     assert found[0].shape == (24,) and not any(each.any() for each in found)
     sum(each.sum() for each in (passed, *found)).backward()
     assert x.grad.shape == x.shape
 
 
-@pytest.mark.parametrize("looks", LOOKS)
-def test_a_gradient_that_shares_its_memory_is_not_written_into(looks):
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_gradient_that_shares_its_memory_is_not_written_into(sampling):
     x = images().requires_grad_()
     grads = []
     for weight in (torch.ones((), dtype=x.dtype), torch.ones_like(x)):  # expanded, and whole
-        passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+        passed, _, cov, *_ = measure_patches(x, SAMPLINGS[sampling], INTERLEAVED, "joint")
         grads += torch.autograd.grad((passed * weight).sum() + cov.sum(), x)
     torch.testing.assert_close(*grads)
-    passed, _, cov, *_ = measure_patches(x, LOOKS[looks], INTERLEAVED, "joint")
+    passed, _, cov, *_ = measure_patches(x, SAMPLINGS[sampling], INTERLEAVED, "joint")
     torch.testing.assert_close(torch.autograd.grad(passed.sum() + cov.sum(), x)[0], grads[0])
 
 

@@ -21,7 +21,7 @@ def exact(A):
 
 
 def response(values, n_iter):
-    """What the iteration does to single eigenvalues: the same recursion on scalars."""
+    """Apply the recursion to eigenvalues."""
     norm = values.norm()
     y, z = values / norm, torch.ones_like(values)
     for _ in range(n_iter):

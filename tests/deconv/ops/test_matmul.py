@@ -1,4 +1,4 @@
-"""The two products against einsum, whatever routine they choose."""
+"""The two products against einsum, for every routine."""
 
 import pytest
 import torch

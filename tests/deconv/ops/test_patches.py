@@ -37,22 +37,22 @@ CASES = pairwise(SHAPES, PADDINGS, [False, True])
 def test_patches_equal_im2col(shape, padding, by_product):
     kernel, stride, dilation, size = shape
     x = torch.randn(2, 6, *size, dtype=torch.float64)
-    window = PatchGrid(kernel, stride, dilation, padding)
-    selection = select_pixels(x, window) if by_product else ()
+    grid = PatchGrid(kernel, stride, dilation, padding)
+    selection = select_pixels(x, grid) if by_product else ()
     expected = F.unfold(F.pad(x, padding), kernel, dilation=dilation, stride=stride)  # N C*T L
-    torch.testing.assert_close(gather(x, window, selection), expected, rtol=0, atol=0)
-    assert window.count(size) == expected.shape[2]
+    torch.testing.assert_close(gather(x, grid, selection), expected, rtol=0, atol=0)
+    assert grid.count(size) == expected.shape[2]
 
 
 @pytest.mark.parametrize(("shape", "padding", "by_product"), CASES)
 def test_scatter_is_the_adjoint_of_gather(shape, padding, by_product):
     kernel, stride, dilation, size = shape
     x, y = torch.randn(2, 2, 6, *size, dtype=torch.float64)
-    window = PatchGrid(kernel, stride, dilation, padding)
-    maps = torch.randn_like(gather(x, window))
+    grid = PatchGrid(kernel, stride, dilation, padding)
+    maps = torch.randn_like(gather(x, grid))
     before = y.clone()
-    scatter(maps, y, window, select_pixels(x, window) if by_product else ())
-    torch.testing.assert_close((maps * gather(x, window)).sum(), ((y - before) * x).sum())
+    scatter(maps, y, grid, select_pixels(x, grid) if by_product else ())
+    torch.testing.assert_close((maps * gather(x, grid)).sum(), ((y - before) * x).sum())
 
 
 def test_patches_equal_a_loop_over_positions():
@@ -70,9 +70,9 @@ def test_patches_equal_a_loop_over_positions():
 @pytest.mark.parametrize("dims", [1, 3])
 def test_other_numbers_of_dimensions(dims):
     x = torch.randn(2, 4, *(6,) * dims)
-    window = PatchGrid((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims)
-    for selection in ((), select_pixels(x, window)):
-        maps = gather(x, window, selection)
+    grid = PatchGrid((3,) * dims, (3,) * dims, (1,) * dims, (0, 0) * dims)
+    for selection in ((), select_pixels(x, grid)):
+        maps = gather(x, grid, selection)
         assert maps.shape[1] == 4 * 3**dims and maps.numel() == x.numel()
         torch.testing.assert_close(
             maps[0, :, 0].reshape(4, *(3,) * dims), x[(0, ..., *[slice(3)] * dims)]
@@ -81,12 +81,12 @@ def test_other_numbers_of_dimensions(dims):
 
 @pytest.mark.parametrize("size", [(6, 7), (20, 7), (2, 520)])  # by a product; pixel by pixel
 def test_channels_last_input_gives_the_same_patches(size):
-    x, window = torch.randn(2, 4, *size), PatchGrid((2, 3), (2, 2), (1, 1), (1, 1, 0, 2))
+    x, grid = torch.randn(2, 4, *size), PatchGrid((2, 3), (2, 2), (1, 1), (1, 1, 0, 2))
     last = x.to(memory_format=torch.channels_last)
-    selection = select_pixels(x, window)
+    selection = select_pixels(x, grid)
     assert bool(selection) == (size == (6, 7))
-    expected = F.unfold(F.pad(x, window.padding), (2, 3), stride=2)
-    maps = gather(last, window, selection)
+    expected = F.unfold(F.pad(x, grid.padding), (2, 3), stride=2)
+    maps = gather(last, grid, selection)
     torch.testing.assert_close(maps, expected)
 
 
@@ -102,24 +102,24 @@ SIZES = [(9, 12), (4, 4), (2, 1)]
 @pytest.mark.parametrize("last", [False, True])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("per_image", [1, 2, 5])
-def test_spots_are_those_patches_of_the_window(size, per_image, last):
-    spots = PatchSubset(SEEN, min(per_image, SEEN.count(size)), first=3)
+def test_subset_are_those_patches_of_the_grid(size, per_image, last):
+    subset = PatchSubset(SEEN, min(per_image, SEEN.count(size)), first=3)
     x = torch.randn(6, 4, *size)
     if last:
         x = x.to(memory_format=torch.channels_last)
-    numbers = spots.choose(6, size, x.device)
+    numbers = subset.choose(6, size, x.device)
     whole = gather(x, SEEN)  # N C*T P
     expected = torch.stack([whole[n][:, numbers[n]] for n in range(6)])
-    maps = gather(x, spots)
+    maps = gather(x, subset)
     torch.testing.assert_close(maps, expected, rtol=0, atol=0)
     y = torch.zeros_like(x)
     other = torch.randn_like(maps)
-    scatter(other, y, spots, select_pixels(x, spots))
+    scatter(other, y, subset, select_pixels(x, subset))
     torch.testing.assert_close((other * maps).sum(), (y * x).sum())
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_spots_of_a_image_differ_and_those_of_many_are_all(size):
+def test_subset_of_an_image_differ_and_those_of_many_are_all(size):
     positions = SEEN.count(size)
     for per_image in range(1, positions + 1):
         numbers = PatchSubset(SEEN, per_image).choose(2 * positions, size, torch.device("cpu"))
