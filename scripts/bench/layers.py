@@ -217,7 +217,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model, images = build(flags)
     except (TypeError, ValueError) as error:
-        parser.error(f"{steps.name_options(flags)}{error}")
+        options = "".join(f"--option {name}={value}: " for name, value in flags.option)
+        parser.error(f"{options}{error}")
     accelerator = Accelerator(device, amp=steps.AMP[flags.dtype], channels_last=flags.channels_last)
     rounds = measure(model, images, accelerator, rounds=flags.rounds, warmup=flags.warmup)
     print(f"{', '.join(steps.describe_environment(device).values())}\n")
