@@ -60,7 +60,7 @@ def test_every_command_is_accepted(path):
 
 
 @pytest.mark.parametrize("path", PAGES, ids=name)
-def test_every_path_exists(path):
+def test_every_path_exists_and_every_table_is_whole(path):
     text = read(path)
     # Scripts that are run, files that are named, and targets of links.
     places = re.findall(r"(?:python|bash|sbatch(?: -\S+)*) ([\w/.]+\.(?:py|sh))\b", text)
@@ -68,11 +68,7 @@ def test_every_path_exists(path):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", text)
     missing = [place for place in places if "NAME" not in place and not (ROOT / place).exists()]
     assert missing + [link for link in links if not (path.parent / link).exists()] == []
-
-
-@pytest.mark.parametrize("path", PAGES, ids=name)
-def test_every_table_is_whole(path):
-    for table in find_tables(read(path)):
+    for table in find_tables(text):
         assert all(table[0]), table[0]
         assert {len(row) for row in table} == {len(table[0])}, table[0]
         assert [row for row in table if not all(row)] == []  # no ditto by a blank cell
