@@ -252,7 +252,7 @@ def test_a_folder_after_milestones_is_no_milestone():
         ("-e DIR", "-e True needs --resume FILE or --pretrained"),
         ("--dummy DIR", "DIR DIR contradicts --dummy"),
         ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),
-        ("--rank 1 DIR", "--rank 1 is not below --world-size 1"),
+        ("--rank 1 DIR", "--rank 1 must be below --world-size 1"),
         ("--world-size 2 DIR", "--world-size 2 needs --rank and --dist-url"),
         (
             "--world-size 2 --rank 0 --dist-url env:// DIR",
@@ -260,7 +260,7 @@ def test_a_folder_after_milestones_is_no_milestone():
         ),
         ("--dist-url tcp://nowhere DIR", "--dist-url: expected tcp://HOST:PORT or env://"),
         ("--gpu 0 --use-gpu False DIR", "--gpu 0 contradicts --use-gpu False"),
-        ("--warmup-epochs 90 DIR", "--warmup-epochs 90.0 is not before the end, --epochs 90"),
+        ("--warmup-epochs 90 DIR", "--warmup-epochs 90.0 must be below --epochs 90"),
         ("", "DIR is missing"),
         ("/nowhere/at/all", "no folder /nowhere/at/all/val"),
         ("-a resnet19 DIR", "'resnet19' is unknown"),
