@@ -51,13 +51,10 @@ def list_archives(dataset: DatasetClass) -> list[Archive]:
         raw = Path(dataset.__name__, "raw")
         return [
             Archive(
-                raw / name,
-                md5,
-                tuple(mirror + name for mirror in dataset.mirrors),
-                {raw / name.removesuffix(".gz"): None},
-                2**26,  # up to 26,421,880
+                raw / name, md5, tuple(mirror + name for mirror in dataset.mirrors), files, 2**26
             )
             for name, md5 in dataset.resources
+            for files in [{raw / name.removesuffix(".gz"): None}]
         ]
     if issubclass(dataset, datasets.SVHN):
         parts = [dataset.split_list[part] for part in ("train", "test")]
@@ -112,16 +109,12 @@ def download(dataset: DatasetClass, root: Path, mirror: str | None = None) -> No
     with closing(take_lock(root / f".{dataset.__name__}.lock", on_wait)):
         for archive in list_archives(dataset):
             if find_faults(archive, root):
-                _download_archive(archive, root, mirror)
-
-
-def _download_archive(archive: Archive, root: Path, mirror: str | None) -> None:
-    path = root / archive.path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not check_integrity(path, archive.md5):
-        fetch(path, archive.md5, archive.addresses(mirror), archive.max_bytes)
-    if archive.path not in archive.files:
-        extract_archive(str(path), str(path.parent))
+                path = root / archive.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if not check_integrity(path, archive.md5):
+                    fetch(path, archive.md5, archive.addresses(mirror), archive.max_bytes)
+                if archive.path not in archive.files:
+                    extract_archive(str(path), str(path.parent))
 
 
 def _find_fault(path: Path, md5: str | None) -> str:

@@ -6,21 +6,19 @@ import os
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torchvision import datasets as published
 
 from util.data.augment import Augmentation
-from util.data.embedded_sets import (
-    DIGIT_NAMES,
-    FASHION_NAMES,
-    EmbeddedSet,
-    read_digits,
-    read_fashion_mini,
-)
+from util.data.embedded_sets import DIGIT_NAMES, EmbeddedSet, read_digits, read_fashion_mini
 from util.data.image_folder import load_folder
 from util.data.images import DataSpec
-from util.data.loader import MIN_IMAGE_SIZE, ImageLoader, check_arguments
+from util.data.loader import MIN_IMAGE_SIZE, ImageLoader, LoaderOptions, check_arguments
 from util.data.torchvision_sets import STL10_NAMES, TorchvisionSet
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 # The augmentations are the published ones, except for the grey level of the border.
 CROP = Augmentation(pad=4)
@@ -67,7 +65,7 @@ DATASETS: dict[str, TorchvisionSet | EmbeddedSet | FolderSet] = {
         augmentation=CROP_AND_FLIP,
     ),
     "digits": EmbeddedSet(read_digits, DIGIT_NAMES),
-    "fashion-mini": EmbeddedSet(read_fashion_mini, FASHION_NAMES, FLIP),
+    "fashion-mini": EmbeddedSet(read_fashion_mini, tuple(published.FashionMNIST.classes), FLIP),
     "folder": FolderSet(),
 }
 
@@ -87,15 +85,11 @@ def build_loaders(
     root: str | os.PathLike[str],
     *,
     batch_size: int,
-    num_workers: int = 0,
-    seed: int = 0,
     image_size: int | None = None,
     cache_dir: str | os.PathLike[str],
-    device_type: str = "cpu",
     on_bad_image: str = "error",
     mirror: str | None = None,
-    rank: int = 0,
-    processes: int = 1,
+    **options: Unpack[LoaderOptions],
 ) -> tuple[DataSpec, ImageLoader, ImageLoader]:
     """Return the description of a dataset, its training loader and its test loader.
 
@@ -103,11 +97,7 @@ def build_loaders(
         dataset: a name in DATASETS.
         root: folder of the files, also of downloaded ones. Embedded datasets ignore it.
         batch_size: see ImageLoader.
-        num_workers: see ImageLoader.
-        seed: see ImageLoader.
-        device_type: see ImageLoader.
-        rank: see ImageLoader.
-        processes: see ImageLoader.
+        options: num_workers, seed, device_type, rank and processes of ImageLoader.
         image_size: side in pixels, at least 32. None means 32.
         cache_dir: folder for the channel statistics of `folder`. Rank 0 writes them.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
@@ -123,7 +113,7 @@ def build_loaders(
     if dataset not in DATASETS:
         raise ValueError(f"unknown dataset {dataset!r}: choose from {', '.join(DATASETS)}")
     entry = DATASETS[dataset]
-    check_arguments(batch_size, num_workers, image_size, on_bad_image)
+    check_arguments(image_size, on_bad_image, batch_size=batch_size, **options)
     if on_bad_image == "skip" and not isinstance(entry, FolderSet):
         raise ValueError(f"on_bad_image 'skip' needs image files, and {dataset} has none")
     root = Path(root).expanduser()
@@ -136,20 +126,11 @@ def build_loaders(
             root,
             image_size,
             Path(cache_dir),
-            threads=max(1, num_workers),
+            threads=max(1, options.get("num_workers", 0)),
             skip=on_bad_image == "skip",
-            writes=rank == 0,
+            writes=options.get("rank", 0) == 0,
         )
-    loader = partial(
-        ImageLoader,
-        spec,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        device_type=device_type,
-        rank=rank,
-        processes=processes,
-    )
+    loader = partial(ImageLoader, spec, batch_size=batch_size, **options)
     border = tuple(round(255 * mean) for mean in spec.mean)
     augmentation = replace(entry.augmentation, fill=border)
     return spec, loader(train, train=True, augmentation=augmentation), loader(test, train=False)

@@ -14,18 +14,6 @@ from util.data.images import DataSpec, Split, channel_statistics, make_split
 DIGITS_TEST = 360  # of 1797 images, a fifth of every class
 DIGIT_NAMES = tuple("0123456789")
 FASHION_MINI = Path(__file__).with_name("fashion_mini.npz")
-FASHION_NAMES = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
-)
 
 Part = tuple[np.ndarray, np.ndarray]  # images (N, H, W) uint8, labels (N,)
 
@@ -73,7 +61,5 @@ def read_fashion_mini() -> tuple[Part, Part]:
     `scripts/dev/make_fashion_mini.py` makes the file.
     """
     with np.load(FASHION_MINI, allow_pickle=False) as arrays:
-        train, test = (
-            (arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test")
-        )
+        train, test = ((arrays[f"{p}_images"], arrays[f"{p}_labels"]) for p in ("train", "test"))
     return train, test

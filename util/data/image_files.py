@@ -45,12 +45,8 @@ class ImageFiles:
     ) -> None:
         # One array: reference counts of a million strings would copy the memory in every worker.
         self.paths = np.array([os.fsencode(path) for path in paths])
-        self.image_size, self.transform, self.skip, self.min_size = (
-            image_size,
-            transform,
-            skip,
-            min_size,
-        )
+        self.image_size, self.transform = image_size, transform
+        self.skip, self.min_size = skip, min_size
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -80,11 +76,7 @@ class ImageFiles:
 
 
 def open_image(path: str, min_size: int | None = None) -> Image.Image:
-    """Decode a file as RGB, rotated to its EXIF orientation.
-
-    Args:
-        path: of the file.
-        min_size: see ImageFiles.
+    """Decode a file as RGB, rotated to its EXIF orientation; see ImageFiles for `min_size`.
 
     Raises:
         BadImage: the file is empty, truncated, or no image of known range.
@@ -95,18 +87,13 @@ def open_image(path: str, min_size: int | None = None) -> Image.Image:
             if min_size:
                 image.draft(None, (min_size, min_size))
             image.load()
-            return to_rgb(rotate_upright(image))
+            with suppress(Exception):  # a damaged EXIF header raises anything
+                ImageOps.exif_transpose(image, in_place=True)
+            return to_rgb(image)
     except Exception as error:  # decoders raise anything from OSError to struct.error
         if getattr(error, "errno", None) is not None:
             raise DataError(f"cannot read the image {path}: {error.strerror}") from None
         raise BadImage(f"cannot decode the image {path}: {error}") from None
-
-
-def rotate_upright(image: Image.Image) -> Image.Image:
-    """Rotate an image to its EXIF orientation; ignore a damaged header."""
-    with suppress(Exception):  # a damaged header raises anything
-        ImageOps.exif_transpose(image, in_place=True)
-    return image
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

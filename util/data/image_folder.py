@@ -14,11 +14,16 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.image_files import ImageFiles, resize_whole
-from util.data.images import DataSpec, Source, Split, channel_statistics, load_into_memory
+from util.data.images import (
+    DataSpec,
+    Source,
+    Split,
+    Statistics,
+    channel_statistics,
+    load_into_memory,
+)
 from util.errors import DataError
 from util.files import atomic_write
-
-Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 
 
 @dataclass(frozen=True)
@@ -60,9 +65,8 @@ def load_folder(
     require_same_classes(train, test)
 
     def read(listing: Listing) -> Split:
-        files = ImageFiles(
-            listing.paths, image_size, resize_whole, skip=skip, min_size=2 * image_size
-        )
+        options = {"skip": skip, "min_size": 2 * image_size}
+        files = ImageFiles(listing.paths, image_size, resize_whole, **options)
         return Split(load_into_memory(files, threads), torch.tensor(listing.targets))
 
     splits = read(train), read(test)
@@ -81,10 +85,8 @@ def scan_split(root: Path, *names: str) -> Listing:
     folder = next((root / name for name in names if (root / name).is_dir()), None)
     if folder is None:
         wanted = " or ".join(str(root / name) for name in names)
-        raise DataError(
-            f"no folder {wanted}: expected images in CLASS folders inside; name the folder "
-            f"that holds train/"
-        )
+        advice = "expected images in CLASS folders inside; name the folder that holds train/"
+        raise DataError(f"no folder {wanted}: {advice}")
     classes = list_classes(folder)
     if not classes:
         raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*")

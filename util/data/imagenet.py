@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -13,8 +14,11 @@ from util.data.augment import Augmentation
 from util.data.image_files import ImageFiles, Transform, centre_crop, random_crop
 from util.data.image_folder import Listing, require_same_classes, scan_split
 from util.data.images import DataSpec, Pixels, Split
-from util.data.loader import ImageLoader, check_arguments
+from util.data.loader import ImageLoader, LoaderOptions, check_arguments
 from util.data.sampler import random_words
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 IMAGE_SIZE = 224
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training images of ImageNet
@@ -26,14 +30,10 @@ def build_imagenet_loaders(
     root: str | os.PathLike[str],
     *,
     batch_size: int,
-    num_workers: int = 0,
-    seed: int = 0,
     image_size: int = IMAGE_SIZE,
-    device_type: str = "cpu",
     on_bad_image: str = "error",
     test_only: bool = False,
-    rank: int = 0,
-    processes: int = 1,
+    **options: Unpack[LoaderOptions],
 ) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
     """Return the description of a folder of images, its training loader and its test loader.
 
@@ -44,11 +44,7 @@ def build_imagenet_loaders(
     Args:
         root: folder that holds train/ and val/ (or test/; with both, val/ is used).
         batch_size: see ImageLoader.
-        num_workers: see ImageLoader.
-        seed: see ImageLoader.
-        device_type: see ImageLoader.
-        rank: see ImageLoader.
-        processes: see ImageLoader.
+        options: num_workers, seed, device_type, rank and processes of ImageLoader.
         image_size: side in pixels, at least 32.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
             of its batch and names the file in `ImageLoader.skipped`.
@@ -59,7 +55,7 @@ def build_imagenet_loaders(
         DataError: a folder is missing or empty, or classes differ. A loader raises the error for a
             bad image.
     """
-    check_arguments(batch_size, num_workers, image_size, on_bad_image)
+    check_arguments(image_size, on_bad_image, batch_size=batch_size, **options)
     root = Path(root).expanduser()
     test_listing = scan_split(root, "val", "test")
     spec = DataSpec("imagenet", 3, image_size, tuple(test_listing.classes), MEAN, STD)
@@ -68,36 +64,23 @@ def build_imagenet_loaders(
         files = ImageFiles(listing.paths, image_size, transform, skip=on_bad_image == "skip")
         return Split(files, torch.tensor(listing.targets))
 
-    loader = partial(
-        ImageLoader,
-        spec,
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        device_type=device_type,
-        rank=rank,
-        processes=processes,
-    )
+    loader = partial(ImageLoader, spec, batch_size=batch_size, **options)
     test = loader(make_split(test_listing, centre_crop), train=False)
     if test_only:
         return spec, None, test
     train_listing = scan_split(root, "train")
     require_same_classes(train_listing, test_listing)
-    train = make_split(train_listing, partial(random_crop, seed=seed))
+    train = make_split(train_listing, partial(random_crop, seed=options.get("seed", 0)))
     return spec, loader(train, train=True, augmentation=Augmentation(flip=True)), test
 
 
 def build_dummy_loaders(
     *,
     batch_size: int,
-    num_workers: int = 0,
-    seed: int = 0,
     image_size: int = IMAGE_SIZE,
-    device_type: str = "cpu",
     train_size: int = TRAIN_SIZE,
     test_size: int = TEST_SIZE,
-    rank: int = 0,
-    processes: int = 1,
+    **options: Unpack[LoaderOptions],
 ) -> tuple[DataSpec, ImageLoader, ImageLoader]:
     """Return loaders of noise in the shape of ImageNet, for timing without data.
 
@@ -105,11 +88,7 @@ def build_dummy_loaders(
 
     Args:
         batch_size: see ImageLoader.
-        num_workers: see ImageLoader.
-        seed: see ImageLoader.
-        device_type: see ImageLoader.
-        rank: see ImageLoader.
-        processes: see ImageLoader.
+        options: num_workers, seed, device_type, rank and processes of ImageLoader.
         image_size: side in pixels, at least 32.
         train_size: number of training images.
         test_size: number of test images.
@@ -117,18 +96,11 @@ def build_dummy_loaders(
     Raises:
         ValueError: a number out of range.
     """
-    check_arguments(batch_size, num_workers, image_size)
+    check_arguments(image_size, batch_size=batch_size, **options)
     classes = tuple(f"class {i}" for i in range(CLASSES))
-    loader = partial(
-        ImageLoader,
-        spec := DataSpec("dummy", 3, image_size, classes, MEAN, STD),
-        batch_size=batch_size,
-        num_workers=num_workers,
-        seed=seed,
-        device_type=device_type,
-        rank=rank,
-        processes=processes,
-    )
+    spec = DataSpec("dummy", 3, image_size, classes, MEAN, STD)
+    loader = partial(ImageLoader, spec, batch_size=batch_size, **options)
+    seed = options.get("seed", 0)
     train, test = (Noise(size, image_size, seed).split() for size in (train_size, test_size))
     return spec, loader(train, train=True), loader(test, train=False)
 

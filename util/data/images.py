@@ -19,6 +19,8 @@ from util.errors import DataError
 MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
 CHUNK = 256  # images per read when a whole split is read
 
+Statistics = tuple[tuple[float, ...], tuple[float, ...]]  # mean and deviation, per channel
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -117,13 +119,8 @@ def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray,
     indices = np.arange(len(source))
     parts = [indices[i : i + CHUNK] for i in range(0, len(indices), CHUNK)]
     with ThreadPool(threads) as pool:
-        yield from progress_bar(
-            pool.imap(read, parts),
-            "reading images",
-            total=len(parts),
-            unit_scale=CHUNK,
-            delay=1,
-        )
+        scale = {"total": len(parts), "unit_scale": CHUNK, "delay": 1}
+        yield from progress_bar(pool.imap(read, parts), "reading images", **scale)
 
 
 def load_into_memory(source: Source, threads: int = 1) -> Source:
@@ -139,9 +136,7 @@ def load_into_memory(source: Source, threads: int = 1) -> Source:
     return InMemory(pixels, all_bad)
 
 
-def channel_statistics(
-    source: Source, threads: int = 1
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def channel_statistics(source: Source, threads: int = 1) -> Statistics:
     """Return mean and standard deviation of each channel over all pixels, for pixels in [0, 1].
 
     The sums are exact integers: neither chunks nor threads change the result. The deviation is at
@@ -162,16 +157,6 @@ def channel_statistics(
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
 
 
-def to_nchw(data: np.ndarray | Tensor) -> Tensor:
-    """Return images (N, H, W), (N, H, W, 3) or (N, C, H, W) as (N, C, H, W)."""
-    images = torch.as_tensor(data)
-    if images.ndim == 3:
-        images = images[:, None]
-    elif images.shape[-1] == 3:
-        images = images.permute(0, 3, 1, 2)
-    return images.contiguous()
-
-
 def make_split(
     data: np.ndarray | Tensor, targets: np.ndarray | Tensor | list[int], image_size: int
 ) -> Split:
@@ -181,14 +166,18 @@ def make_split(
     `image_size` are resized.
 
     Args:
-        data: uint8 images in a layout of `to_nchw`.
+        data: uint8 images (N, H, W), (N, H, W, 3) or (N, C, H, W).
         targets: (N,) integers.
         image_size: side in pixels.
     """
-    images = to_nchw(data)
+    images = torch.as_tensor(data)
+    if images.ndim == 3:
+        images = images[:, None]
+    elif images.shape[-1] == 3:
+        images = images.permute(0, 3, 1, 2)
     if images.shape[-1] == 28:
         images = functional.pad(images, [2])
-    source = InMemory(images)
+    source = InMemory(images.contiguous())
     if images.shape[-1] != image_size:
         source = load_into_memory(Resized(source, image_size))
     return Split(source, torch.as_tensor(targets, dtype=torch.int64))

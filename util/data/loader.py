@@ -7,7 +7,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypeVar
+from typing import TypedDict, TypeVar
 
 import numpy as np
 import torch
@@ -26,8 +26,23 @@ MAX_TEST_BATCH = 256  # images; test metrics do not depend on larger batch sizes
 T = TypeVar("T")
 
 
+class LoaderOptions(TypedDict, total=False):
+    """Optional arguments of ImageLoader that the loaders of all datasets share."""
+
+    num_workers: int
+    seed: int
+    device_type: str
+    rank: int
+    processes: int
+
+
 def check_arguments(
-    batch_size: int, num_workers: int, image_size: int, on_bad_image: str = "error"
+    image_size: int,
+    on_bad_image: str = "error",
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    **_: object,
 ) -> None:
     """Check arguments that all datasets share, before any file is read.
 

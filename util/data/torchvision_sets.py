@@ -12,11 +12,7 @@ from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, make_split
 from util.errors import DataError
 
-# fmt: off
-STL10_NAMES = (
-    "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
-)
-# fmt: on
+STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
 
 
 @dataclass(frozen=True)
@@ -39,13 +35,7 @@ class TorchvisionSet:
     def load(
         self, name: str, root: Path, image_size: int, mirror: str | None = None
     ) -> tuple[DataSpec, Split, Split]:
-        """Read both splits from files below `root`; download what is missing or damaged.
-
-        Args:
-            name: of the dataset, for messages.
-            root: folder of the files.
-            image_size: side in pixels.
-            mirror: see `archives.download`.
+        """Read both splits, with images of side `image_size`; see `open_parts`.
 
         Raises:
             DataError: files are damaged, or missing and cannot be downloaded.
@@ -75,8 +65,8 @@ def check_labels(where: str, split: Split, classes: int) -> None:
     wrong = (split.targets < 0) | (split.targets >= classes)
     if wrong.any():
         first = int(wrong.nonzero()[0])
-        label = int(split.targets[first])
-        raise DataError(f"{where}: image {first} has the label {label}, of 0 to {classes - 1}")
+        label = f"the label {split.targets[first]}, of 0 to {classes - 1}"
+        raise DataError(f"{where}: image {first} has {label}")
 
 
 def open_parts(
@@ -91,9 +81,8 @@ def open_parts(
         return read_parts(dataset, root)
     except Exception as error:  # parsers of foreign files raise anything
         if is_complete(dataset, root):
-            folder = find_folder(dataset, root)
-            text = f"{name}: damaged files in {folder} ({format_error(error)})"
-            raise DataError(text) from None
+            where = f"{name}: damaged files in {find_folder(dataset, root)}"
+            raise DataError(f"{where} ({format_error(error)})") from None
     try:
         download(dataset, root, mirror)
         return read_parts(dataset, root)
@@ -110,8 +99,7 @@ def read_parts(dataset: DatasetClass, root: Path) -> list[datasets.VisionDataset
 
 def find_folder(dataset: DatasetClass, root: Path) -> Path:
     """Return the folder of a dataset's unpacked files."""
-    first = next(iter(list_archives(dataset)[0].files))
-    return (root / first).parent
+    return (root / next(iter(list_archives(dataset)[0].files))).parent
 
 
 def explain_missing(name: str, dataset: DatasetClass, root: Path, error: Exception) -> str:
