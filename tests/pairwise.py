@@ -1,11 +1,15 @@
-"""Pairwise draws: few cases that still hold every pair of values of any two parameters."""
+"""Pairwise draws of cases, and loops over cases inside one test."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import wraps
+from inspect import Signature, signature
 from itertools import combinations, product
 from random import Random
 from typing import Any
+
+import torch
 
 
 def pairwise(*columns: Sequence[Any], seed: int = 0, tries: int = 50) -> list[tuple[Any, ...]]:
@@ -42,3 +46,28 @@ def pairwise(*columns: Sequence[Any], seed: int = 0, tries: int = 50) -> list[tu
         pairs -= covers(best)
         rows.append(tuple(column[k] for column, k in zip(columns, best, strict=True)))
     return rows
+
+
+def loop_over(names: str | Sequence[str], cases: Iterable[Any]) -> Callable[..., Any]:
+    """Run a test once for every case, as one test. Takes the arguments of pytest's parametrize.
+
+    Each case starts from seed 0. An error names its case.
+    """
+    names = names.replace(",", " ").split() if isinstance(names, str) else names
+
+    def decorate(test: Callable[..., Any]) -> Callable[..., Any]:
+        @wraps(test)
+        def run(**fixtures: Any) -> None:
+            for case in cases:
+                values = dict(zip(names, case if len(names) > 1 else (case,), strict=True))
+                torch.manual_seed(0)
+                try:
+                    test(**fixtures, **values)
+                except Exception as error:
+                    raise AssertionError(f"in the case {values}: {error}") from error
+
+        kept = [p for name, p in signature(test).parameters.items() if name not in names]
+        run.__signature__ = Signature(kept)  # type: ignore[attr-defined]
+        return run
+
+    return decorate

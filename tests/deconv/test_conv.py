@@ -21,7 +21,7 @@ from tests.oracle import (
     make_exact,
     make_maps,
 )
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 LAYOUTS = "contiguous", "interleaved"
 VARIANTS = list(itertools.product(LAYOUTS, (True, False)))
@@ -55,7 +55,7 @@ def test_fold_then_convolve_equals_whiten_then_convolve(root, mode, geometry, la
     torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-8, atol=1e-8)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("geometry", "kind", "mode"),
     pairwise(
         [
@@ -78,7 +78,7 @@ def test_convolutions_whiten_what_the_kernel_sees(geometry, kind, mode):
     torch.testing.assert_close(y, brute_force_joint(layer, x, steps), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
+@loop_over(("layout", "shared"), VARIANTS)
 def test_whitened_patches_have_identity_covariance(layout, shared):
     # With as many outputs as features and W = I, the outputs of mode 4 *are* the whitened patches.
     layer = FastDeconv(2, 18, 3, padding=1, mode=4, eps=1e-9, block=2, layout=layout, shared=shared)
@@ -105,7 +105,7 @@ def test_five_steps_whiten_down_to_their_floor():
     assert std.max() < 1.001
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("kind", "root", "mode", "groups", "rows_per_feature"),  # 0: all patches, 0.5: a subset
     pairwise([*CONVOLUTIONS, *TRANSPOSED], ROOTS, [1, 2, 3, 5], [1, 2], [0, 0.5]),
 )
@@ -141,7 +141,7 @@ def test_gradients_match_finite_differences(root, mode, layout, shared):
     assert torch.autograd.gradcheck(f, (x, *layer.parameters()), fast_mode=True)
 
 
-@pytest.mark.parametrize(("layout", "shared"), VARIANTS)
+@loop_over(("layout", "shared"), VARIANTS)
 def test_mode_5_with_stride_1_is_mode_4(layout, shared):
     x = images()
     four, five = (
@@ -289,7 +289,7 @@ def test_every_kind_is_the_plain_layer_before_training_and_fused(kind, modes):
         torch.testing.assert_close(plain(x), layer(x), rtol=1e-10, atol=1e-10)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("options", "message"),
     [
         (dict(mode=6), "mode.*6"),
@@ -316,8 +316,8 @@ def test_bad_arguments_are_named(options, message):
         FastDeconv(4, 8, 3, **options)
 
 
-@pytest.mark.parametrize("kind", [FastDeconv, FastDeconvTranspose1d, Delinear])
-@pytest.mark.parametrize("wrong", [0, 1])
+@loop_over("kind", [FastDeconv, FastDeconvTranspose1d, Delinear])
+@loop_over("wrong", [0, 1])
 def test_layers_of_nothing_are_refused_by_name(kind, wrong):
     side, sizes = ("in", "out")[wrong], [4, 4]
     sizes[wrong] = 0
@@ -337,7 +337,7 @@ def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
     assert "rows_per_feature=4, root=newton" in shown
 
 
-@pytest.mark.parametrize("name", [name for name in deconv.__all__ if name.startswith("FastDeconv")])
+@loop_over("name", [name for name in deconv.__all__ if name.startswith("FastDeconv")])
 def test_unknown_arguments_are_named(name):
     kind = getattr(deconv, name)
     with pytest.raises(TypeError, match=r"Convolution.__init__\(\) got .*'bloc'"):
@@ -345,7 +345,7 @@ def test_unknown_arguments_are_named(name):
     assert kind(4, 8, 3, block=2, device="meta", dtype=torch.float32).weight.is_meta
 
 
-@pytest.mark.parametrize("shape", [(2, 4, 9), (2, 3, 9, 9), (2, 4, 9, 9, 9)])
+@loop_over("shape", [(2, 4, 9), (2, 3, 9, 9), (2, 4, 9, 9, 9)])
 def test_input_of_another_kind_is_named(shape):
     for layer in (FastDeconv(4, 8, 3), deconv.FastDeconvTranspose2d(4, 8, 3)):
         with pytest.raises(ValueError, match=r"4 channels and 2 dimensions.*\(2, "):

@@ -7,7 +7,7 @@ from torch import nn
 import deconv
 from deconv import FastDeconvTranspose2d
 from tests.oracle import TRANSPOSED, brute_force_joint, make_exact, make_maps, spread_out
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 
 @pytest.fixture(autouse=True)
@@ -42,8 +42,8 @@ def test_transposed_ones_whiten_the_map_with_zeros_in_between(case, kind, mode):
     torch.testing.assert_close(y, brute_force_joint(layer, x, steps), rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("rows_per_feature", [0, 1])
-@pytest.mark.parametrize("mode", [1, 2, 3, 5])
+@loop_over("rows_per_feature", [0, 1])
+@loop_over("mode", [1, 2, 3, 5])
 def test_a_transposed_layer_is_that_of_the_wider_map(mode, rows_per_feature):
     options = dict(mode=mode, block=2, rows_per_feature=rows_per_feature)
     up = make_exact(nn.ConvTranspose2d, 4, 6, 4, stride=2, padding=3, **options)  # no zeros outside

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 BLOCK = 8
 MODES = [0, 1, 2, 3, 4, 5]  # 0: the fully connected layer
@@ -31,7 +31,7 @@ def make_input(mode, count):
     return torch.randn(count, 8, 6, 6) if mode else torch.randn(count, 8)
 
 
-@pytest.mark.parametrize("count", range(1, BLOCK + 2))
+@loop_over("count", range(1, BLOCK + 2))
 def test_batches_of_every_size_around_the_block(count):
     for mode in MODES:
         values = learn(make_layer(mode), make_input(mode, count))
@@ -58,7 +58,7 @@ def test_inputs_of_every_scale_and_rank(change):
         assert all(v.isfinite().all() for v in learn(make_layer(mode), x)), mode
 
 
-@pytest.mark.parametrize("mode", MODES)
+@loop_over("mode", MODES)
 def test_squares_beyond_float32_leave_running_statistics_alone(mode):
     """Expect a run to end with an error that names the layer if the output is not finite."""
     layer = make_layer(mode)
@@ -82,7 +82,7 @@ SAMPLINGS = {
 }
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("poison", "look", "side"),  # a small image and a large one, see `patches.SMALL`
     pairwise([float("nan"), float("inf"), -float("inf"), 1e30], [*SAMPLINGS], [7, 13]),
 )

@@ -19,6 +19,7 @@ from deconv import (
     fuse,
     recalibrate,
 )
+from tests.pairwise import loop_over
 
 FEW_ROWS = dict(block=2, rows_per_feature=1)  # some of the patches, see PatchSubset
 
@@ -59,15 +60,15 @@ def make(name, **options):
     return layer, torch.randn(shape, dtype=torch.float64)
 
 
-def test_vmap_over_a_layer_in_evaluation():
-    for name in LAYERS:
-        layer, x = make(name)
-        x = torch.stack([x, x + 1, 2 * x])
-        expected = torch.stack([layer.eval()(part) for part in x])
-        torch.testing.assert_close(vmap(layer)(x), expected)
+@loop_over("name", LAYERS)
+def test_vmap_over_a_layer_in_evaluation(name):
+    layer, x = make(name)
+    x = torch.stack([x, x + 1, 2 * x])
+    expected = torch.stack([layer.eval()(part) for part in x])
+    torch.testing.assert_close(vmap(layer)(x), expected)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@loop_over("name", LAYERS)
 def test_an_ensemble_of_layers_runs_as_one(name):
     members = [make(name)[0].eval() for _ in range(3)]
     _, x = make(name)
@@ -81,7 +82,7 @@ def test_an_ensemble_of_layers_runs_as_one(name):
     torch.testing.assert_close(vmap(run)(*state), expected)
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@loop_over("name", LAYERS)
 def test_gradients_of_each_sample_in_evaluation(name):
     layer, x = make(name)
     parameters = {key: p.detach() for key, p in layer.eval().named_parameters()}
@@ -107,23 +108,23 @@ def test_functional_call_in_training_uses_what_it_is_given():
     assert state["num_batches_tracked"] == 2
 
 
-def test_without_running_statistics_evaluation_uses_the_batch():
-    for name in LAYERS:
-        layer, x = make(name, track_running_stats=False)
-        assert not list(layer.buffers()) and set(layer.state_dict()) == {
-            *dict(layer.named_parameters())
-        }
-        torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
-        layer.reset_running_stats()
-        assert "track_running_stats=False" in repr(layer)
-        with pytest.raises(ValueError, match="no running statistics"):
-            fuse(layer.eval())
-        with pytest.raises(ValueError, match="no deconvolution layer"):
-            recalibrate(layer, [x])
-        assert not list(pickle.loads(pickle.dumps(layer)).buffers())
+@loop_over("name", LAYERS)
+def test_without_running_statistics_evaluation_uses_the_batch(name):
+    layer, x = make(name, track_running_stats=False)
+    assert not list(layer.buffers()) and set(layer.state_dict()) == {
+        *dict(layer.named_parameters())
+    }
+    torch.testing.assert_close(layer.eval()(x), layer.train()(x), rtol=0, atol=0)
+    layer.reset_running_stats()
+    assert "track_running_stats=False" in repr(layer)
+    with pytest.raises(ValueError, match="no running statistics"):
+        fuse(layer.eval())
+    with pytest.raises(ValueError, match="no deconvolution layer"):
+        recalibrate(layer, [x])
+    assert not list(pickle.loads(pickle.dumps(layer)).buffers())
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@loop_over("name", LAYERS)
 def test_checkpointing_counts_a_batch_once(name):
     for use_reentrant in (True, False):
         layer, x = make(name)
@@ -140,22 +141,22 @@ def test_checkpointing_counts_a_batch_once(name):
             torch.testing.assert_close(given.grad, expected.grad)
 
 
-def test_two_forwards_and_one_backward():
-    for name in LAYERS:
-        layer, first = make(name)
-        second, alone = 2 * first.flip(0) - 1, []
-        for x in (first, second):
-            layer.zero_grad()
-            layer(x).square().sum().backward()
-            alone.append([p.grad.clone() for p in layer.parameters()])
+@loop_over("name", LAYERS)
+def test_two_forwards_and_one_backward(name):
+    layer, first = make(name)
+    second, alone = 2 * first.flip(0) - 1, []
+    for x in (first, second):
         layer.zero_grad()
-        (layer(first).square().sum() + layer(second).square().sum()).backward()
-        for p, *parts in zip(layer.parameters(), *alone, strict=True):
-            torch.testing.assert_close(p.grad, sum(parts))
-        assert layer.num_batches_tracked == 5
+        layer(x).square().sum().backward()
+        alone.append([p.grad.clone() for p in layer.parameters()])
+    layer.zero_grad()
+    (layer(first).square().sum() + layer(second).square().sum()).backward()
+    for p, *parts in zip(layer.parameters(), *alone, strict=True):
+        torch.testing.assert_close(p.grad, sum(parts))
+    assert layer.num_batches_tracked == 5
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@loop_over("name", LAYERS)
 def test_copies_do_the_same_and_share_nothing(name):
     for again in AGAIN:
         layer, x = make(name)

@@ -3,7 +3,6 @@
 import ast
 from pathlib import Path
 
-import pytest
 import torch
 from torch import nn
 
@@ -11,7 +10,7 @@ import deconv
 from deconv import Delinear, FastDeconv
 from deconv.ops.inverse_sqrt import ROOTS
 from deconv.surgery.plan import DECONVOLUTIONS
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 HALF = [torch.bfloat16, torch.float16]
 LAYERS = {
@@ -50,49 +49,47 @@ def assert_close(given, expected, share):
         torch.testing.assert_close(one, other, rtol=0, atol=atol)
 
 
-def test_autocast_computes_statistics_in_float32():
-    for dtype in HALF:
-        for name in LAYERS:
-            layer, x = make(name)
-            _, expected = learn(layer, x)
-            other, _ = make(name)
-            y, given = learn(other, x, dtype)
-            assert y.dtype == dtype and other.weight.grad.dtype == torch.float32
-            assert_close(given, expected, 0.1)
-            for key, value in layer.named_buffers():
-                torch.testing.assert_close(other.get_buffer(key), value)
+@loop_over("dtype", HALF)
+@loop_over("name", LAYERS)
+def test_autocast_computes_statistics_in_float32(dtype, name):
+    layer, x = make(name)
+    _, expected = learn(layer, x)
+    other, _ = make(name)
+    y, given = learn(other, x, dtype)
+    assert y.dtype == dtype and other.weight.grad.dtype == torch.float32
+    assert_close(given, expected, 0.1)
+    for key, value in layer.named_buffers():
+        torch.testing.assert_close(other.get_buffer(key), value)
 
 
-def test_a_network_that_was_cast_learns():
-    for dtype in HALF:
-        for name in LAYERS:
-            layer, x = make(name)
-            _, expected = learn(layer, x)
-            other, _ = make(name)
-            y, given = learn(other.to(dtype), x.to(dtype))
-            kinds = {value.dtype for value in [y, *other.parameters(), other.weight.grad]}
-            assert kinds == {dtype}
-            assert {value.dtype for value in other.buffers()} == {torch.float32, torch.int64}
-            made = LAYERS[name][0](dtype=dtype)  # no other than one that was cast
-            assert [value.dtype for value in made.buffers()] == [
-                value.dtype for value in other.buffers()
-            ]
-            assert_close(given, expected, 0.1)
+@loop_over("dtype", HALF)
+@loop_over("name", LAYERS)
+def test_a_network_that_was_cast_learns(dtype, name):
+    layer, x = make(name)
+    _, expected = learn(layer, x)
+    other, _ = make(name)
+    y, given = learn(other.to(dtype), x.to(dtype))
+    kinds = {value.dtype for value in [y, *other.parameters(), other.weight.grad]}
+    assert kinds == {dtype}
+    assert {value.dtype for value in other.buffers()} == {torch.float32, torch.int64}
+    made = LAYERS[name][0](dtype=dtype)  # no other than one that was cast
+    assert [value.dtype for value in made.buffers()] == [value.dtype for value in other.buffers()]
+    assert_close(given, expected, 0.1)
 
 
-def test_double_precision_is_kept_throughout():
-    for name in LAYERS:
-        layer, x = make(name, dtype=torch.float64)
-        y = layer(x.double())
-        assert y.dtype == layer.running_mean.dtype == torch.float64
-        single, _ = make(name)
-        single.load_state_dict({key: value.float() for key, value in layer.state_dict().items()})
-        difference = (single.eval()(x).double() - layer.eval()(x.double())).abs().max()
-        assert 0 < difference < 1e-4 * y.abs().max()
+@loop_over("name", LAYERS)
+def test_double_precision_is_kept_throughout(name):
+    layer, x = make(name, dtype=torch.float64)
+    y = layer(x.double())
+    assert y.dtype == layer.running_mean.dtype == torch.float64
+    single, _ = make(name)
+    single.load_state_dict({key: value.float() for key, value in layer.state_dict().items()})
+    difference = (single.eval()(x).double() - layer.eval()(x.double())).abs().max()
+    assert 0 < difference < 1e-4 * y.abs().max()
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("name", ["conv", "up", "volume"])
+@loop_over("training", [True, False])
+@loop_over("name", ["conv", "up", "volume"])
 def test_channels_last_is_kept(name, training):
     layer, x = make(name)
     expected = layer.train(training)(x)
@@ -105,14 +102,14 @@ def test_channels_last_is_kept(name, training):
     assert x.grad.is_contiguous(memory_format=last)
 
 
-def test_the_gradient_of_a_broadcast_output():
-    for name in LAYERS:
-        layer, x = make(name)
-        gradients = []
-        for weight in (torch.ones(()), torch.ones_like(layer(x))):
-            given = x.clone().requires_grad_()
-            gradients += torch.autograd.grad((layer(given) * weight).sum(), given)
-        torch.testing.assert_close(*gradients)
+@loop_over("name", LAYERS)
+def test_the_gradient_of_a_broadcast_output(name):
+    layer, x = make(name)
+    gradients = []
+    for weight in (torch.ones(()), torch.ones_like(layer(x))):
+        given = x.clone().requires_grad_()
+        gradients += torch.autograd.grad((layer(given) * weight).sum(), given)
+    torch.testing.assert_close(*gradients)
 
 
 def test_no_code_asks_for_a_device_of_one_kind():
@@ -124,7 +121,7 @@ def test_no_code_asks_for_a_device_of_one_kind():
             assert not (text and node.value.partition(":")[0] in ("cuda", "mps", "xla"))
 
 
-@pytest.mark.parametrize("kind", [*DECONVOLUTIONS, nn.Linear])
+@loop_over("kind", [*DECONVOLUTIONS, nn.Linear])
 def test_layers_made_without_memory_take_up_a_state(kind):
     make_layer = DECONVOLUTIONS[kind] if kind is not nn.Linear else lambda i, o, _: Delinear(i, o)
     layer = make_layer(4, 6, 3)
@@ -144,9 +141,7 @@ OPTIONS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("kind", "mode", "options"), pairwise([*DECONVOLUTIONS], [1, 2, 3, 4, 5], OPTIONS)
-)
+@loop_over(("kind", "mode", "options"), pairwise([*DECONVOLUTIONS], [1, 2, 3, 4, 5], OPTIONS))
 def test_a_forward_on_a_fake_gpu_mixes_no_devices(kind, mode, options):
     from torch._subclasses.fake_tensor import FakeTensorMode
 

@@ -8,6 +8,7 @@ from deconv import Delinear, FastDeconv
 from deconv.conv import MODES, ROOTS
 from deconv.ops.inverse_sqrt import inverse_sqrt
 from tests.oracle import images
+from tests.pairwise import loop_over
 
 
 @pytest.fixture(autouse=True)
@@ -18,21 +19,21 @@ def _double():
     torch.set_default_dtype(torch.float32)
 
 
-def test_eval_before_training_is_the_plain_convolution():
-    for mode in MODES:
-        layer = FastDeconv(6, 8, (3, 5), 2, 1, groups=2, mode=mode).eval()
-        x = images(c=6)
-        torch.testing.assert_close(layer(x), nn.Conv2d.forward(layer, x))
-        linear = Delinear(6, 3).eval()
-        torch.testing.assert_close(linear(x[:, :, 0, 0]), nn.Linear.forward(linear, x[:, :, 0, 0]))
+@loop_over("mode", MODES)
+def test_eval_before_training_is_the_plain_convolution(mode):
+    layer = FastDeconv(6, 8, (3, 5), 2, 1, groups=2, mode=mode).eval()
+    x = images(c=6)
+    torch.testing.assert_close(layer(x), nn.Conv2d.forward(layer, x))
+    linear = Delinear(6, 3).eval()
+    torch.testing.assert_close(linear(x[:, :, 0, 0]), nn.Linear.forward(linear, x[:, :, 0, 0]))
 
 
-def test_eval_after_one_batch_equals_training_on_it():
-    for mode in MODES:
-        layer = FastDeconv(4, 3, 3, padding=1, mode=mode, block=2)
-        x = images()
-        y = layer(x)
-        torch.testing.assert_close(layer.eval()(x), y)
+@loop_over("mode", MODES)
+def test_eval_after_one_batch_equals_training_on_it(mode):
+    layer = FastDeconv(4, 3, 3, padding=1, mode=mode, block=2)
+    x = images()
+    y = layer(x)
+    torch.testing.assert_close(layer.eval()(x), y)
 
 
 def test_later_batches_enter_with_the_momentum():
@@ -80,16 +81,16 @@ def test_non_finite_batch_leaves_the_statistics_alone(poison):
         torch.testing.assert_close(value, before[name], rtol=0, atol=0)
 
 
-def test_batch_of_one_and_a_single_patch():
-    for mode in MODES:
-        layer = FastDeconv(3, 2, 3, mode=mode)
-        y = layer(torch.randn(1, 3, 3, 3, requires_grad=True))
-        y.sum().backward()
-        assert y.isfinite().all() and layer.weight.grad.isfinite().all()
-        assert Delinear(5, 2)(torch.randn(1, 5)).isfinite().all()
+@loop_over("mode", MODES)
+def test_batch_of_one_and_a_single_patch(mode):
+    layer = FastDeconv(3, 2, 3, mode=mode)
+    y = layer(torch.randn(1, 3, 3, 3, requires_grad=True))
+    y.sum().backward()
+    assert y.isfinite().all() and layer.weight.grad.isfinite().all()
+    assert Delinear(5, 2)(torch.randn(1, 5)).isfinite().all()
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("layer", "shape", "out"),
     [(FastDeconv(4, 8, 3, mode=mode), (4, 9, 11), (8, 7, 9)) for mode in MODES]
     + [(Delinear(4, 3), (4,), (3,))],
@@ -130,22 +131,22 @@ def test_backward_may_be_called_within_autocast(root):
         assert 0 < (exact - rounded).norm() < 0.03 * exact.norm()
 
 
-def test_statistics_stay_float32_under_autocast():
-    for mode in MODES:
-        torch.set_default_dtype(torch.float32)
-        layer = FastDeconv(4, 8, 3, mode=mode)
-        x = 300 * images().float()  # squares overflow float16
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            y = layer(x)
-        assert y.dtype == torch.bfloat16
-        reference = FastDeconv(4, 8, 3, mode=mode)
-        reference.load_state_dict(
-            {k: v for k, v in layer.state_dict().items() if "running" not in k}, strict=False
-        )
-        reference.num_batches_tracked.zero_()
-        torch.testing.assert_close(y.float(), reference(x), atol=0.1, rtol=0.05)
-        for name, value in reference._buffers.items():
-            torch.testing.assert_close(getattr(layer, name), value)
+@loop_over("mode", MODES)
+def test_statistics_stay_float32_under_autocast(mode):
+    torch.set_default_dtype(torch.float32)
+    layer = FastDeconv(4, 8, 3, mode=mode)
+    x = 300 * images().float()  # squares overflow float16
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = layer(x)
+    assert y.dtype == torch.bfloat16
+    reference = FastDeconv(4, 8, 3, mode=mode)
+    reference.load_state_dict(
+        {k: v for k, v in layer.state_dict().items() if "running" not in k}, strict=False
+    )
+    reference.num_batches_tracked.zero_()
+    torch.testing.assert_close(y.float(), reference(x), atol=0.1, rtol=0.05)
+    for name, value in reference._buffers.items():
+        torch.testing.assert_close(getattr(layer, name), value)
 
 
 def test_half_precision_networks_whiten_in_float32():
@@ -155,7 +156,7 @@ def test_half_precision_networks_whiten_in_float32():
     torch.testing.assert_close(layer.half()(x.half()).float(), expected, atol=0.05, rtol=0.05)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@loop_over("mode", MODES)
 def test_forward_on_a_fake_cuda_device_mixes_no_devices(mode):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -168,8 +169,8 @@ def test_forward_on_a_fake_cuda_device_mixes_no_devices(mode):
         assert layer.eval()(torch.randn(2, 4, 8, 8, device="cuda")).device.type == "cuda"
 
 
-@pytest.mark.parametrize("training", [True, False])
-@pytest.mark.parametrize("mode", MODES)
+@loop_over("training", [True, False])
+@loop_over("mode", MODES)
 def test_meta_device_propagates_shapes(mode, training):
     layer = FastDeconv(4, 8, 3, stride=2, mode=mode, device="meta").train(training)
     head = Delinear(8, 2, device="meta").train(training)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from deconv.ops import patches
 from deconv.ops.patches import PatchGrid, PatchSubset, cache_constants, scatter, select_pixels
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 SHAPES = [
     # kernel, stride, dilation, size
@@ -33,7 +33,7 @@ PADDINGS = [(1, 2, 3, 1), (4, 4, 4, 4)]
 CASES = pairwise(SHAPES, PADDINGS, [False, True])
 
 
-@pytest.mark.parametrize(("shape", "padding", "by_product"), CASES)
+@loop_over(("shape", "padding", "by_product"), CASES)
 def test_patches_equal_im2col(shape, padding, by_product):
     kernel, stride, dilation, size = shape
     x = torch.randn(2, 6, *size, dtype=torch.float64)
@@ -44,7 +44,7 @@ def test_patches_equal_im2col(shape, padding, by_product):
     assert grid.count(size) == expected.shape[2]
 
 
-@pytest.mark.parametrize(("shape", "padding", "by_product"), CASES)
+@loop_over(("shape", "padding", "by_product"), CASES)
 def test_scatter_is_the_adjoint_of_gather(shape, padding, by_product):
     kernel, stride, dilation, size = shape
     x, y = torch.randn(2, 2, 6, *size, dtype=torch.float64)
@@ -99,9 +99,9 @@ SEEN = PatchGrid((3, 3), (1, 2), (1, 1), (1, 1, 1, 1))
 SIZES = [(9, 12), (4, 4), (2, 1)]
 
 
-@pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("per_image", [1, 2, 5])
+@loop_over("last", [False, True])
+@loop_over("size", SIZES)
+@loop_over("per_image", [1, 2, 5])
 def test_subset_are_those_patches_of_the_grid(size, per_image, last):
     subset = PatchSubset(SEEN, min(per_image, SEEN.count(size)), first=3)
     x = torch.randn(6, 4, *size)
