@@ -51,10 +51,13 @@ def list_archives(dataset: DatasetClass) -> list[Archive]:
         raw = Path(dataset.__name__, "raw")
         return [
             Archive(
-                raw / name, md5, tuple(mirror + name for mirror in dataset.mirrors), files, 2**26
+                raw / name,
+                md5,
+                tuple(mirror + name for mirror in dataset.mirrors),
+                {raw / name.removesuffix(".gz"): None},
+                2**26,  # up to 26,421,880
             )
             for name, md5 in dataset.resources
-            for files in [{raw / name.removesuffix(".gz"): None}]
         ]
     if issubclass(dataset, datasets.SVHN):
         parts = [dataset.split_list[part] for part in ("train", "test")]

@@ -92,9 +92,8 @@ def test_images_enter_with_mean_zero_and_deviation_one():
     assert images.mean().abs() < 1e-4 and (images.std() - 1).abs() < 1e-3
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_served_is_refused_by_name():
+    for options, message in [
         ({"dataset": "cifar11"}, "unknown dataset 'cifar11': choose from cifar10"),
         ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
@@ -102,8 +101,6 @@ def test_images_enter_with_mean_zero_and_deviation_one():
         ({"on_bad_image": "drop"}, "on_bad_image must be 'error' or 'skip', got 'drop'"),
         ({"on_bad_image": "skip"}, "on_bad_image 'skip' needs image files, and digits has none"),
         ({"rank": 2, "processes": 2}, "rank must be in 0 .. processes - 1, got 2 of 2"),
-    ],
-)
-def test_what_cannot_be_served_is_refused_by_name(options, message):
-    with pytest.raises(ValueError, match=re.escape(message)):
-        build(**options)
+    ]:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            build(**options)

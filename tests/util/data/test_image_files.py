@@ -38,20 +38,20 @@ def pixels(image):
     return np.asarray(image).astype(int)
 
 
-@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"])
-def test_images_of_every_kind_become_rgb(tmp_path, mode):
-    grey = np.full((SIDE, SIDE), 255, np.uint8)
-    if mode.startswith("I"):
-        image = Image.fromarray(
-            (grey.astype(np.uint16) * 257).astype(np.int32 if mode == "I" else np.uint16)
-        )
-    else:
-        image = Image.fromarray(grey).convert("RGB").convert(mode)
-    path = tmp_path / ("x.tif" if mode == "I" else "x.jpg" if mode == "CMYK" else "x.png")
-    image.save(path)
-    images, bad = read([path])
-    assert images.shape == (1, 3, 32, 32) and images.dtype == torch.uint8 and not bad
-    assert images.min() >= 254
+def test_images_of_every_kind_become_rgb(tmp_path):
+    for mode in ["1", "L", "LA", "P", "RGBA", "CMYK", "I", "I;16"]:
+        grey = np.full((SIDE, SIDE), 255, np.uint8)
+        if mode.startswith("I"):
+            image = Image.fromarray(
+                (grey.astype(np.uint16) * 257).astype(np.int32 if mode == "I" else np.uint16)
+            )
+        else:
+            image = Image.fromarray(grey).convert("RGB").convert(mode)
+        path = tmp_path / ("x.tif" if mode == "I" else "x.jpg" if mode == "CMYK" else "x.png")
+        image.save(path)
+        images, bad = read([path])
+        assert images.shape == (1, 3, 32, 32) and images.dtype == torch.uint8 and not bad
+        assert images.min() >= 254
 
 
 def test_16_bit_grey_keeps_its_range(tmp_path):
@@ -79,29 +79,29 @@ ORIENTATIONS = range(1, 9)
 MODES = ["RGB", "L", "CMYK", "P"]
 
 
-@pytest.mark.parametrize(
-    ("orientation", "mode"),
-    [*((o, "RGB") for o in ORIENTATIONS), *zip((3, 6, 8), MODES[1:], strict=True)],
-)
-def test_every_exif_orientation_is_undone(tmp_path, orientation, mode):
-    stored_as = [  # how a camera held so would store the scene, as EXIF 2.32 defines it
-        lambda scene: scene,
-        np.fliplr,
-        lambda scene: np.rot90(scene, 2),
-        np.flipud,
-        lambda scene: scene.swapaxes(0, 1),
-        np.rot90,
-        lambda scene: np.rot90(scene, 2).swapaxes(0, 1),
-        lambda scene: np.rot90(scene, 3),
-    ]
-    scene = np.zeros((24, 36, 3), np.uint8)
-    scene[:12, :18], scene[:12, 18:], scene[12:, :18] = 51, 102, 204  # of Pillow's palette
-    stored = Image.fromarray(np.ascontiguousarray(stored_as[orientation - 1](scene)))
-    exif = Image.Exif()
-    exif[ExifTags.Base.Orientation] = orientation
-    path = tmp_path / ("x.png" if mode == "P" else "x.jpg")
-    stored.convert(mode).save(path, exif=exif, **({} if mode == "P" else {"quality": 100}))
-    assert np.abs(pixels(open_image(str(path))) - scene).max() <= 8
+def test_every_exif_orientation_is_undone(tmp_path):
+    for orientation, mode in [
+        *((o, "RGB") for o in ORIENTATIONS),
+        *zip((3, 6, 8), MODES[1:], strict=True),
+    ]:
+        stored_as = [  # how a camera held so would store the scene, as EXIF 2.32 defines it
+            lambda scene: scene,
+            np.fliplr,
+            lambda scene: np.rot90(scene, 2),
+            np.flipud,
+            lambda scene: scene.swapaxes(0, 1),
+            np.rot90,
+            lambda scene: np.rot90(scene, 2).swapaxes(0, 1),
+            lambda scene: np.rot90(scene, 3),
+        ]
+        scene = np.zeros((24, 36, 3), np.uint8)
+        scene[:12, :18], scene[:12, 18:], scene[12:, :18] = 51, 102, 204  # of Pillow's palette
+        stored = Image.fromarray(np.ascontiguousarray(stored_as[orientation - 1](scene)))
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        path = tmp_path / ("x.png" if mode == "P" else "x.jpg")
+        stored.convert(mode).save(path, exif=exif, **({} if mode == "P" else {"quality": 100}))
+        assert np.abs(pixels(open_image(str(path))) - scene).max() <= 8
 
 
 def test_a_damaged_exif_header_costs_neither_the_image_nor_a_warning(tmp_path):
@@ -156,12 +156,12 @@ def test_paths_of_any_bytes_are_found(tmp_path):
     assert read([path]).images.shape == (1, 3, 32, 32)
 
 
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (300, 420), (90, 33), (256, 256)])
-def test_the_centre_crop_is_that_of_torchvision(width, height):
-    published = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-    image = noise(width, height)
-    assert np.array_equal(centre_crop(image, 224, 0, 0), published(image))
-    assert centre_crop(image, 96, 0, 0).size == (96, 96)
+def test_the_centre_crop_is_that_of_torchvision():
+    for width, height in [(500, 375), (300, 420), (90, 33), (256, 256)]:
+        published = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
+        image = noise(width, height)
+        assert np.array_equal(centre_crop(image, 224, 0, 0), published(image))
+        assert centre_crop(image, 96, 0, 0).size == (96, 96)
 
 
 def test_the_random_crop_is_its_box_resized():

@@ -213,13 +213,13 @@ def test_classes_that_differ_are_listed(tmp_path):
         build(tmp_path)
 
 
-@pytest.mark.parametrize("content", [b"", b"no image", None])
-def test_an_image_that_cannot_be_decoded_is_named(root, content):
-    whole = (root / "test" / "dog" / "0.png").read_bytes()
-    bad = root / "test" / "dog" / "bad.png"
-    bad.write_bytes(whole[:-200] if content is None else content)
-    with pytest.raises(DataError, match=r"^cannot decode the image .*dog/bad\.png"):
-        build(root)
+def test_an_image_that_cannot_be_decoded_is_named(root):
+    for content in [b"", b"no image", None]:
+        whole = (root / "test" / "dog" / "0.png").read_bytes()
+        bad = root / "test" / "dog" / "bad.png"
+        bad.write_bytes(whole[:-200] if content is None else content)
+        with pytest.raises(DataError, match=r"^cannot decode the image .*dog/bad\.png"):
+            build(root)
 
 
 def test_a_bad_image_met_by_a_worker_is_one_sentence(root, monkeypatch):

@@ -1,4 +1,3 @@
-import pytest
 import torch
 
 from util.data.augment import Augmentation
@@ -39,37 +38,37 @@ def test_an_image_alone_is_the_image_in_its_batch():
         assert same(data.__getitems__([key])[:2], (images[i : i + 1], targets[i : i + 1]))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_the_parts_of_a_batch_are_that_batch_pixel_for_pixel(processes, workers):
-    one, *parts = (
-        loader(rank=rank, processes=n, num_workers=workers)
-        for rank, n in [(0, 1), *((rank, processes) for rank in range(processes))]
-    )
-    for each in (one, *parts):
-        each.batch_sampler.set_epoch(2)
-    assert {len(part) for part in parts} == {len(one)} == {3}
-    for whole, *shares in zip(one, *parts, strict=True):
-        images, targets = (torch.cat(tensors) for tensors in zip(*shares, strict=True))
-        assert same(whole, (images, targets))
+def test_the_parts_of_a_batch_are_that_batch_pixel_for_pixel():
+    for workers in [0, 2]:
+        for processes in [2, 3, 5]:
+            one, *parts = (
+                loader(rank=rank, processes=n, num_workers=workers)
+                for rank, n in [(0, 1), *((rank, processes) for rank in range(processes))]
+            )
+            for each in (one, *parts):
+                each.batch_sampler.set_epoch(2)
+            assert {len(part) for part in parts} == {len(one)} == {3}
+            for whole, *shares in zip(one, *parts, strict=True):
+                images, targets = (torch.cat(tensors) for tensors in zip(*shares, strict=True))
+                assert same(whole, (images, targets))
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_empty_part_is_a_batch_of_no_images(workers):
-    few = Split(InMemory(IMAGES[:2]), TARGETS[:2])
-    ((images, targets),) = loader(few, rank=2, processes=3, num_workers=workers)
-    assert images.shape == (0, 3, 4, 4) and images.dtype == torch.float32
-    assert targets.shape == (0,) and targets.dtype == torch.int64
+def test_an_empty_part_is_a_batch_of_no_images():
+    for workers in [0, 2]:
+        few = Split(InMemory(IMAGES[:2]), TARGETS[:2])
+        ((images, targets),) = loader(few, rank=2, processes=3, num_workers=workers)
+        assert images.shape == (0, 3, 4, 4) and images.dtype == torch.float32
+        assert targets.shape == (0,) and targets.dtype == torch.int64
 
 
-@pytest.mark.parametrize("processes", [2, 3, 5])
-def test_test_batches_are_dealt_whole(processes):
-    one = list(loader(train=False))
-    for rank in range(processes):
-        dealt = loader(train=False, rank=rank, processes=processes)
-        assert len(dealt) == len(one[rank::processes])
-        for batch, expected in zip(dealt, one[rank::processes], strict=True):
-            assert same(batch, expected)
+def test_test_batches_are_dealt_whole():
+    for processes in [2, 3, 5]:
+        one = list(loader(train=False))
+        for rank in range(processes):
+            dealt = loader(train=False, rank=rank, processes=processes)
+            assert len(dealt) == len(one[rank::processes])
+            for batch, expected in zip(dealt, one[rank::processes], strict=True):
+                assert same(batch, expected)
 
 
 def test_a_test_batch_stays_the_same_beyond_its_limit():
@@ -84,17 +83,17 @@ def test_a_test_batch_stays_the_same_beyond_its_limit():
     assert [len(targets) for _, targets in loader(many, batch_size=300)] == [300]
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_files_left_out_come_back_to_the_process_that_asked(workers):
-    bad = {1: "one", 9: "nine", **{i: str(i) for i in range(16, SIZE)}}
-    broken = loader(Split(InMemory(IMAGES, bad), TARGETS), train=False, num_workers=workers)
-    assert broken.skipped == set()
-    whole, found = list(loader(train=False)), list(broken)
-    assert broken.skipped == set(bad.values())
-    for number, (batch, expected) in enumerate(zip(found, whole, strict=True)):
-        good = [i for i in range(len(expected[1])) if 8 * number + i not in bad]
-        assert same(batch, [tensor[good] for tensor in expected])
-    assert found[2][0].shape == (0, 3, 4, 4)
+def test_files_left_out_come_back_to_the_process_that_asked():
+    for workers in [0, 2]:
+        bad = {1: "one", 9: "nine", **{i: str(i) for i in range(16, SIZE)}}
+        broken = loader(Split(InMemory(IMAGES, bad), TARGETS), train=False, num_workers=workers)
+        assert broken.skipped == set()
+        whole, found = list(loader(train=False)), list(broken)
+        assert broken.skipped == set(bad.values())
+        for number, (batch, expected) in enumerate(zip(found, whole, strict=True)):
+            good = [i for i in range(len(expected[1])) if 8 * number + i not in bad]
+            assert same(batch, [tensor[good] for tensor in expected])
+        assert found[2][0].shape == (0, 3, 4, 4)
 
 
 def test_an_image_left_out_changes_no_other():

@@ -35,12 +35,12 @@ def test_words_depend_on_every_part_of_the_key_and_on_nothing_else():
     assert random_words(-1, [0], [0], TOP) != random_words(0, [0], [0], TOP)
 
 
-@pytest.mark.parametrize("below", [2, 9])
-def test_words_are_uniform_and_draws_uncorrelated(below):
-    top, flip = (random_words(0, [0], MANY, draw) % np.uint64(below) for draw in (TOP, FLIP))
-    share = np.bincount(top.astype(int), minlength=below) / len(MANY)
-    assert np.abs(share - 1 / below).max() < 5 * np.sqrt(1 / below / len(MANY))
-    assert abs(np.corrcoef(top, flip)[0, 1]) < 5 / np.sqrt(len(MANY))
+def test_words_are_uniform_and_draws_uncorrelated():
+    for below in [2, 9]:
+        top, flip = (random_words(0, [0], MANY, draw) % np.uint64(below) for draw in (TOP, FLIP))
+        share = np.bincount(top.astype(int), minlength=below) / len(MANY)
+        assert np.abs(share - 1 / below).max() < 5 * np.sqrt(1 / below / len(MANY))
+        assert abs(np.corrcoef(top, flip)[0, 1]) < 5 / np.sqrt(len(MANY))
 
 
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
@@ -70,14 +70,14 @@ def test_batches_are_the_order_cut_and_the_last_is_kept():
     assert [i for batch in found for _, i in batch] == sorted(range(20), key=words.__getitem__)
 
 
-@pytest.mark.parametrize("whole", [False, True])
-def test_an_epoch_resumed_at_a_batch_continues_the_same_order(whole):
-    for rank in range(3):
-        share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole_batches": whole}
-        entire = batches(1, **share)
-        for start in range(7):
-            done = len(range(rank, start, 3)) if whole else start
-            assert batches(1, start_batch=start, **share) == entire[done:]
+def test_an_epoch_resumed_at_a_batch_continues_the_same_order():
+    for whole in [False, True]:
+        for rank in range(3):
+            share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole_batches": whole}
+            entire = batches(1, **share)
+            for start in range(7):
+                done = len(range(rank, start, 3)) if whole else start
+                assert batches(1, start_batch=start, **share) == entire[done:]
 
 
 def test_without_shuffle_every_epoch_has_the_order_of_the_data():
@@ -85,16 +85,18 @@ def test_without_shuffle_every_epoch_has_the_order_of_the_data():
     assert [[index for _, index in batch] for batch in found] == [[0, 1], [2, 3], [4]]
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (17, 8), (3, 8), (9, 2)])
-def test_the_parts_of_all_processes_are_the_batches_of_one(size, batch_size):
-    options = {"epoch": 1, "size": size, "batch_size": batch_size, "seed": 3}
-    for processes in range(1, 6):
-        parts = [batches(rank=rank, processes=processes, **options) for rank in range(processes)]
-        together = list(zip(*parts, strict=True))  # strict: all take the same number of steps
-        assert [[*chain(*step)] for step in together] == batches(**options)
-        for step in together:
-            sizes = [len(part) for part in step]
-            assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
+def test_the_parts_of_all_processes_are_the_batches_of_one():
+    for size, batch_size in [(23, 8), (24, 8), (17, 8), (3, 8), (9, 2)]:
+        options = {"epoch": 1, "size": size, "batch_size": batch_size, "seed": 3}
+        for processes in range(1, 6):
+            parts = [
+                batches(rank=rank, processes=processes, **options) for rank in range(processes)
+            ]
+            together = list(zip(*parts, strict=True))  # strict: all take the same number of steps
+            assert [[*chain(*step)] for step in together] == batches(**options)
+            for step in together:
+                sizes = [len(part) for part in step]
+                assert sizes == sorted(sizes, reverse=True) and sizes[0] - sizes[-1] <= 1
 
 
 def test_the_images_of_a_batch_can_be_told_afterwards():
@@ -104,23 +106,23 @@ def test_the_images_of_a_batch_can_be_told_afterwards():
     assert [sampler.images(i) for i in range(3)] == [[i for _, i in batch] for batch in found]
 
 
-@pytest.mark.parametrize(("size", "batch_size"), [(23, 8), (24, 8), (3, 8), (9, 2)])
-def test_whole_batches_are_dealt_in_turn(size, batch_size):
-    options = {"size": size, "batch_size": batch_size, "shuffle": False}
-    one = batches(**options)
-    for processes in range(1, 6):
-        for rank in range(processes):
-            dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
-            assert dealt == one[rank::processes]
+def test_whole_batches_are_dealt_in_turn():
+    for size, batch_size in [(23, 8), (24, 8), (3, 8), (9, 2)]:
+        options = {"size": size, "batch_size": batch_size, "shuffle": False}
+        one = batches(**options)
+        for processes in range(1, 6):
+            for rank in range(processes):
+                dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
+                assert dealt == one[rank::processes]
 
 
-@pytest.mark.parametrize(("epoch", "start"), [(-1, 0), (0, -1)])
-def test_negative_places_are_refused(epoch, start):
-    with pytest.raises(ValueError, match="-1"):
-        EpochBatches(5, 2).set_epoch(epoch, start)
+def test_negative_places_are_refused():
+    for epoch, start in [(-1, 0), (0, -1)]:
+        with pytest.raises(ValueError, match="-1"):
+            EpochBatches(5, 2).set_epoch(epoch, start)
 
 
-@pytest.mark.parametrize(("rank", "processes"), [(-1, 2), (2, 2), (0, 0)])
-def test_a_rank_that_no_process_has_is_refused(rank, processes):
-    with pytest.raises(ValueError, match=f"got {rank} of {processes}"):
-        EpochBatches(5, 2, rank=rank, processes=processes)
+def test_a_rank_that_no_process_has_is_refused():
+    for rank, processes in [(-1, 2), (2, 2), (0, 0)]:
+        with pytest.raises(ValueError, match=f"got {rank} of {processes}"):
+            EpochBatches(5, 2, rank=rank, processes=processes)

@@ -152,16 +152,16 @@ def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
     assert spec.in_channels == images.shape[1] == len(spec.mean) == len(spec.std)
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_batches_have_the_size_asked_for(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    for image_size in (None, 40):
-        spec, *loaders = build(name, tmp_path, image_size=image_size)
-        for loader in loaders:
-            ((images, targets),) = loader
-            assert images.shape == (len(targets), spec.in_channels, *[image_size or 32] * 2)
-            assert images.dtype == torch.float32 and targets.dtype == torch.int64
-        assert spec.image_size == (image_size or 32)
+def test_batches_have_the_size_asked_for(tmp_path, monkeypatch):
+    for name in WRITERS:
+        WRITERS[name](tmp_path, monkeypatch)
+        for image_size in (None, 40):
+            spec, *loaders = build(name, tmp_path, image_size=image_size)
+            for loader in loaders:
+                ((images, targets),) = loader
+                assert images.shape == (len(targets), spec.in_channels, *[image_size or 32] * 2)
+                assert images.dtype == torch.float32 and targets.dtype == torch.int64
+            assert spec.image_size == (image_size or 32)
 
 
 def files_of(name):
@@ -171,22 +171,22 @@ def files_of(name):
     return files, [url for archive in archives for url in archive.addresses(None)]
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_a_failed_download_says_what_was_tried_and_where_files_go(tmp_path, name):
-    with pytest.raises(DataError) as caught:
-        build(name, tmp_path)
-    message, (files, urls) = str(caught.value), files_of(name)
-    folder = str(find_folder(DATASETS[name].dataset, tmp_path))
-    for part in (name, urls[0], "no network in tests", folder, *(file.name for file in files)):
-        assert part in message
-    assert "damaged" not in message and "--data-url" in message
-    assert caught.value.__suppress_context__
+def test_a_failed_download_says_what_was_tried_and_where_files_go(tmp_path):
+    for name in WRITERS:
+        with pytest.raises(DataError) as caught:
+            build(name, tmp_path)
+        message, (files, urls) = str(caught.value), files_of(name)
+        folder = str(find_folder(DATASETS[name].dataset, tmp_path))
+        for part in (name, urls[0], "no network in tests", folder, *(file.name for file in files)):
+            assert part in message
+        assert "damaged" not in message and "--data-url" in message
+        assert caught.value.__suppress_context__
 
 
-@pytest.mark.parametrize("name", WRITERS)
-def test_files_put_where_the_message_says_are_found(tmp_path, monkeypatch, name):
-    WRITERS[name](tmp_path, monkeypatch)
-    assert all((tmp_path / file).is_file() for file in files_of(name)[0])
+def test_files_put_where_the_message_says_are_found(tmp_path, monkeypatch):
+    for name in WRITERS:
+        WRITERS[name](tmp_path, monkeypatch)
+        assert all((tmp_path / file).is_file() for file in files_of(name)[0])
 
 
 def test_addresses_are_by_https_where_one_is_published():
@@ -225,20 +225,20 @@ def test_what_no_checksum_tells_is_named_by_its_folder(tmp_path, monkeypatch):
         build("cifar10", tmp_path)
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "stl10"])
-def test_a_damaged_file_or_archive_is_named(tmp_path, name):
+def test_a_damaged_file_or_archive_is_named(tmp_path):
     """One of another checksum than the published one."""
-    archives = list_archives(DATASETS[name].dataset)
-    places = {archives[0].path, list(archives[0].files)[-1]}
-    for path in places:
-        (tmp_path / path).parent.mkdir(exist_ok=True)
-        (tmp_path / path).write_bytes(b"some")
-    with pytest.raises(DataError) as caught:
-        build(name, tmp_path)
-    for path in places:
-        line = f"damaged: {tmp_path / path} has another checksum than the published one, and 4"
-        assert str(caught.value).count(line) == 1
-    assert str(caught.value).count("damaged: ") == len(places)
+    for name in ["cifar10", "cifar100", "svhn", "stl10"]:
+        archives = list_archives(DATASETS[name].dataset)
+        places = {archives[0].path, list(archives[0].files)[-1]}
+        for path in places:
+            (tmp_path / path).parent.mkdir(exist_ok=True)
+            (tmp_path / path).write_bytes(b"some")
+        with pytest.raises(DataError) as caught:
+            build(name, tmp_path)
+        for path in places:
+            line = f"damaged: {tmp_path / path} has another checksum than the published one, and 4"
+            assert str(caught.value).count(line) == 1
+        assert str(caught.value).count("damaged: ") == len(places)
 
 
 @pytest.mark.parametrize("label", [10, 255])
