@@ -80,9 +80,9 @@ class Dataflow:
                 return None
             if producer._forward_hooks:
                 return None
-            if not _is_sequential(producer):
+            if (last := _find_last(producer)) is None:
                 return producer
-            source = self._find_call(_get_last(producer))
+            source = self._find_call(last)
         return None
 
     def find_origin(self, module: nn.Module) -> nn.Module | None:
@@ -91,8 +91,8 @@ class Dataflow:
         while call is not None and len(call.all_input_nodes) == 1:
             call = call.all_input_nodes[0]
             producer = self._called.get(call)
-            while producer is not None and _is_sequential(producer):
-                call = self._find_call(_get_last(producer))
+            while (last := _find_last(producer)) is not None:
+                call = self._find_call(last)
                 producer = None if call is None else self._called.get(call)
             if call is None or not _preserves_rank(call, producer):
                 return producer
@@ -157,14 +157,9 @@ def _trace(owner: nn.Module) -> fx.Graph | None:
         return None
 
 
-def _get_forward(module: nn.Module) -> object:
-    """Return the forward of the class; None where it is not Python (torch.jit)."""
-    return getattr(type(module), "forward", None)
-
-
 def _defines_forward(module: nn.Module) -> bool:
     """Tell modules from mere containers, such as ModuleList, whose parent calls their children."""
-    return _get_forward(module) is not nn.Module.forward
+    return getattr(type(module), "forward", None) is not nn.Module.forward  # torch.jit has none
 
 
 def _iter_callees(owner: nn.Module) -> Iterator[nn.Module]:
@@ -175,14 +170,11 @@ def _iter_callees(owner: nn.Module) -> Iterator[nn.Module]:
             yield from _iter_callees(child)
 
 
-def _is_sequential(module: nn.Module) -> bool:
-    return (
-        _get_forward(module) is nn.Sequential.forward and next(module.children(), None) is not None
-    )
-
-
-def _get_last(sequential: nn.Module) -> nn.Module:
-    return list(sequential.children())[-1]
+def _find_last(module: nn.Module | None) -> nn.Module | None:
+    """Return the module whose output a Sequential returns; None for any other module."""
+    if module is None or getattr(type(module), "forward", None) is not nn.Sequential.forward:
+        return None
+    return next(reversed(list(module.children())), None)
 
 
 def _preserves_rank(call: fx.Node, module: nn.Module | None) -> bool:

@@ -70,7 +70,7 @@ def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
             return self.head(self.vectors(x))
 
     rows = {row.name: (row.action, row.reason) for row in plan(Both())}
-    assert rows["vectors"] == ("kept", "may be of vectors, which nothing after it whitens")
+    assert rows["vectors"] == ("kept", "may normalise vectors, which no layer after it whitens")
     assert rows["maps"][0] == "kept"  # its output goes past the convolution as well
     ordered = plan(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)))
     assert ordered[0].action == "replaced"
@@ -87,7 +87,7 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     model(make_maps(dims))
     nn.init.normal_(model[-3].running_mean)
     row = next(row for row in plan(model) if isinstance(row.module, NORMS[dims]))
-    assert (row.action, row.reason) == ("replaced", "every BatchNorm of maps does")
+    assert (row.action, row.reason) == ("replaced", "whitening replaces normalisation of maps")
     kept, x = convert(model, pretrained=True), make_maps(dims)
     assert type(kept[-3]) is ChannelAffine
     torch.testing.assert_close(kept(x), model(x))
