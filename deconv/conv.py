@@ -126,7 +126,7 @@ class Convolution(Whitening):
         return y if self._is_batch(x) else y.squeeze(0)
 
     def _is_batch(self, x: Tensor) -> bool:
-        """Return whether x has a batch dimension; torch takes one image without, too."""
+        """Return True if x has a batch dimension; torch takes one image without, too."""
         return x.dim() == len(self.kernel_size) + 2
 
     def prepare_input(self, x: Tensor) -> Tensor:
@@ -171,9 +171,9 @@ class Convolution(Whitening):
         """
         first, total = locate_batch(len(x)) if self.pools_ranks else (0, len(x))
         patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
-        every = grid.count(x.shape[2:])
-        per_image = max(round(min(patches / max(total, 1), every)), 1)
-        return grid if per_image >= every else PatchSubset(grid, per_image, first)
+        positions = grid.count(x.shape[2:])
+        per_image = max(round(min(patches / max(total, 1), positions)), 1)
+        return grid if per_image >= positions else PatchSubset(grid, per_image, first)
 
     def fuse(self) -> nn.Module:
         """Return the plain convolution that equals this layer in evaluation.

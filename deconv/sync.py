@@ -14,7 +14,7 @@ from .ops.covariance import Statistics, second_moment
 
 
 def is_distributed() -> bool:
-    """Return whether torch.distributed is initialised with more than one rank."""
+    """Return True if torch.distributed is initialised with more than one rank."""
     initialized = distributed.is_available() and distributed.is_initialized()
     return initialized and distributed.get_world_size() > 1
 
@@ -80,8 +80,8 @@ def pool_statistics(
     if whitened is not None:
         offset = transform_along(whitened[0], offset, whitened[1], blocks)
     moment = stats.cov + second_moment(offset, axis, blocks)
-    own = () if stats.mean is centre else (stats.mean,)
-    samples, shift, moment, *means = average_over_ranks(stats.samples, offset, moment, *own)
+    grid_mean = () if stats.mean is centre else (stats.mean,)
+    samples, shift, moment, *means = average_over_ranks(stats.samples, offset, moment, *grid_mean)
     cov = moment - second_moment(shift, axis, blocks)
     centre = reference + shift.flatten()  # of raw patches, unless `whitened`
     return Statistics(stats.images, samples, means[0] if means else centre, cov, centre)

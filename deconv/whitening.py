@@ -138,10 +138,10 @@ class Whitening(nn.Module):
         self.eps, self.n_iter = eps, n_iter
         self.momentum: float | None = momentum  # None: the mean of all batches, see `recalibrate`
         self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
-        buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps)} | {
-            f"running_cov_{axis}": torch.eye(blocks.side(axis)).repeat(blocks.matrices, 1, 1)
-            for axis in axes
-        }
+        buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps)}
+        for axis in axes:
+            identity = torch.eye(blocks.side(axis))
+            buffers[f"running_cov_{axis}"] = identity.repeat(blocks.matrices, 1, 1)
         device = self.weight.device
         dtype = torch.promote_types(self.weight.dtype, torch.float32)
         buffers = {name: value.to(device, dtype) for name, value in buffers.items()}
@@ -155,11 +155,11 @@ class Whitening(nn.Module):
         return self.sync_stats and is_distributed()
 
     def _has_few_rows(self, patches: Patches) -> bool:
-        """Return whether Newton-Schulz is cheaper from rows than from the covariance."""
+        """Return True if Newton-Schulz is cheaper from rows than from the covariance."""
         newton = self.axes == ("joint",) and self.root == "newton"
-        alone = not self.pools_ranks and isinstance(patches.sampling, PatchGrid)
+        on_grid = not self.pools_ranks and isinstance(patches.sampling, PatchGrid)
         rows = patches.samples * self.blocks.sharing
-        return newton and alone and 0 < 2 * rows < self.blocks.features
+        return newton and on_grid and 0 < 2 * rows < self.blocks.features
 
     def running_covariances(self) -> Matrices:
         """Return the running covariances by axis."""
@@ -283,8 +283,9 @@ class Whitening(nn.Module):
         super()._apply(fn, recurse)
         for name, new in self._buffers.items():
             old = before[name]
-            half = new is not None and new.is_floating_point() and new.dtype.itemsize < 4
-            if half and new is not None and old is not None:
+            if new is None or old is None:
+                continue
+            if new.is_floating_point() and new.dtype.itemsize < 4:
                 self._buffers[name] = old.to(new.device, torch.float32)
         return self
 
@@ -319,7 +320,7 @@ def forward_hooks(module: nn.Module) -> dict[str, Any]:
 
 
 def _in_backward() -> bool:
-    """Return whether gradient checkpointing runs the forward again, inside a backward pass.
+    """Return True if gradient checkpointing runs the forward again, inside a backward pass.
 
     Statistics must not count such a batch twice. Compiled code cannot ask: compile the function
     that checkpoints, not the checkpointed one.

@@ -90,15 +90,18 @@ class _MeanAndCovariance(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         selection = select_pixels(x, sampling)
         chunks = list(_split(x, x, sampling))
-        whole = gather(x, sampling, selection) if len(chunks) == 1 else None
         grid = sampling.grid if isinstance(sampling, PatchSubset) else sampling
-        centre = _average_pixels(x, weigh_pixels(x, grid)) if whole is None else _average(whole)
-        subset = isinstance(sampling, PatchSubset) and matrix is None
-        weights = weigh_pixels(x, grid) if subset else None
+        gathered = gather(x, sampling, selection) if len(chunks) == 1 else None
+        if gathered is None:
+            centre = _average_pixels(x, weigh_pixels(x, grid))
+        else:
+            centre = _average(gathered)
+        needs_mean = grid is not sampling and matrix is None
+        weights = weigh_pixels(x, grid) if needs_mean else None
         ctx.rows = ctx.patches * len(centre) // (blocks.matrices * blocks.side(axis))
         cov: Tensor | None = None
         for part, _ in chunks:
-            maps = gather(part, sampling, selection) if whole is None else whole
+            maps = gather(part, sampling, selection) if gathered is None else gathered
             maps = maps.sub_(centre[:, None])
             if matrix is not None:
                 maps = transform_along(before, maps, matrix, blocks)
@@ -106,7 +109,7 @@ class _MeanAndCovariance(torch.autograd.Function):
             product = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.rows)
             cov = product if cov is None else cov + product
         assert cov is not None  # one chunk at least
-        kept = whole if keeps_patches(Patches(x, sampling)) else None
+        kept = gathered if keeps_patches(Patches(x, sampling)) else None
         ctx.save_for_backward(x, matrix, centre, kept, weights, *selection)
         mean = () if weights is None else (_average_pixels(x, weights),)
         return x, centre, cov, *mean
@@ -162,7 +165,7 @@ def centre_rows(stats: Statistics, patches: Patches, blocks: Blocks) -> Tensor:
 
 
 def keeps_patches(patches: Patches) -> bool:
-    """Return whether the gathered patches are few enough to be kept for the backward pass."""
+    """Return True if the gathered patches are few enough to keep for the backward pass."""
     subset = isinstance(patches.sampling, PatchSubset)
     return subset or len(patches.images) * patches.bytes_per_image <= KEPT
 

@@ -188,9 +188,9 @@ def cache_constants(make: Callable[..., Selection]) -> Callable[..., Selection]:
 
 
 def _captures_graph(device: torch.device) -> bool:
-    """Return whether a graph of the device's current stream is being captured."""
-    ask = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return ask is not None and ask()
+    """Return True if a graph of the device's current stream is being captured."""
+    is_capturing = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return is_capturing is not None and is_capturing()
 
 
 def number_pixels(grid: PatchGrid, size: Sequence[int], device: torch.device) -> Tensor:

@@ -19,7 +19,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import partial, wraps
+from functools import wraps
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +27,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import Delinear, FastDeconv, whitening
@@ -89,19 +90,23 @@ class Stopwatch:
             backward = self.span(self.layer if layer is None else layer, step, "backward")
             if layer is not None:
                 self.layer, self.backward_of[layer] = layer, backward
-            leaving = partial(note_leaving, note=backward.stop)
-            args, kwargs = map_tensors(leaving, (args, kwargs))
+            mark = lambda x: _Mark.apply(x, backward.stop)
+            args, kwargs = change_tensors(mark, (args, kwargs))
             with self.span(self.layer, step, self.direction):
                 result = function(*args, **kwargs)
-            arriving = partial(self.enter, self.layer, backward)
-            return map_tensors(partial(note_arriving, note=arriving), result)
+            present = self.layer
+
+            def begin(grad: Tensor) -> None:
+                self.layer = present
+                backward.start()
+
+            def watch_gradient(x: Tensor) -> Tensor:
+                x.register_hook(begin)
+                return x
+
+            return change_tensors(watch_gradient, result)
 
         return call
-
-    def enter(self, layer: str, backward: Span) -> None:
-        """Begin the backward of a step of a layer."""
-        self.layer = layer
-        backward.start()
 
     def timed_inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """Return a timed function that may run inside any step of a layer."""
@@ -171,7 +176,7 @@ class Span:
 
 
 class _Mark(torch.autograd.Function):
-    """The identity; the backward calls `note`."""
+    """The identity; the backward calls `note` when a gradient leaves."""
 
     @staticmethod
     def forward(ctx, x: Tensor, note: Callable[[], None]) -> Tensor:
@@ -184,27 +189,10 @@ class _Mark(torch.autograd.Function):
         return grad, None
 
 
-def note_leaving(x: Tensor, note: Callable[[], None]) -> Tensor:
-    """Return a view of `x` that calls `note` after its backward."""
-    return _Mark.apply(x, note)
-
-
-def note_arriving(x: Tensor, note: Callable[[], None]) -> Tensor:
-    """Return `x`, with a hook that calls `note` before its backward."""
-    x.register_hook(lambda grad: note())
-    return x
-
-
-def map_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
+def change_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
     """Apply `change` to every tensor with a gradient in tuples, lists and dicts."""
-    if isinstance(tree, Tensor) and tree.requires_grad:
-        return change(tree)
-    if isinstance(tree, tuple | list):
-        branches = (map_tensors(change, branch) for branch in tree)
-        return type(tree)(*branches) if hasattr(tree, "_fields") else type(tree)(branches)
-    if isinstance(tree, dict):
-        return {name: map_tensors(change, branch) for name, branch in tree.items()}
-    return tree
+    differs = lambda x: isinstance(x, Tensor) and x.requires_grad
+    return tree_map(lambda x: change(x) if differs(x) else x, tree)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
