@@ -309,7 +309,7 @@ def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(images, tmp_p
     train(tmp_path, *parts)
     said = capsys.readouterr().out
     previous = latest.with_name("checkpoint_previous.pth.tar")
-    assert f"warning: {latest}: damaged" in said and f"going on from {previous}, step 2" in said
+    assert f"warning: {latest}: damaged" in said and f"resuming from {previous}, step 2" in said
     train(tmp_path, *words, "--run-dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
 
