@@ -79,30 +79,15 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "runs",
-        metavar="RUN_DIR",
-        nargs="+",
-        type=Path,
-        help="folder of a finished run, which holds summary.json",
-    )
-    parser.add_argument(
-        "--out",
-        metavar="STEM",
-        type=Path,
-        default=Path("comparison"),
-        help="write STEM.png and STEM.md (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--accuracy-only",
-        action="store_true",
-        help="plot accuracy against steps alone (default: accuracy and loss, steps and seconds)",
-    )
-    parser.add_argument(
-        "--title",
-        metavar="TEXT",
-        help="title of the figure (default: network, dataset and batch size)",
-    )
+    add = parser.add_argument
+    text = "folder of a finished run, which holds summary.json"
+    add("runs", metavar="RUN_DIR", nargs="+", type=Path, help=text)
+    text = "write STEM.png and STEM.md (default: %(default)s)"
+    add("--out", metavar="STEM", type=Path, default=Path("comparison"), help=text)
+    text = "plot accuracy against steps alone (default: accuracy and loss, steps and seconds)"
+    add("--accuracy-only", action="store_true", help=text)
+    text = "title of the figure (default: network, dataset and batch size)"
+    add("--title", metavar="TEXT", help=text)
     return parser.parse_args(argv)
 
 

@@ -68,12 +68,8 @@ def parse_args(argv: Sequence[str] | None) -> Namespace:
         parser, "file to write", 32, "number of test images to compare on, at least 4"
     )
     parser.add_argument("--to", choices=WRITERS, required=True, help="format of the file")
-    parser.add_argument(
-        "--tolerance",
-        type=float,
-        default=1e-4,
-        help="largest difference of two scores, over the largest score (default: %(default)s)",
-    )
+    text = "largest difference of two scores, over the largest score (default: %(default)s)"
+    parser.add_argument("--tolerance", type=float, default=1e-4, help=text)
     args = trained_network.parse_args(parser, argv)
     missing = [name for name in PACKAGES[args.to] if find_spec(name) is None]
     if missing:
@@ -95,14 +91,10 @@ def describe_input(saved: dict[str, Any]) -> dict[str, str]:
 def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
     import onnxruntime
 
+    names = {"input_names": ["images"], "output_names": ["scores"]}
+    shapes = ({0: torch.export.Dim(BATCH)},)
     program = torch.onnx.export(
-        network,
-        (example,),
-        input_names=["images"],
-        output_names=["scores"],
-        dynamic_shapes=({0: torch.export.Dim(BATCH)},),
-        dynamo=True,
-        verbose=False,
+        network, (example,), **names, dynamic_shapes=shapes, dynamo=True, verbose=False
     )
     program.model.metadata_props.update(facts)
     program.save(out)
@@ -130,11 +122,7 @@ def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: dic
     return blank
 
 
-WRITERS = {
-    "onnx": write_onnx,
-    "torch-export": write_torch_export,
-    "safetensors": write_safetensors,
-}
+WRITERS = {"onnx": write_onnx, "torch-export": write_torch_export, "safetensors": write_safetensors}
 PACKAGES = {
     "onnx": ("onnx", "onnxruntime", "onnxscript"),
     "torch-export": (),

@@ -182,12 +182,10 @@ def draw_whiteness(axes: Axes, rows: Whiteness) -> None:
     positions = range(len(rows))
     axes.plot(positions, [row.before for row in rows], "o--", color="#666666", label="before")
     axes.plot(positions, [row.after for row in rows], "o-", color="#1f77b4", label="after")
-    axes.plot(
-        positions, [row.under_floor for row in rows], "x:", color="#d62728", label="under floor"
-    )
-    axes.set(
-        ylim=(0, 1.05), xlabel="layer", title="whiteness; part of the directions under the floor"
-    )
+    floor = [row.under_floor for row in rows]
+    axes.plot(positions, floor, "x:", color="#d62728", label="under floor")
+    title = "whiteness; part of the directions under the floor"
+    axes.set(ylim=(0, 1.05), xlabel="layer", title=title)
     if len(rows) <= 24:
         axes.set_xticks(list(positions), labels=[row.name for row in rows], rotation=90, fontsize=8)
     axes.grid(alpha=0.3)

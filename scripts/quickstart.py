@@ -215,16 +215,11 @@ def format_final(final: Results, best: dict[str, float]) -> str:
     for kind in KINDS:
         runs = select(final, kind)
         scores = [run["test_top1"] for run in runs]
-        rows.append(
-            [
-                kind,
-                f"{best[kind]:g}",
-                f"{mean(run['train_loss'] for run in runs):.3f}",
-                f"{mean(scores):.1f}",
-                f"{min(scores):.1f} to {max(scores):.1f}",
-                f"{mean(run['train_seconds'] for run in runs):.1f}",
-            ]
-        )
+        loss = mean(run["train_loss"] for run in runs)
+        seconds = mean(run["train_seconds"] for run in runs)
+        spread = f"{min(scores):.1f} to {max(scores):.1f}"
+        cells = [f"{best[kind]:g}", f"{loss:.3f}", f"{mean(scores):.1f}", spread, f"{seconds:.1f}"]
+        rows.append([kind, *cells])
     return f"Best rates: means of {count_seeds(final)}\n{align(rows)}"
 
 

@@ -65,10 +65,8 @@ def load_network(place: str) -> TrainedNetwork:
     script = small_images if "dataset" in saved["config"] else large_images
     built = script.build_script()
     check_config(built, saved["config"], file)
-    inherited = {
-        name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE
-    }
-    flags = Namespace(**{**built.parser.defaults(), **inherited})
+    config = {name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE}
+    flags = Namespace(**{**built.parser.defaults(), **config})
     network = script.build_network(flags, DataSpec(**saved["spec"]))
     restore_model(saved, network, file=file, spec=saved["spec"])
     return TrainedNetwork(network.eval(), flags, saved)
@@ -124,14 +122,9 @@ def add_arguments(parser: ArgumentParser, out: str, images: int, purpose: str) -
     parser.add_argument(
         "--data", metavar="DIR", help="folder of the images (default: ./data; ImageNet: required)"
     )
-    parser.add_argument(
-        *("--images", "--pictures"),
-        dest="images",
-        metavar="N",
-        type=int,
-        default=images,
-        help=f"{purpose} (default: %(default)s)",
-    )
+    text = f"{purpose} (default: %(default)s)"
+    names, form = ("--images", "--pictures"), {"dest": "images", "metavar": "N"}
+    parser.add_argument(*names, **form, type=int, default=images, help=text)
 
 
 def parse_args(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:

@@ -100,12 +100,8 @@ def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: N
 
 
 def _describe_exit(name: str, exit_codes: Mapping[int, int]) -> int | str:
-    """Return a message if a process was killed, else the exit code of the failed process.
-
-    Args:
-        name: of the script.
-        exit_codes: by rank. The launcher itself ends processes with SIGTERM.
-    """
+    """Return a message if a process was killed, else the exit code of the failed process."""
+    # The launcher itself ends processes with SIGTERM.
     killed = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
     if not killed:
         return max(1, *exit_codes.values())
@@ -130,9 +126,6 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
         device: of this process.
         backend: "nccl" or "gloo". None: nccl for GPUs, else gloo.
 
-    Yields:
-        The world.
-
     Raises:
         RunError: nccl without a GPU.
         PeerFailed: another process failed before it joined.
@@ -153,8 +146,7 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
         timeout=timedelta(hours=TIMEOUT_HOURS),
         device_id=device if backend == "nccl" else None,
     )
-    local_size = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    yield World(rank, size, local_size)
+    yield World(rank, size, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     # After an error this line is skipped: NCCL would wait for messages of the other processes.
     dist.destroy_process_group()
 
@@ -176,11 +168,7 @@ def announce_failure() -> Iterator[None]:
 
 
 def _open_store(seconds: float) -> tuple[dist.Store, int, int]:
-    """Return the key-value store of the run, the rank of this process and the world size.
-
-    Args:
-        seconds: timeout of the connection and of each wait for a key.
-    """
+    """Return the run's key-value store (timeout in seconds), this rank and the world size."""
     store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))
     if os.environ.get("GROUP_WORLD_SIZE", "1") == "1":
         # After a restart the launcher's store still holds the addresses of the dead processes.

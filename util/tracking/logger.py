@@ -62,12 +62,13 @@ class RunLogger:
         self._epoch_steps = epoch_steps
         self._batch_rows: list[Sequence[float]] = []
         self.history = {key: list(history[key]) if history else [] for key in HISTORY}
-        self._logs = {part: self._open_epoch_log(part) for part in PARTS}
+        self._logs = {
+            part: _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, self._epoch_rows(part))
+            for part in PARTS
+        }
         self._batch_log = self._open_batch_log(batches)
-        first = self._finished_steps + batches + 1
-        self._events = (
-            Events(self.run_dir, first if history else 0) if tensorboard else NullEvents()
-        )
+        first = self._finished_steps + batches + 1 if history else 0
+        self._events = Events(self.run_dir, first) if tensorboard else NullEvents()
 
     def batch(
         self,
@@ -113,7 +114,7 @@ class RunLogger:
             for key in VALUES:
                 self.history[f"{part}_{key}"].append(float(values[key]))
         for part, values in parts.items():
-            self._logs[part].write(_format_row(self._epoch_row(part, -1)) + "\n")
+            self._logs[part].write(_format_row(self._epoch_rows(part)[-1]) + "\n")
             for key in ("loss", "top1", "top5"):
                 self._events.scalar(f"{part}/{key}", values[key], step)
         if self._plot:
@@ -166,13 +167,9 @@ class RunLogger:
         """Count the optimizer steps of the epochs logged so far."""
         return self.history["step"][-1] if self.history["step"] else self._start_step
 
-    def _epoch_row(self, part: str, index: int) -> list[float]:
+    def _epoch_rows(self, part: str) -> list[Sequence[float]]:
         columns = ("epoch", *(f"{part}_{key}" for key in VALUES))
-        return [self.history[column][index] for column in columns]
-
-    def _open_epoch_log(self, part: str) -> TextIO:
-        rows = (self._epoch_row(part, index) for index in range(len(self.history["epoch"])))
-        return _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, rows)
+        return list(zip(*(self.history[column] for column in columns), strict=True))
 
     def _open_batch_log(self, batches: int) -> TextIO:
         path = self.run_dir / BATCH_LOG_NAME
