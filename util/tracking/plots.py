@@ -35,7 +35,6 @@ AXES = {"step": "training step", "seconds": "training time (s)"}
 BATCHNORM_COLOR, DECONV_COLORS = "#0072B2", ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dvp"
 DARKEST = 0.65  # blackness of the darkest shade of a kind
-MAX_WINDOW = 25  # rows of a running mean
 MAX_FILTERS, FILTER_PIXELS = 256, 32
 
 Columns = Mapping[str, Sequence[float]]
@@ -68,7 +67,7 @@ class RunCurves:
     epoch_steps: int
 
     def training(self, metric: str) -> Series:
-        """Return the running mean over the rows of `train_batch.log`.
+        """Return the rows of `train_batch.log`, means over --print-freq steps.
 
         A run without such rows gives the means of its epochs.
         """
@@ -77,7 +76,7 @@ class RunCurves:
         batch, epoch = (np.asarray(self.batches[key], int) for key in ("batch", "epoch"))
         starts = self._seconds[(epoch - 1).clip(0, len(self.ends))]
         step = (epoch - 1) * max(self.epoch_steps, *batch) + batch
-        values = _running_mean(np.asarray(self.batches[metric], float))
+        values = np.asarray(self.batches[metric], float)
         return Series(step, starts + self.batches["seconds"], values)
 
     def testing(self, metric: str) -> Series:
@@ -115,7 +114,7 @@ def plot_training(run: RunCurves, path: str | Path, *, title: str = "") -> None:
     for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
         train, test = run.training(metric), run.testing(metric)
         style = {"marker": "o", "markersize": _marker_size(test.step), "linewidth": 2}
-        axes.plot(train.step, train.values, color=DECONV_COLORS[0], label="train, running mean")
+        axes.plot(train.step, train.values, color=DECONV_COLORS[0], label=_describe_training([run]))
         axes.plot(test.step, test.values, color=BATCHNORM_COLOR, label="test", **style)
         _dress(axes, AXES["step"], METRICS[metric])
         _add_epochs(axes, run.epoch_steps)
@@ -128,8 +127,8 @@ def plot_comparison(
 ) -> None:
     """Plot accuracy and loss of several groups against steps and seconds, as a PNG.
 
-    A line with markers is the test set after each epoch; a thin line is a running mean over
-    training batches. Both are means over the seeds, in a band from the lowest to the highest.
+    A line with markers is the test set after each epoch; a thin line is the mean
+    over --print-freq training steps. Both are means over the seeds, in a band from the lowest to the highest.
 
     Args:
         groups: curves to draw, in the order of the legend.
@@ -245,18 +244,19 @@ def _align(series: Sequence[Series], x: str) -> tuple[np.ndarray, np.ndarray]:
     return np.mean(at, axis=0), np.stack(values)
 
 
-def _running_mean(values: np.ndarray) -> np.ndarray:
-    """Average each value with its neighbours: an eighth of the curve, at most MAX_WINDOW rows."""
-    window = np.ones(min(2 * (len(values) // 16) + 1, MAX_WINDOW))
-    return np.convolve(values, window, "same") / np.convolve(np.ones(len(values)), window, "same")
+def _describe_training(runs: Sequence[RunCurves]) -> str:
+    """Name the steps that a point of the training curves averages over."""
+    steps = {int(batch) for run in runs for batch in run.batches["batch"][:1]}
+    return f"training, mean over {steps.pop()} steps" if len(steps) == 1 else "training"
 
 
 def _describe_marks(groups: Sequence[RunGroup]) -> list[tuple[Any, str]]:
     """Return legend entries for what line, marker and band mean."""
+    runs = [run for group in groups for run in group.runs]
     grey = {"color": "#555555"}
     marks = [
         (Line2D([], [], marker="o", markersize=7, linewidth=2, **grey), "test set"),
-        (Line2D([], [], linewidth=1.2, **grey), "training batches, running mean"),
+        (Line2D([], [], linewidth=1.2, **grey), _describe_training(runs)),
     ]
     if any(len(group.runs) > 1 for group in groups):
         marks.append((Patch(alpha=0.3, **grey), "lowest to highest seed"))

@@ -82,19 +82,22 @@ class Recorder:
     def batch(self, batch: int, metrics: Metrics) -> None:
         """Log a training step of the epoch under way.
 
-        The log gets a row every --print-freq steps of the run. The console gets a line as often
-        where no progress bar is shown, and a line for every step with --msg.
+        The log gets a row every --print-freq steps of the run: the mean over these steps, as far as
+        they belong to the epoch. The console gets the same mean as a line where no progress bar is
+        shown. With --msg it gets a line for every step instead.
         """
         epoch, step = self.state.progress.epoch + 1, self.state.progress.step + batch
         is_due = step % self.flags.print_freq == 0
+        mean = {**metrics, **self.state.metrics.average_last(self.flags.print_freq)}
         with self._warn_on_full_disk():
             if self.flags.msg or (is_due and not shows_bars()):
+                shown = metrics if self.flags.msg else mean
                 print_line(
-                    f"epoch {epoch} batch {batch}  loss {metrics['loss']:.4f}"
-                    f"  top1 {metrics['top1']:.2f}%  lr {metrics['lr']:.3g}"
+                    f"epoch {epoch} batch {batch}  loss {shown['loss']:.4f}"
+                    f"  top1 {shown['top1']:.2f}%  lr {shown['lr']:.3g}"
                 )
             if is_due:
-                self.logger.batch(epoch, step, **metrics)
+                self.logger.batch(epoch, step, **mean)
 
     def epoch(self, train: Metrics, test: Metrics, saved: dict[str, Any], *, last: bool) -> None:
         """Log a finished epoch, update summary.json and save a checkpoint.

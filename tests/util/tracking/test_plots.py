@@ -69,7 +69,7 @@ def test_training_curves_are_drawn_against_steps_with_epochs_above(tmp_path, fig
         (above,) = axes.child_axes
         assert above.get_xlabel() == "epoch"
         train, test = axes.lines
-        assert [train.get_label(), test.get_label()] == ["train, running mean", "test"]
+        assert [train.get_label(), test.get_label()] == ["training, mean over 10 steps", "test"]
         assert train.get_xdata()[:3].tolist() == [10, 20, 30]
         assert test.get_xdata().tolist() == [50 * epoch for epoch in range(1, epochs + 1)]
 

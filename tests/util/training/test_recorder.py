@@ -8,6 +8,7 @@ from torch import nn
 
 from tests.states import make_training
 from util.tracking.logger import read_log
+from util.training.metrics import EpochMetrics
 from util.training.recorder import Recorder, _first_filters
 from util.training.resume import Plan
 
@@ -35,6 +36,12 @@ class Whitening(nn.Conv2d):
         return 2 * self.weight.detach()
 
 
+def run_batch(recorder, batch, loss=0.5):
+    """Record a step of 10 images with this loss, 6 hits and 9 hits among the best five."""
+    recorder.state.metrics.add(torch.tensor([10, 10 * loss, 6, 9], dtype=torch.float64), 0.1)
+    recorder.batch(batch, {**METRICS, "loss": loss})
+
+
 def run_epoch(recorder):
     training = recorder.state
     training.progress.finish_epoch(TRAIN, METRICS)
@@ -49,7 +56,7 @@ def test_every_nth_step_is_logged_and_printed_where_no_bar_is_shown(
     recorder = open_recorder(tmp_path)
     for _ in range(3):  # epochs shorter than print_freq
         for batch in (1, 2):
-            recorder.batch(batch, METRICS)
+            run_batch(recorder, batch)
         run_epoch(recorder)
     recorder.close()
     log = read_log(tmp_path / "run" / "train_batch.log")
@@ -59,10 +66,22 @@ def test_every_nth_step_is_logged_and_printed_where_no_bar_is_shown(
     assert printed == ([] if bars else ["epoch 2 batch 1", "epoch 3 batch 2"])
 
 
+def test_a_row_is_the_mean_over_the_steps_since_the_row_before(tmp_path):
+    recorder = open_recorder(tmp_path)
+    for batch, loss in enumerate((1.0, 2.0, 6.0, 4.0, 5.0, 9.0), 1):
+        if batch == 5:  # a run that is resumed between two rows has the rows of its checkpoint
+            metrics = recorder.state.metrics
+            recorder.state.metrics = EpochMetrics(metrics.state_dict())
+        run_batch(recorder, batch, loss)
+    recorder.close()
+    log = read_log(tmp_path / "run" / "train_batch.log")
+    assert (log["batch"], log["loss"], log["top1"]) == ([3, 6], [3.0, 6.0], [60.0, 60.0])
+
+
 def test_with_msg_every_batch_is_a_line(tmp_path, capsys):
     recorder = open_recorder(tmp_path, msg=True)
     capsys.readouterr()
-    recorder.batch(1, METRICS)
+    run_batch(recorder, 1)
     assert capsys.readouterr().out == "epoch 1 batch 1  loss 0.5000  top1 60.00%  lr 0.1\n"
 
 
