@@ -128,7 +128,8 @@ def plot_comparison(
     """Plot accuracy and loss of several groups against steps and seconds, as a PNG.
 
     A line with markers is the test set after each epoch; a thin line is the mean
-    over --print-freq training steps. Both are means over the seeds, in a band from the lowest to the highest.
+    over --print-freq training steps. Both are means over the seeds, in a band from the lowest to
+    the highest.
 
     Args:
         groups: curves to draw, in the order of the legend.
