@@ -8,6 +8,7 @@ from torch import nn
 
 from deconv import Delinear, FastDeconv
 from models import build_model, make_layers
+from tests.pairwise import loop_over
 
 
 def find(model, kind):
@@ -46,7 +47,7 @@ def test_defaults_are_the_published_ones():
         assert conv.bias is not None
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("deconv", "block_final", "block"),
     [
         (True, None, 512),
@@ -104,7 +105,7 @@ def test_deconvolution_needs_no_norm():
     assert type(make_layers(deconv=True).norm(4)) is nn.Identity
 
 
-@pytest.mark.parametrize("deconv", [True, False])
+@loop_over("deconv", [True, False])
 def test_methods_whiten_what_they_say(deconv):
     layers = make_layers(deconv=deconv, eps=1e-3, n_iter=3, stem_iter=7, momentum=0.3)
     plain, channel, joint, blocks = (
@@ -132,7 +133,7 @@ def test_default_method_is_of_the_kind_of_the_bundle():
     assert deconvolved.select_method(None) is deconvolved.methods[3]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("method", "block_final", "kinds"),
     [
         (1, None, [nn.Linear, nn.Linear]),

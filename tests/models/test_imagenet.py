@@ -11,11 +11,8 @@ from torch.nn import functional as F
 
 import models.external
 from deconv import Delinear, FastDeconv
-from models import (
-    IMAGENET_ARCHITECTURES,
-    build_imagenet_model,
-    make_layers,
-)
+from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
+from tests.pairwise import loop_over
 
 # Ours -> torchvision's name of it with BatchNorm, and its published number of parameters.
 TWINS = {
@@ -180,7 +177,7 @@ def test_dropout_rate_reaches_both_dropouts():
     assert [dropout.p for dropout in find(model, nn.Dropout)] == [0.25, 0.25]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arch", "options", "message"),
     [
         ("resnet18b", {}, "arch must be one of resnet18, .* more; got 'resnet18b'"),
@@ -199,7 +196,7 @@ def test_refusals_name_the_argument_and_a_way_out(arch, options, message):
         build(arch, **options)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arch", "options"),
     [("vit_b_16", {"batchnorm": False}), ("timm/resnet18", {"block_final": 32})],
 )
@@ -208,7 +205,7 @@ def test_external_networks_refuse_mixed_layers(arch, options):
         build_imagenet_model(arch, make_layers(deconv=False, **options))
 
 
-@pytest.mark.parametrize("arch", ["resnet18", "googlenet", "vgg11_bn"])
+@loop_over("arch", ["resnet18", "googlenet", "vgg11_bn"])
 def test_external_networks_are_converted(arch):
     model = on_meta(build, arch, deconv=True, num_classes=7)
     assert not find(model, nn.modules.batchnorm._BatchNorm)

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 from deconv import Delinear, FastDeconv
 from models import ARCHITECTURES, build_model, make_layers
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 SMALL = ("simple_v1", "mlp")  # made for one image size, kept small here
 SIZES = {arch: 8 if arch in SMALL else 32 for arch in ARCHITECTURES}
@@ -186,7 +186,7 @@ def test_maps_before_the_linear_layers_are_those_of_the_small_forms():
         assert seen == [(1, *shape)], arch
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arch", "groups"), [("resnext", {1, 32}), ("dpn", {1, 32}), ("pnasnetA", {1, 44, 88, 176})]
 )
 def test_grouped_layers_whiten_within_their_groups(arch, groups):
@@ -197,7 +197,7 @@ def test_grouped_layers_whiten_within_their_groups(arch, groups):
         assert len(layer.running_cov_joint) == layer.groups == layer.blocks.groups
 
 
-@pytest.mark.parametrize("size", [33, 64])
+@loop_over("size", [33, 64])
 def test_larger_and_odd_images_are_accepted(size):
     with torch.device("meta"):
         for arch in ARCHITECTURES.keys() - {*SMALL}:
@@ -242,13 +242,13 @@ def test_regressions_start_as_the_same_linear_map():
         torch.testing.assert_close(model.eval()(images), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("arch", ["vgg11", "simple_v2", "mlp"])
+@loop_over("arch", ["vgg11", "simple_v2", "mlp"])
 def test_dropout_rate_reaches_the_network(arch):
     model = build(arch, deconv=False, dropout_rate=0.25)
     assert [m.p for m in model.modules() if isinstance(m, nn.Dropout)] == [0.25]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arch", "options", "message"),
     [
         ("vgg12", {}, "arch must be one of vgg11, .*resnet50, .*mlp; got 'vgg12'"),
@@ -264,7 +264,7 @@ def test_refusals_name_the_argument_and_the_choices(arch, options, message):
         build(arch, deconv=False, **options)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("arch", "asked", "expected"),
     [
         ("mobilev2", 5, {"depthwise": 1, "others": 5}),

@@ -23,7 +23,7 @@ from tests.deconv.surgery.helpers import (
     randomize,
     reasons,
 )
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 
 def test_a_pair_becomes_a_deconvolution_and_an_identity():
@@ -40,7 +40,7 @@ def test_a_pair_becomes_a_deconvolution_and_an_identity():
     assert type(model[0]) is nn.Conv2d and type(model[1]) is nn.BatchNorm2d
 
 
-@pytest.mark.parametrize(
+@loop_over(
     "geometry",
     [
         dict(kernel_size=(3, 2), stride=(2, 1), padding=(2, 0)),
@@ -65,7 +65,7 @@ def test_a_convolution_keeps_its_geometry_and_parameters(geometry):
     torch.testing.assert_close(new(x), conv(x), rtol=0, atol=1e-12)  # no batch was seen yet
 
 
-@pytest.mark.parametrize("bias", [True, False])
+@loop_over("bias", [True, False])
 def test_a_bias_replaces_the_shift_of_batchnorm(bias):
     model = pair()
     model[0].weight.requires_grad_(False)
@@ -75,7 +75,7 @@ def test_a_bias_replaces_the_shift_of_batchnorm(bias):
     assert convert(nn.Sequential(nn.Conv2d(3, 4, 1, bias=False)))[0].bias is None  # had no shift
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("bias", "channels_last", "affine", "dtype"),
     pairwise([True, False], [True, False], [True, False], list(TOLERANCE)),
 )
@@ -103,7 +103,7 @@ def test_without_pretrained_the_weights_stay_as_they_are():
     assert torch.equal(new.weight, model[0].weight) and torch.equal(new.bias, model[0].bias)
 
 
-@pytest.mark.parametrize("norm", [nn.SyncBatchNorm, FrozenBatchNorm2d])
+@loop_over("norm", [nn.SyncBatchNorm, FrozenBatchNorm2d])
 def test_sync_and_frozen_batchnorms_are_replaced(norm):
     model = randomize(pair(norm=norm)).eval()
     assert type(convert(model)[1]) is nn.Identity
@@ -115,7 +115,7 @@ def test_sync_and_frozen_batchnorms_are_replaced(norm):
     torch.testing.assert_close(new[:2](x), folded, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("inplace", [True, False])
+@loop_over("inplace", [True, False])
 def test_preactivation_batchnorm_is_replaced_and_the_shortcut_unchanged(inplace):
     model = nn.Sequential(PreActivation(inplace), PreActivation(inplace)).eval()
     new = convert(model)
@@ -216,7 +216,7 @@ def test_forward_hooks_are_bound_to_the_copy():
     assert model.calls == new.calls == 3
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda"])
+@loop_over("device", ["meta", "cuda"])
 def test_devices_are_kept(device):
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -246,7 +246,7 @@ def test_converting_draws_no_random_numbers_and_pickles():
     assert set(convert(model, pretrained=True).state_dict()) == set(new.state_dict())
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("model", "options", "message"),
     [
         (nn.Linear(2, 2), {}, "nothing in Linear can be replaced:\n.*"),
@@ -282,7 +282,7 @@ def test_public_names():
     assert all(callable(getattr(deconv, name)) for name in deconv.__all__)
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@loop_over("dims", [1, 2, 3])
 def test_sync_batchnorm_takes_the_dimensions_of_the_convolutions(dims):
     conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1]
     model = nn.Sequential(nn.SyncBatchNorm(4), nn.ReLU(), conv(4, 6, 3)).eval()
@@ -294,7 +294,7 @@ def test_sync_batchnorm_takes_the_dimensions_of_the_convolutions(dims):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.nn.utils:FutureWarning")
-@pytest.mark.parametrize(
+@loop_over(
     "hook",
     [nn.utils.weight_norm, nn.utils.spectral_norm, lambda conv: prune.identity(conv, "bias")],
 )
@@ -308,7 +308,7 @@ def test_weights_computed_by_hooks_are_copied_and_train(hook):
     assert_kept(new, fuse(new.eval()), x)
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
+@loop_over("pretrained", [False, True])
 def test_a_copy_made_in_inference_mode_can_be_trained(pretrained):
     model = randomize(nn.Sequential(nn.BatchNorm2d(4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)))
     with torch.inference_mode():

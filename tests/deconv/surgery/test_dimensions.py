@@ -11,6 +11,7 @@ from deconv import convert, fuse, plan
 from deconv.surgery.batchnorm import ChannelAffine
 from deconv.surgery.plan import DECONVOLUTIONS
 from tests.oracle import CONVOLUTIONS, TRANSPOSED, make_maps
+from tests.pairwise import loop_over
 
 NORMS = {1: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 
@@ -39,7 +40,7 @@ def make_network(dims):
     return model.eval()
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
+@loop_over("dims", [1, 2, 3])
 def test_networks_of_all_dimensions_are_converted_and_fused(dims):
     model, x = make_network(dims), make_maps(dims)
     names = [DECONVOLUTIONS[k].__name__ for k in (CONVOLUTIONS[dims - 1], TRANSPOSED[dims - 1])]
@@ -76,8 +77,8 @@ def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
     assert ordered[0].action == "replaced"
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-@pytest.mark.parametrize("inner", [False, True])
+@loop_over("dims", [1, 2, 3])
+@loop_over("inner", [False, True])
 def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     """A convolution's maps are maps behind layers that leave them so, whatever follows."""
     conv, pool = CONVOLUTIONS[dims - 1](4, 4, 2), [nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d]
@@ -93,8 +94,8 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     torch.testing.assert_close(kept(x), model(x))
 
 
-@pytest.mark.parametrize("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
-@pytest.mark.parametrize("last", [nn.Flatten, lambda: nn.Linear(4, 4)])
+@loop_over("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
+@loop_over("last", [nn.Flatten, lambda: nn.Linear(4, 4)])
 def test_a_batchnorm_that_sees_vectors_for_certain_stays(norm, last):
     pool = [nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model = nn.Sequential(*pool, last(), nn.ReLU(), norm(4), nn.Linear(4, 2)).eval()

@@ -12,7 +12,7 @@ from torch.nn.utils import parametrizations, prune
 
 from deconv import Delinear, FastDeconv, convert, fuse
 from models import build_model, make_layers
-from tests.pairwise import pairwise
+from tests.pairwise import loop_over, pairwise
 
 TOLERANCE = {torch.float32: 1e-5, torch.float64: 1e-10}
 
@@ -45,7 +45,7 @@ GEOMETRIES = [
 ]
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("geometry", "mode", "dtype", "channels_last"),
     pairwise(GEOMETRIES, [1, 2, 3, 4, 5], list(TOLERANCE), [False, True]),
 )
@@ -62,8 +62,8 @@ def test_a_convolution_keeps_its_outputs(geometry, mode, dtype, channels_last):
     assert_plain(plain)
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("bias", [True, False])
+@loop_over("dtype", TOLERANCE)
+@loop_over("bias", [True, False])
 def test_a_linear_layer_keeps_its_outputs(bias, dtype):
     layer, x = trained(Delinear(12, 5, bias, block=4, dtype=dtype), 7, 6, 12)
     plain = fuse(layer)
@@ -110,7 +110,7 @@ def test_requires_grad_is_kept_and_a_new_bias_follows_its_weight():
     assert flags == expected
 
 
-@pytest.mark.parametrize("device", ["meta", "cuda"])
+@loop_over("device", ["meta", "cuda"])
 def test_devices_are_kept(device):
     with nullcontext() if device == "meta" else FakeTensorMode():
         layers = FastDeconv(3, 4, 3, device=device), Delinear(5, 2, device=device)
@@ -127,7 +127,7 @@ def test_folds_in_full_precision_under_autocast_and_draws_no_random_numbers():
     assert torch.equal(state, torch.get_rng_state())
 
 
-@pytest.mark.parametrize(("part", "name"), [("", "the model"), ("0.0", "0.0"), ("1", "1")])
+@loop_over(("part", "name"), [("", "the model"), ("0.0", "0.0"), ("1", "1")])
 def test_training_mode_is_refused_by_name(part, name):
     model, _ = network()
     model.get_submodule(part).training = True
@@ -206,7 +206,7 @@ def test_layers_can_be_fused_one_by_one_before_evaluation():
     torch.testing.assert_close(fused.eval()(x), model.eval()(x))
 
 
-@pytest.mark.parametrize("name", ["weight", "bias", "running_mean", "running_cov_joint"])
+@loop_over("name", ["weight", "bias", "running_mean", "running_cov_joint"])
 @torch.no_grad()
 def test_evaluation_follows_edits_that_no_version_counter_tells_of(name):
     layer, x = trained(FastDeconv(3, 4, 3), 5, 3, 9, 9)

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune
 
 from deconv import convert, plan
 from tests.deconv.surgery.helpers import PreActivation, actions, pair, reasons
+from tests.pairwise import loop_over
 
 
 def test_an_inplace_function_keeps_the_batchnorm_before_it():
@@ -25,7 +26,7 @@ class Own(nn.Conv2d):
     pass
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("conv", "reason"),
     [
         (nn.LazyConv2d(8, 1), "there is no deconvolution for LazyConv2d"),
@@ -52,7 +53,7 @@ class OwnNorm(nn.BatchNorm2d):
         return super().forward(x) + 1
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("norm", "options", "reason"),
     [
         (OwnNorm(8), {}, f"skipped: forward of {__name__}.OwnNorm is not known"),

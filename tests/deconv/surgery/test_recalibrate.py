@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from deconv import Delinear, FastDeconv, recalibrate
+from tests.pairwise import loop_over
 
 
 def network():
@@ -19,7 +20,7 @@ def batches(count=3):
     return list(torch.randn(count, 8, 3, 7, 7, generator=torch.Generator().manual_seed(1)))
 
 
-@pytest.mark.parametrize("tuples", [False, True])
+@loop_over("tuples", [False, True])
 def test_statistics_are_the_mean_over_batches(tuples):
     model, data = network(), batches()
     model(10 * data[0])  # to be forgotten
@@ -64,7 +65,7 @@ def test_an_average_of_weights_is_served_well_again():
         assert model(data[0]).std() < stale / 2
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("model", "data", "options", "message"),
     [
         (nn.Linear(2, 2), batches(), {}, "Linear has no deconvolution layer"),

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from deconv import convert, plan
 from deconv.surgery.batchnorm import ChannelAffine
 from tests.deconv.surgery.helpers import assert_kept, pair, randomize, reasons
+from tests.pairwise import loop_over
 
 
 class Twice(nn.Module):
@@ -89,7 +90,7 @@ class Listed(nn.Module):
         return x
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("network", "affine"),
     [(Twice, 2), (Again, 1), (Untraceable, 0), (Borrowed, 1), (Optional, 0), (Listed, 0)],
 )
@@ -100,7 +101,7 @@ def test_pretrained_folds_only_into_exclusive_sources(network, affine):
     assert_kept(model, new, torch.randn(2, 4, 6, 6))
 
 
-@pytest.mark.parametrize("at", ["conv", "inner", "norm"])
+@loop_over("at", ["conv", "inner", "norm"])
 def test_pretrained_folds_nothing_across_a_hook(at):
     inner = nn.Sequential(nn.Conv2d(4, 4, 1))
     model = randomize(nn.Sequential(inner, nn.BatchNorm2d(4)))
@@ -196,7 +197,7 @@ class ByNumber(ByName):
         return y if x.sum() > 1e9 else self.child[1](y) + y
 
 
-@pytest.mark.parametrize("model", [ByName(Pair()), ByNumber(nn.Sequential(*Pair().children()))])
+@loop_over("model", [ByName(Pair()), ByNumber(nn.Sequential(*Pair().children()))])
 def test_pretrained_is_exact_below_an_untraceable_forward(model):
     nn.init.normal_(next(m for m in model.modules() if isinstance(m, nn.BatchNorm2d)).weight)
     x = torch.randn(2, 4, 7, 7)
@@ -241,7 +242,7 @@ def test_initialising_the_scale_does_not_keep_the_batchnorm():
     assert plan(Filled(Pair()))[1].action == "replaced"
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("part", "name", "reason"),
     [
         (WithNorm(), "1.norm", r"is a part of 1, \S*test_tracing.WithNorm"),
@@ -258,7 +259,7 @@ def test_a_batchnorm_stays_that_code_depends_on(part, name, reason):
     convert(model).train()(torch.randn(2, 4, 5, 5))
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
+@loop_over("pretrained", [False, True])
 def test_reading_a_replaced_scale_raises_attribute_error(pretrained):
     model = nn.Sequential(nn.Conv2d(4, 4, 1), ByScale(Pair()))
     new = convert(model, pretrained=pretrained)
