@@ -113,12 +113,12 @@ class Child:
 
     def live(self, argv, fault):
         """Only in the child, which never returns."""
-        for number, file in enumerate(self.files, start=1):
-            os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-        sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
-        sys.argv = ["main.py", *argv]
         code = 1
         try:
+            for number, file in enumerate(self.files, start=1):
+                os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", buffering=1, closefd=False) for n in (1, 2))
+            sys.argv = ["main.py", *argv]
             exec(FAULTY.format(root=str(ROOT), fault=fault), {"__name__": "__main__"})
             code = 0
         except SystemExit as end:
@@ -126,7 +126,7 @@ class Child:
         except BaseException:
             traceback.print_exc()
         finally:
-            os._exit(code)
+            os._exit(code if isinstance(code, int) else 1)
 
     def end(self):
         if self.pid:

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import cycle
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +247,10 @@ def _align(series: Sequence[Series], x: str) -> tuple[np.ndarray, np.ndarray]:
 
 def _describe_training(runs: Sequence[RunCurves]) -> str:
     """Name the steps that a point of the training curves averages over."""
-    steps = {int(batch) for run in runs for batch in run.batches["batch"][:1]}
+    steps = set()
+    for run in runs:
+        rows = list(zip(run.batches["epoch"], run.batches["batch"], strict=True))
+        steps |= {int(b[1] - a[1]) for a, b in pairwise(rows) if a[0] == b[0]}
     return f"training, mean over {steps.pop()} steps" if len(steps) == 1 else "training"
 
 

@@ -88,16 +88,16 @@ class Recorder:
         """
         epoch, step = self.state.progress.epoch + 1, self.state.progress.step + batch
         is_due = step % self.flags.print_freq == 0
-        mean = {**metrics, **self.state.metrics.average_last(self.flags.print_freq)}
+        mean = self.state.metrics.average_last(self.flags.print_freq) if is_due else {}
+        shown = metrics if self.flags.msg else {**metrics, **mean}
         with self._warn_on_full_disk():
             if self.flags.msg or (is_due and not shows_bars()):
-                shown = metrics if self.flags.msg else mean
                 print_line(
                     f"epoch {epoch} batch {batch}  loss {shown['loss']:.4f}"
                     f"  top1 {shown['top1']:.2f}%  lr {shown['lr']:.3g}"
                 )
             if is_due:
-                self.logger.batch(epoch, step, **mean)
+                self.logger.batch(epoch, step, **{**metrics, **mean})
 
     def epoch(self, train: Metrics, test: Metrics, saved: dict[str, Any], *, last: bool) -> None:
         """Log a finished epoch, update summary.json and save a checkpoint.

@@ -116,9 +116,13 @@ def test_a_checkpoint_that_must_not_be_read_is_not_passed_over(tmp_path, monkeyp
 
 
 def save_forever(folder, writer, ballast):
-    for step in count(1):
-        save_checkpoint(make_state(step=step, ballast=ballast), folder)
-        os.write(writer, b".")
+    """Save until killed; only in a child, which never returns to pytest."""
+    try:
+        for step in count(1):
+            save_checkpoint(make_state(step=step, ballast=ballast), folder)
+            os.write(writer, b".")
+    finally:
+        os._exit(1)
 
 
 def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path):

@@ -58,10 +58,10 @@ def test_a_hangup_that_is_ignored_stays_so():
 
 def run_until_stopped(run_dir):
     """End as a run does after a stop request; only in a child, which never returns."""
-    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
-    signal.alarm(PATIENCE)  # kills this process, should no signal arrive
     code = 1
     try:
+        sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+        signal.alarm(PATIENCE)  # kills this process, should no signal arrive
         with exit_when_stopped(run_dir), stop_on_signal() as stop_request:
             os.write(1, b"ready")
             while not stop_request():
