@@ -13,9 +13,11 @@ SCRIPTS = {"main": main, "main_imagenet": main_imagenet}
 def find_commands(path):
     """Yield script and arguments of each `python main.py ...` in a file, also by torchrun.
 
-    Continued lines are joined, and arrays of a shell script are expanded.
+    Continued lines and code spans over two lines are joined, and arrays of a shell script are expanded.
     """
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
+    span = r"(`[^`\n]*\b(?:python3?|torchrun)\b[^`\n]*)\n\s*(?=[^`\n]+`)"
+    text = re.sub(span, r"\1 ", text)
     arrays = dict(re.findall(r"^(\w+)=\((.*)\)$", text, flags=re.MULTILINE))
     pattern = r"\b(?:python3?|torchrun\b[^\n`]*) (main|main_imagenet)\.py\b([^\n`|>]*)"
     for script, line in re.findall(pattern, text):

@@ -78,7 +78,8 @@ def test_nothing_imports_a_script():
         assert not {name.split(".")[0] for name in imports(path)} & scripts, path
 
 
-def test_the_parser_loads_neither_matplotlib_nor_torchvision():
-    code = "import sys, util.cli.parser; print(*{'matplotlib', 'torchvision'} & {*sys.modules})"
+@pytest.mark.parametrize("module", ["util.cli.parser", "util.cli.flags"])
+def test_command_lines_load_neither_matplotlib_nor_torchvision(module):
+    code = f"import sys, {module}; print(*{{'matplotlib', 'torchvision'}} & {{*sys.modules}})"
     loaded = subprocess.check_output([sys.executable, "-c", code], cwd=ROOT, text=True)
     assert loaded.split() == []

@@ -6,7 +6,6 @@ import os
 from argparse import Namespace
 from collections.abc import Collection
 from itertools import chain
-from typing import Any
 
 from util.cli.script import ArchitectureOptions, Rules, Script
 from util.distributed.launcher import is_launched
@@ -35,16 +34,11 @@ def _network_rules(flags: Namespace, architectures: ArchitectureOptions) -> Rule
         others = ", ".join(arch for arch, accepted in architectures.items() if name in accepted)
         has_effect = name in options or not getattr(flags, name, None)
         yield name, has_effect, f"does not apply to {flags.arch}, only to {others}"
-    yield (
-        "batchnorm",
-        not (flags.batchnorm and flags.deconv),
-        "contradicts deconvolution, which replaces BatchNorm; leave one of them out",
-    )
-    yield (
-        "bias",
-        not flags.bias or not flags.batchnorm or "method" in options,
-        "contradicts BatchNorm, whose shift is the bias; leave it out or add --batchnorm False",
-    )
+    reason = "contradicts deconvolution, which replaces BatchNorm; leave one of them out"
+    yield "batchnorm", not (flags.batchnorm and flags.deconv), reason
+    has_no_shift = not flags.batchnorm or "method" in options
+    reason = "contradicts BatchNorm, whose shift is the bias; leave it out or add --batchnorm False"
+    yield "bias", not flags.bias or has_no_shift, reason
 
 
 def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
@@ -55,16 +49,12 @@ def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
     whitens = flags.deconv or flags.num_groups_final
     for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats"):
         yield name, whitens, "needs --deconv True, or --num-groups-final above 0"
-    yield (
-        "stride",
-        flags.mode != 4 or flags.stride == 1,
-        "contradicts --mode 4, which uses every patch; leave it out or choose --mode 5",
-    )
+    reason = "contradicts --mode 4, which uses every patch; leave it out or choose --mode 5"
+    yield "stride", flags.mode != 4 or flags.stride == 1, reason
     has_blocks = not flags.deconv or flags.mode != 2 or flags.share_blocks is False
     whitens_final = "num_groups_final" in typed and flags.num_groups_final
-    reason = (
-        "has no effect in --mode 2, where all channels share one matrix; needs --share-blocks False"
-    )
+    needs = "where all channels share one matrix; needs --share-blocks False"
+    reason = f"has no effect in --mode 2, {needs}"
     yield "num_groups", has_blocks, reason
     yield "layout", has_blocks or whitens_final, f"{reason}, or --num-groups-final above 0"
 
@@ -106,16 +96,10 @@ def _training_rules(flags: Namespace) -> Rules:
 def _device_rules(flags: Namespace) -> Rules:
     machines = flags.world_size or 1
     yield "gpu", flags.use_gpu is not False, "contradicts --use-gpu False; leave one of them out"
-    yield (
-        "multiprocessing_distributed",
-        flags.multiprocessing_distributed,
-        "has no effect, every GPU has its process; choose one GPU with --gpu N",
-    )
-    yield (
-        "multiprocessing_distributed",
-        flags.gpu is None,
-        f"contradicts --gpu {flags.gpu}, which starts one process; leave one of them out",
-    )
+    name, is_on = "multiprocessing_distributed", flags.multiprocessing_distributed
+    yield name, is_on, "has no effect, every GPU has its process; choose one GPU with --gpu N"
+    reason = f"contradicts --gpu {flags.gpu}, which starts one process; leave one of them out"
+    yield name, flags.gpu is None, reason
     yield "rank", (flags.rank or 0) < machines, f"must be below --world-size {machines}"
     yield "dist_url", flags.world_size, "needs --world-size; a single machine uses no URL"
     has_address = is_launched() or {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
@@ -137,8 +121,3 @@ def _output_rules(flags: Namespace) -> Rules:
     yield "checkpoint_epoch", not ends_before, f"must not exceed --epochs {flags.epochs}"
     ends_before = flags.max_steps and flags.checkpoint_steps > flags.max_steps
     yield "checkpoint_steps", not ends_before, f"must not exceed --max-steps {flags.max_steps}"
-
-
-def describe_value(value: Any) -> str:
-    """Return a flag's value as it is typed."""
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, list) else str(value)

@@ -16,7 +16,7 @@ from util.cli.parser import (
     rendezvous_url,
     str2bool,
 )
-from util.data.loader import MIN_IMAGE_SIZE
+from util.data import MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 

@@ -29,10 +29,7 @@ from util.training.session import RunContext
 
 
 def start(
-    file: str,
-    script: Script,
-    run: Callable[[RunContext], None],
-    argv: Sequence[str] | None = None,
+    file: str, script: Script, run: Callable[[RunContext], None], argv: Sequence[str] | None = None
 ) -> None:
     """Parse the command line and call `run` in one process per visible GPU, or on the CPU.
 
@@ -87,8 +84,8 @@ def _report_errors(parser: Parser) -> Iterator[None]:
         if is_missing:
             reason = "has no deterministic implementation; train without this flag"
             parser.error(f"--deterministic: {name} {reason}")
-        if not _is_lost_connection(error):
-            raise
+        if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
+            raise  # not about the communication of processes
         wait_for_first_error()
         _fail(parser, f"lost the connection to another process ({str(error).splitlines()[0]})")
     except KeyboardInterrupt:
@@ -97,8 +94,3 @@ def _report_errors(parser: Parser) -> Iterator[None]:
 
 def _fail(parser: Parser, message: str) -> None:
     parser.exit(1, f"{parser.prog}: error: {message}\n")
-
-
-def _is_lost_connection(error: RuntimeError) -> bool:
-    """Return whether `error` is about the communication of processes."""
-    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()

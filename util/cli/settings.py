@@ -7,7 +7,7 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from util.cli.flag_rules import describe_value, find_fault
+from util.cli.flag_rules import find_fault
 from util.cli.inherited import check_unchanged, inherit_flags, load_saved
 from util.cli.script import PRESETS, Script
 
@@ -35,20 +35,16 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
     resolve_flags(flags, typed, script)
     if fault := find_fault(flags, typed, script):
         name, reason = fault
-        parser.error(f"{parser.spelling[name]} {describe_value(getattr(flags, name))} {reason}")
+        value = getattr(flags, name)
+        typed_value = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else value
+        parser.error(f"{parser.spelling[name]} {typed_value} {reason}")
     if saved:
         check_unchanged(flags, typed, saved["config"], parser)
     return flags, saved
 
 
 def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
-    """Set the flags whose defaults depend on other flags, in place.
-
-    Args:
-        flags: all flags.
-        typed: names of the flags on the command line.
-        script: the command line.
-    """
+    """Set the flags whose defaults depend on other flags, in place."""
     has_method = "method" in script.architectures[flags.arch]
     if has_method:
         flags.method = flags.method or (3 if flags.deconv else 1)
@@ -66,20 +62,14 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
 
 def choose_layers(flags: Namespace) -> dict[str, Any]:
     """Return the flags about layers as the keyword arguments of `models.make_layers`."""
-    return {
-        "deconv": flags.deconv,
-        "mode": flags.mode,
+    unchanged = (
+        *("deconv", "mode", "eps", "stem_iter", "bias", "batchnorm"),
+        *("sync_stats", "layout", "root", "rows_per_feature"),
+    )
+    return {name: getattr(flags, name) for name in unchanged} | {
         "block": flags.num_groups,
         "block_final": flags.num_groups_final,
-        "eps": flags.eps,
         "n_iter": flags.deconv_iter,
-        "stem_iter": flags.stem_iter,
-        "bias": flags.bias,
         "sampling_stride": flags.stride,
-        "batchnorm": flags.batchnorm,
-        "sync_stats": flags.sync_stats,
-        "layout": flags.layout,
         "shared": flags.share_blocks,
-        "root": flags.root,
-        "rows_per_feature": flags.rows_per_feature,
     }

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING
 
 from torchvision import datasets as published
 
+from util.data import MIN_IMAGE_SIZE
 from util.data.augment import Augmentation
 from util.data.embedded_sets import DIGIT_NAMES, EmbeddedSet, read_digits, read_fashion_mini
 from util.data.image_folder import load_folder
 from util.data.images import DataSpec
-from util.data.loader import MIN_IMAGE_SIZE, ImageLoader, LoaderOptions, check_arguments
+from util.data.loader import ImageLoader, LoaderOptions, check_arguments
 from util.data.torchvision_sets import STL10_NAMES, TorchvisionSet
 
 if TYPE_CHECKING:

@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.v2 import functional
 
+from util.data import MIN_IMAGE_SIZE
 from util.data.augment import Augmentation
 from util.data.images import DataSpec, Split, is_good
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
 
-MIN_IMAGE_SIZE = 32  # pixels, side of the smallest image that the networks accept
 MAX_TEST_BATCH = 256  # images; test metrics do not depend on larger batch sizes
 
 T = TypeVar("T")

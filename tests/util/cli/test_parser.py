@@ -1,15 +1,10 @@
 """Parser: typed flags, help, errors in one line, and the types of values."""
 
 import argparse
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from util.cli.parser import Parser, bounded_float, bounded_int, path_name, str2bool
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture
@@ -19,14 +14,6 @@ def parser():
     add("-s --share", "of 100 %", bounded_int(0), 5)
     add("--batch-size --size", "images", bounded_int(1), default_text="as many as fit")
     return parser
-
-
-def test_importing_the_parser_loads_neither_matplotlib_nor_torchvision():
-    code = "import sys, util.cli.parser; print(*sys.modules)"
-    command = [sys.executable, "-c", code]
-    modules = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-    assert "util.cli.parser" in modules.split()
-    assert not {"matplotlib", "torchvision"} & set(modules.split())
 
 
 def test_only_typed_flags_are_returned_even_if_typed_as_the_default(parser):
