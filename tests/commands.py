@@ -13,7 +13,7 @@ SCRIPTS = {"main": main, "main_imagenet": main_imagenet}
 def find_commands(path):
     """Yield script and arguments of each `python main.py ...` in a file, also by torchrun.
 
-    Continued lines and code spans over two lines are joined, and arrays of a shell script are expanded.
+    Continued lines and code spans over two lines are joined. Arrays of a shell script are expanded.
     """
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")
     span = r"(`[^`\n]*\b(?:python3?|torchrun)\b[^`\n]*)\n\s*(?=[^`\n]+`)"

@@ -143,11 +143,9 @@ def _find_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
         for index, pair in enumerate(zip(before, now, strict=True)):
             if repr(pair[0]) != repr(pair[1]):
                 return _find_difference(f"{name}[{index}]", *pair)
-    return name, *("absent" if v is _ABSENT else _shorten(v) for v in (before, now))
-
-
-def _shorten(value: Any) -> str:
-    return textwrap.shorten(repr(value), 80)
+    return name, *(
+        "absent" if v is _ABSENT else textwrap.shorten(repr(v), 80) for v in (before, now)
+    )
 
 
 def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
