@@ -81,7 +81,12 @@ def _load(script: Script, path: str | Path) -> dict[str, Any]:
 
 
 def check_config(script: Script, config: Mapping[str, Any], file: str | Path) -> None:
-    """Check that the flags in the checkpoint `file` could have been typed.
+    """Check that the flags in a checkpoint could have been typed.
+
+    Args:
+        script: the command line.
+        config: the flags in the checkpoint.
+        file: name of the checkpoint, for the error.
 
     Raises:
         CheckpointError: names the first flag that could not have been typed.
@@ -110,6 +115,12 @@ def check_unchanged(
     flags: Namespace, typed: Collection[str], config: Mapping[str, Any], parser: Parser
 ) -> None:
     """Check that a resumed run uses the data and the flags that its checkpoint was trained with.
+
+    Args:
+        flags: the flags of this run.
+        typed: names of the flags on the command line.
+        config: the flags in the checkpoint.
+        parser: knows the spelling of the flags.
 
     Raises:
         SystemExit: code 2, the images would be read from another place.

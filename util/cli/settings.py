@@ -44,7 +44,13 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
 
 
 def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
-    """Set the flags whose defaults depend on other flags, in place."""
+    """Set the flags whose defaults depend on other flags, in place.
+
+    Args:
+        flags: all flags.
+        typed: names of the flags on the command line.
+        script: the command line.
+    """
     has_method = "method" in script.architectures[flags.arch]
     if has_method:
         flags.method = flags.method or (3 if flags.deconv else 1)
