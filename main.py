@@ -68,20 +68,10 @@ def data_rules(flags: Namespace) -> Rules:
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:
     """Return the description of the dataset, the training loader and the test loader."""
-    flags, world = context.flags, context.world
+    flags, cache_dir = context.flags, Path(context.flags.out).expanduser()
+    options = context.loader_options()
     return build_loaders(
-        flags.dataset,
-        flags.data,
-        batch_size=flags.batch_size,
-        num_workers=world.workers_per_process(flags.num_workers),
-        seed=flags.seed,
-        image_size=flags.image_size,
-        cache_dir=Path(flags.out).expanduser(),
-        device_type=context.device.type,
-        on_bad_image=flags.on_bad_image,
-        mirror=flags.data_url,
-        rank=world.rank,
-        processes=world.size,
+        flags.dataset, flags.data, options, cache_dir=cache_dir, mirror=flags.data_url
     )
 
 

@@ -95,22 +95,12 @@ def own_rules(flags: Namespace) -> Rules:
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
     """Return the description of the dataset, the training loader and the test loader."""
-    flags, world = context.flags, context.world
-    settings = {
-        "batch_size": flags.batch_size,
-        "num_workers": world.workers_per_process(flags.num_workers),
-        "seed": flags.seed,
-        "image_size": flags.image_size,
-        "device_type": context.device.type,
-        "rank": world.rank,
-        "processes": world.size,
-    }
+    flags, options = context.flags, context.loader_options()
     if flags.dummy:
-        return build_dummy_loaders(**settings)
+        return build_dummy_loaders(options)
     if flags.data is None:
         raise RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
-    settings |= {"on_bad_image": flags.on_bad_image, "test_only": flags.evaluate}
-    return build_imagenet_loaders(flags.data, **settings)
+    return build_imagenet_loaders(flags.data, options, test_only=flags.evaluate)
 
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:

@@ -25,6 +25,7 @@ from util.cli.inherited import OF_THIS_MACHINE, check_config
 from util.data.datasets import build_loaders, is_embedded
 from util.data.imagenet import build_imagenet_loaders
 from util.data.images import DataSpec
+from util.data.loader import LoaderOptions
 from util.errors import CheckpointError, DataError, RunError
 from util.training.resume import restore_model
 
@@ -88,19 +89,19 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
         ValueError: no folder is named, or it has fewer than 4 images.
     """
     data = flags.data if data is None else data
-    settings = {"batch_size": count, "image_size": flags.image_size}
+    options = LoaderOptions(batch_size=count, image_size=flags.image_size)
     if "dataset" in flags:
         if is_embedded(flags.dataset) and data != flags.data:
             raise ValueError(f"--data {data} does not apply to {flags.dataset}, which is embedded")
         try:
             with tempfile.TemporaryDirectory() as cache:
-                *_, loader = build_loaders(flags.dataset, data, cache_dir=cache, **settings)
+                *_, loader = build_loaders(flags.dataset, data, options, cache_dir=cache)
         except DataError as error:
             raise DataError(f"--data {data}: {error}") from error
     elif data is None:
         raise ValueError("name the folder of images with --data DIR")
     else:
-        *_, loader = build_imagenet_loaders(data, test_only=True, **settings)
+        *_, loader = build_imagenet_loaders(data, options, test_only=True)
     images = torch.cat(list(islice((batch for batch, _ in loader), count)))[:count]
     if len(images) < LEAST_IMAGES:
         raise ValueError(f"at least {LEAST_IMAGES} images are needed, {data} has {len(images)}")

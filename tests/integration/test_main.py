@@ -384,7 +384,7 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
 
     def record(sampler):
         batches = list(draw(sampler))
-        if sampler.shuffle:
+        if sampler.train:
             orders.append([key for batch in batches for key in batch])
         return iter(batches)
 

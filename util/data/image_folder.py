@@ -14,14 +14,8 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from util.data.image_files import ImageFiles, resize_whole
-from util.data.images import (
-    DataSpec,
-    Source,
-    Split,
-    Statistics,
-    channel_statistics,
-    load_into_memory,
-)
+from util.data.images import DataSpec, Split, Statistics, channel_statistics, load_into_memory
+from util.data.loader import LoaderOptions
 from util.errors import DataError
 from util.files import atomic_write
 
@@ -37,13 +31,7 @@ class Listing:
 
 
 def load_folder(
-    root: Path,
-    image_size: int,
-    cache_dir: Path,
-    *,
-    threads: int = 1,
-    skip: bool = False,
-    writes: bool = True,
+    root: Path, options: LoaderOptions, cache_dir: Path
 ) -> tuple[DataSpec, Split, Split]:
     """Return the description and the splits of a folder; decode what fits the memory budget.
 
@@ -51,29 +39,33 @@ def load_folder(
 
     Args:
         root: folder that holds train/ and test/ (or val/; with both, test/ is used).
-        image_size: side in pixels.
-        cache_dir: folder for the channel statistics, which the next run reads.
-        threads: that decode at once.
-        skip: True leaves out images that cannot be decoded.
-        writes: True for the one process that writes to `cache_dir`.
+        options: see LoaderOptions. As many threads as loader workers decode at once.
+        cache_dir: folder for the channel statistics, which the next run reads. Rank 0 writes them.
 
     Raises:
-        DataError: a folder is missing or empty, or classes differ. Without `skip`, an image cannot
+        DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
             be decoded.
     """
-    train, test = scan_split(root, "train"), scan_split(root, "test", "val")
-    require_same_classes(train, test)
-
-    def read(listing: Listing) -> Split:
-        options = {"skip": skip, "min_size": 2 * image_size}
-        files = ImageFiles(listing.paths, image_size, resize_whole, **options)
-        return Split(load_into_memory(files, threads), torch.tensor(listing.targets))
-
-    splits = read(train), read(test)
-    statistics = cached_statistics(
-        train, image_size, cache_dir, splits[0].source, threads=threads, writes=writes
-    )
-    return DataSpec("folder", 3, image_size, tuple(train.classes), *statistics), *splits
+    listings = scan_split(root, "train"), scan_split(root, "test", "val")
+    require_same_classes(*listings)
+    image_size, threads = options.image_size, max(1, options.num_workers)
+    splits = []
+    for listing in listings:
+        files = ImageFiles(
+            listing.paths,
+            image_size,
+            resize_whole,
+            skip=options.skip_bad_images,
+            min_size=2 * image_size,
+        )
+        splits.append(Split(load_into_memory(files, threads), torch.tensor(listing.targets)))
+    cache = cache_dir / f"channel-statistics-{digest_files(listings[0], image_size)}.json"
+    statistics = read_statistics(cache)
+    if not statistics:
+        statistics = channel_statistics(splits[0].source, threads)
+        if options.rank == 0:
+            save_statistics(cache, statistics, folder=str(root), image_size=image_size)
+    return DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics), *splits
 
 
 def scan_split(root: Path, *names: str) -> Listing:
@@ -134,36 +126,24 @@ def require_same_classes(train: Listing, test: Listing) -> None:
         raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
 
 
-def cached_statistics(
-    train: Listing,
-    image_size: int,
-    cache_dir: Path,
-    source: Source,
-    *,
-    threads: int = 1,
-    writes: bool = True,
-) -> Statistics:
-    """Return channel mean and deviation of the training images, from the cache if possible.
-
-    The name of the cache holds a digest of the folder, the image size and the files with their
-    sizes and times. An unreadable cache is computed anew. A failed write prints a warning.
-    """
-    cache = cache_dir / f"channel-statistics-{digest_files(train, image_size)}.json"
+def read_statistics(cache: Path) -> Statistics | None:
+    """Return channel mean and deviation from a cache, None if it is missing or damaged."""
     try:
         saved = json.loads(cache.read_text())
         return tuple(saved["mean"]), tuple(saved["std"])
     except (OSError, ValueError, KeyError, TypeError):
-        mean, std = channel_statistics(source, threads)
-    if not writes:
-        return mean, std
-    facts = {"folder": str(train.root), "image_size": image_size, "images": len(source)}
+        return None
+
+
+def save_statistics(cache: Path, statistics: Statistics, **facts: str | int) -> None:
+    """Write channel mean and deviation, with facts for the reader; warn of a failed write."""
+    facts |= dict(zip(("mean", "std"), statistics, strict=True))
     try:
-        cache_dir.mkdir(parents=True, exist_ok=True)
+        cache.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(cache) as file:
-            file.write(json.dumps({**facts, "mean": mean, "std": std}, indent=1).encode() + b"\n")
+            file.write(json.dumps(facts, indent=1).encode() + b"\n")
     except OSError as error:
         print(f"warning: the channel statistics could not be saved: {error}", file=sys.stderr)
-    return mean, std
 
 
 def digest_files(listing: Listing, image_size: int) -> str:

@@ -7,74 +7,75 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TypedDict, TypeVar
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_convert
 from torchvision.transforms.v2 import functional
 
 from util.data import MIN_IMAGE_SIZE
-from util.data.augment import Augmentation
+from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, is_good
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
 
 MAX_TEST_BATCH = 256  # images; test metrics do not depend on larger batch sizes
 
-T = TypeVar("T")
 
+@dataclass(frozen=True, kw_only=True)
+class LoaderOptions:
+    """Options that the loaders of all datasets share.
 
-class LoaderOptions(TypedDict, total=False):
-    """Optional arguments of ImageLoader that the loaders of all datasets share."""
-
-    num_workers: int
-    seed: int
-    device_type: str
-    rank: int
-    processes: int
-
-
-def check_arguments(
-    image_size: int,
-    on_bad_image: str = "error",
-    *,
-    batch_size: int,
-    num_workers: int = 0,
-    **_: object,
-) -> None:
-    """Check arguments that all datasets share, before any file is read.
+    Attributes:
+        batch_size: images in a training batch, over all processes.
+        image_size: side in pixels, at least MIN_IMAGE_SIZE.
+        num_workers: processes that prepare batches for this process. 0: this process does.
+        seed: of order and augmentation.
+        device_type: "cuda" pins the memory of the batches.
+        rank: number of this process.
+        processes: world size.
+        on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
+            of its batch and names the file in `ImageLoader.skipped`.
 
     Raises:
         ValueError: naming the argument and its value.
     """
-    if image_size < MIN_IMAGE_SIZE:
-        raise ValueError(f"image_size must be at least {MIN_IMAGE_SIZE} pixels, got {image_size}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    if num_workers < 0:
-        raise ValueError(f"num_workers must be at least 0, got {num_workers}")
-    if on_bad_image not in ("error", "skip"):
-        raise ValueError(f"on_bad_image must be 'error' or 'skip', got {on_bad_image!r}")
+
+    batch_size: int
+    image_size: int = MIN_IMAGE_SIZE
+    num_workers: int = 0
+    seed: int = 0
+    device_type: str = "cpu"
+    rank: int = 0
+    processes: int = 1
+    on_bad_image: str = "error"
+
+    def __post_init__(self) -> None:
+        least = {"image_size": MIN_IMAGE_SIZE, "batch_size": 1, "num_workers": 0}
+        for name, minimum in least.items():
+            if (value := getattr(self, name)) < minimum:
+                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        if self.on_bad_image not in ("error", "skip"):
+            raise ValueError(f"on_bad_image must be 'error' or 'skip', got {self.on_bad_image!r}")
+
+    @property
+    def skip_bad_images(self) -> bool:
+        return self.on_bad_image == "skip"
 
 
+@dataclass(frozen=True)
 class ImageSet(Dataset):
     """Dataset for DataLoader: takes keys (epoch, index), returns a finished batch.
 
     The class works on whole batches (`__getitems__`), which is faster than a call per image.
     """
 
-    def __init__(
-        self,
-        spec: DataSpec,
-        split: Split,
-        *,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-    ) -> None:
-        self.spec, self.split, self.seed = spec, split, seed
-        self.augmentation = augmentation or Augmentation()
+    spec: DataSpec
+    split: Split
+    seed: int = 0
+    augmentation: Augmentation = NO_AUGMENTATION
 
     def __len__(self) -> int:
         return len(self.split.targets)
@@ -110,14 +111,9 @@ class ImageLoader(DataLoader):
     Args:
         spec: description of the dataset.
         split: images and targets.
+        options: see LoaderOptions.
         train: True for training batches, False for test batches.
-        batch_size: images in a training batch, over all processes.
-        num_workers: processes that prepare batches for this process. 0: this process does.
-        seed: of order and augmentation.
-        augmentation: of training images. None: none.
-        device_type: "cuda" pins the memory of the batches.
-        rank: number of this process.
-        processes: world size.
+        augmentation: of the images.
 
     Attributes:
         skipped: names of the bad files that this process has left out.
@@ -127,32 +123,27 @@ class ImageLoader(DataLoader):
         self,
         spec: DataSpec,
         split: Split,
+        options: LoaderOptions,
         *,
         train: bool,
-        batch_size: int,
-        num_workers: int = 0,
-        seed: int = 0,
-        augmentation: Augmentation | None = None,
-        device_type: str = "cpu",
-        rank: int = 0,
-        processes: int = 1,
+        augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
+        batch_size = options.batch_size if train else min(options.batch_size, MAX_TEST_BATCH)
         super().__init__(
-            ImageSet(spec, split, seed=seed, augmentation=augmentation),
+            ImageSet(spec, split, options.seed, augmentation),
             batch_sampler=EpochBatches(
                 len(split.targets),
-                batch_size if train else min(batch_size, MAX_TEST_BATCH),
-                seed=seed,
-                shuffle=train,
-                rank=rank,
-                processes=processes,
-                whole_batches=not train,
+                batch_size,
+                seed=options.seed,
+                train=train,
+                rank=options.rank,
+                processes=options.processes,
             ),
-            num_workers=num_workers,
-            persistent_workers=num_workers > 0,
-            collate_fn=pass_through,
+            num_workers=options.num_workers,
+            persistent_workers=options.num_workers > 0,
+            collate_fn=default_convert,  # a batch comes finished from ImageSet
             worker_init_fn=ignore_foreign_sigterm,
-            pin_memory=device_type == "cuda",
+            pin_memory=options.device_type == "cuda",
             generator=torch.Generator(),  # else each epoch draws from the global generator
         )
         self.skipped: set[str] = set()
@@ -171,8 +162,8 @@ class ImageLoader(DataLoader):
 
 def count_images(train: ImageLoader, test: ImageLoader) -> dict[str, int]:
     """Return the numbers of images, keyed by a phrase for error messages."""
-    names = "number of training images", "number of test images"
-    return {name: len(loader.dataset) for name, loader in zip(names, (train, test), strict=True)}
+    train_size, test_size = len(train.dataset), len(test.dataset)
+    return {"number of training images": train_size, "number of test images": test_size}
 
 
 @contextmanager
@@ -210,8 +201,3 @@ def _exit_on_parent_sigterm() -> None:
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)
-
-
-def pass_through(batch: T) -> T:
-    """Return the finished batch; a named function, because lambdas cannot be pickled."""
-    return batch

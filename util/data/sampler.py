@@ -50,19 +50,22 @@ def _splitmix64(state: np.ndarray, step: np.ndarray) -> np.ndarray:
 class EpochBatches(Sampler[list[Key]]):
     """Batches of one process, as lists of keys (epoch, index).
 
-    Together the processes see the batches of a single process, image for image. In training each
-    process takes its part of every batch: consecutive images, in parts that differ by one at most.
-    A part of the last batch may be empty; the process still takes the step. In testing whole
-    batches are dealt in turn, so that each is computed exactly as by a single process.
+    Together the processes see the batches of a single process, image for image.
+
+    Training batches are shuffled, and each process takes its part of every batch: consecutive
+    images, in parts that differ by one at most. A part of the last batch may be empty; the process
+    still takes the step.
+
+    Test batches keep the order of the dataset. Whole batches are dealt to the processes in turn, so
+    that each is computed exactly as by a single process.
 
     Args:
         size: images in the dataset.
         batch_size: images in a batch, over all processes. The last batch may have fewer.
-        seed: with `shuffle`, the order depends on (seed, epoch, size) alone.
-        shuffle: False keeps the order of the dataset.
+        seed: the order of training images depends on (seed, epoch, size) alone.
+        train: True for training batches, False for test batches.
         rank: number of this process, 0 .. processes - 1.
         processes: world size.
-        whole_batches: deal batch i to process i % processes, instead of cutting each batch.
 
     Raises:
         ValueError: `rank` is out of range.
@@ -74,15 +77,14 @@ class EpochBatches(Sampler[list[Key]]):
         batch_size: int,
         *,
         seed: int = 0,
-        shuffle: bool = True,
+        train: bool = True,
         rank: int = 0,
         processes: int = 1,
-        whole_batches: bool = False,
     ) -> None:
         if not 0 <= rank < processes:
             raise ValueError(f"rank must be in 0 .. processes - 1, got {rank} of {processes}")
-        self.size, self.batch_size, self.seed, self.shuffle = size, batch_size, seed, shuffle
-        self.rank, self.processes, self.whole_batches = rank, processes, whole_batches
+        self.size, self.batch_size, self.seed, self.train = size, batch_size, seed, train
+        self.rank, self.processes = rank, processes
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
@@ -103,7 +105,7 @@ class EpochBatches(Sampler[list[Key]]):
         epoch, order = self.epoch, self._order()
         for step in self._steps():
             batch = self._cut(order, step)
-            part = batch if self.whole_batches else np.array_split(batch, self.processes)[self.rank]
+            part = np.array_split(batch, self.processes)[self.rank] if self.train else batch
             yield [(epoch, index) for index in part.tolist()]
 
     def __len__(self) -> int:
@@ -111,17 +113,16 @@ class EpochBatches(Sampler[list[Key]]):
 
     def _steps(self) -> range:
         """Return the numbers of the batches of which this process has a part."""
-        end = -(-self.size // self.batch_size)
-        if not self.whole_batches:
-            return range(self.start, end)
-        return range(self.start + (self.rank - self.start) % self.processes, end, self.processes)
+        steps = range(self.start, -(-self.size // self.batch_size))
+        if self.train:
+            return steps
+        return steps[(self.rank - self.start) % self.processes :: self.processes]
 
     def _cut(self, order: np.ndarray, batch: int) -> np.ndarray:
         return order[batch * self.batch_size : (batch + 1) * self.batch_size]
 
     def _order(self) -> np.ndarray:
         indices = np.arange(self.size)
-        if not self.shuffle:
+        if not self.train:
             return indices
-        keys = random_words(self.seed, self.epoch, indices, ORDER)
-        return np.argsort(keys, kind="stable")
+        return np.argsort(random_words(self.seed, self.epoch, indices, ORDER), kind="stable")

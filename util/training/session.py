@@ -23,7 +23,7 @@ from util.checkpoint.store import LATEST_NAME
 from util.console import print_line
 from util.data.datasets import is_embedded
 from util.data.images import DataSpec
-from util.data.loader import ImageLoader
+from util.data.loader import ImageLoader, LoaderOptions
 from util.device import choose_graphs
 from util.distributed.world import World
 from util.errors import RunError, Stopped
@@ -62,6 +62,20 @@ class RunContext:
         if self.flags.evaluate:
             return None
         return self.world.on_rank0(partial(find_run_dir, self.flags.run_dir, self.flags.resume))
+
+    def loader_options(self) -> LoaderOptions:
+        """Return the options of this rank's loaders."""
+        flags, world = self.flags, self.world
+        return LoaderOptions(
+            batch_size=flags.batch_size,
+            image_size=flags.image_size,
+            num_workers=world.workers_per_process(flags.num_workers),
+            seed=flags.seed,
+            device_type=self.device.type,
+            rank=world.rank,
+            processes=world.size,
+            on_bad_image=flags.on_bad_image,
+        )
 
 
 def fit(

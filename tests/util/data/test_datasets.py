@@ -9,6 +9,7 @@ from tests.util.data.test_torchvision_sets import WRITERS
 from util.data.archives import list_archives
 from util.data.datasets import DATASETS, build_loaders
 from util.data.embedded_sets import EmbeddedSet
+from util.data.loader import LoaderOptions
 from util.data.torchvision_sets import TorchvisionSet
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -16,7 +17,8 @@ PAGES = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 
 
 def build(dataset="digits", **options):
-    return build_loaders(dataset, "none", **{"batch_size": 100, "cache_dir": "none", **options})
+    options = LoaderOptions(**{"batch_size": 100, **options})
+    return build_loaders(dataset, "none", options, cache_dir="none")
 
 
 @pytest.mark.parametrize("name", DATASETS)
@@ -95,7 +97,7 @@ def test_images_enter_with_mean_zero_and_deviation_one():
 def test_what_cannot_be_served_is_refused_by_name():
     for options, message in [
         ({"dataset": "cifar11"}, "unknown dataset 'cifar11': choose from cifar10"),
-        ({"image_size": 31}, "image_size must be at least 32 pixels, got 31"),
+        ({"image_size": 31}, "image_size must be at least 32, got 31"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"num_workers": -1}, "num_workers must be at least 0, got -1"),
         ({"on_bad_image": "drop"}, "on_bad_image must be 'error' or 'skip', got 'drop'"),

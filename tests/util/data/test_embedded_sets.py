@@ -2,13 +2,15 @@ import torch
 
 from util.data.datasets import DATASETS, build_loaders
 from util.data.embedded_sets import FASHION_MINI, EmbeddedSet, read_fashion_mini
+from util.data.loader import LoaderOptions
 
 EMBEDDED = [name for name, entry in DATASETS.items() if isinstance(entry, EmbeddedSet)]
 SIZES = {"digits": (1437, 360), "fashion-mini": (6400, 2000)}
 
 
 def build(name, root, **options):
-    return build_loaders(name, root, **{"batch_size": 50, "cache_dir": root / "run", **options})
+    options = LoaderOptions(batch_size=50, **options)
+    return build_loaders(name, root, options, cache_dir=root / "run")
 
 
 def test_classes_are_balanced_and_the_split_is_always_the_same(tmp_path):

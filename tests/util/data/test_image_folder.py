@@ -11,6 +11,7 @@ from PIL import ExifTags, Image
 from util.data import images
 from util.data.datasets import build_loaders
 from util.data.images import MEMORY_BUDGET
+from util.data.loader import LoaderOptions
 from util.errors import DataError
 
 SIDE = 40
@@ -30,8 +31,9 @@ def make_folder(root, train=("cat", "dog"), test=("cat", "dog"), second="test", 
     return root
 
 
-def build(root, **options):
-    return build_loaders("folder", root, **{"batch_size": 4, "cache_dir": root / "run", **options})
+def build(root, cache_dir=None, **options):
+    options = LoaderOptions(batch_size=4, **options)
+    return build_loaders("folder", root, options, cache_dir=cache_dir or root / "run")
 
 
 def epoch_of(loader, epoch=0):
@@ -166,7 +168,7 @@ def test_a_single_class_is_refused_by_name(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "cat").mkdir(parents=True)
     with pytest.raises(DataError, match="train has one class only, cat"):
-        build_loaders("folder", tmp_path, batch_size=4, cache_dir=tmp_path)
+        build(tmp_path)
 
 
 def test_a_class_without_images_is_named(root):

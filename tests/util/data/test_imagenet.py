@@ -9,7 +9,8 @@ from PIL import ExifTags, Image
 from torchvision.transforms import v2
 
 from util.data.image_files import random_crop
-from util.data.imagenet import IMAGE_SIZE, MEAN, STD, build_dummy_loaders, build_imagenet_loaders
+from util.data.imagenet import MEAN, STD, build_dummy_loaders, build_imagenet_loaders
+from util.data.loader import LoaderOptions
 from util.errors import DataError
 
 rng = np.random.default_rng(0)
@@ -46,8 +47,9 @@ def root(tmp_path):
     return tmp_path
 
 
-def build(root, **options):
-    return build_imagenet_loaders(root, **{"batch_size": 4, "image_size": 32, **options})
+def build(root, test_only=False, **options):
+    options = LoaderOptions(**{"batch_size": 4, **options})
+    return build_imagenet_loaders(root, options, test_only=test_only)
 
 
 def epoch_of(loader, epoch=0):
@@ -63,7 +65,7 @@ def normalised(image):
 
 def test_test_images_are_those_of_the_published_transforms(root):
     published = v2.Compose([v2.Resize(256), v2.CenterCrop(224), v2.Lambda(normalised)])
-    spec, _, test = build(root, image_size=IMAGE_SIZE)
+    spec, _, test = build(root, image_size=224)
     images, targets = epoch_of(test)
     assert spec.classes == ("n01", "n02", "n03") and spec.image_size == 224
     assert targets.tolist() == [0] * 3 + [1] * 3 + [2] * 3
@@ -175,7 +177,7 @@ def test_what_cannot_be_served_is_refused_by_name(tmp_path):
 
 
 def test_dummy_images_are_noise_as_many_as_imagenet_has():
-    spec, train, test = build_dummy_loaders(batch_size=256, image_size=32)
+    spec, train, test = build_dummy_loaders(LoaderOptions(batch_size=256))
     assert (len(train.dataset), len(test.dataset)) == (1_281_167, 50_000)
     assert (len(train), len(test)) == (5005, 196) and spec.num_classes == 1000
     images, targets = next(iter(train))
@@ -187,8 +189,10 @@ def test_dummy_images_are_noise_as_many_as_imagenet_has():
 
 
 def test_a_dummy_image_depends_on_seed_and_index_alone():
-    options = {"batch_size": 8, "image_size": 32, "train_size": 20, "test_size": 5}
-    first, again, other = (build_dummy_loaders(seed=seed, **options)[1] for seed in (1, 1, 2))
+    first, again, other = (
+        build_dummy_loaders(LoaderOptions(batch_size=8, seed=seed), train_size=20, test_size=5)[1]
+        for seed in (1, 1, 2)
+    )
     (images, targets), (same, their) = epoch_of(first, 1), epoch_of(again, 1)
     assert torch.equal(images, same) and torch.equal(targets, their) and len(targets) == 20
     in_order = [

@@ -1,8 +1,8 @@
 import torch
 
-from util.data.augment import Augmentation
+from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, InMemory, Split
-from util.data.loader import MAX_TEST_BATCH, ImageLoader, ImageSet
+from util.data.loader import MAX_TEST_BATCH, ImageLoader, ImageSet, LoaderOptions
 
 SIZE = 23
 IMAGES = torch.arange(SIZE * 3 * 4 * 4).remainder(251).to(torch.uint8).reshape(SIZE, 3, 4, 4)
@@ -13,9 +13,9 @@ CROP_AND_FLIP = Augmentation(pad=2, flip=True)
 
 
 def loader(split=SPLIT, train=True, **options):
-    augmentation = CROP_AND_FLIP if train else None
-    options = {"batch_size": 8, "seed": 3, "augmentation": augmentation, **options}
-    return ImageLoader(SPEC, split, train=train, **options)
+    options = LoaderOptions(**{"batch_size": 8, "seed": 3, **options})
+    augmentation = CROP_AND_FLIP if train else NO_AUGMENTATION
+    return ImageLoader(SPEC, split, options, train=train, augmentation=augmentation)
 
 
 def same(one, two):

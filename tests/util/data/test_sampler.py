@@ -71,17 +71,17 @@ def test_batches_are_the_order_cut_and_the_last_is_kept():
 
 
 def test_an_epoch_resumed_at_a_batch_continues_the_same_order():
-    for whole in [False, True]:
+    for train in [True, False]:
         for rank in range(3):
-            share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "whole_batches": whole}
+            share = {"size": 45, "seed": 5, "rank": rank, "processes": 3, "train": train}
             entire = batches(1, **share)
             for start in range(7):
-                done = len(range(rank, start, 3)) if whole else start
+                done = start if train else len(range(rank, start, 3))
                 assert batches(1, start_batch=start, **share) == entire[done:]
 
 
-def test_without_shuffle_every_epoch_has_the_order_of_the_data():
-    found = batches(7, size=5, batch_size=2, shuffle=False)
+def test_every_epoch_of_test_batches_has_the_order_of_the_data():
+    found = batches(7, size=5, batch_size=2, train=False)
     assert [[index for _, index in batch] for batch in found] == [[0, 1], [2, 3], [4]]
 
 
@@ -108,11 +108,11 @@ def test_the_images_of_a_batch_can_be_told_afterwards():
 
 def test_whole_batches_are_dealt_in_turn():
     for size, batch_size in [(23, 8), (24, 8), (3, 8), (9, 2)]:
-        options = {"size": size, "batch_size": batch_size, "shuffle": False}
+        options = {"size": size, "batch_size": batch_size, "train": False}
         one = batches(**options)
         for processes in range(1, 6):
             for rank in range(processes):
-                dealt = batches(rank=rank, processes=processes, whole_batches=True, **options)
+                dealt = batches(rank=rank, processes=processes, **options)
                 assert dealt == one[rank::processes]
 
 

@@ -23,6 +23,7 @@ from torchvision.datasets.utils import calculate_md5
 from util.data import archives, download
 from util.data.archives import list_archives
 from util.data.datasets import DATASETS, build_loaders
+from util.data.loader import LoaderOptions
 from util.data.torchvision_sets import find_folder
 from util.errors import DataError
 
@@ -136,14 +137,15 @@ def no_network(monkeypatch):
     monkeypatch.setattr(download, "MAX_ATTEMPTS", 1)
 
 
-def build(name, root, **options):
-    return build_loaders(name, root, **{"batch_size": 50, "cache_dir": root / "run", **options})
+def build(name, root, image_size=32, mirror=None):
+    options = LoaderOptions(batch_size=50, image_size=image_size)
+    return build_loaders(name, root, options, cache_dir=root / "run", mirror=mirror)
 
 
 @pytest.mark.parametrize("name", WRITERS)
 def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
     written = WRITERS[name](tmp_path, monkeypatch)
-    spec, *loaders = build(name, tmp_path, image_size=96 if name == "stl10" else None)
+    spec, *loaders = build(name, tmp_path, image_size=96 if name == "stl10" else 32)
     for loader, (images, labels) in zip(loaders, written, strict=True):
         source, targets = loader.dataset.split
         assert np.array_equal(source.images.numpy(), images)
@@ -155,13 +157,13 @@ def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
 def test_batches_have_the_size_asked_for(tmp_path, monkeypatch):
     for name in WRITERS:
         WRITERS[name](tmp_path, monkeypatch)
-        for image_size in (None, 40):
+        for image_size in (32, 40):
             spec, *loaders = build(name, tmp_path, image_size=image_size)
             for loader in loaders:
                 ((images, targets),) = loader
-                assert images.shape == (len(targets), spec.in_channels, *[image_size or 32] * 2)
+                assert images.shape == (len(targets), spec.in_channels, image_size, image_size)
                 assert images.dtype == torch.float32 and targets.dtype == torch.int64
-            assert spec.image_size == (image_size or 32)
+            assert spec.image_size == image_size
 
 
 def files_of(name):

@@ -12,6 +12,7 @@ from torch import multiprocessing, nn
 from deconv import batch_share
 from models import build_model, make_layers
 from util.data.datasets import build_loaders
+from util.data.loader import LoaderOptions
 from util.data.sampler import EpochBatches
 from util.distributed.launcher import check_agreement, init_processes
 from util.distributed.world import World
@@ -109,10 +110,8 @@ class Double(Accelerator):
 
 def train_digits(world, batch_size):
     """Three steps of a small network, and a test; its state and the figures of both."""
-    rank_and_size = {"rank": world.rank, "processes": world.size}
-    spec, train, test = build_loaders(
-        "digits", "", batch_size=batch_size, cache_dir="", **rank_and_size
-    )
+    options = LoaderOptions(batch_size=batch_size, rank=world.rank, processes=world.size)
+    spec, train, test = build_loaders("digits", "", options, cache_dir="")
     torch.manual_seed(0)
     layers = make_layers(deconv=True, block=4, block_final=16)
     model = build_model("simple_v2", layers, in_channels=spec.in_channels).double()
@@ -134,8 +133,8 @@ def train_digits(world, batch_size):
 
 def figures_of_a_test(world, batch_size):
     """The figures of a test, without the seconds."""
-    size = {"rank": world.rank, "processes": world.size}
-    spec, _, test = build_loaders("digits", "", batch_size=batch_size, cache_dir="", **size)
+    options = LoaderOptions(batch_size=batch_size, rank=world.rank, processes=world.size)
+    spec, _, test = build_loaders("digits", "", options, cache_dir="")
     torch.manual_seed(0)
     model = build_model("simple_v2", make_layers(deconv=True), in_channels=spec.in_channels)
     criterion = build_criterion("CE", spec.num_classes)
@@ -163,7 +162,7 @@ def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
 def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processes):
     """--test-iter 4 of 7 batches."""
     dealt = [
-        list(EpochBatches(7, 1, shuffle=False, rank=rank, processes=processes, whole_batches=True))
+        list(EpochBatches(7, 1, train=False, rank=rank, processes=processes))
         for rank in range(processes)
     ]
     tested = [b[: World(rank, processes).shard_count(4)] for rank, b in enumerate(dealt)]
