@@ -348,7 +348,8 @@ def test_resume_refuses_an_epoch_that_was_cut_short(tmp_path, capsys):
     train(f"--max-steps 2 {QUIET}", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
     told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
-    assert "--max-steps ended epoch 1 of the checkpoint at step 2, in the middle of 12" in told
+    assert f"--max-steps cut epoch 1 of {checkpoint} short, at step 2; no earlier" in told
+    assert "start again, with --max-steps a multiple of the 12 steps of an epoch" in told
     main.main(["--resume", str(checkpoint)])
     assert "is finished: 2 of 2 steps" in capsys.readouterr().out
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 import textwrap
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.checkpoint.store import check_compatible
+from util.checkpoint.store import check_compatible, list_checkpoints, load_checkpoint
 from util.checkpoint.validators import describe
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
@@ -201,9 +202,25 @@ def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file:
             )
     if progress.step < plan.total_steps and progress.step != progress.epoch * plan.epoch_steps:
         raise CheckpointError(
-            f"cannot resume: --max-steps ended epoch {progress.epoch} of the checkpoint at step "
-            f"{progress.step}, in the middle of {plan.epoch_steps}; resume an earlier checkpoint"
+            f"cannot resume: --max-steps cut epoch {progress.epoch} of {file} short, at step "
+            f"{progress.step}; {_suggest_remedy(plan, file)}"
         )
+
+
+def _suggest_remedy(plan: Plan, file: str) -> str:
+    """Name the newest checkpoint beside `file` that can continue, or say how to save one."""
+    paths = {}
+    for path in list_checkpoints(Path(file).parent):
+        with suppress(CheckpointError):
+            saved = load_checkpoint(path, "meta")
+            if saved["progress"]["step"] == saved["progress"]["epoch"] * plan.epoch_steps:
+                paths.setdefault(saved["step"], path)
+    if paths:
+        return f"continue with --resume {paths[max(paths)]}"
+    return (
+        f"no earlier checkpoint is left: start again, with --max-steps a multiple of the "
+        f"{plan.epoch_steps} steps of an epoch"
+    )
 
 
 def restore_model(

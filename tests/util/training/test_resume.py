@@ -4,7 +4,8 @@ from dataclasses import replace
 import pytest
 from torch import nn
 
-from tests.states import SPEC, make_metrics, make_training, take_step
+from tests.states import SPEC, make_metrics, make_state, make_training, take_step
+from util.checkpoint.store import load_checkpoint, save_checkpoint
 from util.errors import CheckpointError
 from util.training.resume import Plan, Progress
 
@@ -83,7 +84,7 @@ def test_restore_inverts_capture(saved):
             nn.Linear(2, 2),
             {},
             replace(PLAN, epoch_steps=6),
-            "--max-steps ended epoch 1 of the checkpoint at step 5, in the middle of 6",
+            "--max-steps cut epoch 1 of FILE short, at step 5; no earlier checkpoint is left: ",
         ),
         (nn.Linear(3, 2), {}, PLAN, "FILE does not fit: .*size mismatch"),
     ],
@@ -97,3 +98,19 @@ def test_a_finished_run_may_end_in_the_middle_of_an_epoch(saved):
     training = make_training(nn.Linear(2, 2))
     training.restore(saved, replace(PLAN, epoch_steps=6, total_steps=5), file="FILE")
     assert training.progress == Progress(**saved["progress"])
+
+
+def test_the_newest_checkpoint_that_can_continue_a_cut_epoch_is_named(tmp_path):
+    """Epoch 3, of five steps, was cut short at step 13."""
+    save_checkpoint(make_state(epoch=1), tmp_path, is_best=True)
+    save_checkpoint(make_state(epoch=2, batches=2), tmp_path, filename="checkpoint_2.pth.tar")
+    save_checkpoint(make_state(epoch=3, step=13), tmp_path)
+    (tmp_path / "checkpoint_9.pth.tar").write_bytes(b"damaged")
+    latest = tmp_path / "checkpoint.pth.tar"
+    plan, training = replace(PLAN, total_steps=20), make_training(nn.Linear(3, 2))
+    for name in ("checkpoint_2", "checkpoint_previous", "model_best"):
+        earlier = latest.with_name(f"{name}.pth.tar")
+        with pytest.raises(CheckpointError, match=f"at step 13; continue with --resume {earlier}$"):
+            training.restore(load_checkpoint(latest, "cpu"), plan, file=str(latest))
+        training.restore(load_checkpoint(earlier, "cpu"), plan, file=str(earlier))
+        earlier.unlink()
