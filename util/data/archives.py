@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from torchvision import datasets
-from torchvision.datasets.utils import calculate_md5, check_integrity, extract_archive
+from torchvision.datasets.mnist import read_sn3_pascalvincent_tensor
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from util.console import print_line
 from util.data.download import fetch
@@ -29,20 +28,23 @@ class Archive:
         urls: published addresses.
         files: checksum of each unpacked file, None where none is published. A file that is not
             packed unpacks to itself.
-        max_bytes: upper limit of the download.
     """
 
     path: Path
     md5: str | None
     urls: tuple[str, ...]
     files: Mapping[Path, str | None]
-    max_bytes: int = 2**28  # CIFAR and SVHN have up to 182,040,794
 
     def addresses(self, mirror: str | None) -> list[str]:
         """Return the address below `mirror`, else the published ones, by https where offered."""
         if mirror:
             return [f"{mirror.rstrip('/')}/{self.path.name}"]
         return [url for url in self.urls if url.startswith("https:")] or list(self.urls)
+
+    def find_faults(self, root: Path) -> dict[Path, str]:
+        """Return the unusable unpacked files: "missing", or a description of the damage."""
+        faults = {root / name: find_fault(root / name, md5) for name, md5 in self.files.items()}
+        return {path: fault for path, fault in faults.items() if fault}
 
 
 def list_archives(dataset: DatasetClass) -> list[Archive]:
@@ -55,7 +57,6 @@ def list_archives(dataset: DatasetClass) -> list[Archive]:
                 md5,
                 tuple(mirror + name for mirror in dataset.mirrors),
                 {raw / name.removesuffix(".gz"): None},
-                2**26,  # up to 26,421,880
             )
             for name, md5 in dataset.resources
         ]
@@ -66,14 +67,7 @@ def list_archives(dataset: DatasetClass) -> list[Archive]:
     if meta := getattr(dataset, "meta", None):
         files[meta["filename"]] = meta["md5"]
     unpacked = {Path(dataset.base_folder, name): md5 for name, md5 in files.items()}
-    archive = Archive(Path(dataset.filename), dataset.tgz_md5, (dataset.url,), unpacked)
-    return [replace(archive, max_bytes=2**32) if issubclass(dataset, datasets.STL10) else archive]
-
-
-def find_faults(archive: Archive, root: Path) -> dict[Path, str]:
-    """Return the unusable unpacked files by path: "missing", or a description of the damage."""
-    faults = {root / name: _find_fault(root / name, md5) for name, md5 in archive.files.items()}
-    return {path: fault for path, fault in faults.items() if fault}
+    return [Archive(Path(dataset.filename), dataset.tgz_md5, (dataset.url,), unpacked)]
 
 
 def find_damaged(dataset: DatasetClass, root: Path) -> list[str]:
@@ -81,13 +75,8 @@ def find_damaged(dataset: DatasetClass, root: Path) -> list[str]:
     faults: dict[Path, str] = {}
     for archive in list_archives(dataset):
         path = root / archive.path
-        faults |= find_faults(archive, root) | {path: _find_fault(path, archive.md5)}
+        faults |= archive.find_faults(root) | {path: find_fault(path, archive.md5)}
     return [f"{path} {fault}" for path, fault in faults.items() if fault not in ("", "missing")]
-
-
-def is_complete(dataset: DatasetClass, root: Path) -> bool:
-    """Return True if no unpacked file is missing or damaged."""
-    return not any(find_faults(archive, root) for archive in list_archives(dataset))
 
 
 def download(dataset: DatasetClass, root: Path, mirror: str | None = None) -> None:
@@ -111,32 +100,24 @@ def download(dataset: DatasetClass, root: Path, mirror: str | None = None) -> No
 
     with closing(take_lock(root / f".{dataset.__name__}.lock", on_wait)):
         for archive in list_archives(dataset):
-            if find_faults(archive, root):
+            if archive.find_faults(root):
                 path = root / archive.path
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if not check_integrity(path, archive.md5):
-                    fetch(path, archive.md5, archive.addresses(mirror), archive.max_bytes)
+                    fetch(path, archive.md5, archive.addresses(mirror))
                 if archive.path not in archive.files:
                     extract_archive(str(path), str(path.parent))
 
 
-def _find_fault(path: Path, md5: str | None) -> str:
+def find_fault(path: Path, md5: str | None) -> str:
     """Return "" for a sound file, "missing", or a description of the damage."""
     if not path.is_file():
         return "missing"
-    if md5 is not None and calculate_md5(path) != md5:
+    if not check_integrity(path, md5):
         return f"has another checksum than the published one, and {path.stat().st_size:,} bytes"
-    if path.name.endswith("-ubyte") and _has_wrong_length(path):
-        return f"has {path.stat().st_size:,} bytes, another number than its header announces"
+    if path.name.endswith("-ubyte"):  # files of MNIST, whose checksums are not published
+        try:
+            read_sn3_pascalvincent_tensor(str(path))
+        except Exception:  # from an assertion to a header of other numbers
+            return f"has {path.stat().st_size:,} bytes, another number than its header announces"
     return ""
-
-
-def _has_wrong_length(path: Path) -> bool:
-    """Compare the length of an IDX file with its header.
-
-    The IDX format (http://yann.lecun.com/exdb/mnist): two zeros, the type, the number of
-    dimensions; each dimension as four bytes, highest first; the values, here bytes.
-    """
-    content = path.read_bytes()
-    header = np.frombuffer(content[: 4 + 4 * content[3]] if len(content) > 3 else b"", ">u4")
-    return len(content) < 8 or len(content) != 4 * len(header) + math.prod(header[1:].tolist())

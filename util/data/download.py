@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import os
-import re
 import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from email.message import Message
 from http.client import HTTPException, HTTPResponse
 from pathlib import Path
 from urllib.error import HTTPError, URLError
@@ -25,7 +23,7 @@ MAX_ATTEMPTS = 5  # in a row without new bytes
 PAUSE = 1.0  # seconds after the first such attempt, doubled after each further one
 MAX_PAUSE = 60.0  # seconds that a server may ask for
 CHUNK = 2**16  # bytes
-MAX_BYTES = 2**33  # of any file
+MAX_BYTES = 2**32  # of any file; the largest, of STL-10, has 2,640,397,119
 TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # status codes worth another attempt
 
 
@@ -50,7 +48,7 @@ class _StaySecure(HTTPRedirectHandler):
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 
-def fetch(path: Path, md5: str, urls: Sequence[str], max_bytes: int = MAX_BYTES) -> None:
+def fetch(path: Path, md5: str, urls: Sequence[str]) -> None:
     """Download a file from the first of `urls` that has the content with checksum `md5`.
 
     `path`.part holds the received bytes. This call, or one of a later process, resumes from there
@@ -60,8 +58,6 @@ def fetch(path: Path, md5: str, urls: Sequence[str], max_bytes: int = MAX_BYTES)
         path: of the file.
         md5: of the content, in hexadecimal. Content with another checksum is refused.
         urls: https, http or file addresses. No redirection leaves https.
-        max_bytes: upper limit of the file. Reception stops beyond the limit, and the received part
-            is removed.
 
     Raises:
         DownloadError: no address works; the message has the reason for each.
@@ -70,18 +66,18 @@ def fetch(path: Path, md5: str, urls: Sequence[str], max_bytes: int = MAX_BYTES)
     faults = []
     for url in urls:
         try:
-            _fetch_from(url, path, md5, max_bytes)
+            _fetch_from(url, path, md5)
             return
         except DownloadError as error:
             faults.append(f"{url}: {error}")
     raise DownloadError("; ".join(faults))
 
 
-def _fetch_from(url: str, path: Path, md5: str, max_bytes: int) -> None:
+def _fetch_from(url: str, path: Path, md5: str) -> None:
     """Download from one address; restart once if the checksum of the whole file is wrong."""
     part = path.with_name(f"{path.name}.part")
     for _ in range(2):  # the part may be of another file: then once more from the beginning
-        _receive_all(url, part, max_bytes)
+        _receive_all(url, part)
         actual = calculate_md5(part)
         if actual == md5:
             with open(part, "rb+") as file:
@@ -89,12 +85,12 @@ def _fetch_from(url: str, path: Path, md5: str, max_bytes: int) -> None:
             os.replace(part, path)
             sync_folder(path.parent)
             return
-        size = part.stat().st_size
+        size = _size(part)
         part.unlink()
     raise DownloadError(f"another file than expected: {size:,} bytes of md5 {actual}, not {md5}")
 
 
-def _receive_all(url: str, part: Path, max_bytes: int) -> None:
+def _receive_all(url: str, part: Path) -> None:
     """Receive the rest of `part`; retry any number of times while new bytes arrive.
 
     Raises:
@@ -104,7 +100,7 @@ def _receive_all(url: str, part: Path, max_bytes: int) -> None:
     max_attempts = 1 if url.startswith("file:") else MAX_ATTEMPTS
     while True:
         try:
-            _receive(url, part, max_bytes)
+            _receive(url, part)
             return
         except _Interrupted as fault:
             idle = 1 if _size(part) > largest else idle + 1
@@ -116,7 +112,7 @@ def _receive_all(url: str, part: Path, max_bytes: int) -> None:
             time.sleep(pause)
 
 
-def _receive(url: str, part: Path, max_bytes: int) -> None:
+def _receive(url: str, part: Path) -> None:
     """Open one connection; append to `part`, or restart `part` if the server ignores ranges.
 
     Raises:
@@ -127,55 +123,31 @@ def _receive(url: str, part: Path, max_bytes: int) -> None:
     headers = {"User-Agent": "network-deconvolution"}
     headers |= {"Range": f"bytes={offset}-"} if offset else {}
     try:
-        with _network_faults():
-            response = build_opener(_StaySecure).open(
-                Request(url, headers=headers), timeout=TIMEOUT
-            )
+        response = _open(Request(url, headers=headers))
     except HTTPError as error:  # 416: the part is complete already
         if error.headers.get("Content-Range") == f"bytes */{offset}":
             return
         part.unlink(missing_ok=True)
         raise _Interrupted("the file is shorter than the received part") from None
     with response:
-        start, total = _read_extent(response.headers, offset)
-        options = {"initial": start, "total": total, "unit": "B", "unit_scale": True}
-        bar = progress_bar(None, url.rpartition("/")[2], **options)
+        extent = response.headers.get("Content-Range")  # None: the whole file arrives
+        if extent and not extent.startswith(f"bytes {offset}-"):
+            raise DownloadError(f"asked for the bytes from {offset:,}, received {extent!r}")
+        start = offset if extent else 0
+        length = response.headers.get("Content-Length", "")
+        total = start + int(length) if length.isdecimal() else None
+        shape = {"initial": start, "total": total, "unit": "B", "unit_scale": True}
+        bar = progress_bar(None, url.rpartition("/")[2], **shape)
         with bar, open(part, "ab" if start else "wb") as file:
-            for chunk in _read_chunks(response):
+            while chunk := _read_chunk(response):
                 file.write(chunk)
                 file.flush()  # the bytes survive a kill of this process
                 bar.update(len(chunk))
-                if file.tell() > max_bytes:
+                if file.tell() > MAX_BYTES:
                     part.unlink()
-                    raise DownloadError(f"more than {max_bytes:,} bytes arrive, another file")
+                    raise DownloadError(f"more than {MAX_BYTES:,} bytes arrive, another file")
     if total is not None and _size(part) < total:
         raise _Interrupted(f"the connection ended after {_size(part):,} of {total:,} bytes")
-
-
-def _read_extent(headers: Message, offset: int) -> tuple[int, int | None]:
-    """Return the offset of a response in the file, and the size of the file if announced.
-
-    Raises:
-        DownloadError: the response starts at another offset.
-    """
-    extent = headers.get("Content-Range")
-    if extent is None:  # the whole file
-        length = headers.get("Content-Length", "")
-        return 0, int(length) if length.isdecimal() else None
-    match = re.fullmatch(r"bytes (\d+)-\d+/(\d+|\*)", extent)
-    if not match or int(match[1]) != offset:
-        raise DownloadError(f"asked for the bytes from {offset:,}, received {extent!r}")
-    return offset, None if match[2] == "*" else int(match[2])
-
-
-def _read_chunks(response: HTTPResponse) -> Iterator[bytes]:
-    """Yield bytes as they arrive, so that a broken connection loses none."""
-    while True:
-        with _network_faults():
-            chunk = response.read1(CHUNK)
-        if not chunk:
-            return
-        yield chunk
 
 
 @contextmanager
@@ -207,3 +179,14 @@ def _network_faults() -> Iterator[None]:
 
 def _size(path: Path) -> int:
     return path.stat().st_size if path.exists() else 0
+
+
+@_network_faults()
+def _open(request: Request) -> HTTPResponse:
+    return build_opener(_StaySecure).open(request, timeout=TIMEOUT)
+
+
+@_network_faults()
+def _read_chunk(response: HTTPResponse) -> bytes:
+    """Return bytes as soon as some arrive, so that a broken connection loses none."""
+    return response.read1(CHUNK)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torchvision import datasets
 
-from util.data.archives import DatasetClass, download, find_damaged, is_complete, list_archives
+from util.data.archives import DatasetClass, download, find_damaged, list_archives
 from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, make_split
 from util.errors import DataError
@@ -46,27 +46,22 @@ class TorchvisionSet:
         for part_name, part in zip(("train", "test"), parts, strict=True):
             targets = part.labels if hasattr(part, "labels") else part.targets
             split = make_split(part.data, targets, image_size)
-            where = f"{name}, {part_name}, in {find_folder(self.dataset, root)}"
-            check_labels(where, split, len(classes))
+            if fault := find_label_fault(split, len(classes)):
+                folder = find_folder(self.dataset, root)
+                raise DataError(f"{name}, {part_name}, in {folder}: {fault}")
             splits.append(split)
         spec = DataSpec(name, len(self.mean), image_size, classes, self.mean, self.std)
         return spec, *splits
 
 
-def check_labels(where: str, split: Split, classes: int) -> None:
-    """Check that every image has a label, and every label a class.
-
-    Raises:
-        DataError: naming `where` and the first label without a class.
-    """
+def find_label_fault(split: Split, classes: int) -> str:
+    """Return "" if every image has a label and every label a class, else a description."""
     if len(split.targets) != len(split.source):
-        counts = f"{len(split.source)} images and {len(split.targets)} labels"
-        raise DataError(f"{where}: damaged files: {counts}")
-    wrong = (split.targets < 0) | (split.targets >= classes)
-    if wrong.any():
-        first = int(wrong.nonzero()[0])
-        label = f"the label {split.targets[first]}, of 0 to {classes - 1}"
-        raise DataError(f"{where}: image {first} has {label}")
+        return f"damaged files: {len(split.source)} images and {len(split.targets)} labels"
+    for image, label in enumerate(split.targets.tolist()):
+        if not 0 <= label < classes:
+            return f"image {image} has the label {label}, of 0 to {classes - 1}"
+    return ""
 
 
 def open_parts(
@@ -80,7 +75,7 @@ def open_parts(
     try:
         return read_parts(dataset, root)
     except Exception as error:  # parsers of foreign files raise anything
-        if is_complete(dataset, root):
+        if not any(archive.find_faults(root) for archive in list_archives(dataset)):
             where = f"{name}: damaged files in {find_folder(dataset, root)}"
             raise DataError(f"{where} ({format_error(error)})") from None
     try:
