@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from util.cli.parser import Parser
 from util.console import print_line, progress_bar
 from util.data.image_files import open_image
 from util.data.image_folder import list_classes, list_images
@@ -25,10 +25,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: code 0 without faults, 1 with faults, 2 without any split.
     """
-    parser = argparse.ArgumentParser("check_images.py", description=__doc__)
-    parser.add_argument(
-        "folder", metavar="DIR", help="holds train/CLASS/* and test/CLASS/* (or val)"
-    )
+    parser = Parser("check_images.py", __doc__)
+    text = "holds train/CLASS/* and test/CLASS/* (or val)"
+    parser.add_argument("folder", metavar="DIR", help=text)
     root = Path(parser.parse_args(argv).folder).expanduser()
     splits = [root / name for name in SPLITS if (root / name).is_dir()]
     if not splits:

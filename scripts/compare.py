@@ -3,14 +3,14 @@
     python scripts/compare.py runs/digits-vgg11-bn/* runs/digits-vgg11-deconv-mode5/*
     python scripts/compare.py RUN_DIR... --accuracy-only --out accuracy_against_steps
 
-Runs that differ in the seed alone form a group. The figure shows a group's mean in a band from the
-lowest to the highest seed. The table adds a row with mean and sample standard deviation. Times are
-comparable between runs of one machine only.
+The files are STEM.png and STEM.md, by default comparison.png and comparison.md in the current
+folder. Runs that differ in the seed alone form a group. The figure shows a group's mean in a band
+from the lowest to the highest seed. The table adds a row with mean and sample standard deviation.
+Times are comparable between runs of one machine only.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import os
@@ -19,7 +19,6 @@ import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -27,6 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.inherited import MAY_CHANGE
+from util.cli.parser import Parser
 from util.console import visible
 from util.files import atomic_write
 from util.tracking.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
@@ -44,51 +44,47 @@ class Run:
     """Content of one run's folder."""
 
     name: str
+    kind: str
     flags: dict[str, Any]
     summary: dict[str, Any]
     curves: RunCurves
 
-    @property
-    def kind(self) -> str:
-        return str(self.summary.get("kind", "run"))
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Write the figure and the table of the given runs, and print the table."""
-    args = parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    stem = args.out.with_suffix("") if args.out.suffix in (".png", ".md") else args.out
+    figure, text = (Path(f"{stem.absolute()}{suffix}") for suffix in (".png", ".md"))
     try:
-        names = name_runs(args.runs)
-        runs = [read_run(folder, name) for folder, name in zip(args.runs, names, strict=True)]
+        runs = list(map(read_run, args.runs, name_runs(args.runs)))
         groups = group_seeds(runs)
         table = format_table(groups)
-        stem = args.out.with_suffix("") if args.out.suffix in (".png", ".md") else args.out
-        figure, text = Path(f"{stem}.png"), Path(f"{stem}.md")
-        figure.parent.mkdir(parents=True, exist_ok=True)
         curves = [
             RunGroup(label, group[0].kind, [run.curves for run in group])
             for label, group in zip(label_groups(groups), groups, strict=True)
         ]
         title = describe_setting(runs) if args.title is None else args.title
+        figure.parent.mkdir(parents=True, exist_ok=True)
         plot_comparison(curves, figure, title=title, accuracy_only=args.accuracy_only)
         with atomic_write(text) as file:
             file.write(table.encode())
     except (OSError, ValueError) as error:
-        raise SystemExit(f"compare.py: {error}") from error
-    print(f"{table}\nfigure: {figure}\ntable: {text}")
+        parser.error(str(error))
+    print(f"{table}\nwrote {visible(str(figure))} and {visible(text.name)}")
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="compare.py", description=__doc__.splitlines()[0])
-    add = parser.add_argument
+def build_parser() -> Parser:
+    parser = Parser("compare.py", __doc__.splitlines()[0])
     text = "folder of a finished run, which holds summary.json"
-    add("runs", metavar="RUN_DIR", nargs="+", type=Path, help=text)
-    text = "write STEM.png and STEM.md (default: %(default)s)"
-    add("--out", metavar="STEM", type=Path, default=Path("comparison"), help=text)
+    parser.add_argument("runs", metavar="RUN_DIR", nargs="+", type=Path, help=text)
+    text = "write STEM.png and STEM.md (default: %(default)s, in the current folder)"
+    parser.add_argument("--out", metavar="STEM", type=Path, default=Path("comparison"), help=text)
     text = "plot accuracy against steps alone (default: accuracy and loss, steps and seconds)"
-    add("--accuracy-only", action="store_true", help=text)
+    parser.add_argument("--accuracy-only", action="store_true", help=text)
     text = "title of the figure (default: network, dataset and batch size)"
-    add("--title", metavar="TEXT", help=text)
-    return parser.parse_args(argv)
+    parser.add_argument("--title", metavar="TEXT", help=text)
+    return parser
 
 
 def read_run(folder: Path, name: str) -> Run:
@@ -100,16 +96,16 @@ def read_run(folder: Path, name: str) -> Run:
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no folder of a finished run: {missing[0]} is missing")
-    summary = read_json(folder / "summary.json")
-    logs = (("train", EPOCH_COLUMNS), ("test", EPOCH_COLUMNS), ("train_batch", BATCH_COLUMNS))
-    train, test, batches = (_read_log(folder / f"{stem}.log", columns) for stem, columns in logs)
+    summary, record = read_json(folder / "summary.json"), read_json(folder / RECORD_NAME)
+    train, test = (_read_log(folder / f"{part}.log", EPOCH_COLUMNS) for part in ("train", "test"))
+    batches = _read_log(folder / "train_batch.log", BATCH_COLUMNS)
     if len(train["epoch"]) != len(test["epoch"]):
         raise ValueError(f"{folder / 'test.log'}: not as many rows as train.log")
     epoch_steps = summary.get("epoch_steps") or max(batches["batch"], default=1)
     total = summary.get("steps") or math.inf
     ends = [min(epoch * epoch_steps, total) for epoch in test["epoch"]]
     curves = RunCurves(train, test, batches, ends, epoch_steps)
-    return Run(name, read_json(folder / RECORD_NAME).get("flags", {}), summary, curves)
+    return Run(name, str(summary.get("kind", "run")), record.get("flags", {}), summary, curves)
 
 
 def name_runs(folders: Sequence[Path]) -> list[str]:
@@ -153,11 +149,11 @@ def label_groups(groups: Sequence[Sequence[Run]]) -> list[str]:
 
 def name_group(group: Sequence[Run]) -> str:
     """Return what the names of the runs begin with, without the word seed."""
+    first = group[0].name
     if len(group) == 1:
-        return group[0].name
-    pairs = zip(*(run.name for run in group), strict=False)
-    shared = "".join(letters[0] for letters in takewhile(lambda pair: len({*pair}) == 1, pairs))
-    return re.sub(r"[-_./]*(seed)?[-_./]*$", "", shared) or group[0].name
+        return first
+    shared = os.path.commonprefix([run.name for run in group])  # noqa: RUF071 - by letters
+    return re.sub(r"[-_./]*(seed)?[-_./]*$", "", shared) or first
 
 
 def describe_setting(runs: Sequence[Run]) -> str:
@@ -203,19 +199,19 @@ def format_table(groups: Sequence[Sequence[Run]]) -> str:
     rows = [titles, [":---" if title in ("run", "kind") else "---:" for title in titles]]
     for group in groups:
         for run in group:
-            cells = [read(run) for read in COLUMNS.values()]
-            rows.append([_escape(cell) for cell in cells] + _format_metrics([run]))
+            rows.append(_format_row([run], {}))
         if len(group) > 1:
-            values = [{read(run) for run in group} for read in COLUMNS.values()]
-            cells = [one.pop() if len(one) == 1 else None for one in values]
-            cells[:1], cells[3:4] = [f"{name_group(group)} (mean ± std)"], [f"{len(group)} seeds"]
-            rows.append([_escape(cell) for cell in cells] + _format_metrics(group))
+            name, seeds = f"{name_group(group)} (mean ± std)", f"{len(group)} seeds"
+            rows.append(_format_row(group, {"run": name, "seed": seeds}))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _format_metrics(runs: Sequence[Run]) -> list[str]:
-    """Format the mean of each metric and, where the runs differ, its standard deviation."""
+def _format_row(runs: Sequence[Run], known: dict[str, str]) -> list[str]:
+    """Format what the runs have in common, and mean and deviation of each metric."""
     cells = []
+    for column, read in COLUMNS.items():
+        values = {known[column]} if column in known else {read(run) for run in runs}
+        cells.append(_escape(values.pop() if len(values) == 1 else None))
     for key, form in METRICS.values():
         values = [run.summary.get(key) for run in runs]
         if not all(isinstance(value, (int, float)) for value in values):

@@ -13,11 +13,9 @@ the checkpoint's network. Exit codes: 1 the scores differ by more than --toleran
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import sys
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -29,16 +27,22 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import fuse
-from scripts import trained_network
-from scripts.trained_network import INPUT_ERRORS, load_network, read_images
+from scripts.trained_network import INPUT_ERRORS, load_network, make_parser, read_images
+from util.cli.parser import Parser
 
-SCRIPT = "export.py"
-BATCH = "batch"  # name of the dimension of any size
+ANY_BATCH = ({0: torch.export.Dim("batch")},)
 Run = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> scores (N, classes)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    parser = build_parser()
+    args = parser.parse_args(argv)
+    missing = [name for name in PACKAGES[args.to] if find_spec(name) is None]
+    if missing:
+        parser.error(
+            f"--to {args.to} needs {', '.join(missing)}, not installed here: "
+            f"pip install '.[{args.to}]' in the folder of this project"
+        )
     try:
         trained = load_network(args.checkpoint)
         images = read_images(trained.flags, args.data, args.images)
@@ -46,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         facts = describe_input(trained.saved)
         run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, facts)
     except INPUT_ERRORS as error:
-        trained_network.stop(SCRIPT, error)
+        parser.error(str(error))
     with torch.no_grad():
         expected = trained.network(images)
         # Two batch sizes, both unlike that of the example.
@@ -58,44 +62,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         f"largest difference is {difference:.2g}, of scores up to {scale:.3g}"
     )
     if not difference <= args.tolerance * scale:  # true for NaN, too
-        message = f"the difference is more than {args.tolerance:g} of the largest score"
-        trained_network.stop(SCRIPT, message, code=1)
+        limit = f"{args.tolerance:g} of the largest score"
+        parser.exit(1, f"{parser.prog}: error: the difference is more than {limit}\n")
 
 
-def parse_args(argv: Sequence[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0])
-    trained_network.add_arguments(
-        parser, "file to write", 32, "number of test images to compare on, at least 4"
-    )
+def build_parser() -> Parser:
+    purpose = "number of test images to compare on"
+    parser = make_parser("export.py", __doc__.splitlines()[0], "file to write", 32, purpose)
     parser.add_argument("--to", choices=WRITERS, required=True, help="format of the file")
     text = "largest difference of two scores, over the largest score (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=1e-4, help=text)
-    args = trained_network.parse_args(parser, argv)
-    missing = [name for name in PACKAGES[args.to] if find_spec(name) is None]
-    if missing:
-        parser.error(
-            f"--to {args.to} needs {', '.join(missing)}, not installed here: "
-            f"pip install '.[{args.to}]' in the folder of this project"
-        )
-    return args
+    return parser
 
 
 def describe_input(saved: dict[str, Any]) -> dict[str, str]:
     """Return the architecture and the dataset's facts (mean, std, classes, ...) as text."""
     facts = {"arch": saved["config"]["arch"], **saved["spec"]}
-    return {
-        name: fact if isinstance(fact, str) else json.dumps(fact) for name, fact in facts.items()
-    }
+    return {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
 
 
 def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
     import onnxruntime
 
-    names = {"input_names": ["images"], "output_names": ["scores"]}
-    shapes = ({0: torch.export.Dim(BATCH)},)
-    program = torch.onnx.export(
-        network, (example,), **names, dynamic_shapes=shapes, dynamo=True, verbose=False
-    )
+    form = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": ANY_BATCH}
+    program = torch.onnx.export(network, (example,), **form, dynamo=True, verbose=False)
     program.model.metadata_props.update(facts)
     program.save(out)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
@@ -105,8 +95,7 @@ def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, 
 def write_torch_export(
     network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]
 ) -> Run:
-    shapes = ({0: torch.export.Dim(BATCH)},)
-    program = torch.export.export(network, (example,), dynamic_shapes=shapes)
+    program = torch.export.export(network, (example,), dynamic_shapes=ANY_BATCH)
     torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
     return torch.export.load(out).module()
 
@@ -115,11 +104,9 @@ def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: dic
     from safetensors.torch import load_model, save_model
 
     save_model(network, str(out), metadata=facts)
-    blank = copy.deepcopy(network).to_empty(device="cpu")
-    for tensor in blank.state_dict().values():
-        tensor.fill_(0)
-    load_model(blank, str(out))
-    return blank
+    read = copy.deepcopy(network)
+    load_model(read, str(out))  # refuses a file that lacks a tensor
+    return read
 
 
 WRITERS = {"onnx": write_onnx, "torch-export": write_torch_export, "safetensors": write_safetensors}

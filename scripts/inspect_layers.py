@@ -17,9 +17,7 @@ Exit code: 2 bad input.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from argparse import Namespace
 from collections.abc import Sequence
 from copy import copy
 from pathlib import Path
@@ -35,11 +33,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import FastDeconv, whiteness
 from deconv.whiteness import LayerWhiteness, Whiteness
-from scripts import trained_network
-from scripts.trained_network import INPUT_ERRORS, load_network, read_images
+from scripts.trained_network import INPUT_ERRORS, load_network, make_parser, read_images
 from util.tracking.plots import draw_filters
 
-SCRIPT = "inspect_layers.py"
 LEGEND = """\
 before, after: whiteness; 1: all directions vary alike, 1 / features: only one direction varies
 under floor: part of the directions that vary so little that whitening leaves them small"""
@@ -47,7 +43,9 @@ KERNELS = 3  # whitening kernels drawn, one per input channel
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = parse_args(argv)
+    out, purpose = "figure to write, .png or .pdf", "number of test images"
+    parser = make_parser("inspect_layers.py", __doc__.splitlines()[0], out, 128, purpose)
+    args = parser.parse_args(argv)
     try:
         trained = load_network(args.checkpoint)
         first = find_first_layer(trained.network)
@@ -59,16 +57,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         last = find_last_convolution(trained.network, rows)
         draw(first, last, rows, title).savefig(args.out, dpi=120)
     except INPUT_ERRORS as error:
-        trained_network.stop(SCRIPT, error)
+        parser.error(str(error))
     print(f"figure: {args.out}")
-
-
-def parse_args(argv: Sequence[str] | None) -> Namespace:
-    parser = argparse.ArgumentParser(prog=SCRIPT, description=__doc__.splitlines()[0])
-    trained_network.add_arguments(
-        parser, "figure to write, .png or .pdf", 128, "number of test images, at least 4"
-    )
-    return trained_network.parse_args(parser, argv)
 
 
 def find_first_layer(network: nn.Module) -> FastDeconv:
@@ -79,22 +69,14 @@ def find_first_layer(network: nn.Module) -> FastDeconv:
     """
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if not isinstance(first, FastDeconv):
-        raise ValueError(
-            "the network does not begin with a deconvolution: train with --deconv True"
-        )
+        raise ValueError("the network begins with no deconvolution: train with --deconv True")
     return first
 
 
 def find_last_convolution(network: nn.Module, rows: Whiteness) -> LayerWhiteness:
-    """Return the row of the last convolution.
-
-    Raises:
-        ValueError: no convolution has run.
-    """
-    for row in reversed(rows):
-        if isinstance(network.get_submodule(row.name), FastDeconv):
-            return row
-    raise ValueError("no deconvolution layer of the network has run on the images")
+    """Return the row of the last convolution; the first convolution has one at least."""
+    convolutions = [r for r in rows if isinstance(network.get_submodule(r.name), FastDeconv)]
+    return convolutions[-1]
 
 
 def draw(first: FastDeconv, last: LayerWhiteness, rows: Whiteness, title: str) -> Figure:

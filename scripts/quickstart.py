@@ -10,23 +10,26 @@ the best test accuracy is trained with two more seeds. Both kinds are searched i
 
 from __future__ import annotations
 
-import argparse
 import os
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import main as training
 from deconv.table import align
+from util.cli.parser import Parser
+from util.cli.settings import read_settings
 from util.tracking.logger import read_json
 
-ROOT = Path(__file__).resolve().parents[1]
 KINDS = {"BatchNorm": "bn", "deconvolution": "deconv"}
 RATES = (0.03, 0.1, 0.3, 1.0)
 SEEDS = (0, 1, 2)  # the first one searches
@@ -34,7 +37,6 @@ FLAGS = (
     "--dataset fashion-mini --arch simple_v2 --batch-size 64 --epochs 1 --print-freq 5 "
     "--use-gpu False --threads 1 --tensorboard False --save-plot False"
 )
-RESERVED = ("--deconv", "--lr", "--learning-rate", "--seed", "--run-dir")
 
 
 class RunFailed(RuntimeError):
@@ -53,39 +55,53 @@ class Run:
     def name(self) -> str:
         return f"{KINDS[self.kind]}-lr{self.rate:g}-seed{self.seed}"
 
-    def describe(self) -> str:
-        return f"{self.kind}, learning rate {self.rate:g}, seed {self.seed}"
+    def list_flags(self, out: Path) -> list[str]:
+        """Return the flags of main.py that this script sets for each run."""
+        deconv, folder = str(self.kind == "deconvolution"), str(out / self.name)
+        flags = ["--deconv", deconv, "--lr", f"{self.rate:g}", "--seed", str(self.seed)]
+        return [*flags, "--run-dir", folder]
 
 
 Results = dict[Run, dict[str, Any] | None]  # summary.json of a run, None where it diverged
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Search, repeat the best, and print tables and verdict. Exit: 1 if a run fails, 130 Ctrl-C."""
-    parser = argparse.ArgumentParser(
-        prog="quickstart.py",
-        description=__doc__.splitlines()[0],
-        epilog="Other flags are passed on to every training.",
-        allow_abbrev=False,
-    )
+    """Search, repeat the best, and print tables and verdict.
+
+    Raises:
+        SystemExit: code 2 for bad flags, 1 if a run fails, 130 after Ctrl-C.
+    """
+    text = "Other flags are passed on to every training."
+    parser = Parser("quickstart.py", __doc__.splitlines()[0], text)
     default = Path("runs", "quickstart", time.strftime("%Y%m%d-%H%M%S"))
-    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help="%(default)s")
+    text = "folder for the runs (default: %(default)s)"
+    parser.add_argument("--out", metavar="DIR", type=Path, default=default, help=text)
     args, extra = parser.parse_known_args(argv)
-    for word in extra:
-        if word.partition("=")[0] in RESERVED:
-            parser.error(f"{word} is not passed on: this script sets it")
+    check_flags(extra, parser)
     begin = time.monotonic()
     try:
         search, best, final = compare_kinds(args.out.resolve(), extra)
-        plot_runs([args.out / run.name for run in final], args.out / "comparison")
     except RunFailed as error:
-        raise SystemExit(f"quickstart.py: error: {error}") from None
+        parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130, "quickstart.py: interrupted\n")
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+    plot_runs([args.out / run.name for run in final], args.out / "comparison")
     print(f"\n{format_search(search, best)}\n\n{format_final(final, best)}\n")
-    print(f"{format_verdict(final, best)}\n")
+    print(f"{format_verdict(final)}\n")
     print(f"curves: {args.out / 'comparison.png'}")
     print(f"wall-clock time: {time.monotonic() - begin:.0f} s")
+
+
+def check_flags(extra: Sequence[str], parser: Parser) -> None:
+    """Refuse passed flags that a training would refuse or that this script sets."""
+    script = training.build_script()
+    script.parser.prog = parser.prog
+    for kind in KINDS:
+        own = Run(kind, RATES[0], SEEDS[0]).list_flags(Path())
+        names = script.parser.parse_typed(own).keys()
+        for name in script.parser.parse_typed(extra).keys() & names:
+            parser.error(f"{script.parser.spelling[name]} is not passed on: this script sets it")
+        read_settings(script, [*FLAGS.split(), *extra, *own])
 
 
 def compare_kinds(out: Path, extra: Sequence[str]) -> tuple[Results, dict[str, float], Results]:
@@ -94,36 +110,34 @@ def compare_kinds(out: Path, extra: Sequence[str]) -> tuple[Results, dict[str, f
     Raises:
         RunFailed: a run failed, or every rate of a kind diverged.
     """
-    total = len(KINDS) * (len(RATES) + len(SEEDS) - 1)
-    search = train_all([Run(k, rate, SEEDS[0]) for rate in RATES for k in KINDS], out, extra, total)
+    search = train_all([Run(kind, rate, SEEDS[0]) for rate in RATES for kind in KINDS], out, extra)
     best = {kind: choose_rate(search, kind) for kind in KINDS}
     repeats = [Run(kind, best[kind], seed) for seed in SEEDS[1:] for kind in KINDS]
     final = {run: search[run] for run in (Run(kind, best[kind], SEEDS[0]) for kind in KINDS)}
-    final |= train_all(repeats, out, extra, total, len(search))
+    final |= train_all(repeats, out, extra, len(search))
     return search, best, final
 
 
-def train_all(
-    runs: Sequence[Run], out: Path, extra: Sequence[str], total: int, finished: int = 0
-) -> Results:
+def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: int = 0) -> Results:
     """Train runs two at a time, with one CPU thread each; print a line for each.
 
     Raises:
         RunFailed: a run failed; the runs under way are stopped.
     """
-    jobs = min(2, os.cpu_count() or 1)
+    out.mkdir(parents=True, exist_ok=True)
+    total = len(KINDS) * (len(RATES) + len(SEEDS) - 1)
     waiting, running, results = list(runs), {}, {}
     try:
         while waiting or running:
-            while waiting and len(running) < jobs:
+            while waiting and len(running) < min(2, os.cpu_count() or 1):
                 run = waiting.pop(0)
                 running[run] = start_run(run, out, extra)
             time.sleep(0.05)
             for run in [run for run, process in running.items() if process.poll() is not None]:
                 results[run] = read_result(running.pop(run).returncode, out / run.name)
-                accuracy = format_accuracy(results[run])
-                print(f"{finished + len(results):2}/{total} {run.describe()}: {accuracy}")
-                sys.stdout.flush()
+                setting = f"{run.kind}, learning rate {run.rate:g}, seed {run.seed}"
+                accuracy = format_accuracy(results[run], "test top-1 {:.1f} %")
+                print(f"{finished + len(results):2}/{total} {setting}: {accuracy}", flush=True)
     finally:
         for process in running.values():
             process.terminate()
@@ -134,17 +148,11 @@ def train_all(
 
 def start_run(run: Run, out: Path, extra: Sequence[str]) -> subprocess.Popen[bytes]:
     """Start main.py; its output goes to DIR/NAME.txt."""
-    out.mkdir(parents=True, exist_ok=True)
-    own = ["--deconv", str(run.kind == "deconvolution"), "--lr", f"{run.rate:g}"]
-    own += ["--seed", str(run.seed), "--run-dir", str(out / run.name)]
+    command = [sys.executable, training.__file__, *FLAGS.split(), *extra, *run.list_flags(out)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
     with open(out / f"{run.name}.txt", "wb") as console:
-        return subprocess.Popen(
-            [sys.executable, str(ROOT / "main.py"), *FLAGS.split(), *extra, *own],
-            stdout=console,
-            stderr=subprocess.STDOUT,
-            stdin=subprocess.DEVNULL,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
+        streams = {"stdout": console, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
+        return subprocess.Popen(command, env=env, **streams)
 
 
 def read_result(code: int, folder: Path) -> dict[str, Any] | None:
@@ -157,9 +165,8 @@ def read_result(code: int, folder: Path) -> dict[str, Any] | None:
         return None
     if code:
         console = folder.with_name(f"{folder.name}.txt")
-        lines = console.read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(lines) if line.strip()), "no message")
-        raise RunFailed(f"exit code {code}, see {console}: {last}")
+        lines = console.read_text(errors="replace").strip().split("\n")
+        raise RunFailed(f"exit code {code}, see {console}: {lines[-1] or 'no message'}")
     return read_json(folder / "summary.json")
 
 
@@ -169,19 +176,16 @@ def choose_rate(search: Results, kind: str) -> float:
     Raises:
         RunFailed: every rate diverged.
     """
-    scores = {
-        run.rate: summary["test_top1"]
-        for run, summary in search.items()
-        if run.kind == kind and summary is not None
-    }
+    finished = [(run.rate, end) for run, end in search.items() if run.kind == kind and end]
+    scores = {rate: end["test_top1"] for rate, end in finished}
     if not scores:
         raise RunFailed(f"{kind} diverged at every learning rate")
     return max(sorted(scores), key=scores.__getitem__)
 
 
-def format_accuracy(summary: dict[str, Any] | None) -> str:
-    """Return the test top-1 of a run, or "diverged"."""
-    return "diverged" if summary is None else f"test top-1 {summary['test_top1']:.1f} %"
+def format_accuracy(summary: dict[str, Any] | None, form: str) -> str:
+    """Return the test top-1 of a run in percent, or "diverged"."""
+    return "diverged" if summary is None else form.format(summary["test_top1"])
 
 
 def format_search(search: Results, best: dict[str, float]) -> str:
@@ -193,12 +197,9 @@ def format_search(search: Results, best: dict[str, float]) -> str:
     )
     rows = [["layers", *(f"{rate:g}" for rate in RATES)]]
     for kind in KINDS:
-        cells = []
-        for rate in RATES:
-            summary = search[Run(kind, rate, SEEDS[0])]
-            text = "diverged" if summary is None else f"{summary['test_top1']:.1f}"
-            cells.append(text + "*" * (rate == best[kind]))
-        rows.append([kind, *cells])
+        scores = [format_accuracy(search[Run(kind, rate, SEEDS[0])], "{:.1f}") for rate in RATES]
+        marks = ["*" * (rate == best[kind]) for rate in RATES]
+        rows.append([kind, *map(str.__add__, scores, marks)])
     ends = [f"{kind}: {rate:g}" for kind, rate in best.items() if rate in (RATES[0], RATES[-1])]
     note = f"\nBest rates at an end of the range: {', '.join(ends)}." if ends else ""
     return f"{title}\n{align(rows)}{note}"
@@ -213,13 +214,11 @@ def format_final(final: Results, best: dict[str, float]) -> str:
     """Return the table of the best rates, as means over the seeds."""
     rows = [["layers", "learning rate", "train loss", "test top-1 (%)", "range", "training (s)"]]
     for kind in KINDS:
-        runs = select(final, kind)
-        scores = [run["test_top1"] for run in runs]
-        loss = mean(run["train_loss"] for run in runs)
-        seconds = mean(run["train_seconds"] for run in runs)
+        names = ("train_loss", "test_top1", "train_seconds")
+        loss, scores, seconds = ([run[name] for run in select(final, kind)] for name in names)
         spread = f"{min(scores):.1f} to {max(scores):.1f}"
-        cells = [f"{best[kind]:g}", f"{loss:.3f}", f"{mean(scores):.1f}", spread, f"{seconds:.1f}"]
-        rows.append([kind, *cells])
+        means = f"{mean(loss):.3f}", f"{mean(scores):.1f}", spread, f"{mean(seconds):.1f}"
+        rows.append([kind, f"{best[kind]:g}", *means])
     return f"Best rates: means of {count_seeds(final)}\n{align(rows)}"
 
 
@@ -229,32 +228,28 @@ def count_seeds(final: Results) -> str:
     return " or ".join(f"{count} seed{'s' * (count > 1)}" for count in sorted(counts))
 
 
-def format_verdict(final: Results, best: dict[str, float]) -> str:
+def format_verdict(final: Results) -> str:
     """Return one sentence: which kind has the higher test top-1, or none if ranges overlap."""
     scores = {kind: [run["test_top1"] for run in select(final, kind)] for kind in KINDS}
-    steps = select(final, "BatchNorm")[0]["steps"]
-    where = f"After {steps} steps, each at its own best learning rate"
     better, worse = sorted(KINDS, key=lambda kind: mean(scores[kind]), reverse=True)
     high, low = mean(scores[better]), mean(scores[worse])
-    values = f"test top-1 {high:.1f} % against {low:.1f} %, mean of {count_seeds(final)}"
+    verdict = f"{better} is {high - low:.1f} points better than {worse}"
     if min(scores[better]) <= max(scores[worse]):
-        return (
-            f"{where}, {better} and {worse} do not differ by more than the seeds differ ({values})."
-        )
-    return f"{where}, {better} is {high - low:.1f} points better than {worse} ({values})."
+        verdict = f"{better} and {worse} do not differ by more than the seeds differ"
+    steps = select(final, "BatchNorm")[0]["steps"]
+    return (
+        f"After {steps} steps, each at its own best learning rate, {verdict} "
+        f"(test top-1 {high:.1f} % against {low:.1f} %, mean of {count_seeds(final)})."
+    )
 
 
 def plot_runs(folders: Sequence[Path], stem: Path) -> None:
-    """Draw the learning curves of the runs that did not diverge with scripts/compare.py.
+    """Draw the learning curves of the runs that did not diverge with scripts/compare.py."""
+    from scripts import compare
 
-    Raises:
-        RunFailed: the drawing failed.
-    """
     finished = [str(folder) for folder in folders if (folder / "summary.json").exists()]
-    command = [sys.executable, str(ROOT / "scripts" / "compare.py"), *finished, "--out", str(stem)]
-    end = subprocess.run(command, capture_output=True, text=True)
-    if end.returncode:
-        raise RunFailed(end.stderr.strip())
+    with redirect_stdout(StringIO()):
+        compare.main([*finished, "--out", str(stem)])
 
 
 if __name__ == "__main__":

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import sys
 import tempfile
-from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from argparse import Namespace
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ import main as small_images
 import main_imagenet as large_images
 from util.checkpoint.store import load_checkpoint, load_newest
 from util.cli.inherited import OF_THIS_MACHINE, check_config
+from util.cli.parser import Parser, bounded_int
 from util.data.datasets import build_loaders, is_embedded
 from util.data.imagenet import build_imagenet_loaders
 from util.data.images import DataSpec
@@ -108,38 +108,26 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
     return images
 
 
-def add_arguments(parser: ArgumentParser, out: str, images: int, purpose: str) -> None:
-    """Add the arguments CHECKPOINT, OUT, --data and --images.
+def make_parser(script: str, description: str, out: str, images: int, purpose: str) -> Parser:
+    """Return a parser of the arguments CHECKPOINT, OUT, --data and --images.
 
     Args:
-        parser: parser of the script.
+        script: name of the script.
+        description: of the script.
         out: help of OUT.
         images: default of --images.
-        purpose: help of --images, without its default.
+        purpose: help of --images, without least number and default.
     """
-    place = "checkpoint of main.py or main_imagenet.py, or the folder of a run"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=place)
+    parser = Parser(script, description)
+    text = "checkpoint of main.py or main_imagenet.py, or the folder of a run"
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
     parser.add_argument("out", metavar="OUT", type=Path, help=out)
-    parser.add_argument(
-        "--data", metavar="DIR", help="folder of the images (default: ./data; ImageNet: required)"
-    )
-    text = f"{purpose} (default: %(default)s)"
-    names, form = ("--images", "--pictures"), {"dest": "images", "metavar": "N"}
-    parser.add_argument(*names, **form, type=int, default=images, help=text)
-
-
-def parse_args(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
-    """Parse the command line and check --images."""
-    args = parser.parse_args(argv)
-    if args.images < LEAST_IMAGES:
-        parser.error(f"argument --images: at least {LEAST_IMAGES} are needed, got {args.images}")
-    return args
-
-
-def stop(script: str, message: object, code: int = 2) -> NoReturn:
-    """Print the error of `script` and exit."""
-    print(f"{script}: error: {message}", file=sys.stderr)
-    raise SystemExit(code)
+    text = "folder of the images (default: ./data; ImageNet: required)"
+    parser.add_argument("--data", metavar="DIR", help=text)
+    text = f"{purpose}, at least {LEAST_IMAGES} (default: {images})"
+    form = {"type": bounded_int(LEAST_IMAGES), "default": images, "metavar": "N", "help": text}
+    parser.add_argument("--images", "--pictures", **form)
+    return parser
 
 
 def _read_checkpoint(place: str) -> tuple[str, dict[str, Any]]:

@@ -53,4 +53,5 @@ def test_a_folder_without_splits_is_refused(tmp_path, capsys):
     with pytest.raises(SystemExit) as end:
         check_images.main([str(tmp_path)])
     assert end.value.code == 2
-    assert f"no folder {tmp_path}/train" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert error.startswith(f"check_images.py: error: no folder {tmp_path}/train")

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from scripts import compare
+from tests.pairwise import loop_over
 from util.tracking.logger import RunLogger
 
 ROOT = Path(compare.__file__).parent.parent
@@ -33,7 +34,7 @@ def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
     end = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     table = (tmp_path / "new" / "cmp.md").read_text()
     assert end.stdout.startswith(table)
-    assert str(tmp_path / "new" / "cmp.png") in end.stdout
+    assert end.stdout.endswith(f"wrote {tmp_path / 'new' / 'cmp.png'} and cmp.md\n")
     assert end.stderr == ""
     header, _, bn, deconv = table.splitlines()
     assert header.count("|") == bn.count("|") == deconv.count("|") == 14
@@ -97,7 +98,7 @@ def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys)
     assert row == "| a | bn | 0.1 | - | 2 | 8 | 49.50 | 50.12 | - | 4.0 | 1,234 | 9,231,114 | - |"
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("flags", "steps", "cell"),
     [
         ({"epochs": 9, "max_steps": None}, 8, "2 of 9"),
@@ -112,17 +113,25 @@ def test_a_run_that_has_not_come_to_its_end_says_so(tmp_path, flags, steps, cell
     assert run.curves.epoch_steps == 4
 
 
-@pytest.mark.parametrize("name", compare.FILES)
-def test_a_folder_that_lacks_a_file_is_refused_by_both_names(tmp_path, name):
-    good, bad = make_run(tmp_path / "good"), make_run(tmp_path / "bad")
-    (tmp_path / "bad" / name).unlink()
-    with pytest.raises(SystemExit) as caught:
-        compare.main([good, bad, "--out", str(tmp_path / "cmp")])
-    assert f"{bad} is no folder of a finished run: {name} is missing" in caught.value.code
-    assert not (tmp_path / "cmp.md").exists()
+def refuse(runs, out, capsys):
+    """The error in which the command ends."""
+    with pytest.raises(SystemExit) as end:
+        compare.main([*runs, "--out", str(out)])
+    message = capsys.readouterr().err
+    assert end.value.code == 2 and message.startswith("compare.py: error: ")
+    assert message.count("\n") == 1 and not out.with_suffix(".md").exists()
+    return message
 
 
-@pytest.mark.parametrize(
+@loop_over("name", compare.FILES)
+def test_a_folder_that_lacks_a_file_is_refused_by_both_names(tmp_path, capsys, name):
+    good, bad = make_run(tmp_path / f"good-{name}"), make_run(tmp_path / f"bad-{name}")
+    Path(bad, name).unlink()
+    message = refuse([good, bad], tmp_path / "cmp", capsys)
+    assert f"{bad} is no folder of a finished run: {name} is missing" in message
+
+
+@loop_over(
     "name, text, reason",
     [
         ("summary.json", "{", "summary.json is not JSON"),
@@ -132,13 +141,12 @@ def test_a_folder_that_lacks_a_file_is_refused_by_both_names(tmp_path, name):
         ("train.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n", "not as many rows"),
     ],
 )
-def test_damaged_files_are_refused_by_name(tmp_path, name, text, reason):
+def test_damaged_files_are_refused_by_name(tmp_path, capsys, name, text, reason):
     run = make_run(tmp_path / "a")
     (tmp_path / "a" / name).write_text(text)
-    with pytest.raises(SystemExit, match=reason):
-        compare.main([run, "--out", str(tmp_path / "cmp")])
+    assert reason in refuse([run], tmp_path / "cmp", capsys)
 
 
-def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path):
-    with pytest.raises(SystemExit, match=r"^compare\.py: .*nothing is no folder of a finished run"):
-        compare.main([str(tmp_path / "nothing"), "--out", str(tmp_path / "cmp")])
+def test_a_folder_that_is_not_there_is_refused_in_one_line(tmp_path, capsys):
+    message = refuse([str(tmp_path / "nothing")], tmp_path / "cmp", capsys)
+    assert "nothing is no folder of a finished run" in message

@@ -14,6 +14,7 @@ import main
 import main_imagenet
 from scripts import export
 from scripts.trained_network import read_images
+from tests.pairwise import loop_over
 from util.errors import DataError
 
 FORMATS = ["onnx", "torch-export", "safetensors"]
@@ -96,19 +97,20 @@ def test_an_imagenet_network_is_checked_on_images_of_a_folder(tmp_path, capsys):
     assert "over 6 images" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("words", "message"),
     [
-        (["--images", "3"], "--images: at least 4 are needed, got 3"),
-        (["--pictures", "2"], "--images: at least 4 are needed, got 2"),
+        (["--images", "3"], "--images/--pictures: expected an integer from 4 to"),
+        (["--pictures", "2"], "got '2'"),
         (["--data", "nowhere"], "--data nowhere does not apply to digits"),
     ],
 )
 def test_bad_input_is_refused(words, message, run_dir, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         export_to("torch-export", run_dir, tmp_path / "out", *words)
-    assert stop.value.code == 2 and message in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and not (tmp_path / "out").exists()
+    assert error.startswith("export.py: error: ") and error.count("\n") == 1
 
 
 def test_a_missing_folder_of_images_is_named_with_its_flag(tmp_path):

@@ -8,6 +8,7 @@ from matplotlib.image import imread
 import main
 from deconv import FastDeconv
 from scripts import inspect_layers
+from tests.pairwise import loop_over
 
 TRAIN = "--dataset digits --arch simple_v1 --epochs 1 --batch-size 64 --max-steps 3 --use-gpu False"
 
@@ -78,19 +79,21 @@ def test_whitening_kernels_fold_to_the_whitened_weight(options):
     torch.testing.assert_close(weight @ kernels, expected)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("line", "message"),
     [
         ("nowhere.pth.tar out.png", "nowhere.pth.tar"),
         ("RUN out.png --data /nowhere", "--data /nowhere"),
-        ("RUN out.png --images 2", "at least 4 are needed, got 2"),
+        ("RUN out.png --images 2", "expected an integer from 4 to 1000000000, got '2'"),
     ],
 )
 def test_bad_input_is_named(run_dir, tmp_path, capsys, line, message):
     words = line.replace("RUN", str(run_dir / "checkpoint.pth.tar"))
     with pytest.raises(SystemExit) as stopped:
         inspect_layers.main(words.replace("out.png", str(tmp_path / "out.png")).split())
-    assert stopped.value.code == 2 and message in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error
+    assert error.startswith("inspect_layers.py: error: ") and error.count("\n") == 1
 
 
 def test_a_network_without_deconvolution_is_refused():

@@ -20,6 +20,7 @@ from scripts.quickstart import (
     format_search,
     format_verdict,
 )
+from tests.pairwise import loop_over
 
 BEST = {"BatchNorm": 0.1, "deconvolution": 0.3}
 SMALL = ["--dataset", "digits", "--arch", "simple_v1", "--max-steps", "2"]
@@ -64,7 +65,7 @@ def make_final(bn, deconv):
 )
 def test_the_verdict_follows_from_the_runs(bn, deconv, sentence):
     final = make_final(bn, deconv)
-    verdict = format_verdict(final, BEST)
+    verdict = format_verdict(final)
     assert sentence in verdict and "\n" not in verdict and verdict.startswith("After 100 steps")
     assert ("2 seeds or 3 seeds" if None in deconv else "mean of 3 seeds") in verdict
 
@@ -108,16 +109,33 @@ def test_a_small_comparison_runs_to_its_verdict(tmp_path, monkeypatch, capsys):
 
 
 def test_a_run_that_fails_ends_the_comparison_with_its_message(tmp_path, capsys):
+    missing = str(tmp_path / "missing")
     with pytest.raises(SystemExit) as end:
-        quickstart.main(["--out", str(tmp_path), *SMALL, "--wd", "-1"])
-    assert "quickstart.py: error: exit code 2" in end.value.code and "--wd" in end.value.code
+        quickstart.main(["--out", str(tmp_path), "--dataset", "folder", "--data", missing])
+    message = capsys.readouterr().err
+    assert end.value.code == 1 and message.startswith("quickstart.py: error: exit code 2, see ")
+    assert missing in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("flag", ["--lr", "--learning-rate=1", "--deconv", "--run-dir"])
-def test_flags_that_the_script_sets_are_refused(capsys, flag):
+@loop_over(
+    ("words", "message"),
+    [
+        (["--lr", "1"], "--lr is not passed on: this script sets it"),
+        (["--learning-rate=1"], "--learning-rate is not passed on"),
+        (["--deconv"], "--deconv is not passed on"),
+        (["--run-dir", "x"], "--run-dir is not passed on"),
+        (["--ou", "x"], "unrecognized arguments: --ou x; did you mean --out?"),
+        (["--wd", "-1"], "argument --wd/--weight-decay: expected a number"),
+        (["--data", "x"], "--data x does not apply to fashion-mini, which is embedded"),
+        (["--mode", "3"], "--mode 3 "),
+    ],
+)
+def test_bad_flags_are_refused_once_and_before_any_training(tmp_path, capsys, words, message):
     with pytest.raises(SystemExit) as end:
-        quickstart.main([flag, "1"])
-    assert end.value.code == 2 and f"{flag} is not passed on" in capsys.readouterr().err
+        quickstart.main([*words, "--out", str(tmp_path / "out")])
+    error = capsys.readouterr().err
+    assert end.value.code == 2 and not (tmp_path / "out").exists()
+    assert error.startswith(f"quickstart.py: error: {message}") and error.count("\n") == 1
 
 
 def test_ctrl_c_ends_all_runs(tmp_path):

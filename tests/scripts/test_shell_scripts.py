@@ -99,6 +99,43 @@ def test_slurm_starts_torchrun_with_a_command_that_the_script_accepts(tmp_path):
     assert (flags.data, flags.run_dir, saved) == ("/data/imagenet", "runs/slurm-7", None)
 
 
+def run_one_epoch(tmp_path, *words, code=0):
+    """Run the recipe with a python that fails with `code`; return its end and python's calls."""
+    calls = tmp_path / "calls"
+    calls.write_text("")
+    (tmp_path / "python").write_text(f'#!/bin/sh\necho "$@" >>"$CALLS"\nexit {code}\n')
+    (tmp_path / "python").chmod(0o755)
+    env = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(calls)}
+    command = ["bash", ROOT / "scripts" / "recipes" / "one_epoch_vgg11.sh", *words]
+    end = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    return end, calls.read_text().splitlines()
+
+
+def test_one_epoch_reads_a_folder_or_downloads(tmp_path):
+    for part in ("train", "test"):
+        (tmp_path / "my images" / part).mkdir(parents=True)
+    end, calls = run_one_epoch(tmp_path, "my images", str(tmp_path / "out"))
+    assert end.returncode == 0, end.stderr
+    images = f"--dataset folder --data {tmp_path / 'my images'}"
+    assert len(calls) == 21 and all(line.endswith(images) for line in calls[:20])
+    assert calls[20].startswith("scripts/compare.py")
+    end, calls = run_one_epoch(tmp_path, "", str(tmp_path / "out"))
+    assert end.returncode == 0 and all(line.endswith("--dataset cifar10") for line in calls[:20])
+    (tmp_path / "my images" / "test").rmdir()
+    end, calls = run_one_epoch(tmp_path, "my images")
+    assert (end.returncode, calls) == (2, [])
+    error, usage = end.stderr.splitlines()
+    assert error == "one_epoch_vgg11.sh: error: there is no folder my images/test"
+    assert usage.startswith("usage: one_epoch_vgg11.sh [DIR [OUT]] ")
+
+
+def test_one_epoch_stops_at_bad_input_and_goes_on_after_divergence(tmp_path):
+    end, calls = run_one_epoch(tmp_path, "", str(tmp_path / "out"), code=2)
+    assert end.returncode != 0 and len(calls) <= 2
+    end, calls = run_one_epoch(tmp_path, "", str(tmp_path / "out"), code=1)
+    assert end.returncode != 0 and len(calls) == 20
+
+
 def test_an_old_python_is_refused_clearly(make, tmp_path):
     end, installs = make("requirements.txt", VERSION="3.9.1")
     assert end.returncode == 1 and not installs
