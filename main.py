@@ -63,7 +63,7 @@ def data_rules(flags: Namespace) -> Rules:
     yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
     yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
-    yield "evaluate", flags.resume or not flags.evaluate, "needs --resume FILE: which network?"
+    yield "evaluate", flags.resume or not flags.evaluate, "needs --resume RUN"
 
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:

@@ -74,7 +74,7 @@ def own_rules(flags: Namespace) -> Rules:
     yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained or not flags.evaluate
-    yield "evaluate", known, "needs --resume FILE or --pretrained: which network?"
+    yield "evaluate", known, "needs --resume RUN or --pretrained"
     theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     both = flags.pretrained and flags.resume
     yield "pretrained", not both, "contradicts --resume, which brings its own weights"

@@ -90,7 +90,8 @@ def describe_device(device: torch.device) -> str:
     """Return `cpu, 2 threads`, or `cuda, <name of the GPU>`."""
     if device.type == "cuda":
         return f"cuda, {torch.cuda.get_device_name(device)}"
-    return f"{device.type}, {torch.get_num_threads()} threads"
+    threads = torch.get_num_threads()
+    return f"{device.type}, {threads} thread{'s' if threads > 1 else ''}"
 
 
 def read_processor() -> str:

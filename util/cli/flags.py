@@ -221,8 +221,13 @@ def add_training_flags(
             choices=presets,
         )
     add("--epochs", "total number of epochs", bounded_int(1), epochs, metavar="N")
-    text = "stop after N optimizer steps in total; the learning rate schedule spans them"
-    add("--max-steps", text, bounded_int(1), metavar="N")
+    add(
+        "--max-steps",
+        "stop after N optimizer steps in total; the learning rate schedule spans them. A run that "
+        "ends so within an epoch cannot be continued there",
+        bounded_int(1),
+        metavar="N",
+    )
     text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size, metavar="N")
     text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
@@ -288,12 +293,13 @@ def add_output_flags(parser: Parser) -> None:
     add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
     add(
         "--resume",
-        "checkpoint to continue from, up to --epochs in total, or a run's folder for its newest "
-        "checkpoint; auto: the newest in --run-dir, or a fresh start if there is none. Flags that "
-        "are left out are taken from the checkpoint, except paths and flags about GPUs and "
-        "machines. --epochs clears --max-steps and stretches the learning rate schedule",
+        "folder of a run to continue from its newest checkpoint, up to --epochs in total, or a "
+        "checkpoint file; auto: the newest in --run-dir, or a fresh start if there is none. Flags "
+        "that are left out are taken from the checkpoint, except paths and flags about GPUs and "
+        "machines. --epochs clears --max-steps and stretches the learning rate schedule. An epoch "
+        "that --max-steps cut short cannot be continued; resume an earlier checkpoint",
         path_name,
-        metavar="FILE",
+        metavar="RUN",
     )
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
     add("--checkpoint-epoch", text, bounded_int(0), 0, metavar="N")

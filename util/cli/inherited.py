@@ -84,7 +84,7 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
     """Check that the flags in a checkpoint could have been typed.
 
     Args:
-        script: the command line.
+        script: knows the flags and the architectures.
         config: the flags in the checkpoint.
         file: name of the checkpoint, for the error.
 

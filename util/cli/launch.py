@@ -10,7 +10,7 @@ from io import StringIO
 from torch import distributed as dist
 
 from util import console
-from util.cli.parser import Parser
+from util.cli.parser import Parser, report_errors
 from util.cli.script import Script
 from util.cli.settings import read_settings
 from util.device import choose_algorithms, choose_device, count_processes
@@ -23,8 +23,7 @@ from util.distributed.launcher import (
     local_rank,
     wait_for_first_error,
 )
-from util.errors import CheckpointError, DataError, PeerFailed, RunError, TrainingDiverged
-from util.files import describe_fault
+from util.errors import PeerFailed, TrainingDiverged
 from util.training.session import RunContext
 
 
@@ -46,7 +45,7 @@ def start(
     argv = sys.argv[1:] if argv is None else argv
     console.open_streams()
     try:
-        with announce_failure(), _report_errors(script.parser):
+        with announce_failure(), _report_run_errors(script.parser):
             with redirect_stdout(sys.stdout if is_first_process() else StringIO()):  # --help, once
                 flags, saved = read_settings(script, argv)
             processes = count_processes(flags.use_gpu, flags.gpu)
@@ -64,21 +63,16 @@ def start(
 
 
 @contextmanager
-def _report_errors(parser: Parser) -> Iterator[None]:
+def _report_run_errors(parser: Parser) -> Iterator[None]:
     """Turn expected errors into one line and an exit code; let the others pass."""
     try:
-        yield
-    except (RunError, DataError, CheckpointError) as error:
-        parser.error(str(error))
-    except OSError as error:
-        if error.strerror is None:  # not from the file system
-            raise
-        parser.error(describe_fault(error))
+        with report_errors(parser):
+            yield
     except TrainingDiverged as error:
-        _fail(parser, f"training diverged at {error}; try a lower --lr")
+        parser.error(f"training diverged at {error}; try a lower --lr", 1)
     except PeerFailed:
         wait_for_first_error()
-        _fail(parser, "another process has failed")
+        parser.error("another process has failed", 1)
     except RuntimeError as error:
         name, is_missing, _ = str(error).partition(" does not have a deterministic implementation")
         if is_missing:
@@ -87,10 +81,4 @@ def _report_errors(parser: Parser) -> Iterator[None]:
         if not (isinstance(error, dist.DistError) or "gloo" in str(error).lower()):
             raise  # not about the communication of processes
         wait_for_first_error()
-        _fail(parser, f"lost the connection to another process ({str(error).splitlines()[0]})")
-    except KeyboardInterrupt:
-        parser.exit(130, f"{parser.prog}: interrupted\n")
-
-
-def _fail(parser: Parser, message: str) -> None:
-    parser.exit(1, f"{parser.prog}: error: {message}\n")
+        parser.error(f"lost the connection to another process ({str(error).splitlines()[0]})", 1)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from difflib import get_close_matches
 from shutil import get_terminal_size
 from typing import Any, NoReturn
@@ -15,6 +17,8 @@ from urllib.parse import urlsplit
 from util.checkpoint.validators import describe
 from util.console import visible
 from util.distributed.launcher import is_first_process, wait_for_first_error
+from util.errors import CheckpointError, DataError, RunError
+from util.files import describe_fault
 
 _NOT_TYPED = object()
 
@@ -52,19 +56,25 @@ class Parser(argparse.ArgumentParser):
         )
         self.spelling: dict[str, str] = {}
 
-    def error(self, message: str) -> NoReturn:
-        """Print `message` as one line and exit with code 2."""
+    def error(self, message: str, status: int = 2) -> NoReturn:
+        """Print `message` on stderr as one line, `prog: error: message`, and exit."""
         lines = [" ".join(line.split()) for line in message.splitlines()]
         text = "; ".join(line for line in lines if line) + self._suggest_flag(message)
-        self.exit(2, f"{self.prog}: error: {text}\n")
+        self.exit(status, f"{self.prog}: error: {text}\n")
 
     def _suggest_flag(self, message: str) -> str:
-        """Return "; did you mean --flag?" where `message` is about an unknown flag."""
-        _, is_unknown, words = message.partition("unrecognized arguments: ")
-        if not is_unknown:
+        """Return "; did you mean --flag?" where `message` is about an unknown flag.
+
+        Flags that contain the unknown word precede flags of similar spelling.
+        """
+        unknown = re.search(r"unrecognized arguments: ([^\s=]+)", message)
+        if not unknown:
             return ""
-        names = get_close_matches(words.split()[0], self._option_string_actions, 1)
-        return "".join(f"; did you mean {name}?" for name in names)
+        names, word = self._option_string_actions, unknown[1].strip("-")
+        longer = [name for name in names if len(word) > 2 and word in name]
+        count, cutoff = (3, 0) if longer else (1, 0.6)
+        names = get_close_matches(unknown[1], longer or names, count, cutoff)
+        return f"; did you mean {' or '.join(names)}?" if names else ""
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """Exit with one line; other ranks wait first, so that one error is printed, not many."""
@@ -146,6 +156,32 @@ class Parser(argparse.ArgumentParser):
         return add
 
 
+@contextmanager
+def report_errors(parser: Parser, *others: type[Exception]) -> Iterator[None]:
+    """Report bad input in one line, `SCRIPT: error: MESSAGE`, with exit code 2; 130 after Ctrl-C.
+
+    Args:
+        parser: parser of the script.
+        others: further errors that bad input causes in this script.
+
+    Example:
+        >>> with report_errors(Parser("show.py", "Show a file.")):
+        ...     open("missing.txt")
+        Traceback (most recent call last):
+        SystemExit: 2
+    """
+    try:
+        yield
+    except (RunError, DataError, CheckpointError, *others) as error:
+        parser.error(str(error))
+    except OSError as error:
+        if error.strerror is None:  # not from the file system
+            raise
+        parser.error(describe_fault(error))
+    except KeyboardInterrupt:
+        parser.exit(130, f"{parser.prog}: interrupted\n")
+
+
 def _explain_misfit(action: argparse.Action, value: Any) -> str:
     text = f"is {describe(value)}"
     if type(value) not in (bool, int, float, str):
@@ -186,16 +222,18 @@ def str2bool(text: str) -> bool:
 
 def bounded_int(minimum: int, maximum: int = 10**9) -> Callable[[str], int]:
     """Return a parser of integers from `minimum` to `maximum`."""
+    is_large = maximum >= 10**9
+    bounds = f"of at least {minimum}" if is_large else f"from {minimum} to {maximum}"
 
     def parse(text: str) -> int:
         try:
-            if minimum <= int(text) <= maximum:
-                return int(text)
+            value = int(text)
         except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(
-            f"expected an integer from {minimum} to {maximum}, got {text!r}"
-        )
+            value = minimum - 1
+        if minimum <= value <= maximum:
+            return value
+        expected = f"of at most {maximum}" if is_large and value > maximum else bounds
+        raise argparse.ArgumentTypeError(f"expected an integer {expected}, got {text!r}")
 
     return parse
 

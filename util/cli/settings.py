@@ -36,8 +36,9 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
     if fault := find_fault(flags, typed, script):
         name, reason = fault
         value = getattr(flags, name)
-        typed_value = " ".join(f"{v:g}" for v in value) if isinstance(value, list) else value
-        parser.error(f"{parser.spelling[name]} {typed_value} {reason}")
+        words = [f"{v:g}" for v in value] if isinstance(value, list) else [str(value)]
+        words = [] if value is True else words  # a flag without a value means True
+        parser.error(" ".join([parser.spelling[name], *words, reason]))
     if saved:
         check_unchanged(flags, typed, saved["config"], parser)
     return flags, saved
@@ -49,7 +50,7 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
     Args:
         flags: all flags.
         typed: names of the flags on the command line.
-        script: the command line.
+        script: knows the options of each architecture.
     """
     has_method = "method" in script.architectures[flags.arch]
     if has_method:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -46,7 +47,8 @@ def load_folder(
         DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
             be decoded.
     """
-    listings = scan_split(root, "train"), scan_split(root, "test", "val")
+    folders = find_splits(root, ("train",), ("test", "val"))
+    listings = [scan_split(folder) for folder in folders]
     require_same_classes(*listings)
     image_size, threads = options.image_size, max(1, options.num_workers)
     splits = []
@@ -68,17 +70,30 @@ def load_folder(
     return DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics), *splits
 
 
-def scan_split(root: Path, *names: str) -> Listing:
-    """List the images of the first existing folder root/NAME, without hidden names.
+def find_splits(root: Path, *splits: Sequence[str]) -> list[Path]:
+    """Return the folder of each split: the first existing root/NAME of its possible names.
 
     Raises:
-        DataError: no folder exists, it has fewer than two classes, or a class has no image.
+        DataError: naming every split without a folder.
     """
-    folder = next((root / name for name in names if (root / name).is_dir()), None)
-    if folder is None:
-        wanted = " or ".join(str(root / name) for name in names)
+    folders = [[root / name for name in names if (root / name).is_dir()] for names in splits]
+    missing = [
+        "no folder " + " or ".join(str(root / name) for name in names)
+        for names, found in zip(splits, folders, strict=True)
+        if not found
+    ]
+    if missing:
         advice = "expected images in CLASS folders inside; name the folder that holds train/"
-        raise DataError(f"no folder {wanted}: {advice}")
+        raise DataError(f"{' and '.join(missing)}: {advice}")
+    return [found[0] for found in folders]
+
+
+def scan_split(folder: Path) -> Listing:
+    """List the images of a split, without hidden names.
+
+    Raises:
+        DataError: the folder has fewer than two classes, or a class has no image.
+    """
     classes = list_classes(folder)
     if not classes:
         raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*")

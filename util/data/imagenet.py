@@ -11,7 +11,7 @@ import torch
 
 from util.data.augment import Augmentation
 from util.data.image_files import ImageFiles, Transform, centre_crop, random_crop
-from util.data.image_folder import Listing, require_same_classes, scan_split
+from util.data.image_folder import Listing, find_splits, require_same_classes, scan_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, LoaderOptions
 from util.data.sampler import random_words
@@ -40,7 +40,9 @@ def build_imagenet_loaders(
             bad image.
     """
     root = Path(root).expanduser()
-    test_listing = scan_split(root, "val", "test")
+    splits = [("val", "test")] if test_only else [("train",), ("val", "test")]
+    listings = [scan_split(folder) for folder in find_splits(root, *splits)]
+    test_listing = listings[-1]
     spec = DataSpec("imagenet", 3, options.image_size, tuple(test_listing.classes), MEAN, STD)
 
     def read(listing: Listing, transform: Transform) -> Split:
@@ -51,7 +53,7 @@ def build_imagenet_loaders(
     test = ImageLoader(spec, read(test_listing, centre_crop), options, train=False)
     if test_only:
         return spec, None, test
-    train_listing = scan_split(root, "train")
+    train_listing = listings[0]
     require_same_classes(train_listing, test_listing)
     train = read(train_listing, partial(random_crop, seed=options.seed))
     flip = Augmentation(flip=True)

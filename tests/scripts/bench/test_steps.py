@@ -33,7 +33,7 @@ def test_every_case_has_a_row_in_the_table_and_in_the_file(tmp_path, capsys):
     cases = ["--mode", "5", "3", "--dtype", "float32", "bf16", "--option", "shared=False"]
     steps.main([*SMALL, *cases, "--no-memory", "--json", str(path)])
     environment, _, head, rule, *rows = capsys.readouterr().out.splitlines()
-    assert torch.__version__ in environment and "threads" in environment
+    assert torch.__version__ in environment and "thread" in environment
     assert len(rows) == 4 and {line.count("|") for line in (head, rule, *rows)} == {14}
     assert rows[1].startswith("| simple_v2 | 5 | 16 | 2 | bf16 | ") and rows[1].endswith(
         "| - | - |"

@@ -94,7 +94,14 @@ def test_paths_without_a_name_are_refused(capsys):
 def test_unknown_and_shortened_flags_are_refused(capsys):
     assert "--momentums" in refusal(capsys, "--momentums .5")
     assert "--num-group" in refusal(capsys, "--num-group 8")
-    assert refusal(capsys, "--decnov True").endswith("did you mean --deconv?")
+    for line, names in (
+        ("--decnov True", "--deconv"),
+        ("--decnov=True", "--deconv"),
+        ("--steps 5", "--max-steps or --checkpoint-steps"),
+        ("--batch 8", "--batchnorm or --batch-size"),
+    ):
+        assert refusal(capsys, line).endswith(f"did you mean {names}?")
+    assert "did you mean" not in refusal(capsys, "--zzz")
 
 
 def test_arch_help_and_a_wrong_name_list_the_architectures(capsys):

@@ -4,7 +4,15 @@ import argparse
 
 import pytest
 
-from util.cli.parser import Parser, bounded_float, bounded_int, path_name, str2bool
+from util.cli.parser import (
+    Parser,
+    bounded_float,
+    bounded_int,
+    path_name,
+    report_errors,
+    str2bool,
+)
+from util.errors import RunError
 
 
 @pytest.fixture
@@ -49,6 +57,20 @@ def test_an_error_is_one_line_and_exit_code_two(parser, capsys):
     assert (stop.value.code, capsys.readouterr().err) == (2, "x.py: error: two; lines\n")
 
 
+def test_bad_input_is_one_line_on_stderr_without_usage(parser, capsys):
+    for error, status, line in (
+        (RunError("no GPU"), 2, "x.py: error: no GPU"),
+        (FileNotFoundError(2, "No such file", "a\nb"), 2, "x.py: error: a; b: No such file"),
+        (KeyError("size"), 2, "x.py: error: 'size'"),
+        (KeyboardInterrupt(), 130, "x.py: interrupted"),
+    ):
+        with pytest.raises(SystemExit) as stop, report_errors(parser, KeyError):
+            raise error
+        assert (stop.value.code, capsys.readouterr().err) == (status, f"{line}\n")
+    with pytest.raises(ValueError), report_errors(parser):
+        raise ValueError("a fault of the program")
+
+
 def test_flags_cannot_be_shortened(parser, capsys):
     with pytest.raises(SystemExit):
         parser.parse_typed(["--batch", "1"])
@@ -58,7 +80,7 @@ def test_flags_cannot_be_shortened(parser, capsys):
 def test_a_value_that_could_not_be_typed_is_explained(parser):
     assert parser.explain_misfit("share", 5) == parser.explain_misfit("batch_size", None) == ""
     assert parser.explain_misfit("share", None) == "is None, which cannot be typed"
-    assert "from 0 to" in parser.explain_misfit("share", -1)
+    assert "of at least 0" in parser.explain_misfit("share", -1)
     assert parser.explain_misfit("share", True).startswith("is True: expected an integer")
 
 

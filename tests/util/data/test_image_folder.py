@@ -159,7 +159,8 @@ def test_a_missing_split_is_named(tmp_path):
 
 
 def test_a_split_without_classes_is_named(root):
-    (root / "bare" / "train").mkdir(parents=True)
+    for name in ("train", "test"):
+        (root / "bare" / name).mkdir(parents=True)
     with pytest.raises(DataError, match="bare/train has no class folders"):
         build(root / "bare")
 
