@@ -16,8 +16,8 @@ ROOT = Path(compare.__file__).parent.parent
 def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
     logger = RunLogger(folder, tensorboard=False, plot=False)
     for epoch in range(1, epochs + 1):
-        logger.batch(epoch, 4 * epoch, 1.0, 40.0, 90.0, 0.1, 2.0)
         values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0, "steps": 4}
+        logger.batch(epoch, 4 * epoch, values)
         logger.epoch(epoch, values, values)
     known = {"kind": kind, "lr": 0.1, "epochs": epochs, "steps": 8, "epoch_steps": 4}
     known.update(best_test_top1=50.125, test_top1=49.5, test_loss=1.25)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -58,45 +57,31 @@ class RunLogger:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        self._plot, self._start_epoch, self._start_step = plot, start_epoch, start_step
-        self._epoch_steps = epoch_steps
-        self._batch_rows: list[Sequence[float]] = []
+        self._plot, self._start_step, self._epoch_steps = plot, start_step, epoch_steps
         self.history = {key: list(history[key]) if history else [] for key in HISTORY}
         self._logs = {
             part: _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, self._epoch_rows(part))
             for part in PARTS
         }
-        self._batch_log = self._open_batch_log(batches)
+        last = self.history["epoch"][-1] if self.history["epoch"] else start_epoch
+        rows = _read_complete_rows(self._batch_path) if self.history["epoch"] or batches else []
+        kept = [row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)]
+        self._batch_log = _open_log(self._batch_path, BATCH_COLUMNS, kept)
         first = self._finished_steps + batches + 1 if history else 0
         self._events = Events(self.run_dir, first) if tensorboard else NullEvents()
 
-    def batch(
-        self,
-        epoch: int,
-        step: int,
-        loss: float,
-        top1: float,
-        top5: float,
-        lr: float,
-        seconds: float,
-    ) -> None:
+    def batch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Add a row to `train_batch.log`.
 
         Args:
             epoch: number of the epoch, from 1.
             step: optimizer steps of the run so far; the column `batch` counts them in the epoch.
-            loss: mean over the images of this step.
-            top1: accuracy over the images of this step, in percent.
-            top5: top-5 accuracy over the images of this step, in percent.
-            lr: learning rate of this step.
-            seconds: training time since the epoch began.
+            values: `loss top1 top5 lr`, and `seconds` of training since the epoch began.
         """
-        batch = step - self._finished_steps
-        row = (epoch, batch, loss, top1, top5, lr, seconds)
-        self._batch_rows.append(row)
+        row = (epoch, step - self._finished_steps, *(values[key] for key in VALUES))
         self._batch_log.write(_format_row(row) + "\n")
-        self._events.scalar("batch/loss", loss, step)
-        self._events.scalar("batch/lr", lr, step)
+        for key in ("loss", "lr"):
+            self._events.scalar(f"batch/{key}", values[key], step)
 
     def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
         """Add a row to `train.log` and to `test.log`, and draw the curves so far.
@@ -124,27 +109,19 @@ class RunLogger:
         from util.tracking.plots import RunCurves, plot_training
 
         train, test = ({key: self.history[f"{part}_{key}"] for key in VALUES} for part in PARTS)
-        columns = zip(*self._batch_rows, strict=True) if self._batch_rows else [[]] * 7
-        batches = dict(zip(BATCH_COLUMNS, columns, strict=True))
+        batches = _to_columns(BATCH_COLUMNS, _read_complete_rows(self._batch_path))
         curves = RunCurves(train, test, batches, self.history["step"], self._epoch_steps)
         title = visible("/".join(self.run_dir.resolve().parts[-2:]))
         plot_training(curves, self.run_dir / PLOT_NAME, title=title)
         gc.collect()  # a figure refers to itself: without a collection its pixels stay
 
-    def filters(self, epoch: int, raw: Tensor | None, whitened: Tensor | None) -> None:
-        """Log images of the first layer's filters (O C h w) after `epoch` (0: before training).
-
-        Raises:
-            ValueError: `epoch` has not been logged yet.
-        """
+    def filters(self, raw: Tensor | None, whitened: Tensor | None) -> None:
+        """Log images of the first layer's filters (O C h w), at the last epoch."""
         from util.tracking.plots import draw_filters
 
-        steps = dict(zip([0, *self.history["epoch"]], [0, *self.history["step"]], strict=True))
-        if epoch not in steps:
-            raise ValueError(f"epoch must be logged before its filters, got {epoch}")
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
             if weight is not None:
-                self._events.image(f"filters/{tag}", draw_filters(weight), steps[epoch])
+                self._events.image(f"filters/{tag}", draw_filters(weight), self._finished_steps)
 
     def layers(self, scalars: Mapping[str, float]) -> None:
         """Log scalars about layers by name, at the last epoch."""
@@ -153,9 +130,9 @@ class RunLogger:
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write `summary.json`; NaN and infinity, which JSON lacks, become null."""
-        text = json.dumps(_without_nonfinite(values), indent=2, allow_nan=False)
+        finite = json.loads(json.dumps(values), parse_constant=lambda name: None)
         with atomic_write(self.run_dir / "summary.json") as file:
-            file.write(text.encode() + b"\n")
+            file.write(json.dumps(finite, indent=2).encode() + b"\n")
 
     def close(self) -> None:
         """Close all files."""
@@ -171,14 +148,9 @@ class RunLogger:
         columns = ("epoch", *(f"{part}_{key}" for key in VALUES))
         return list(zip(*(self.history[column] for column in columns), strict=True))
 
-    def _open_batch_log(self, batches: int) -> TextIO:
-        path = self.run_dir / BATCH_LOG_NAME
-        last = self.history["epoch"][-1] if self.history["epoch"] else self._start_epoch
-        rows = _read_complete_rows(path) if self.history["epoch"] or batches else []
-        self._batch_rows = [
-            row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)
-        ]
-        return _open_log(path, BATCH_COLUMNS, self._batch_rows)
+    @property
+    def _batch_path(self) -> Path:
+        return self.run_dir / BATCH_LOG_NAME
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -204,13 +176,16 @@ def read_log(path: str | Path) -> dict[str, list[float]]:
         ValueError: a line is not a row of numbers; the message names file and line.
     """
     header, *lines = Path(path).read_text(encoding="utf-8").splitlines() or [""]
-    columns = header.split("\t")
-    rows = []
+    columns, rows = header.split("\t"), []
     for number, line in enumerate(lines, start=2):
         try:
             rows.append(_parse_row(line, columns))
         except ValueError as error:
             raise ValueError(f"{path}, line {number}: {error}") from error
+    return _to_columns(columns, rows)
+
+
+def _to_columns(columns: Sequence[str], rows: Sequence[Sequence[float]]) -> dict[str, list[float]]:
     return {column: [row[index] for row in rows] for index, column in enumerate(columns)}
 
 
@@ -218,28 +193,24 @@ def _parse_row(line: str, columns: Sequence[str]) -> list[float]:
     cells = line.split("\t")
     if len(cells) != len(columns):
         raise ValueError(f"{len(cells)} values for the {len(columns)} columns {' '.join(columns)}")
-    integers = ("epoch", "batch")
     pairs = zip(columns, cells, strict=True)
-    return [int(cell) if column in integers else float(cell) for column, cell in pairs]
+    return [int(cell) if column in ("epoch", "batch") else float(cell) for column, cell in pairs]
 
 
 def _read_complete_rows(path: Path) -> list[list[float]]:
     """Return the rows of `train_batch.log`, up to a line that a crash left incomplete."""
     rows: list[list[float]] = []
-    if not path.is_file():  # a pipe would block
-        return rows
-    with suppress(ValueError), open(path, encoding="utf-8") as lines:
-        next(lines, None)  # the header
-        for line in lines:
-            if not line.endswith("\n"):
-                break
-            rows.append(_parse_row(line, BATCH_COLUMNS))
+    if path.is_file():  # a pipe would block
+        lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+        with suppress(ValueError):
+            for line in lines[1:-1]:  # without the header and what follows the last line end
+                rows.append(_parse_row(line, BATCH_COLUMNS))
     return rows
 
 
 def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]]) -> TextIO:
     """Write a log with the header and `rows`, and open it for appending line by line."""
-    lines = ["\t".join(columns), *(_format_row(row) for row in rows)]
+    lines = ["\t".join(columns), *map(_format_row, rows)]
     with atomic_write(path) as file:
         file.write("".join(f"{line}\n" for line in lines).encode())
     return open(path, "a", buffering=1, encoding="utf-8", newline="\n")  # 1: flush every line
@@ -247,11 +218,3 @@ def _open_log(path: Path, columns: Sequence[str], rows: Iterable[Sequence[float]
 
 def _format_row(values: Sequence[float]) -> str:
     return "\t".join(str(v) if isinstance(v, int) else f"{float(v):.6g}" for v in values)
-
-
-def _without_nonfinite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nonfinite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_without_nonfinite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

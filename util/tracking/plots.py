@@ -7,11 +7,10 @@ drawn, because matplotlib and torchvision take a second to import.
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from itertools import cycle, pairwise
+from itertools import cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torchvision.utils import make_grid
 
@@ -35,6 +33,7 @@ AXES = {"step": "training step", "seconds": "training time (s)"}
 BATCHNORM_COLOR, DECONV_COLORS = "#0072B2", ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 MARKERS = "os^Dvp"
 DARKEST = 0.65  # blackness of the darkest shade of a kind
+LEGEND_BELOW = "outside lower center"
 MAX_FILTERS, FILTER_PIXELS = 256, 32
 
 Columns = Mapping[str, Sequence[float]]
@@ -109,17 +108,12 @@ class RunGroup:
 
 def plot_training(run: RunCurves, path: str | Path, *, title: str = "") -> None:
     """Plot accuracy and loss of one run against steps, as a PNG."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    figure.suptitle(title, parse_math=False)
-    for axes, metric in zip(figure.subplots(1, 2), METRICS, strict=True):
-        train, test = run.training(metric), run.testing(metric)
-        style = {"marker": "o", "markersize": _marker_size(test.step), "linewidth": 2}
-        axes.plot(train.step, train.values, color=DECONV_COLORS[0], label=_describe_training([run]))
-        axes.plot(test.step, test.values, color=BATCHNORM_COLOR, label="test", **style)
-        _dress(axes, AXES["step"], METRICS[metric])
-        _add_epochs(axes, run.epoch_steps)
-        axes.legend(frameon=False)
-    _save(figure, path)
+    figure = Figure(figsize=(10, 4.5), layout="constrained")
+    groups = [RunGroup("", "run", [run])]
+    panels = dict(zip(product(METRICS, ["step"]), figure.subplots(1, 2), strict=True))
+    _draw_panels(panels, groups, list(_styles(groups)))
+    _add_legend(figure, _describe_marks(groups))
+    _save(figure, path, title)
 
 
 def plot_comparison(
@@ -135,37 +129,24 @@ def plot_comparison(
         groups: curves to draw, in the order of the legend.
         path: file to write.
         title: title of the figure.
-        accuracy_only: plot accuracy against steps alone, with labels beside the final accuracy.
+        accuracy_only: plot accuracy against steps alone; the legend tells the final accuracy.
     """
-    styles = list(_styles(groups))
-    figure = Figure(layout="constrained")
-    figure.suptitle(title, parse_math=False)
+    styles, labels = list(_styles(groups)), [" ".join(group.label.split()) for group in groups]
     if accuracy_only:
-        figure.set_size_inches(8, max(4.2, 0.7 * len(groups)))
-        metrics, xs = ["top1"], ["step"]
+        size, rows, kinds = (10, max(4.2, 0.7 * len(groups))), 1, [("top1", "step")]
+        finals = [np.mean([run.test["top1"][-1:] for run in group.runs]) for group in groups]
+        wrapped = [label.replace(", ", "\n", 1) for label in labels]
+        pairs = zip(wrapped, finals, strict=True)
+        labels = [f"{label}\ntest {final:.1f} %" for label, final in pairs]
     else:
-        figure.set_size_inches(11, 8 + 0.12 * len(groups))
-        metrics, xs = list(METRICS), list(AXES)
-    grid = figure.subplots(len(metrics), len(xs), squeeze=False)
-    epoch_steps = {run.epoch_steps for group in groups for run in group.runs}
-    for row, metric in zip(grid, metrics, strict=True):
-        for axes, x in zip(row, xs, strict=True):
-            for group, style in zip(groups, styles, strict=True):
-                _draw_group(axes, group, metric, x, style)
-            _dress(axes, AXES[x], METRICS[metric])
-            if x == "step" and len(epoch_steps) == 1:
-                _add_epochs(axes, *epoch_steps)
-    key = _describe_marks(groups)
-    if accuracy_only:
-        grid[0, 0].legend(*zip(*key, strict=True), frameon=False, loc="lower right")
-        _label_ends(grid[0, 0], groups, styles)
-    else:
-        entries = [
-            (Line2D([], [], linewidth=2, **style), " ".join(group.label.split()))
-            for group, style in zip(groups, styles, strict=True)
-        ]
-        _add_legend(figure, [*entries, *key])
-    _save(figure, path)
+        size, rows, kinds = (11, 8 + 0.12 * len(groups)), 2, list(product(METRICS, AXES))
+    figure = Figure(figsize=size, layout="constrained")
+    grid = figure.subplots(rows, len(kinds) // rows, squeeze=False)
+    _draw_panels(dict(zip(kinds, grid.flat, strict=True)), groups, styles)
+    lines = [Line2D([], [], linewidth=2, **style) for style in styles]
+    entries = [*zip(lines, labels, strict=True), *_describe_marks(groups)]
+    _add_legend(figure, entries, "outside right center" if accuracy_only else LEGEND_BELOW)
+    _save(figure, path, title)
 
 
 def plot_losses(
@@ -204,12 +185,7 @@ def draw_filters(weight: Tensor) -> Tensor:
     Returns:
         Image (3, H, W) in [0, 1], on the CPU. NaN and infinity count as zero. A constant kernel is
         black.
-
-    Raises:
-        ValueError: `weight` does not have four dimensions.
     """
-    if weight.dim() != 4:
-        raise ValueError(f"weight must be O C h w to be drawn, got shape {tuple(weight.shape)}")
     kernels = weight.detach()[:MAX_FILTERS].float().cpu().nan_to_num(0.0, 0.0, 0.0)
     if kernels.shape[1] != 3:
         kernels = kernels.mean(dim=1, keepdim=True)  # O 1 h w
@@ -220,123 +196,100 @@ def draw_filters(weight: Tensor) -> Tensor:
     return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), pad_value=1.0)
 
 
+def _draw_panels(
+    panels: Mapping[tuple[str, str], Axes],
+    groups: Sequence[RunGroup],
+    styles: Sequence[dict[str, Any]],
+) -> None:
+    """Draw all groups into the axes of each metric against steps or seconds."""
+    epoch_steps = {run.epoch_steps for group in groups for run in group.runs}
+    for (metric, x), axes in panels.items():
+        for group, style in zip(groups, styles, strict=True):
+            _draw_group(axes, group, metric, x, style)
+        _dress(axes, AXES[x], METRICS[metric])
+        if x == "step" and len(epoch_steps) == 1 and (steps := max(epoch_steps)):
+            functions = (lambda step: step / steps, lambda epoch: epoch * steps)
+            axes.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
+
+
 def _draw_group(axes: Axes, group: RunGroup, metric: str, x: str, style: dict[str, Any]) -> None:
     """Draw the training and the test curve of a group, each in a band over the seeds."""
-    plain = {key: style[key] for key in ("color", "linestyle")}
+    color = style["color"]
     for part in ("training", "testing"):
         at, values = _align([getattr(run, part)(metric) for run in group.runs], x)
         mean, low, high = values.mean(0), values.min(0), values.max(0)
         if part == "training":
-            axes.plot(at, mean, linewidth=1.2, alpha=0.8, **plain)
+            axes.plot(at, mean, color=color, linestyle=style["linestyle"], linewidth=1.2, alpha=0.8)
         else:
-            axes.plot(at, mean, linewidth=2, markersize=_marker_size(at), zorder=3, **style)
+            size = 8 if len(at) <= 5 else 4 if len(at) <= 30 else 2
+            axes.plot(at, mean, linewidth=2, markersize=size, zorder=3, **style)
         if len(group.runs) > 1:
-            axes.fill_between(at, low, high, color=style["color"], alpha=0.2, linewidth=0)
+            axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
             if part == "testing" and len(at) <= 5:  # a band over one epoch has no width
-                axes.vlines(at, low, high, color=style["color"], linewidth=1.5)
+                axes.vlines(at, low, high, color=color, linewidth=1.5)
 
 
 def _align(series: Sequence[Series], x: str) -> tuple[np.ndarray, np.ndarray]:
     """Return the positions (P) and values (runs, P) at the steps that all runs have in common."""
     common = reduce(np.intersect1d, [one.step for one in series])
-    masks = [np.isin(one.step, common) for one in series]
-    at = [getattr(one, x)[mask] for one, mask in zip(series, masks, strict=True)]
-    values = [one.values[mask] for one, mask in zip(series, masks, strict=True)]
-    return np.mean(at, axis=0), np.stack(values)
-
-
-def _describe_training(runs: Sequence[RunCurves]) -> str:
-    """Name the steps that a point of the training curves averages over."""
-    steps = set()
-    for run in runs:
-        rows = list(zip(run.batches["epoch"], run.batches["batch"], strict=True))
-        steps |= {int(b[1] - a[1]) for a, b in pairwise(rows) if a[0] == b[0]}
-    return f"training, mean over {steps.pop()} steps" if len(steps) == 1 else "training"
+    shared = [np.isin(one.step, common) for one in series]
+    at, values = (
+        np.stack([getattr(one, name)[mask] for one, mask in zip(series, shared, strict=True)])
+        for name in (x, "values")
+    )
+    return at.mean(axis=0), values
 
 
 def _describe_marks(groups: Sequence[RunGroup]) -> list[tuple[Any, str]]:
-    """Return legend entries for what line, marker and band mean."""
+    """Return legend entries for the lines, with the steps that a training point averages over."""
     runs = [run for group in groups for run in group.runs]
+    steps = {int(step) for run in runs for step in np.diff(run.training("loss").step)}
+    mean = f", mean over {steps.pop()} steps" if len(steps) == 1 else ""
     grey = {"color": "#555555"}
     marks = [
         (Line2D([], [], marker="o", markersize=7, linewidth=2, **grey), "test set"),
-        (Line2D([], [], linewidth=1.2, **grey), _describe_training(runs)),
+        (Line2D([], [], linewidth=1.2, **grey), f"training{mean}"),
     ]
     if any(len(group.runs) > 1 for group in groups):
         marks.append((Patch(alpha=0.3, **grey), "lowest to highest seed"))
     return marks
 
 
-def _label_ends(axes: Axes, groups: Sequence[RunGroup], styles: Sequence[dict[str, Any]]) -> None:
-    """Write each group's label and final test accuracy beside the plot, without overlaps."""
-    low, high = axes.get_ylim()
-    finals = [_align([run.testing("top1") for run in group.runs], "step")[1] for group in groups]
-    means = [values[:, -1].mean() if values.size else math.nan for values in finals]
-    order = sorted(range(len(groups)), key=lambda n: means[n])
-    gap, place = 0.24, -math.inf
-    for rank, number in enumerate(order):
-        wanted = (means[number] - low) / (high - low) if math.isfinite(means[number]) else 0.0
-        place = max(wanted, place + gap, 0.02)
-        place = min(place, 1 - gap * (len(order) - 1 - rank))
-        label = " ".join(groups[number].label.split()).replace(", ", "\n", 1)
-        text = f"{label}\ntest {means[number]:.1f} %"
-        style = {"color": styles[number]["color"], "va": "center", "fontweight": "bold"}
-        axes.annotate(text, (1.02, place), xycoords="axes fraction", parse_math=False, **style)
-
-
-def _add_legend(figure: Figure, entries: Sequence[tuple[Any, str]]) -> None:
-    """Put a legend below the plots, in as many columns as fit."""
+def _add_legend(
+    figure: Figure, entries: Sequence[tuple[Any, str]], place: str = LEGEND_BELOW
+) -> None:
+    """Put a legend outside the plots; below them in as many columns as fit."""
     handles, labels = zip(*entries, strict=True)
     columns = max(1, min(len(labels), 120 // (max(map(len, labels)) + 8)))
-    place = {"loc": "outside lower center", "ncols": columns, "handlelength": 3}
-    legend = figure.legend(handles, labels, frameon=False, **place)
-    for text in legend.get_texts():
+    form = {"ncols": columns if place == LEGEND_BELOW else 1, "handlelength": 3, "frameon": False}
+    for text in figure.legend(handles, labels, loc=place, **form).get_texts():
         text.set_parse_math(False)  # the name of a folder may contain dollars
 
 
-def _styles(groups: Sequence[RunGroup]) -> Iterable[dict[str, Any]]:
+def _styles(groups: Sequence[RunGroup]) -> Iterator[dict[str, Any]]:
     """Yield colour, dash and marker of each group: a colour and a dash for each kind."""
-    deconv_kinds = {group.kind for group in groups if not group.kind.startswith("bn")}
+    kinds = [group.kind for group in groups]
     # From the last name on, so that deconv-mode5, the default, has one colour in every figure.
-    colors = dict(zip(sorted(deconv_kinds, reverse=True), cycle(DECONV_COLORS), strict=False))
-    total, drawn = Counter(group.kind for group in groups), Counter()
-    for group in groups:
-        number = drawn[group.kind]
-        drawn[group.kind] += 1
-        darkness = DARKEST * number / max(total[group.kind] - 1, 1)
-        color = _darken(colors.get(group.kind, BATCHNORM_COLOR), darkness)
+    others = sorted({kind for kind in kinds if not kind.startswith("bn")}, reverse=True)
+    colors = dict(zip(others, cycle(DECONV_COLORS), strict=False))
+    for index, kind in enumerate(kinds):
+        number = kinds[:index].count(kind)  # the later, the darker
+        light = 1 - DARKEST * number / max(kinds.count(kind) - 1, 1)
+        color = tuple(light * channel for channel in to_rgb(colors.get(kind, BATCHNORM_COLOR)))
         style = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
-        dash = "-" if group.kind in colors else "--"
+        dash = "-" if kind in colors else "--"
         yield {**style, "linestyle": dash, "markeredgecolor": "white", "markeredgewidth": 0.5}
 
 
-def _darken(color: str, part: float) -> tuple[float, ...]:
-    """Mix a colour with `part` of black."""
-    return tuple((1 - part) * channel for channel in to_rgb(color))
-
-
-def _marker_size(points: Sequence[float]) -> float:
-    """Return the size in points: the fewer markers, the larger."""
-    return 8 if len(points) <= 5 else 4 if len(points) <= 30 else 2
-
-
-def _add_epochs(axes: Axes, epoch_steps: int) -> None:
-    """Add an axis of epochs above the axis of steps."""
-    if epoch_steps:
-        functions = (lambda step: step / epoch_steps, lambda epoch: epoch * epoch_steps)
-        axes.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
-
-
 def _dress(axes: Axes, x: str, y: str) -> None:
-    """Set labels, limits, ticks and grid."""
+    """Set labels, limits and grid."""
     axes.set(xlabel=x, ylabel=y)
     axes.set_xlim(left=0)
-    if "step" in x:
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def _save(figure: Figure, path: str | Path, title: str = "") -> None:
+    figure.suptitle(title, parse_math=False)
     with atomic_write(path) as file:
         figure.savefig(file, format="png", dpi=120)

@@ -97,7 +97,7 @@ class Recorder:
                     f"  top1 {shown['top1']:.2f}%  lr {shown['lr']:.3g}"
                 )
             if is_due:
-                self.logger.batch(epoch, step, **{**metrics, **mean})
+                self.logger.batch(epoch, step, {**metrics, **mean})
 
     def epoch(self, train: Metrics, test: Metrics, saved: dict[str, Any], *, last: bool) -> None:
         """Log a finished epoch, update summary.json and save a checkpoint.
@@ -111,7 +111,7 @@ class Recorder:
         progress, every = self.state.progress, self.flags.checkpoint_epoch
         with self._warn_on_full_disk():
             self.logger.epoch(progress.epoch, train, test)
-            self.logger.filters(progress.epoch, *_first_filters(self.state.model))
+            self.logger.filters(*_first_filters(self.state.model))
             print_line(
                 f"epoch {progress.epoch:{len(str(self.plan.epochs))}}/{self.plan.epochs}"
                 f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"

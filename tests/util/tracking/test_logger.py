@@ -19,12 +19,16 @@ def values(epoch, **changes):
     return {**figures, "seconds": 2.5, "steps": STEPS, "images": 99, **changes}
 
 
+def row(loss, seconds=3.0):
+    return {"loss": loss, "top1": 3.0, "top5": 4.0, "lr": 0.1, "seconds": seconds}
+
+
 def log_epoch(logger, epoch):
     for batch in range(2, STEPS + 1, 2):
         step = (epoch - 1) * STEPS + batch
-        logger.batch(epoch, step, 2 / step, 3.0, 4.0, 0.1, 0.5 * batch)
+        logger.batch(epoch, step, row(2 / step, 0.5 * batch))
     logger.epoch(epoch, values(epoch), values(epoch, lr=math.nan))
-    logger.filters(epoch, torch.randn(8, 3, 3, 3), torch.randn(8, 1, 5, 5))
+    logger.filters(torch.randn(8, 3, 3, 3), torch.randn(8, 1, 5, 5))
 
 
 def log_run(folder, epochs, history=None, **options):
@@ -60,14 +64,14 @@ def test_logs_have_a_header_and_one_row_for_each_call(tmp_path):
 def test_rows_can_be_read_while_the_run_goes_on(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=False, plot=False)
     assert read_log(tmp_path / "train_batch.log")["epoch"] == []
-    logger.batch(1, 1, 0.5, 1.0, 2.0, 0.1, 3.0)
+    logger.batch(1, 1, row(0.5))
     assert read_log(tmp_path / "train_batch.log")["loss"] == [0.5]
     logger.close()
 
 
 def test_non_finite_values_are_written_and_read_as_such(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=True)
-    logger.batch(1, 1, math.inf, 1.0, 2.0, 0.1, 3.0)
+    logger.batch(1, 1, row(math.inf))
     logger.epoch(1, values(1, loss=math.nan), values(1, loss=math.inf))
     logger.summary({"test_loss": math.inf, "more": {"list": [math.nan, 1.5, "text", None]}})
     logger.close()
@@ -98,10 +102,10 @@ def test_rows_of_an_epoch_under_way_stay_up_to_the_batch_asked_for(tmp_path):
     start = {"tensorboard": True, "plot": False, "start_epoch": 3, "start_step": 12}
     logger = RunLogger(tmp_path, **start)
     for step in (13, 14, 15):
-        logger.batch(4, step, 0.5, 1.0, 2.0, 0.1, 3.0)  # on disk at once: it is never closed
+        logger.batch(4, step, row(0.5))  # on disk at once: it is never closed
     again = RunLogger(tmp_path, **start, history=logger.history, batches=2)
     assert read_log(tmp_path / "train_batch.log")["batch"] == [1, 2]
-    again.batch(4, 15, 0.25, 1.0, 2.0, 0.1, 3.0)
+    again.batch(4, 15, row(0.25))
     assert read_log(tmp_path / "train_batch.log")["loss"] == [0.5, 0.5, 0.25]
     points = read_events(tmp_path).Scalars("batch/loss")
     assert [(e.step, e.value) for e in points] == [(13, 0.5), (14, 0.5), (15, 0.25)]
@@ -197,11 +201,9 @@ def test_tensorboard_has_the_figures_of_layers_after_the_last_epoch(tmp_path):
     assert (event.step, event.value) == (STEPS, 0.5)
 
 
-def test_filters_can_be_left_out_but_not_come_before_their_epoch(tmp_path):
+def test_filters_can_be_left_out(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=False)
-    logger.filters(0, torch.randn(8, 3, 3, 3), None)
-    with pytest.raises(ValueError, match="before its filters, got 1"):
-        logger.filters(1, torch.randn(8, 3, 3, 3), None)
+    logger.filters(torch.randn(8, 3, 3, 3), None)
     logger.close()
     assert read_events(tmp_path).Tags()["images"] == ["filters/first_layer"]
 
