@@ -100,7 +100,7 @@ def test_an_imagenet_network_is_checked_on_images_of_a_folder(tmp_path, capsys):
 @loop_over(
     ("words", "message"),
     [
-        (["--images", "3"], "--images/--pictures: expected an integer from 4 to"),
+        (["--images", "3"], "--images/--pictures: expected an integer of at least 4"),
         (["--pictures", "2"], "got '2'"),
         (["--data", "nowhere"], "--data nowhere does not apply to digits"),
     ],
