@@ -4,8 +4,8 @@
     model = build_model("vgg11", layers, num_classes=100)
     model = build_imagenet_model("resnet18d", layers)
 
-Every architecture has one definition, made of the layers that it is given; see `factory.py`. To add
-a network, see `registry.py`.
+Every architecture has one definition, made of the layers that it is given; see `factory.py`.
+CONTRIBUTING.md tells how to add a network.
 """
 
 from __future__ import annotations

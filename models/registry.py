@@ -1,20 +1,6 @@
 """Registry of networks: its entries, the construction of a model from one, and its help text.
 
-To add a network for small images:
-
-1. Define it in a module of `models/`, from the layers of a `Layers` bundle and the parts in
-   `building_blocks.py`. Its docstring cites the paper and gives the shapes.
-2. Register it in `ARCHITECTURES` in `small_images.py`; a network for large images, with a name that
-   ends in `d`, in `OURS` in `imagenet.py`. The mains, their help texts, tests and scripts read
-   these tables.
-3. Add its number of parameters with either kind of layers to `PARAMETERS` in
-   `tests/models/test_small_images.py`; for large images its torchvision twin to `TWINS` in
-   `tests/models/test_imagenet.py`.
-4. Record its loss curves: `python scripts/dev/record_golden.py NAME` writes
-   `tests/golden/NAME.txt`.
-5. Add a line to CHANGELOG.md.
-
-`tests/models/test_registry.py` names the place that was forgotten.
+CONTRIBUTING.md lists the places of a new network.
 """
 
 from __future__ import annotations
@@ -27,7 +13,9 @@ from torch import nn
 
 from .factory import Layers
 
-MIN_IMAGE_SIZE = 32  # pixels; five halvings leave one
+# Pixels; five halvings leave one. util/data/loader.py has the same number, because models and util
+# do not import each other.
+MIN_IMAGE_SIZE = 32
 MAX_NAMES = 24  # in an error message
 
 

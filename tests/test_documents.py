@@ -94,17 +94,28 @@ def test_every_document_names_the_version_of_the_package():
     assert [*released[:1], *cited] == [deconv.__version__] * 2
 
 
-def test_the_file_tree_names_exactly_the_files_there_are():
+def list_file_tree():
+    """Return the paths that the file tree of CONTRIBUTING.md names."""
     tree = read(GUIDE).partition("## Files")[2].partition("```\n")[2].partition("```")[0]
     named, folders = [], []
     for line in tree.splitlines():
         depth, entry = (len(line) - len(line.lstrip())) // 2, line.split()[0]
         folders[depth:] = [entry.rstrip("/")] if entry.endswith("/") else []
         named += [] if entry.endswith("/") else ["/".join([*folders, entry])]
-    listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True).split()
+    return named
+
+
+def test_the_file_tree_names_exactly_the_files_there_are():
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.check_output(command, cwd=ROOT, text=True).split()
     product = re.compile(r"(deconv|models|util|scripts|docs)/.*\.(py|sh|md)|main\w*\.py")
     files = {path for path in listed if product.fullmatch(path) and (ROOT / path).exists()}
-    assert sorted(named) == sorted(path for path in files if not path.endswith("__init__.py"))
+    files = {path for path in files if not path.endswith("__init__.py")}
+    named = list_file_tree()
+    assert len(named) == len(set(named))
+    faults = [f"CONTRIBUTING.md, Files: add a line for {path}" for path in files - set(named)]
+    faults += [f"CONTRIBUTING.md, Files: remove the line of {path}" for path in set(named) - files]
+    assert not faults, "\n".join(sorted(faults))
 
 
 def test_docstrings_begin_with_a_verb_or_a_noun():

@@ -106,6 +106,7 @@ class _MeanAndCovariance(torch.autograd.Function):
             if matrix is not None:
                 maps = transform_along(before, maps, matrix, blocks)
             vectors = blocks.to_vectors(axis, maps)
+            # Pooled over the blocks that share a matrix: they are further rows of `vectors`.
             product = outer_products(vectors, vectors, blocks.matrices, 1 / ctx.rows)
             cov = product if cov is None else cov + product
         assert cov is not None  # one chunk at least

@@ -1,9 +1,10 @@
-"""A network is registered in every place that `models/registry.py` lists."""
+"""A network is registered in every place that CONTRIBUTING.md lists, and initialised."""
 
 import re
+import sys
 from functools import partial
-from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,17 +14,22 @@ from deconv import Delinear, FastDeconv
 from models import (
     ARCHITECTURES,
     IMAGENET_ARCHITECTURES,
+    Architecture,
     build_imagenet_model,
     build_model,
     describe_architectures,
     describe_imagenet_architectures,
     init_weights,
     make_layers,
+    registry,
 )
 from models.imagenet import OURS
 from scripts.dev import record_golden
 from tests.models.test_imagenet import TWINS
 from tests.models.test_small_images import PARAMETERS
+from tests.pairwise import loop_over
+from tests.test_documents import list_file_tree, read
+from util.data import loader
 
 ROOT = Path(__file__).resolve().parents[2]
 # Files of models/ that define no network.
@@ -37,61 +43,80 @@ INFRASTRUCTURE = {
     "small_images",
 }
 TABLE = "models/small_images.py (ARCHITECTURES) or models/imagenet.py (OURS)"
+ALIASES = {*ARCHITECTURES} - {*record_golden.list_networks()}  # share the entry of another name
 
 
 def find_module(entry):
-    """Return the file stem of the module that defines the network of an entry."""
+    """Return the module that defines the network of an entry."""
     build = entry.build
     while isinstance(build, partial):
         build = build.func
-    return build.__module__.rpartition(".")[2]
+    return sys.modules[build.__module__]
 
 
-def list_forgotten_places(small=ARCHITECTURES, large=OURS):
-    """Yield a sentence for each place that was forgotten when a network was added."""
-    entries = small | large
-    modules = {path.stem for path in (ROOT / "models").glob("*.py")} - INFRASTRUCTURE
-    for module in sorted(modules - {find_module(entry) for entry in entries.values()}):
-        yield f"register the network of models/{module}.py in {TABLE}"
-    for module in sorted(modules):
-        if not re.search(r"\b(19|20)\d\d\b", import_module(f"models.{module}").__doc__ or ""):
-            yield f"cite the paper, with its year, in the docstring of models/{module}.py"
-    for name in small.keys() - PARAMETERS.keys():
-        yield f"add the number of parameters of {name} to PARAMETERS in test_small_images.py"
-    for name in large.keys() - TWINS.keys():
-        yield f"add the torchvision twin of {name} to TWINS in tests/models/test_imagenet.py"
-    recorded = {path.stem for path in record_golden.FOLDER.glob("*.txt")}
-    for name in sorted(set(record_golden.list_networks()) - recorded):
-        yield f"run python scripts/dev/record_golden.py {name}: no tests/golden/{name}.txt"
-    for name in sorted(recorded - entries.keys()):
-        yield f"register {name} in {TABLE}, or remove tests/golden/{name}.txt"
+def list_forgotten_places(name, entry, *, large=False):
+    """Yield each place of CONTRIBUTING.md that a registered network lacks, and the remedy."""
+    module = find_module(entry)
+    file = f"{module.__name__.replace('.', '/')}.py"
+    if not re.search(r"\b(19|20)\d\d\b", module.__doc__ or ""):
+        yield f"{file}: cite the paper of {name}, with its year, in the docstring of the module"
+    if large and name not in TWINS:
+        yield f"tests/models/test_imagenet.py (TWINS): add the torchvision twin of {name}"
+    if not large and name not in PARAMETERS:
+        yield f"tests/models/test_small_images.py (PARAMETERS): add the parameter counts of {name}"
+    if name not in ALIASES and not (record_golden.FOLDER / f"{name}.txt").exists():
+        yield f"tests/golden/{name}.txt: run python scripts/dev/record_golden.py {name}"
+    if file not in list_file_tree():
+        yield f"CONTRIBUTING.md, Files: add a line for {file}"
+    if f"`{name}`" not in read(ROOT / "CHANGELOG.md"):
+        yield f"CHANGELOG.md, Unreleased: name `{name}`"
+
+
+def list_unregistered(entries):
+    """Yield each network file and each recorded network that has no entry."""
+    files = {path.stem for path in (ROOT / "models").glob("*.py")} - INFRASTRUCTURE
+    defining = {find_module(entry).__name__ for entry in entries.values()}
+    for file in sorted(file for file in files if f"models.{file}" not in defining):
+        yield f"{TABLE}: register the network of models/{file}.py"
+    for recorded in sorted({path.stem for path in record_golden.FOLDER.glob("*.txt")}):
+        if recorded not in entries:
+            yield f"{TABLE}: register {recorded}, or remove tests/golden/{recorded}.txt"
 
 
 def test_no_place_was_forgotten():
-    assert not (forgotten := list(list_forgotten_places())), "\n".join(forgotten)
-
-
-FORGOTTEN = ("dpn", "lenet", "resnext")
+    entries = ARCHITECTURES | OURS
+    forgotten = [
+        place
+        for name, entry in entries.items()
+        for place in list_forgotten_places(name, entry, large=name in OURS)
+    ]
+    forgotten += list_unregistered(entries)
+    assert not forgotten, "\n".join(forgotten)
 
 
 def test_each_forgotten_place_is_named(monkeypatch):
-    entry = ARCHITECTURES["vgg11"]
-    new = type(entry)(partial(entry.build), "a new network")
-    small = {arch: ARCHITECTURES[arch] for arch in ARCHITECTURES if arch not in FORGOTTEN}
-    small |= {"new": new}
-    monkeypatch.setattr(record_golden, "ARCHITECTURES", small)
-    monkeypatch.setattr(import_module("models.vgg"), "__doc__", "VGG.")
-    assert [
-        sentence.split()[:2] for sentence in list_forgotten_places(small, OURS | {"newd": entry})
-    ] == [
-        ["register", "the"],
-        ["register", "the"],
-        ["cite", "the"],
-        ["add", "the"],
-        ["add", "the"],
-        ["run", "python"],
-        *[["register", arch] for arch in FORGOTTEN],
-    ]
+    module = ModuleType("models.made_up", "A made-up network.")
+    monkeypatch.setitem(sys.modules, "models.made_up", module)
+
+    def build(layers):
+        """Stand for a network of the module."""
+
+    build.__module__ = "models.made_up"
+    entry = Architecture(partial(build), "a made-up network")
+    common = ["tests/golden/made_up.txt", "CONTRIBUTING.md", "CHANGELOG.md"]
+    for large, counts in ((False, "test_small_images.py"), (True, "test_imagenet.py")):
+        places = [
+            re.split("[ ,:]", place)[0]
+            for place in list_forgotten_places("made_up", entry, large=large)
+        ]
+        assert places == ["models/made_up.py", f"tests/models/{counts}", *common]
+    entries = {arch: ARCHITECTURES[arch] for arch in ARCHITECTURES if arch not in ("dpn", "lenet")}
+    missing = ("the network of models/dpn.py", "dpn, or", "lenet, or")
+    assert all(any(name in place for place in list_unregistered(entries)) for name in missing)
+
+
+def test_models_and_util_take_images_of_the_same_smallest_size():
+    assert registry.MIN_IMAGE_SIZE == loader.MIN_IMAGE_SIZE
 
 
 def test_help_names_every_network():
@@ -103,7 +128,7 @@ def test_help_names_every_network():
     assert "timm/NAME" in text
 
 
-@pytest.mark.parametrize("deconv", [False, True])
+@loop_over("deconv", [False, True])
 def test_initialisation_draws_every_parameter_of_every_network(deconv):
     for arch in (*OURS, *ARCHITECTURES):
         make = build_model if arch in ARCHITECTURES else build_imagenet_model
