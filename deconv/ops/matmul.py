@@ -1,18 +1,30 @@
 """The two products of the method, on vectors that lie along the channels of a map.
 
 `transform` multiplies vectors by matrices, `outer_products` sums outer products of vectors. Each is
-the gradient of the other. Both choose between one product per map and one product per group.
+the gradient of the other.
 """
 
 from __future__ import annotations
 
+import platform
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-LARGE, STRIPS = 256, 3  # on a CPU, a symmetric product of this side is computed in strips
-SHORT = 16  # vectors per map from which on a CPU multiplies each map by itself
+WIDE = 64  # side of the matrices from which `CONVOLVES` applies
+
+
+def _is_amd() -> bool:
+    """Return True if the CPU is from AMD."""
+    file = Path("/proc/cpuinfo")
+    return "AuthenticAMD" in (file.read_text() if file.exists() else platform.processor())
+
+
+# MKL, which multiplies matrices, has no AVX-512 kernels for AMD. oneDNN, which convolves, has.
+CONVOLVES = _is_amd() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
 def transform(matrices: Tensor, maps: Tensor) -> Tensor:
@@ -93,9 +105,9 @@ class _OuterProducts(torch.autograd.Function):
 
 def _multiply(matrices: Tensor, maps: Tensor) -> Tensor:
     groups, side, length = *matrices.shape[:2], maps.shape[2]
-    # On a GPU, copies cost launches. On a CPU, products of a few columns are slow.
-    long = length >= (SHORT if maps.device.type == "cpu" else 2)
-    if long and (groups == 1 or 2 * length >= side):
+    if _suits_convolution(maps, side):
+        return F.conv1d(maps, matrices.reshape(-1, side, 1), groups=groups)
+    if length > 1 and (groups == 1 or 2 * length >= side):  # else matrices are copied per map
         return (matrices @ maps.unflatten(1, (groups, side))).flatten(1, 2)
     return _multiply_rows(matrices, maps)
 
@@ -109,31 +121,20 @@ def _multiply_rows(matrices: Tensor, maps: Tensor) -> Tensor:
 
 
 def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Tensor:
-    side, length = left.shape[1] // groups, left.shape[2]
+    side = left.shape[1] // groups
+    if _suits_convolution(left, side):
+        kernel = left.new_empty(1).expand(groups * side, side, 1)
+        geometry = None, [1], [0], [1], False, [0], groups, [False, True, False]
+        _, total, _ = torch.ops.aten.convolution_backward(left, right, kernel, *geometry)
+        return total.view(groups, side, side) * scale
     pair = (left,) if left is right else (left, right)  # one copy where both are the same
     parts = [x.unflatten(1, (groups, side)) for x in pair]  # R G d L
-    if left.device.type == "cpu" and 2 * length >= side:  # products no larger than the vectors
+    if left.device.type == "cpu" and 2 * left.shape[2] >= side:  # products as small as the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     parts = [x.permute(1, 2, 0, 3).flatten(2) for x in parts]  # G d R*L
-    if left is right and side >= LARGE and _is_cpu_eager(left):
-        return _square(parts[0], scale)
     return parts[0] @ parts[-1].mT * scale
 
 
-def _is_cpu_eager(x: Tensor) -> bool:
-    """Return whether x holds numbers on a CPU, and no compiler or subclass traces it."""
-    return x.device.type == "cpu" and type(x) is Tensor and not torch.compiler.is_compiling()
-
-
-def _square(columns: Tensor, scale: float) -> Tensor:
-    """Return X X^T of X (G, d, n) times `scale`, with two thirds of the multiplications.
-
-    Each strip of rows is computed from the diagonal on. The rest mirrors the strips above.
-    """
-    groups, side, _ = columns.shape
-    result, height = columns.new_empty(groups, side, side), -(-side // STRIPS)
-    for first in range(0, side, height):
-        strip = slice(first, first + height)
-        result[:, strip, first:] = columns[:, strip] @ columns[:, first:].mT * scale
-        result[:, strip, :first] = result[:, :first, strip].mT
-    return result
+def _suits_convolution(maps: Tensor, side: int) -> bool:
+    """Return True if a convolution of width 1, or its gradient, computes the product fastest."""
+    return CONVOLVES and maps.device.type == "cpu" and side >= WIDE and maps.shape[2] > 1

@@ -3,25 +3,32 @@
 import pytest
 import torch
 
-from deconv.ops.matmul import SHORT, outer_products, transform
+from deconv.ops import matmul
+from deconv.ops.matmul import WIDE, outer_products, transform
 from tests.pairwise import pairwise
 
-SHAPES = pairwise((1, 3), (0, 1, 5), (1, 2, SHORT), (torch.float32, torch.float64))
+
+@pytest.fixture(autouse=True, params=[False, True], ids=["multiplies", "convolves"])
+def convolves(request, monkeypatch):
+    monkeypatch.setattr(matmul, "CONVOLVES", request.param)
 
 
-@pytest.mark.parametrize(("groups", "count", "length", "dtype"), SHAPES)
-def test_both_equal_einsum(groups, count, length, dtype):
-    left, right = torch.randn(2, count, groups * 4, length, dtype=dtype)
-    matrices = torch.randn(groups, 4, 4, dtype=dtype)
-    u, v = (x.unflatten(1, (groups, 4)) for x in (left, right))
+SHAPES = pairwise((1, 3), (0, 1, 5), (4, WIDE), (1, 2, 16), (torch.float32, torch.float64))
+
+
+@pytest.mark.parametrize(("groups", "count", "side", "length", "dtype"), SHAPES)
+def test_both_equal_einsum(groups, count, side, length, dtype):
+    left, right = torch.randn(2, count, groups * side, length, dtype=dtype)
+    matrices = torch.randn(groups, side, side, dtype=dtype)
+    u, v = (x.unflatten(1, (groups, side)) for x in (left, right))
     expected = torch.einsum("gde,rgel->rgdl", matrices, u).flatten(1, 2)
-    torch.testing.assert_close(transform(matrices, left), expected)
+    torch.testing.assert_close(transform(matrices, left), expected, rtol=1e-4, atol=1e-4)
     expected = torch.einsum("rgdl,rgel->gde", u, v)
     torch.testing.assert_close(outer_products(left, right, groups), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("groups", "side"), [(1, 256), (2, 257)])
-def test_a_large_product_with_itself_equals_einsum(groups, side):
+@pytest.mark.parametrize(("groups", "side"), [(1, WIDE), (2, WIDE + 1)])
+def test_a_wide_product_with_itself_equals_einsum(groups, side):
     maps = torch.randn(3, groups * side, 5, dtype=torch.float64, requires_grad=True)
     vectors = maps.unflatten(1, (groups, side))
     expected = torch.einsum("rgdl,rgel->gde", vectors, vectors) / 7
@@ -32,7 +39,7 @@ def test_a_large_product_with_itself_equals_einsum(groups, side):
     torch.testing.assert_close(found, known)
 
 
-@pytest.mark.parametrize(("groups", "length"), pairwise((1, 3), (1, 2, SHORT)))
+@pytest.mark.parametrize(("groups", "length"), pairwise((1, 3), (1, 2, 16)))
 def test_gradients_match_finite_differences(groups, length):
     make = lambda *shape: torch.randn(*shape, dtype=torch.float64, requires_grad=True)
     matrices, maps = make(groups, 2, 2), make(2, groups * 2, length)
