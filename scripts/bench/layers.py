@@ -4,30 +4,29 @@
     python scripts/bench/layers.py --layer 3,64,224,7,2 --mode 4        kernel and stride as well
     python scripts/bench/layers.py --arch vgg11 --batch-size 128 --by-layer
 
-Times are medians over rounds of forward and backward, without loss and optimizer. The forward of
-a step is the time of its functions in `deconv.whitening`. The backward of a step runs from the last
-gradient that arrives at their results to the last that leaves for their arguments. Patches are
-gathered and scattered inside the second step; the table subtracts their time there. The rest of a
-layer's time counts as convolution. On a GPU, CUDA events take the time, idle gaps included.
+Times are medians over rounds of forward and backward, without loss and optimizer. torch.profiler
+takes the time of every operation; on a GPU, of its kernels. A backward operation belongs to the
+step of its forward operation. The rest of a layer's time counts as convolution.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from functools import wraps
+from functools import cache
 from pathlib import Path
 from statistics import median
-from typing import Any
 from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import profile, record_function
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import Delinear, FastDeconv, whitening
@@ -36,166 +35,27 @@ from scripts.bench import steps
 from util.cli.parser import Parser, bounded_int
 from util.training.accelerator import Accelerator
 
-# Functions of deconv.whitening, and their steps.
 PATCHES, STATISTICS = "patches", "mean and covariance"
-STEPS = {
-    "mean_and_covariance": STATISTICS,
-    "centre_rows": STATISTICS,
-    "inverse_sqrt": "root",
-    "fold": "fold",
+FUNCTIONS = {  # that the layers call, by module and name
+    (whitening, "mean_and_covariance"): STATISTICS,
+    (whitening, "centre_rows"): STATISTICS,
+    (whitening, "inverse_sqrt"): "root",
+    (whitening, "fold"): "fold",
+    (covariance, "gather"): PATCHES,  # inside the second step, forward and backward
+    (covariance, "scatter"): PATCHES,
+    (covariance, "select_pixels"): PATCHES,
 }
-# Functions of deconv.ops.covariance that sample patches inside the second step.
-INSIDE, PARTS = "patches inside", ("gather", "scatter", "select_pixels")
-NAMES = (PATCHES, *dict.fromkeys(STEPS.values()))
+CONVOLUTION, REST = "convolution", "rest"
+STEPS = (PATCHES, STATISTICS, "root", "fold", CONVOLUTION)
 DIRECTIONS = ("forward", "backward")
+LAYER, NODE = "layer: ", "autograd::engine::evaluate_function"  # beginnings of names of events
 ARCH = "vgg11"
-LAYER, CONVOLUTION, REST, WHOLE = "layer", "convolution", "rest of the network", "whole"
 
 Key = tuple[str, str, str]  # layer, step, direction
 
 
-class Stopwatch:
-    """A clock for the forward and backward of functions, by layer and step.
-
-    Args:
-        device: the device whose time is taken.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.layer, self.direction = "", "forward"
-        self.spans: list[Span] = []
-        self.backward_of: dict[str, Span] = {}
-
-    def now(self) -> Any:
-        """Return the time: seconds on a CPU, an event in the stream of a GPU."""
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def span(self, *key: str) -> Span:
-        """Return a new span of time for (layer, step, direction)."""
-        self.spans.append(Span(key, self.now))
-        return self.spans[-1]
-
-    def timed(
-        self, function: Callable[..., Any], step: str, layer: str | None = None
-    ) -> Callable[..., Any]:
-        """Return a timed function; it begins `layer`, or belongs to the present layer."""
-
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            backward = self.span(self.layer if layer is None else layer, step, "backward")
-            if layer is not None:
-                self.layer, self.backward_of[layer] = layer, backward
-            mark = lambda x: _Mark.apply(x, backward.stop)
-            args, kwargs = change_tensors(mark, (args, kwargs))
-            with self.span(self.layer, step, self.direction):
-                result = function(*args, **kwargs)
-            present = self.layer
-
-            def begin(grad: Tensor) -> None:
-                self.layer = present
-                backward.start()
-
-            def watch_gradient(x: Tensor) -> Tensor:
-                x.register_hook(begin)
-                return x
-
-            return change_tensors(watch_gradient, result)
-
-        return call
-
-    def timed_inside(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """Return a timed function that may run inside any step of a layer."""
-
-        @wraps(function)
-        def call(*args: Any, **kwargs: Any) -> Any:
-            with self.span(self.layer, INSIDE, self.direction):
-                return function(*args, **kwargs)
-
-        return call
-
-    @contextmanager
-    def attached(self, model: nn.Module) -> Iterator[None]:
-        """Time the deconvolution layers of `model`, and their steps while the context is open."""
-        for name, layer in model.named_modules():
-            if isinstance(layer, FastDeconv | Delinear):
-                layer.forward = self.timed(layer.forward, LAYER, name)
-                for parameter in layer.parameters():  # a first layer has no other end
-                    stop = lambda _, name=name: self.backward_of[name].stop()
-                    parameter.register_post_accumulate_grad_hook(stop)
-        with ExitStack() as stack:
-            for name, step in STEPS.items():
-                timed = self.timed(getattr(whitening, name), step)
-                stack.enter_context(patch.object(whitening, name, timed))
-            for name in PARTS:
-                timed = self.timed_inside(getattr(covariance, name))
-                stack.enter_context(patch.object(covariance, name, timed))
-            yield
-
-    def read(self) -> Counter[Key]:
-        """Return the seconds by layer, step and direction since the last reading."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        seconds: Counter[Key] = Counter()
-        for span in self.spans:
-            seconds[span.key] += span.seconds()
-        self.spans.clear()
-        return seconds
-
-
-class Span:
-    """A span of time from the last start to the last stop; as a context, of its block."""
-
-    def __init__(self, key: Key, now: Callable[[], Any]) -> None:
-        self.key, self.now = key, now
-        self.begin = self.end = None
-
-    def start(self) -> None:
-        self.begin = self.now()
-
-    def stop(self) -> None:
-        self.end = self.now()
-
-    def __enter__(self) -> None:
-        self.start()
-
-    def __exit__(self, *error: object) -> None:
-        self.stop()
-
-    def seconds(self) -> float:
-        """Return the seconds, 0 for a span that was not started or not stopped."""
-        if self.begin is None or self.end is None:
-            return 0.0
-        if isinstance(self.begin, float):
-            return self.end - self.begin
-        return self.begin.elapsed_time(self.end) / 1000
-
-
-class _Mark(torch.autograd.Function):
-    """The identity; the backward calls `note` when a gradient leaves."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, note: Callable[[], None]) -> Tensor:
-        ctx.note = note
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.note()
-        return grad, None
-
-
-def change_tensors(change: Callable[[Tensor], Tensor], tree: Any) -> Any:
-    """Apply `change` to every tensor with a gradient in tuples, lists and dicts."""
-    differs = lambda x: isinstance(x, Tensor) and x.requires_grad
-    return tree_map(lambda x: change(x) if differs(x) else x, tree)
-
-
 def main(argv: Sequence[str] | None = None) -> None:
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler logs every start
     parser = make_parser()
     flags = parser.parse_args(argv)
     if flags.layer and (flags.arch or flags.by_layer):
@@ -205,8 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         model, images = build(flags)
     except (TypeError, ValueError) as error:
-        options = "".join(f"--option {name}={value}: " for name, value in flags.option)
-        parser.error(f"{options}{error}")
+        parser.error(f"{steps.describe_options(flags)}{error}")
     accelerator = Accelerator(device, amp=steps.AMP[flags.dtype], channels_last=flags.channels_last)
     rounds = measure(model, images, accelerator, rounds=flags.rounds, warmup=flags.warmup)
     print(f"{', '.join(steps.describe_environment(device).values())}\n")
@@ -259,91 +118,104 @@ def build(flags: argparse.Namespace) -> tuple[nn.Module, Tensor]:
 def measure(
     model: nn.Module, images: Tensor, accelerator: Accelerator, *, rounds: int, warmup: int
 ) -> list[Counter[Key]]:
-    """Return the seconds of each round by layer, step and direction.
-
-    The four steps and CONVOLUTION add up to the layer. All layers and REST add up to WHOLE, which
-    has the layer name "".
-    """
+    """Return the milliseconds of each round by layer, step and direction."""
     model = accelerator.to_device(model)
     images = images.detach().to(accelerator.device, memory_format=accelerator.memory_format)
     images.requires_grad_(isinstance(model, FastDeconv | Delinear))
-    watch = Stopwatch(accelerator.device)
-    with watch.attached(model):
-        readings = [_run_once(model, images, accelerator, watch) for _ in range(warmup + rounds)]
-    return [divide(seconds) for seconds in readings[warmup:]]
+    readings = []
+    with labelled(model):
+        for _ in range(warmup + rounds):
+            model.zero_grad()
+            images.grad = None
+            with profile() as profiler:
+                with record_function("forward"), accelerator.autocast():
+                    out = model(images)
+                with record_function("backward"):
+                    out.backward(torch.ones_like(out))
+            readings.append(add_up(profiler.events()))
+    return readings[warmup:]
 
 
-def _run_once(
-    model: nn.Module, images: Tensor, accelerator: Accelerator, watch: Stopwatch
-) -> Counter[Key]:
-    model.zero_grad()
-    images.grad, watch.direction = None, "forward"
-    with watch.span("", WHOLE, "forward"), accelerator.autocast():
-        out = model(images)
-    grad, watch.direction = torch.randn_like(out), "backward"
-    with watch.span("", WHOLE, "backward"):
-        out.backward(grad)
-    return watch.read()
+@contextmanager
+def labelled(model: nn.Module) -> Iterator[None]:
+    """Label the deconvolution layers of `model` and their steps for the profiler."""
+    with ExitStack() as stack:
+        for (module, name), step in FUNCTIONS.items():
+            labelled_function = record_function(step)(getattr(module, name))
+            stack.enter_context(patch.object(module, name, labelled_function))
+        for name, layer in model.named_modules():
+            if isinstance(layer, FastDeconv | Delinear):
+                forward = record_function(f"{LAYER}{name}")(layer.forward)
+                stack.enter_context(patch.object(layer, "forward", forward))
+        yield
 
 
-def divide(seconds: Counter[Key]) -> Counter[Key]:
-    """Replace the time of whole layers by CONVOLUTION and REST."""
+def add_up(events: Sequence[FunctionEvent]) -> Counter[Key]:
+    """Add up the milliseconds of a round's events by layer, step and direction."""
+    events = sorted(events, key=lambda event: event.time_range.start)
+    on_gpu = any(event.device_type == DeviceType.CUDA for event in events)
+    # A node has the sequence number of its forward operation, the last event with this number:
+    # operations without a node have the number of the next.
+    forward = [e for e in events if e.scope == 0 and not e.name.startswith(NODE)]
+    makers = {e.sequence_nr: e for e in forward if e.sequence_nr >= 0}
+
+    @cache
+    def locate(event: FunctionEvent | None) -> Key:
+        if event is None:
+            return "", REST, "forward"
+        layer, step, direction = locate(event.cpu_parent)
+        if event.name in STEPS:
+            step = event.name
+        elif event.name in DIRECTIONS:
+            direction = event.name
+        elif event.name.startswith(LAYER):
+            layer, step = event.name.removeprefix(LAYER), CONVOLUTION
+        elif event.name.startswith(NODE):
+            layer, step, direction = *locate(makers.get(event.sequence_nr))[:2], "backward"
+        return layer, step, direction
+
     parts: Counter[Key] = Counter()
-    for (layer, step, direction), value in seconds.items():
-        if step == WHOLE:
-            parts[layer, WHOLE, direction] += value
-            parts[layer, REST, direction] += value
-        elif step == LAYER:
-            parts[layer, CONVOLUTION, direction] += value
-            parts["", REST, direction] -= value
-        elif step == INSIDE:
-            parts[layer, PATCHES, direction] += value
-            parts[layer, STATISTICS, direction] -= value
-        else:
-            parts[layer, step, direction] += value
-            parts[layer, CONVOLUTION, direction] -= value
+    for event in events:
+        if event.device_type == DeviceType.CPU:
+            time = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            parts[locate(event)] += time / 1000
     return parts
 
 
 def format_steps(rounds: Sequence[Counter[Key]]) -> str:
     """Format a row for each step, over all layers."""
-    several = any(layer for round_ in rounds for layer, _, _ in round_)
+    seen = {step for round_ in rounds for _, step, _ in round_}
+    rows = {step: step for step in (*STEPS, REST) if step in seen} | {"whole": None}
     lines = ["| step | forward (ms) | backward (ms) | share |", "|---|---:|---:|---:|"]
-    for step in (*NAMES, CONVOLUTION, *([REST] if several else []), WHOLE):
+    for title, step in rows.items():
         cells = [f"{find(rounds, step=step, direction=way):.2f}" for way in DIRECTIONS]
-        share = find(rounds, step=step) / find(rounds, step=WHOLE)
-        lines.append(f"| {step} | {' | '.join(cells)} | {100 * share:.0f} % |")
+        share = find(rounds, step=step) / find(rounds)
+        lines.append(f"| {title} | {' | '.join(cells)} | {100 * share:.0f} % |")
     return "\n".join(lines)
 
 
 def format_layers(rounds: Sequence[Counter[Key]]) -> str:
     """Format a row for each layer: its steps, forward and backward together."""
-    steps = (*NAMES, CONVOLUTION)
-    titles = [f"{title} (ms)" for title in (*steps, *DIRECTIONS)]
+    titles = [f"{title} (ms)" for title in (*STEPS, *DIRECTIONS)]
     lines = [f"| layer | {' | '.join(titles)} | share |", f"|---|{'---:|' * (len(titles) + 1)}"]
-    for layer in dict.fromkeys(layer for layer, _, _ in rounds[0] if layer):
-        values = [find(rounds, layer=layer, step=step) for step in steps]
+    for layer in dict.fromkeys(layer for layer, step, _ in rounds[0] if step != REST):
+        values = [find(rounds, layer=layer, step=step) for step in STEPS]
         values += [find(rounds, layer=layer, direction=way) for way in DIRECTIONS]
-        share = find(rounds, layer=layer) / find(rounds, step=WHOLE)
+        share = find(rounds, layer=layer) / find(rounds)
         cells = " | ".join(f"{value:.2f}" for value in values)
         lines.append(f"| {layer} | {cells} | {100 * share:.0f} % |")
     return "\n".join(lines)
 
 
-def find(
-    rounds: Sequence[Counter[Key]],
-    *,
-    layer: str | None = None,
-    step: str | None = None,
-    direction: str | None = None,
-) -> float:
-    """Return the median milliseconds of this layer, step and direction; None selects all."""
-    asked = (layer, step, direction)
+def find(rounds: Sequence[Counter[Key]], **wanted: str | None) -> float:
+    """Return the median milliseconds of the given `layer`, `step` and `direction`."""
+    names = ("layer", "step", "direction")
 
     def fits(key: Key) -> bool:
-        return all(want in (None, part) for want, part in zip(asked, key, strict=True))
+        parts = zip(names, key, strict=True)
+        return all(wanted.get(name) in (None, part) for name, part in parts)
 
-    return 1000 * median(sum(v for key, v in parts.items() if fits(key)) for parts in rounds)
+    return median(sum(v for key, v in parts.items() if fits(key)) for parts in rounds)
 
 
 if __name__ == "__main__":

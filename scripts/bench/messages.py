@@ -37,10 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--own", action="store_true", help="one matrix per block")
     parser.add_argument("networks", nargs="*", default=SHOWN, metavar="NAME:BLOCK")
     flags = parser.parse_args(argv)
-    print(
-        "| network | block | gradients | statistics | statistics / gradients | messages | patches |"
-    )
-    print("|---|---|---|---|---|---|---|")
+    titles = ("gradients", "statistics", "statistics / gradients", "messages", "patches")
+    print(f"| network | block | {' | '.join(titles)} |\n{'|---' * 7}|")
     for text in flags.networks:
         name, _, block = text.partition(":")
         if not block.isdigit() or int(block) < 1:
@@ -49,29 +47,20 @@ def main(argv: Sequence[str] | None = None) -> None:
             model = build(name, flags.mode, int(block), shared=not flags.own)
         except ValueError as error:
             parser.error(str(error))
-        gradients = sum(parameter.numel() for parameter in model.parameters()) * BYTES
-        sizes = [2 * size * BYTES for size in message_sizes(model)]
-        print(
-            f"| {name} | {block} | {gradients / 1e6:.1f} MB | {sum(sizes) / 1e6:.1f} MB "
-            f"| {100 * sum(sizes) / gradients:.0f} % | {2 * len(sizes)} "
-            f"| {BYTES * patch_size(model, 32 if name in ARCHITECTURES else 224) / 1e6:.1f} MB |"
-        )
+        sizes = message_sizes(model)
+        gradients, statistics = sum(p.numel() for p in model.parameters()), 2 * sum(sizes)
+        patches = patch_size(model, 32 if name in ARCHITECTURES else 224)
+        numbers = [f"{BYTES * n / 1e6:.1f} MB" for n in (gradients, statistics, patches)]
+        numbers[2:2] = [f"{100 * statistics / gradients:.0f} %", str(2 * len(sizes))]
+        print(f"| {name} | {block} | {' | '.join(numbers)} |")
 
 
 def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
     """Build a network on the meta device."""
-    small = name in ARCHITECTURES
-    final = 512 if small else 32
-    layers = make_layers(
-        deconv=True,
-        mode=mode,
-        block=block,
-        block_final=final,
-        shared=shared,
-        rows_per_feature=0,
-    )
+    final, make = (512, build_model) if name in ARCHITECTURES else (32, build_imagenet_model)
+    settings = {"mode": mode, "block": block, "block_final": final, "shared": shared}
     with torch.device("meta"):
-        return (build_model if small else build_imagenet_model)(name, layers)
+        return make(name, make_layers(deconv=True, rows_per_feature=0, **settings))
 
 
 def message_sizes(model: nn.Module) -> list[int]:

@@ -26,13 +26,14 @@ import json
 import platform
 import re
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from inspect import Parameter, signature
 from itertools import product
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from util.training.optim import build_criterion, build_optimizer
 Step = Callable[[], None]
 
 OURS, UNCHECKED = "deconv", "unchecked"
-TITLES = {"bn": "BatchNorm", "plain": "plain", UNCHECKED: "deconv unchecked", OURS: "deconv"}
+TITLES = {"bn": "BatchNorm", "plain": "plain", UNCHECKED: "deconv unchecked"}
 AMP = {"float32": "off", "bf16": "bf16"}
 MEMORY_STEPS = 3
 # Keywords of FastDeconv that --option may set; the others have flags.
@@ -67,7 +68,7 @@ OPTIONS = [
 
 @dataclass(frozen=True)
 class Case:
-    """A network and its training; each field is named after its flag."""
+    """A network and its training, named after flags."""
 
     arch: str
     mode: int
@@ -75,47 +76,30 @@ class Case:
     batch_size: int
     dtype: str
 
-    def flags(self) -> list[str]:
-        items = asdict(self).items()
-        return [word for name, v in items for word in (f"--{name.replace('_', '-')}", str(v))]
-
 
 def main(argv: Sequence[str] | None = None) -> None:
-    words = sys.argv[1:] if argv is None else list(argv)
+    """Measure all cases, print a row for each, and write them to the file of --json."""
     parser = make_parser()
-    flags = parser.parse_args(words)
-    try:
-        run(parser, flags, words)
-    except RunError as error:
-        parser.error(str(error))
-
-
-def run(parser: Parser, flags: argparse.Namespace, words: Sequence[str]) -> None:
-    """Measure all cases and print a row for each.
-
-    Raises:
-        RunError: --cuda-graphs cannot capture the training steps.
-    """
+    flags = parser.parse_args(argv)
     device = find_device(parser, flags)
-    choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # fail before any measurement
-    columns = [getattr(flags, field.name) for field in fields(Case)]
-    cases = [Case(*values) for values in product(*columns)]
+    cases = [Case(*values) for values in product(*(getattr(flags, f.name) for f in fields(Case)))]
     check(parser, cases, flags)
-    if flags.memory_of:
-        print(json.dumps(measure_memory(cases[0], flags.memory_of, flags, device)))
-        return
     environment = describe_environment(device)
-    print(f"{', '.join(environment.values())}\n\n{format_head(flags)}", flush=True)
-    rows = []
-    for case in cases:
-        kinds = {} if flags.no_memory else {"base": flags.against, OURS: OURS}
-        memory = {name: ask_memory(words, case, kind) for name, kind in kinds.items()}
-        rows.append({**asdict(case), **measure_times(case, flags, device), "memory_mb": memory})
-        print(format_row(rows[-1]), flush=True)
-        if flags.json:
-            content = {"environment": environment, "flags": vars(flags), "rows": rows}
-            with atomic_write(flags.json) as file:
-                file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
+    try:
+        choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # fail before any measurement
+        print(f"{', '.join(environment.values())}\n\n{format_head(flags)}", flush=True)
+        rows = []
+        for case in cases:
+            kinds = {} if flags.no_memory else {"base": flags.against, OURS: OURS}
+            memory = {name: ask_memory(case, kind, flags, device) for name, kind in kinds.items()}
+            rows.append({**asdict(case), **measure_times(case, flags, device), "memory_mb": memory})
+            print(format_row(rows[-1]), flush=True)
+            if flags.json:
+                content = {"environment": environment, "flags": vars(flags), "rows": rows}
+                with atomic_write(flags.json) as file:
+                    file.write(json.dumps(content, indent=2, default=str).encode() + b"\n")
+    except RunError as error:  # the steps cannot be captured
+        parser.error(str(error))
 
 
 def make_parser() -> Parser:
@@ -128,17 +112,16 @@ def make_parser() -> Parser:
     add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
     several["choices"], text = tuple(AMP), "precision; bf16 means autocast"
     add("--dtype", text, None, ["float32"], "float32", **several)
-    add("--against", "network to compare with", None, "bn", choices=("bn", "plain", UNCHECKED))
+    add("--against", "network to compare with", None, "bn", choices=tuple(TITLES))
     add_layer_flags(parser)
     add_run_flags(parser)
     add = parser.add_group("measurement")
-    add("--compile", "compile both networks", str2bool, False, nargs="?", const=True)
+    add("--compile", "compile both networks", str2bool, False)
     text = "capture training steps as CUDA graphs"
     add("--cuda-graphs", text, str2bool, default_text="on a GPU without --compile")
-    add("--fuse", "evaluate the fused network", str2bool, False, nargs="?", const=True)
+    add("--fuse", "evaluate the fused network", str2bool, False)
     add("--no-memory", "skip the measurement of memory", action="store_true")
     add("--json", "write all times to FILE", Path, metavar="FILE")
-    add("--memory-of", argparse.SUPPRESS, choices=tuple(TITLES))
     return parser
 
 
@@ -164,7 +147,7 @@ def add_run_flags(parser: Parser) -> None:
     add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024), metavar="N")
     add("--device", "device", None, None, "a GPU if available", choices=("cpu", "cuda"))
     text = "channels_last memory format"
-    add("--channels-last", text, str2bool, False, nargs="?", const=True)
+    add("--channels-last", text, str2bool, False)
 
 
 def option(text: str) -> tuple[str, Any]:
@@ -194,14 +177,17 @@ def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> N
     """Refuse invalid cases before any measurement."""
     if flags.json and not flags.json.absolute().parent.is_dir():
         parser.error(f"--json {flags.json}: the folder does not exist")
-    options = "".join(f"--option {name}={value}: " for name, value in flags.option)
-    for case in cases:
-        for kind in (flags.against, OURS):
-            try:
-                with torch.device("meta"):
-                    build(case, kind, flags)
-            except (TypeError, ValueError) as error:
-                parser.error(f"{' '.join(case.flags())}: {options}{error}")
+    for case, kind in product(cases, (flags.against, OURS)):
+        try:
+            with torch.device("meta"):
+                build(case, kind, flags)
+        except (TypeError, ValueError) as error:
+            parser.error(f"--arch {case.arch}: {describe_options(flags)}{error}")
+
+
+def describe_options(flags: argparse.Namespace) -> str:
+    """Return the words of --option, to begin an error with."""
+    return "".join(f"--option {name}={value}: " for name, value in flags.option)
 
 
 def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
@@ -278,39 +264,30 @@ def measure_times(
 ) -> dict[str, dict[str, Any]]:
     """Return the times of a case, summarized, under the keys `train` and `eval`."""
     steps = [make_steps(case, kind, flags, device) for kind in (flags.against, OURS)]
-    kwargs = {"warmup": flags.warmup, "device": device}
-    trained = time_in_turn(*(train for train, _ in steps), rounds=flags.rounds, **kwargs)
+    trained = time_in_turn(*(train for train, _ in steps), flags.rounds, flags.warmup)
     rounds = flags.eval_rounds or flags.rounds
-    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds=rounds, **kwargs)
+    evaluated = time_in_turn(*(finish() for _, finish in steps), rounds, flags.warmup)
     return {"train": summarize(*trained), "eval": summarize(*evaluated)}
 
 
 def time_in_turn(
-    base: Step, ours: Step, *, rounds: int, warmup: int, device: torch.device
+    base: Step, ours: Step, rounds: int, warmup: int
 ) -> tuple[list[float], list[float]]:
     """Return the seconds of `rounds` pairs of calls, in alternating order, after a warm-up."""
     times: tuple[list[float], list[float]] = ([], [])
     for number in range(warmup + rounds):
         for which in (0, 1) if number % 2 == 0 else (1, 0):
-            seconds = time_call((base, ours)[which], device)
-            if number >= warmup:
-                times[which].append(seconds)
-    return times
+            start = read_clock()
+            (base, ours)[which]()
+            times[which].append(read_clock() - start)
+    return times[0][warmup:], times[1][warmup:]
 
 
-def time_call(call: Step, device: torch.device) -> float:
-    """Return the seconds of a call, from an idle device until the device is idle again."""
-    if device.type != "cuda":
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    torch.cuda.synchronize(device)
-    start.record()
-    call()
-    end.record()
-    torch.cuda.synchronize(device)
-    return start.elapsed_time(end) / 1000
+def read_clock() -> float:
+    """Return the time in seconds, once a GPU in use is idle."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def summarize(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
@@ -327,13 +304,13 @@ def summarize(base: Sequence[float], ours: Sequence[float]) -> dict[str, Any]:
     }
 
 
-def ask_memory(words: Sequence[str], case: Case, kind: str) -> float | None:
+def ask_memory(
+    case: Case, kind: str, flags: argparse.Namespace, device: torch.device
+) -> float | None:
     """Run `measure_memory` in a fresh process."""
-    command = [sys.executable, __file__, *words, *case.flags(), "--memory-of", kind]
-    process = subprocess.run(command, stdout=subprocess.PIPE)
-    if process.returncode:
-        raise SystemExit(f"steps.py: {' '.join(command)} failed with code {process.returncode}")
-    return json.loads(process.stdout)
+    threads = {"initializer": torch.set_num_threads, "initargs": (torch.get_num_threads(),)}
+    with ProcessPoolExecutor(1, get_context("spawn"), **threads) as pool:
+        return pool.submit(measure_memory, case, kind, flags, device).result()
 
 
 def measure_memory(

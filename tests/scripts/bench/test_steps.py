@@ -21,11 +21,11 @@ def test_the_ratio_is_the_median_of_the_pairs():
 
 def test_networks_take_turns_and_the_warm_up_is_dropped(monkeypatch):
     calls = []
-    monkeypatch.setattr(steps, "time_call", lambda call, device: call() or len(calls))
+    monkeypatch.setattr(steps, "read_clock", lambda: len(calls) ** 2)
     both = (lambda: calls.append("base"), lambda: calls.append("ours"))
-    times = steps.time_in_turn(*both, rounds=2, warmup=1, device=torch.device("cpu"))
+    times = steps.time_in_turn(*both, rounds=2, warmup=1)
     assert calls == ["base", "ours", "ours", "base", "base", "ours"]
-    assert times == ([4, 5], [3, 6])
+    assert times == ([7, 9], [5, 11])  # 4^2 - 3^2, 5^2 - 4^2; 3^2 - 2^2, 6^2 - 5^2
 
 
 def test_every_case_has_a_row_in_the_table_and_in_the_file(tmp_path, capsys):
@@ -107,7 +107,8 @@ def test_gradients_are_checked_except_for_unchecked(monkeypatch):
 def test_memory_is_that_of_a_process_of_its_own():
     ballast = torch.ones(2**26)  # 256 MiB that the fresh process does not hold
     case = steps.Case("simple_v2", 5, 16, 64, "float32")
-    memory = steps.ask_memory(SMALL, case, "deconv")
+    flags = steps.make_parser().parse_args(SMALL)
+    memory = steps.ask_memory(case, "deconv", flags, torch.device("cpu"))
     if memory is None:
         pytest.skip("the system does not report memory")
     assert 1 < memory < ballast.nbytes / 2**20
@@ -115,7 +116,7 @@ def test_memory_is_that_of_a_process_of_its_own():
 
 def test_memory_is_measured_for_both_networks(monkeypatch, capsys):
     answers = {"plain": 123.4, "deconv": None}
-    monkeypatch.setattr(steps, "ask_memory", lambda words, case, kind: answers[kind])
+    monkeypatch.setattr(steps, "ask_memory", lambda case, kind, *more: answers[kind])
     steps.main([*SMALL, "--against", "plain"])
     assert capsys.readouterr().out.endswith(" | 123 | - |\n")
 
