@@ -36,14 +36,7 @@ class Augmentation:
     fill: tuple[int, ...] = (0,)
 
     def __call__(self, images: Tensor, seed: int, epoch: np.ndarray, index: np.ndarray) -> Tensor:
-        """Return augmented images.
-
-        Args:
-            images: (N, C, H, W) uint8.
-            seed: of the run.
-            epoch: (N,) integers.
-            index: (N,) integers.
-        """
+        """Return augmented images (N, C, H, W), each by the seed and its epoch and index (N,)."""
 
         def draw(number: int, below: int) -> Tensor:
             words = random_words(seed, epoch, index, number) % np.uint64(below)
@@ -65,14 +58,9 @@ NO_AUGMENTATION = Augmentation()
 def crop_padded(
     images: Tensor, pad: int, top: Tensor, left: Tensor, fill: Sequence[int] = (0,)
 ) -> Tensor:
-    """Pad images, then crop each to its old size at its own offset.
+    """Pad images (N, C, H, W), then crop each to its old size at its own offset.
 
-    Args:
-        images: (N, C, H, W).
-        pad: pixels on every side, P.
-        top: (N,) in 0 .. 2P.
-        left: (N,) in 0 .. 2P.
-        fill: grey level of the border, one per channel or one for all.
+    `top` and `left` are (N,), in 0 .. 2 `pad`; see Augmentation for `fill`.
     """
     height, width = images.shape[-2:]
     padded = functional.pad(images, [pad], fill=list(fill))
@@ -89,13 +77,6 @@ def random_box(
     (https://arxiv.org/abs/1409.4842, section 6). The area is uniform in AREA, the logarithm of the
     aspect is uniform in ASPECT. Both are drawn again while the box exceeds the image. The position
     is uniform. After ATTEMPTS failures the box is the largest central one with an aspect in ASPECT.
-
-    Args:
-        width: of the image, in pixels.
-        height: of the image, in pixels.
-        seed: of the run.
-        epoch: number of the epoch.
-        index: of the image.
 
     Returns:
         Top, left, height and width of the box, in pixels.

@@ -70,7 +70,7 @@ class ImageFiles:
                 bad[i] = path
                 continue
             image = self.transform(image, self.image_size, e, i)
-            images[count] = torch.from_numpy(np.array(image)).permute(2, 0, 1)  # H W 3 -> 3 H W
+            images[count] = functional.pil_to_tensor(image)
             count += 1
         return Pixels(images[:count], bad)
 

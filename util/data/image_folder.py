@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.image_files import ImageFiles, resize_whole
+from util.data.image_files import ImageFiles, Transform, resize_whole
 from util.data.images import DataSpec, Split, Statistics, channel_statistics, load_into_memory
 from util.data.loader import LoaderOptions
 from util.errors import DataError
@@ -53,14 +53,8 @@ def load_folder(
     image_size, threads = options.image_size, max(1, options.num_workers)
     splits = []
     for listing in listings:
-        files = ImageFiles(
-            listing.paths,
-            image_size,
-            resize_whole,
-            skip=options.skip_bad_images,
-            min_size=2 * image_size,
-        )
-        splits.append(Split(load_into_memory(files, threads), torch.tensor(listing.targets)))
+        source, targets = open_split(listing, options, resize_whole, min_size=2 * image_size)
+        splits.append(Split(load_into_memory(source, threads), targets))
     cache = cache_dir / f"channel-statistics-{digest_files(listings[0], image_size)}.json"
     statistics = read_statistics(cache)
     if not statistics:
@@ -68,6 +62,15 @@ def load_folder(
         if options.rank == 0:
             save_statistics(cache, statistics, folder=str(root), image_size=image_size)
     return DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics), *splits
+
+
+def open_split(
+    listing: Listing, options: LoaderOptions, transform: Transform, *, min_size: int | None = None
+) -> Split:
+    """Return images that are decoded on access, and their targets; see ImageFiles."""
+    skip = options.skip_bad_images
+    files = ImageFiles(listing.paths, options.image_size, transform, skip=skip, min_size=min_size)
+    return Split(files, torch.tensor(listing.targets))
 
 
 def find_splits(root: Path, *splits: Sequence[str]) -> list[Path]:

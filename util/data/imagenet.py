@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from util.data.augment import Augmentation
-from util.data.image_files import ImageFiles, Transform, centre_crop, random_crop
-from util.data.image_folder import Listing, find_splits, require_same_classes, scan_split
+from util.data.image_files import centre_crop, random_crop
+from util.data.image_folder import find_splits, open_split, require_same_classes, scan_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, LoaderOptions
 from util.data.sampler import random_words
@@ -44,20 +44,15 @@ def build_imagenet_loaders(
     listings = [scan_split(folder) for folder in find_splits(root, *splits)]
     test_listing = listings[-1]
     spec = DataSpec("imagenet", 3, options.image_size, tuple(test_listing.classes), MEAN, STD)
-
-    def read(listing: Listing, transform: Transform) -> Split:
-        skip = options.skip_bad_images
-        files = ImageFiles(listing.paths, options.image_size, transform, skip=skip)
-        return Split(files, torch.tensor(listing.targets))
-
-    test = ImageLoader(spec, read(test_listing, centre_crop), options, train=False)
+    split = open_split(test_listing, options, centre_crop)
+    test = ImageLoader(spec, split, options, train=False)
     if test_only:
         return spec, None, test
     train_listing = listings[0]
     require_same_classes(train_listing, test_listing)
-    train = read(train_listing, partial(random_crop, seed=options.seed))
+    split = open_split(train_listing, options, partial(random_crop, seed=options.seed))
     flip = Augmentation(flip=True)
-    return spec, ImageLoader(spec, train, options, train=True, augmentation=flip), test
+    return spec, ImageLoader(spec, split, options, train=True, augmentation=flip), test
 
 
 def build_dummy_loaders(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from multiprocessing.pool import ThreadPool
 from typing import NamedTuple, Protocol
 
@@ -81,10 +81,14 @@ def is_good(index: np.ndarray, bad: dict[int, str]) -> np.ndarray:
 
 @dataclass(frozen=True)
 class InMemory:
-    """Images in memory, (size, C, H, W) uint8. The rows of `bad` images are undefined."""
+    """Images in memory, (size, C, H, W) uint8. The rows of `bad` images are undefined.
+
+    With `image_size`, a read resizes the square images (bilinear, antialiased).
+    """
 
     images: Tensor
     bad: dict[int, str] = field(default_factory=dict)
+    image_size: int | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,22 +96,9 @@ class InMemory:
     def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
         good = is_good(index, self.bad)
         images = self.images[torch.from_numpy(index[good])]
+        if self.image_size is not None:
+            images = functional.resize(images, [self.image_size] * 2, antialias=True)
         return Pixels(images, {i: self.bad[i] for i in index[~good].tolist()})
-
-
-@dataclass(frozen=True)
-class Resized:
-    """Source whose square images are resized on access (bilinear, antialiased)."""
-
-    source: Source
-    image_size: int
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
-        images, bad = self.source.read(epoch, index)
-        return Pixels(functional.resize(images, [self.image_size] * 2, antialias=True), bad)
 
 
 def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray, Pixels]]:
@@ -179,5 +170,5 @@ def make_split(
         images = functional.pad(images, [2])
     source = InMemory(images.contiguous())
     if images.shape[-1] != image_size:
-        source = load_into_memory(Resized(source, image_size))
+        source = load_into_memory(replace(source, image_size=image_size))
     return Split(source, torch.as_tensor(targets, dtype=torch.int64))

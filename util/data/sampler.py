@@ -19,19 +19,15 @@ Key = tuple[int, int]  # epoch and index of an image
 
 
 def random_words(seed: int, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike) -> np.ndarray:
-    """Return uniform 64-bit words, each a function of its key (seed, epoch, index, draw) alone.
+    """Return uniform words (N,) uint64, each a function of its (seed, epoch, index, draw) alone.
 
     Nested SplitMix64 (Steele, Lea and Flood 2014, https://doi.org/10.1145/2714064.2660195): each
     number of the key selects an output of the generator that starts at the previous word.
 
     Args:
         seed: any integer, taken modulo 2**64.
-        epoch: integer >= 0, or (N,) of them.
-        index: as `epoch`.
+        epoch, index: integers >= 0, or (N,) of them.
         draw: as `epoch`; ORDER, TOP, LEFT, FLIP, or CROP and above.
-
-    Returns:
-        (N,) uint64.
     """
     word = np.zeros(1, np.uint64)
     for number in (seed % 2**64, epoch, index, draw):
