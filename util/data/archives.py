@@ -82,12 +82,8 @@ def find_damaged(dataset: DatasetClass, root: Path) -> list[str]:
 def download(dataset: DatasetClass, root: Path, mirror: str | None = None) -> None:
     """Download and unpack missing or damaged files; use archives that are already there.
 
-    One of several processes downloads, the others wait.
-
-    Args:
-        dataset: the torchvision class.
-        root: folder for the archives and the unpacked files.
-        mirror: address of a folder that holds the archives. None means the published addresses.
+    One of several processes downloads, the others wait. `mirror` is the address of a folder that
+    holds the archives; None means the published addresses.
 
     Raises:
         DownloadError: no address gives an archive.

@@ -52,12 +52,7 @@ def fetch(path: Path, md5: str, urls: Sequence[str]) -> None:
     """Download a file from the first of `urls` that has the content with checksum `md5`.
 
     `path`.part holds the received bytes. This call, or one of a later process, resumes from there
-    after a fault. `path` itself appears only complete and checked.
-
-    Args:
-        path: of the file.
-        md5: of the content, in hexadecimal. Content with another checksum is refused.
-        urls: https, http or file addresses. No redirection leaves https.
+    after a fault. `path` itself appears only complete and checked. No redirection leaves https.
 
     Raises:
         DownloadError: no address works; the message has the reason for each.

@@ -113,8 +113,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 def resize_whole(image: Image.Image, image_size: int, epoch: int, index: int) -> Image.Image:
     """Resize the whole image; the aspect may change."""
-    if image.size == (image_size, image_size):
-        return image
     return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
 
 

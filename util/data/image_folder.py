@@ -36,12 +36,9 @@ def load_folder(
 ) -> tuple[DataSpec, Split, Split]:
     """Return the description and the splits of a folder; decode what fits the memory budget.
 
-    Every image is converted to RGB and resized as a whole; its aspect may change.
-
-    Args:
-        root: folder that holds train/ and test/ (or val/; with both, test/ is used).
-        options: see LoaderOptions. As many threads as loader workers decode at once.
-        cache_dir: folder for the channel statistics, which the next run reads. Rank 0 writes them.
+    The folder holds train/ and test/ (or val/; with both, test/ is used). Every image is converted
+    to RGB and resized as a whole; its aspect may change. Rank 0 writes the channel statistics into
+    `cache_dir`, where the next run reads them. As many threads as loader workers decode at once.
 
     Raises:
         DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
@@ -98,10 +95,9 @@ def scan_split(folder: Path) -> Listing:
         DataError: the folder has fewer than two classes, or a class has no image.
     """
     classes = list_classes(folder)
-    if not classes:
-        raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*")
-    if len(classes) == 1:
-        raise DataError(f"{folder} has one class only, {classes[0]}: at least two are needed")
+    if len(classes) < 2:
+        found = ", ".join(classes) or "none"
+        raise DataError(f"{folder}/CLASS/*: at least two class folders are needed, found {found}")
     files = [list_images(folder / name) for name in classes]
     empty = [str(folder / name) for name, paths in zip(classes, files, strict=True) if not paths]
     if empty:
@@ -136,9 +132,9 @@ def require_same_classes(train: Listing, test: Listing) -> None:
         DataError: naming the classes of one split only.
     """
     differing = [
-        f"only in {one.root}: {', '.join(sorted(set(one.classes) - set(other.classes)))}"
+        f"only in {one.root}: {', '.join(extra)}"
         for one, other in ((train, test), (test, train))
-        if set(one.classes) - set(other.classes)
+        if (extra := sorted({*one.classes} - {*other.classes}))
     ]
     if differing:
         raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")

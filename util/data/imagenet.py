@@ -61,11 +61,6 @@ def build_dummy_loaders(
     """Return loaders of noise in the shape of ImageNet, for timing without data.
 
     An image and its target depend on (seed, index) alone. There are POOL different images.
-
-    Args:
-        options: see LoaderOptions.
-        train_size: number of training images.
-        test_size: number of test images.
     """
     classes = tuple(f"class {i}" for i in range(CLASSES))
     spec = DataSpec("dummy", 3, options.image_size, classes, MEAN, STD)

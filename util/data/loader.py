@@ -99,21 +99,10 @@ class ImageSet(Dataset):
 class ImageLoader(DataLoader):
     """Loader of batches: normalised images (N, C, H, W) float32 and targets (N,) int64.
 
-    In training each process takes its part of every batch (see `EpochBatches`). Call
-    `loader.batch_sampler.set_epoch(epoch)` before each epoch. The order depends on (seed, epoch)
-    alone, the augmentation of an image on (seed, epoch, index) alone.
-
-    In testing the order is that of the dataset, in batches of at most MAX_TEST_BATCH images. Whole
-    batches are dealt to the processes, so that metrics do not depend on the world size.
-
-    N is 0 if the part of a process is empty or holds bad files only.
-
-    Args:
-        spec: description of the dataset.
-        split: images and targets.
-        options: see LoaderOptions.
-        train: True for training batches, False for test batches.
-        augmentation: of the images.
+    `EpochBatches` defines the part of this process. N is 0 if the part is empty or holds bad files
+    only. Call `loader.batch_sampler.set_epoch(epoch)` before each training epoch. The augmentation
+    of an image depends on (seed, epoch, index) alone. Test batches have at most MAX_TEST_BATCH
+    images.
 
     Attributes:
         skipped: names of the bad files that this process has left out.

@@ -158,17 +158,14 @@ def test_a_missing_split_is_named(tmp_path):
         build(tmp_path / "images")
 
 
-def test_a_split_without_classes_is_named(root):
-    for name in ("train", "test"):
-        (root / "bare" / name).mkdir(parents=True)
-    with pytest.raises(DataError, match="bare/train has no class folders"):
-        build(root / "bare")
-
-
-def test_a_single_class_is_refused_by_name(tmp_path):
+def test_a_split_of_fewer_than_two_classes_is_refused_by_name(tmp_path):
     for split in ("train", "test"):
-        (tmp_path / split / "cat").mkdir(parents=True)
-    with pytest.raises(DataError, match="train has one class only, cat"):
+        (tmp_path / split).mkdir()
+    with pytest.raises(DataError, match="/train/CLASS.*: at least two .* needed, found none"):
+        build(tmp_path)
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir()
+    with pytest.raises(DataError, match="/train/CLASS.*: at least two .* needed, found cat"):
         build(tmp_path)
 
 
