@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torchvision import datasets as published
+from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, FashionMNIST
 
 from util.data.augment import Augmentation
 from util.data.embedded_sets import DIGIT_NAMES, EmbeddedSet, read_digits, read_fashion_mini
@@ -30,37 +30,25 @@ class FolderSet:
 
 DATASETS: dict[str, TorchvisionSet | EmbeddedSet | FolderSet] = {
     "cifar10": TorchvisionSet(
-        published.CIFAR10,
-        mean=(0.4914, 0.4822, 0.4465),
-        std=(0.2470, 0.2435, 0.2616),
-        augmentation=CROP_AND_FLIP,
+        CIFAR10, CROP_AND_FLIP, mean=(0.4914, 0.4822, 0.4465), std=(0.2470, 0.2435, 0.2616)
     ),
     "cifar100": TorchvisionSet(
-        published.CIFAR100,
-        mean=(0.5071, 0.4865, 0.4409),
-        std=(0.2673, 0.2564, 0.2762),
-        augmentation=CROP_AND_FLIP,
+        CIFAR100, CROP_AND_FLIP, mean=(0.5071, 0.4865, 0.4409), std=(0.2673, 0.2564, 0.2762)
     ),
-    "mnist": TorchvisionSet(published.MNIST, mean=(0.1307,), std=(0.3081,)),
-    "fashion": TorchvisionSet(
-        published.FashionMNIST, mean=(0.2860,), std=(0.3530,), augmentation=FLIP
-    ),
+    "mnist": TorchvisionSet(MNIST, mean=(0.1307,), std=(0.3081,)),
+    "fashion": TorchvisionSet(FashionMNIST, FLIP, mean=(0.2860,), std=(0.3530,)),
     "svhn": TorchvisionSet(
-        published.SVHN,
-        mean=(0.4377, 0.4438, 0.4728),
-        std=(0.1980, 0.2010, 0.1970),
-        classes=DIGIT_NAMES,
-        augmentation=CROP,
+        SVHN, CROP, DIGIT_NAMES, mean=(0.4377, 0.4438, 0.4728), std=(0.1980, 0.2010, 0.1970)
     ),
     "stl10": TorchvisionSet(
-        published.STL10,
+        STL10,
+        CROP_AND_FLIP,
+        STL10_NAMES,
         mean=(0.4467, 0.4398, 0.4066),
         std=(0.2603, 0.2566, 0.2713),
-        classes=STL10_NAMES,
-        augmentation=CROP_AND_FLIP,
     ),
     "digits": EmbeddedSet(read_digits, DIGIT_NAMES),
-    "fashion-mini": EmbeddedSet(read_fashion_mini, tuple(published.FashionMNIST.classes), FLIP),
+    "fashion-mini": EmbeddedSet(read_fashion_mini, tuple(FashionMNIST.classes), FLIP),
     "folder": FolderSet(),
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import ssl
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -166,8 +165,6 @@ def _network_faults() -> Iterator[None]:
         raise _Interrupted(reason, pause) from error
     except (OSError, HTTPException) as error:
         reason = error.reason if isinstance(error, URLError) else error
-        if isinstance(reason, ssl.SSLCertVerificationError):
-            raise DownloadError(f"the certificate is not valid: {reason.verify_message}") from error
         text = getattr(reason, "strerror", None) or " ".join(str(reason).split())
         raise _Interrupted(text or type(reason).__name__) from error
 

@@ -7,6 +7,7 @@ resumed epoch needs no replay. The global random state is neither read nor chang
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import KW_ONLY, dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -43,6 +44,7 @@ def _splitmix64(state: np.ndarray, step: np.ndarray) -> np.ndarray:
     return word ^ (word >> np.uint64(31))
 
 
+@dataclass(eq=False)
 class EpochBatches(Sampler[list[Key]]):
     """Batches of one process, as lists of keys (epoch, index).
 
@@ -55,7 +57,7 @@ class EpochBatches(Sampler[list[Key]]):
     Test batches keep the order of the dataset. Whole batches are dealt to the processes in turn, so
     that each is computed exactly as by a single process.
 
-    Args:
+    Attributes:
         size: images in the dataset.
         batch_size: images in a batch, over all processes. The last batch may have fewer.
         seed: the order of training images depends on (seed, epoch, size) alone.
@@ -67,30 +69,22 @@ class EpochBatches(Sampler[list[Key]]):
         ValueError: `rank` is out of range.
     """
 
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        *,
-        seed: int = 0,
-        train: bool = True,
-        rank: int = 0,
-        processes: int = 1,
-    ) -> None:
-        if not 0 <= rank < processes:
-            raise ValueError(f"rank must be in 0 .. processes - 1, got {rank} of {processes}")
-        self.size, self.batch_size, self.seed, self.train = size, batch_size, seed, train
-        self.rank, self.processes = rank, processes
+    size: int
+    batch_size: int
+    _: KW_ONLY
+    seed: int = 0
+    train: bool = True
+    rank: int = 0
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.rank < self.processes:
+            given = f"{self.rank} of {self.processes}"
+            raise ValueError(f"rank must be in 0 .. processes - 1, got {given}")
         self.set_epoch(0)
 
     def set_epoch(self, epoch: int, start_batch: int = 0) -> None:
-        """Set the epoch to iterate next, from batch `start_batch` on (both from 0).
-
-        Raises:
-            ValueError: a number is negative.
-        """
-        if epoch < 0 or start_batch < 0:
-            raise ValueError(f"epoch and start_batch must be >= 0, got {epoch} and {start_batch}")
+        """Set the epoch to iterate next, from batch `start_batch` on (both from 0)."""
         self.epoch, self.start = epoch, start_batch
 
     def images(self, batch: int) -> list[int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 
 from torchvision import datasets
@@ -21,16 +21,17 @@ class TorchvisionSet:
 
     Attributes:
         dataset: the torchvision class.
-        mean, std: published channel statistics of the training images, of pixels in [0, 1].
-        classes: names, where torchvision has none.
         augmentation: of training images.
+        classes: names, where torchvision has none.
+        mean, std: published channel statistics of the training images, of pixels in [0, 1].
     """
 
     dataset: DatasetClass
+    augmentation: Augmentation = NO_AUGMENTATION
+    classes: tuple[str, ...] = ()
+    _: KW_ONLY
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    classes: tuple[str, ...] = ()
-    augmentation: Augmentation = NO_AUGMENTATION
 
     def load(
         self, name: str, root: Path, image_size: int, mirror: str | None = None

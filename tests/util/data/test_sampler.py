@@ -116,12 +116,6 @@ def test_whole_batches_are_dealt_in_turn():
                 assert dealt == one[rank::processes]
 
 
-def test_negative_places_are_refused():
-    for epoch, start in [(-1, 0), (0, -1)]:
-        with pytest.raises(ValueError, match="-1"):
-            EpochBatches(5, 2).set_epoch(epoch, start)
-
-
 def test_a_rank_that_no_process_has_is_refused():
     for rank, processes in [(-1, 2), (2, 2), (0, 0)]:
         with pytest.raises(ValueError, match=f"got {rank} of {processes}"):
