@@ -29,10 +29,7 @@ def visible(text: str) -> str:
 
 
 def print_line(text: str) -> None:
-    """Print a line on stdout, above the progress bar if there is one.
-
-    The line is lost if stdout cannot be written: a closed terminal or pipe, a full disk.
-    """
+    """Print a line on stdout, above the progress bar; drop the line if stdout is unwritable."""
     if not _muted:
         with suppress(OSError):
             tqdm.write(visible(text))
@@ -42,7 +39,7 @@ def open_streams() -> None:
     """Replace closed standard streams by the null device."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+            _drop_output(name)
 
 
 def flush_streams() -> None:
@@ -51,7 +48,11 @@ def flush_streams() -> None:
         try:
             getattr(sys, name).flush()
         except OSError:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
+            _drop_output(name)
+
+
+def _drop_output(name: str) -> None:
+    setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 - as long as the process
 
 
 def is_muted() -> bool:
@@ -65,12 +66,9 @@ def shows_bars() -> bool:
 
 
 def progress_bar(batches: Iterable | None, title: str, **kwargs: Any) -> tqdm:
-    """Wrap an iterable in a progress bar with the time left; no bar without a terminal.
+    """Wrap `batches` in a tqdm with the time left; None: a bar that the caller updates.
 
-    Args:
-        batches: iterable, None for a bar that the caller updates.
-        title: text before the bar.
-        kwargs: passed on to tqdm.
+    Without a terminal no bar is shown.
     """
     columns, lines = shutil.get_terminal_size((100, 24))  # tqdm draws no bar of unknown size
     disable = True if _muted else None  # None: only without a terminal

@@ -29,7 +29,7 @@ def choose_device(
         local_rank: number of this process on its machine.
 
     Raises:
-        RunError: a required GPU is missing, or processes outnumber the GPUs.
+        RunError: a required GPU is missing, or too few for the processes.
     """
     visible = torch.cuda.device_count() if use_gpu is not False else 0
     if use_gpu and not visible:
@@ -52,34 +52,29 @@ def choose_device(
     return torch.device("cuda", index)
 
 
-def choose_graphs(
-    wanted: bool | None, device: torch.device, processes: int, compiled: bool
-) -> bool:
-    """Return True if training steps run as CUDA graphs; None means whenever possible.
+def choose_graphs(wanted: bool | None, device: torch.device, size: int, compiled: bool) -> bool:
+    """Return True if training steps run as CUDA graphs.
 
     Args:
-        wanted: value of --cuda-graphs, None if not given.
-        device: of this process.
-        processes: world size.
-        compiled: True with --compile.
+        wanted: value of --cuda-graphs. None: use graphs whenever possible.
+        device: device of this process.
+        size: world size.
+        compiled: value of --compile.
 
     Raises:
         RunError: graphs are requested, but impossible.
     """
-    possible = device.type == "cuda" and processes == 1
+    possible = device.type == "cuda" and size == 1
     if wanted and not possible:
-        raise RunError(f"--cuda-graphs True: needs one GPU, here {processes} x {device.type}")
+        raise RunError(f"--cuda-graphs True: needs one GPU, here {size} x {device.type}")
     if wanted and compiled:
         raise RunError("--cuda-graphs True: contradicts --compile")
     return possible and not compiled if wanted is None else wanted
 
 
 def choose_algorithms(deterministic: bool) -> None:
-    """Restrict PyTorch to deterministic operations, or lift the restriction.
-
-    The call must precede the first use of a GPU: cuBLAS reads its workspace size once.
-    """
-    if deterministic:
+    """Restrict PyTorch to deterministic operations, or lift the restriction."""
+    if deterministic:  # before the first use of a GPU: cuBLAS reads its workspace size once
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.deterministic = deterministic

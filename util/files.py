@@ -12,17 +12,11 @@ from typing import BinaryIO
 
 @contextmanager
 def atomic_write(path: str | Path, *, keep: str | None = None) -> Iterator[BinaryIO]:
-    """Write a binary file that replaces `path` only when the block succeeds.
-
-    The temporary file lies beside `path`, because a rename works within one file system only.
-    Content and name are on the disk before the block is left.
+    """Yield a temporary file, which replaces `path` on the disk when the block succeeds.
 
     Args:
-        path: of the final file.
+        path: of the final file. A rename needs the temporary file in the same folder.
         keep: new name for the previous file at `path`. None drops the previous file.
-
-    Yields:
-        The open temporary file.
 
     Raises:
         OSError: the file cannot be written. The error names `path` and the bytes written.

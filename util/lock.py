@@ -24,16 +24,12 @@ class LockHeld(RuntimeError):
 def take_lock(path: Path, on_wait: Callable[[str], None] | None = None) -> IO[str]:
     """Lock the file `path`; closing the returned file releases the lock.
 
-    The lock is a POSIX lock of this process alone. Forked children, such as loader workers, do not
-    keep it. Other machines see the lock if the file system supports it. Without support of the
-    file system or the platform, the function takes no lock and returns the open file.
-
-    The file stays after release. After a removal, a waiting process and a process that makes the
-    file anew could both hold the lock. A symbolic link at `path` is refused, because the target
-    would be emptied.
+    A POSIX lock belongs to this process alone, not to its forked children. Other machines see the
+    lock if the file system supports it. A system without locks gets the open file alone.
 
     Args:
-        path: of the lock file, made if missing.
+        path: of the lock file, made if missing. The file stays, because two processes could lock a
+            removed file and its successor. A symbolic link is refused: its target would be emptied.
         on_wait: called once with the name of the owner before waiting. None: do not wait.
 
     Raises:

@@ -1,7 +1,6 @@
 """Launch one process per device with torchrun, and join the processes to a world.
 
-torchrun passes rank and world size through environment variables. `launch_workers` starts torchrun
-unless the user has. A run of one process is a `World` of size 1.
+torchrun passes rank and world size through environment variables.
 """
 
 from __future__ import annotations
@@ -39,42 +38,36 @@ def is_first_process() -> bool:
     return not is_launched() or os.environ["RANK"] == "0"
 
 
-def check_agreement(world: World, step: int | None) -> None:
-    """Check that all processes continue from the same step; None is a fresh start.
+def local_rank() -> int:
+    """Return the number of this process on its machine; 0 without a launcher."""
+    return int(os.environ.get("LOCAL_RANK", 0))
 
-    Raises:
-        RunError: the steps differ, for example because each machine has its own disk.
-    """
+
+def check_agreement(world: World, step: int | None) -> None:
+    """Raise RunError unless all processes continue from the same step; None is a fresh start."""
     steps = world.gather(step)
-    if len(set(steps)) > 1:
+    if len(set(steps)) > 1:  # for example because each machine has its own disk
         found = ", ".join("none" if step is None else f"step {step}" for step in steps)
         raise RunError(f"--resume: the processes found different checkpoints ({found})")
 
 
 def wait_for_first_error() -> None:
-    """Wait before reporting an error, so that the launcher can end this process first.
-
-    A failure of one process spreads to all, and one report is enough.
-    """
+    """Wait before a second report of one failure, so that the launcher can end this process."""
     if is_launched():
         time.sleep(GRACE_SECONDS)
 
 
 def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: Namespace) -> bool:
-    """Run `script argv` once per device with torchrun.
+    """Run `script argv` with torchrun; return False if this process itself is the run.
 
     Args:
         script: file to run.
-        argv: its arguments.
-        processes: on this machine.
+        argv: arguments of `script`.
+        processes: number of processes on this machine.
         flags: `world_size` machines (None: 1), number `rank` of this machine, address `dist_url`.
 
-    Returns:
-        False if this process itself is the run; nothing was started.
-
     Raises:
-        SystemExit: a process failed. The exit code is that of the process. A killed process, for
-            example for lack of memory, gives a message instead.
+        SystemExit: a process failed, with its exit code; a message if the process was killed.
     """
     machines = flags.world_size or 1
     if is_launched() or processes * machines == 1:
@@ -101,12 +94,10 @@ def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: N
 
 def _describe_exit(name: str, exit_codes: Mapping[int, int]) -> int | str:
     """Return a message if a process was killed, else the exit code of the failed process."""
-    # The launcher itself ends processes with SIGTERM.
-    killed = [rank for rank, code in exit_codes.items() if code < 0 and code != -signal.SIGTERM]
-    if not killed:
-        return max(1, *exit_codes.values())
-    name_of_signal = signal.Signals(-exit_codes[killed[0]]).name
-    return f"{name}: error: process {killed[0]} was ended by {name_of_signal}"
+    for rank, code in exit_codes.items():
+        if code < 0 and code != -signal.SIGTERM:  # with SIGTERM the launcher ends the others
+            return f"{name}: error: process {rank} was ended by {signal.Signals(-code).name}"
+    return max(1, *exit_codes.values())
 
 
 def _address_flags(flags: Namespace) -> list[str]:
@@ -120,10 +111,10 @@ def _address_flags(flags: Namespace) -> list[str]:
 
 @contextmanager
 def init_processes(device: torch.device, backend: str | None = None) -> Iterator[World]:
-    """Join the world of this process; leave the world at the end of the block.
+    """Join the world of this process, of size 1 without a launcher; leave it after the block.
 
     Args:
-        device: of this process.
+        device: device of this process.
         backend: "nccl" or "gloo". None: nccl for GPUs, else gloo.
 
     Raises:
@@ -153,10 +144,7 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
 
 @contextmanager
 def announce_failure() -> Iterator[None]:
-    """Report an error of this block to the processes that wait in `init_processes`.
-
-    The launcher ends the processes of its own machine only.
-    """
+    """Report an error of this block to processes of other machines in `init_processes`."""
     try:
         yield
     except BaseException:
@@ -180,18 +168,9 @@ def _open_store(seconds: float) -> tuple[dist.Store, int, int]:
 
 
 def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process has joined or reported a failure.
-
-    Raises:
-        PeerFailed: a process reported a failure.
-    """
+    """Wait until every process has joined; raise PeerFailed if one reports a failure."""
     store.set(f"process {rank}", "here")
     keys = [f"process {number}" for number in range(size)]
     store.wait(keys)
     if any(store.get(key) == b"failed" for key in keys):
         raise PeerFailed
-
-
-def local_rank() -> int:
-    """Return the number of this process on its machine; 0 without a launcher."""
-    return int(os.environ.get("LOCAL_RANK", 0))

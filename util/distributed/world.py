@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from inspect import signature
@@ -53,14 +52,11 @@ class World:
         return values
 
     def batch_offset(self, count: int, device: torch.device) -> tuple[int, int]:
-        """Locate this process's part of a batch.
+        """Return the number of images of lower ranks, and of all ranks, in a batch.
 
         Args:
             count: images of this process.
-            device: of the message.
-
-        Returns:
-            Images of lower ranks, and images of all ranks.
+            device: device of the message.
         """
         counts = torch.zeros(self.size, dtype=torch.long, device=device)
         counts[self.rank] = count
@@ -78,8 +74,7 @@ class World:
     def on_rank0(self, action: Callable[[], T]) -> T:
         """Run action() on rank 0 alone; return its plain values in every process.
 
-        Raises:
-            PeerFailed: in the other processes, if the action fails.
+        If the action fails, the other processes raise PeerFailed.
         """
         if self.size == 1:
             return action()
@@ -111,32 +106,21 @@ class World:
         return DistributedDataParallel(model, **{max(each_forward): False})
 
     def average_buffers(self, model: nn.Module) -> None:
-        """Average the running statistics over the processes.
-
-        Counters stay unchanged. Synchronised statistics change by rounding only.
-        """
+        """Average the running statistics over the processes; counters stay unchanged."""
         for buffer in model.buffers() if self.size > 1 else ():
             if buffer.is_floating_point():
                 buffer.copy_(self.sum(buffer) / self.size)
 
     def gather_own_buffers(self, model: nn.Module) -> list[dict[str, Tensor]]:
-        """Return, by rank, the running statistics (on the CPU) that differ from rank 0.
-
-        Within an epoch each process has its own statistics, except synchronised whitening.
-        """
+        """Return, by rank, the running statistics (on the CPU) that differ from rank 0."""
         if self.size == 1:
             return [{}]
         mine = {name: buffer.cpu() for name, buffer in model.named_buffers()}
-        digests = {name: _digest(buffer) for name, buffer in mine.items()}
-        of_rank0 = self.on_rank0(lambda: digests)
-        return self.gather({n: b for n, b in mine.items() if digests[n] != of_rank0[n]})
+        first = self.on_rank0(lambda: mine)
+        return self.gather({n: b for n, b in mine.items() if not torch.equal(b, first[n])})
 
     def take_own_buffers(self, model: nn.Module, saved: Sequence[Mapping[str, Tensor]]) -> None:
         """Restore the statistics of `gather_own_buffers`; skip those of another world size."""
         buffers = dict(model.named_buffers())
         for name, values in saved[self.rank].items() if len(saved) == self.size else ():
             buffers[name].copy_(values)
-
-
-def _digest(values: Tensor) -> str:
-    return hashlib.sha256(values.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()

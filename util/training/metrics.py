@@ -29,7 +29,7 @@ class EpochMetrics:
         state: result of `state_dict`, to continue an epoch; None: an empty epoch.
 
     Attributes:
-        rows: per batch the sums of images, loss, top1 hits and top5 hits, each (4,).
+        rows: sums (4,) of each batch: images, loss, top1 hits and top5 hits.
         lr: learning rate of the last step; NaN before the first.
     """
 
@@ -53,7 +53,7 @@ class EpochMetrics:
             self._seconds_before, self._start = self.seconds, None
 
     def add(self, row: Tensor, lr: float = math.nan) -> None:
-        """Add the row of sums (4,) of a batch, trained at the rate `lr`."""
+        """Add the row of a batch, trained at the rate `lr`."""
         self.rows.append(row)
         self.lr = lr
 
@@ -87,10 +87,7 @@ class EpochMetrics:
 
 
 def average_rows(rows: Sequence[Tensor]) -> Metrics:
-    """Average rows of sums (4,): loss, top1, top5 and images; NaN without an image.
-
-    Sums are exact, so the order of the rows does not matter.
-    """
+    """Return loss, top1, top5 and images of rows in any order; NaN without an image."""
     columns = zip(*torch.stack(list(rows)).tolist(), strict=True) if rows else [[]] * 4
     images, loss, top1, top5 = (_exact_sum(column) for column in columns)
     count = images or math.nan
@@ -99,6 +96,7 @@ def average_rows(rows: Sequence[Tensor]) -> Metrics:
 
 
 def _exact_sum(values: Sequence[float]) -> float:
+    """Return a sum that does not depend on the order of the values."""
     try:
         return math.fsum(values)
     except (OverflowError, ValueError):  # infinities of both signs
@@ -106,15 +104,15 @@ def _exact_sum(values: Sequence[float]) -> float:
 
 
 def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
-    """Count the images whose class is among the k largest logits, for each k.
+    """Count the images whose class is among the k largest logits, for each k of `topk`.
 
     Args:
         logits: (N, classes).
         targets: (N,) class numbers.
-        topk: values of k; a larger k than classes counts as the number of classes.
+        topk: values of k, which may exceed the number of classes.
 
     Returns:
-        One float64 scalar per k, on the device of `logits`, without synchronization.
+        One float64 scalar per k, on the device of `logits`.
     """
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest
@@ -122,14 +120,11 @@ def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) ->
 
 
 def peak_memory_mb(device: torch.device | str) -> float:
-    """Return the peak memory in MiB: of tensors on a CUDA device, of the process on a CPU.
-
-    NaN where the system does not report it.
-    """
+    """Return the peak memory in MiB: of tensors on a CUDA device, of the process on a CPU."""
     device = torch.device(device)
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     if resource is None:
-        return float("nan")
+        return math.nan
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / (2**20 if sys.platform == "darwin" else 2**10)  # bytes on macOS, KiB elsewhere

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from util.training.accelerator import Accelerator
-from util.training.nonfinite import find_nonfinite, find_nonfinite_layer
+from util.training.nonfinite import find_nonfinite
 
 CPU = Accelerator(torch.device("cpu"))
 
@@ -17,7 +17,7 @@ def make_model():
 
 def test_the_first_layer_with_a_nonfinite_output_is_named():
     model, images = make_model(), torch.ones(4, 2)
-    assert find_nonfinite_layer(model, CPU, images) is None
+    assert find_nonfinite(model, CPU, images) is None
     with torch.no_grad():
         model[1][1].weight[0, 0] = math.inf
         model[2].weight[0, 0] = math.nan
