@@ -26,8 +26,7 @@ class Accelerator:
 
     Args:
         device: device of model and batches.
-        amp: key of PRECISIONS, the dtype of autocast; "fp16" scales the loss, because small
-            gradients would vanish.
+        amp: key of PRECISIONS, the dtype of autocast; "fp16" scales the loss.
         channels_last: store images and 4-d weights in channels_last format.
         compiled: run models through torch.compile.
         cuda_graphs: train on full batches by CUDA graphs.
@@ -61,12 +60,7 @@ class Accelerator:
         return torch.compile(model) if self.compiled else model
 
     def compile_for_training(self, model: nn.Module, shape: Sequence[int]) -> nn.Module:
-        """Return `model` compiled or captured for training, as asked.
-
-        Args:
-            model: on the device.
-            shape: (N, C, H, W) of a full batch; other batches run without a graph.
-        """
+        """Return `model` compiled or captured for training on batches of `shape` (N, C, H, W)."""
         compiled = self.compile(model)
         if not self.cuda_graphs:
             return compiled

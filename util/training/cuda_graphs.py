@@ -14,8 +14,7 @@ from util.errors import RunError
 class GraphedModel(nn.Module):
     """Model that trains on full batches by CUDA graphs and runs as usual otherwise.
 
-    Whitening launches many small kernels, and each launch takes the CPU longer than its kernel
-    takes the GPU. One graph for forward and one for backward replay the same kernels.
+    Without graphs, each launch of whitening's many small kernels takes longer than the kernel.
 
     Args:
         model: on its GPU. The capture leaves buffers and random state unchanged.
@@ -35,10 +34,8 @@ class GraphedModel(nn.Module):
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise RunError(
-                f"steps cannot be captured ({reason}): train with --cuda-graphs False"
-            ) from error
+            reason = f"steps cannot be captured ({str(error).splitlines()[0]})"
+            raise RunError(f"{reason}: train with --cuda-graphs False") from error
 
     def forward(self, images: Tensor) -> Tensor:
         is_full = self.training and torch.is_grad_enabled() and images.shape == self.shape

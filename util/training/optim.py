@@ -26,9 +26,6 @@ def build_criterion(loss: str, num_classes: int) -> Criterion:
         loss: "CE", cross-entropy; or "L2", half the squared distance to the one-hot target, as in
             the published code.
         num_classes: number of classes.
-
-    Raises:
-        ValueError: `loss` is unknown.
     """
     if loss == "CE":
         return nn.CrossEntropyLoss()
@@ -50,18 +47,7 @@ def build_optimizer(
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Return an optimizer with L2 weight decay.
-
-    Args:
-        name: "SGD", "Adam" or "AMSGrad".
-        params: parameters to optimize.
-        lr: initial learning rate.
-        momentum: momentum of SGD; the other optimizers ignore it.
-        weight_decay: factor of the L2 penalty.
-
-    Raises:
-        ValueError: `name` is unknown.
-    """
+    """Return "SGD", "Adam" or "AMSGrad" with L2 weight decay; only SGD uses `momentum`."""
     if name == "SGD":
         return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
     if name in OPTIMIZERS:
@@ -81,9 +67,7 @@ def build_scheduler(
     warmup_epochs: float = 0.0,
     start_step: int = 0,
 ) -> LambdaLR:
-    """Return a schedule; call its `step()` after each optimizer step.
-
-    The rate is a closed form of the step, so a resumed run needs `start_step` only.
+    """Return a schedule that is a closed form of the optimizer step.
 
     Args:
         name: "cosine" falls from lr to 0; "multistep" multiplies the rate by `gamma` at each
@@ -97,9 +81,6 @@ def build_scheduler(
         warmup_epochs: epochs in which the rate climbs linearly to lr. Cosine falls after the
             warmup; drops stay where they are.
         start_step: finished optimizer steps.
-
-    Raises:
-        ValueError: `name` is unknown.
     """
     warmup = round(warmup_epochs * epoch_steps)
     if name == "cosine":
@@ -119,11 +100,8 @@ def build_scheduler(
 def milestone_steps(milestones: Sequence[float], total_steps: int, epoch_steps: int) -> list[int]:
     """Return the steps at which the rate drops, in order.
 
-    Args:
-        milestones: from 1 upward an epoch, below 1 a fraction of the run. A single fraction
-            repeats, as in the published code: 0.4 means 40 % and 80 %.
-        total_steps: optimizer steps of the run.
-        epoch_steps: optimizer steps of an epoch.
+    A milestone from 1 upward is an epoch, below 1 a fraction of the run. A single fraction repeats,
+    as in the published code: 0.4 means 40 % and 80 %.
     """
     if len(milestones) == 1 and milestones[0] < 1:
         milestones = [k * milestones[0] for k in range(1, math.ceil(1 / milestones[0]))]

@@ -24,18 +24,14 @@ def never_stop() -> int:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turn the first signal within the block into a stop request; the next SIGINT kills.
 
-    The default handler takes the second SIGINT, because the process may wait for another process.
     SIGHUP stays ignored where it is ignored, as below nohup.
-
-    Yields:
-        A function that returns the number of the first signal, or 0.
     """
     received, owner = 0, os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal received
         received = received or number
-        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # for a process that waits for another
         # Children that load images stay silent. A signal may interrupt `print`, so use os.write.
         if not is_muted() and os.getpid() == owner:
             name = signal.Signals(number).name
