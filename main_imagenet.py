@@ -61,7 +61,7 @@ def build_script() -> Script:
     add("--pretrained", text, str2bool, False)
     flags.add_deconv_flags(parser, final_block=32)
     flags.add_imagenet_flags(parser)
-    flags.add_training_flags(parser, (), epochs=90, batch_size=256, weight_decay=1e-4)
+    flags.add_training_flags(parser, {}, epochs=90, batch_size=256, weight_decay=1e-4)
     flags.add_device_flags(parser)
     flags.add_output_flags(parser)
     flags.add_advanced_flags(parser)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 from util.cli.parser import (
     Parser,
@@ -38,25 +37,6 @@ IMAGENET_EXAMPLES = """examples:
 """
 
 
-class _ArchAction(argparse.Action):
-    """`--arch NAME`; `--arch help` prints a list of the architectures."""
-
-    def __init__(
-        self, *args: Any, names: Collection[str], describe: Callable[[], str], **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self.names, self.describe = names, describe
-
-    def __call__(self, parser, namespace, value, option_string=None) -> None:
-        if value == "help":
-            print(self.describe().rstrip("\n"))
-            parser.exit(0)
-        if value not in self.names:
-            known = ", ".join(self.names)
-            parser.error(f"argument --arch: {value!r} is unknown; choose from {known}")
-        setattr(namespace, self.dest, value)
-
-
 def add_network_flags(
     parser: Parser,
     architectures: Collection[str],
@@ -73,29 +53,35 @@ def add_network_flags(
         default: default architecture.
         dropout_rate: default; None means the rate of the published architecture.
     """
+
+    def architecture(name: str) -> str:
+        if name == "help":
+            print(describe().rstrip("\n"))
+            parser.exit()
+        if name not in architectures:
+            known = ", ".join(architectures)
+            raise argparse.ArgumentTypeError(f"{name!r} is unknown; choose from {known}")
+        return name
+
     add = parser.add_group("network")
-    arch = {"action": _ArchAction, "names": architectures, "describe": describe, "metavar": "NAME"}
-    add("-a --arch", "architecture; `--arch help` lists them", None, default, **arch)
+    text = "architecture; `--arch help` lists them"
+    add("-a --arch", text, architecture, default, metavar="NAME")
     text = "normalize activations with BatchNorm"
     add("--batchnorm", text, str2bool, default_text="True, or False with --deconv")
     text = "give convolutions a bias"
     add("--bias", text, str2bool, default_text="True, or False with BatchNorm")
-    dropout = {"default_text": "as published" if dropout_rate is None else None, "metavar": "P"}
     text = "dropout probability before the last linear layer, below 1"
-    add("--dropout-rate", text, bounded_float(minimum=0, below=1), dropout_rate, **dropout)
+    rate = bounded_float(minimum=0, below=1)
+    published = "as published" if dropout_rate is None else None
+    add("--dropout-rate", text, rate, dropout_rate, published, metavar="P")
     return add
 
 
 def add_method_flag(add: Callable[..., None]) -> None:
     """Add the flag of the fully connected networks."""
-    add(
-        "--method",
-        "layers of simple_v1 and mlp: 1 plain; 2 whiten channels; 3 whiten all features jointly; "
-        "4 whiten features in blocks of 32",
-        bounded_int(1, 4),
-        default_text="1, or 3 with --deconv",
-        metavar="1..4",
-    )
+    text = """layers of simple_v1 and mlp: 1 plain; 2 whiten channels; 3 whiten all features
+        jointly; 4 whiten features in blocks of 32"""
+    add("--method", text, bounded_int(1, 4), None, "1, or 3 with --deconv", metavar="1..4")
 
 
 def add_deconv_flags(parser: Parser, final_block: int) -> None:
@@ -106,82 +92,43 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
         "them by the inverse square root of their covariance.",
     )
     add("--deconv", "replace BatchNorm with deconvolution", str2bool, False)
-    add(
-        "--mode",
-        "correlations to remove: 1 between channels, then between pixels; 2 between pixels; 3 "
-        "between channels; 4 between channels and pixels jointly; 5 as 4, with the covariance "
-        "estimated from a sample of the patches",
-        bounded_int(1, 5),
-        5,
-        metavar="1..5",
-    )
-    add(
-        "--num-groups --block",
-        "channels per block; only channels of the same block are decorrelated from each other, and "
-        "larger blocks cost more time",
-        bounded_int(1),
-        16,
-        metavar="B",
-    )
-    add(
-        "--num-groups-final --block-fc",
-        "features per block at the input of the last linear layer; 0 does not whiten this input",
-        bounded_int(0),
-        default_text=f"{final_block}, or 0 without --deconv",
-        metavar="B",
-    )
-    add(
-        "--deconv-iter",
-        "Newton-Schulz iterations for the inverse square root of the covariance, up to 15; more "
-        "whiten directions of low variance more completely. Without --root newton: the number of "
-        "iterations whose result --root approximates",
-        bounded_int(1, MAX_NEWTON_STEPS),
-        5,
-        metavar="N",
-    )
-    add(
-        "--eps",
-        "regularization: added to the diagonal of the covariance, in units of variance",
-        bounded_float(minimum=1e-12, below=FLOAT32_LIMIT),
-        1e-2,
-        metavar="E",
-    )
-    add(
-        "--stride",
-        "modes 1, 2, 3 and 5: estimate the covariance from every N-th patch in each direction",
-        bounded_int(1),
-        3,
-        metavar="N",
-    )
+    text = """correlations to remove: 1 between channels, then between pixels; 2 between pixels; 3
+        between channels; 4 between channels and pixels jointly; 5 as 4, with the covariance
+        estimated from a sample of the patches"""
+    add("--mode", text, bounded_int(1, 5), 5, metavar="1..5")
+    text = """channels per block; only channels of the same block are decorrelated from each other,
+        and larger blocks cost more time"""
+    add("--num-groups --block", text, bounded_int(1), 16, metavar="B")
+    text = """features per block at the input of the last linear layer; 0 does not whiten this
+        input"""
+    default = f"{final_block}, or 0 without --deconv"
+    add("--num-groups-final --block-fc", text, bounded_int(0), None, default, metavar="B")
+    text = """Newton-Schulz iterations for the inverse square root of the covariance, up to 15; more
+        whiten directions of low variance more completely. Without --root newton: the number of
+        iterations whose result --root approximates"""
+    add("--deconv-iter", text, bounded_int(1, MAX_NEWTON_STEPS), 5)
+    text = "regularization: added to the diagonal of the covariance, in units of variance"
+    bounds = bounded_float(minimum=1e-12, below=FLOAT32_LIMIT)
+    add("--eps", text, bounds, 1e-2, metavar="E")
+    text = "modes 1, 2, 3 and 5: estimate the covariance from every N-th patch in each direction"
+    add("--stride", text, bounded_int(1), 3)
 
 
 def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     """Add the flags of main.py about images."""
     add = parser.add_group("data")
     add("--dataset", "dataset to train and test on", None, "cifar10", choices=datasets)
-    add(
-        "--data",
-        "folder of the datasets, where missing ones are downloaded to; for `--dataset folder` the "
-        "folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets take "
-        "none",
-        path_name,
-        "./data",
-        metavar="DIR",
-    )
-    add(
-        "--data-url",
-        "folder to download from, which holds the archives under their published names; checksums "
-        "are verified all the same",
-        mirror_url,
-        os.environ.get(MIRROR_VARIABLE) or None,
-        default_text=f"${MIRROR_VARIABLE}, or the published address",
-        metavar="URL",
-    )
+    text = """folder of the datasets, where missing ones are downloaded to; for `--dataset folder`
+        the folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets
+        take none"""
+    add("--data", text, path_name, "./data", metavar="DIR")
+    text = """folder to download from, which holds the archives under their published names;
+        checksums are verified all the same"""
+    mirror = os.environ.get(MIRROR_VARIABLE) or None
+    default = f"${MIRROR_VARIABLE}, or the published address"
+    add("--data-url", text, mirror_url, mirror, default, metavar="URL")
     text = "side of the images after resizing, in pixels"
-    add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), MIN_IMAGE_SIZE, metavar="N")
-    _add_reading_flags(add, 0)
-    text = "test the model of --resume and exit; flags about training are ignored"
-    add("-e --evaluate", text, str2bool, False)
+    _add_image_flags(add, text, MIN_IMAGE_SIZE, workers=0, models="--resume")
 
 
 def add_imagenet_flags(parser: Parser) -> None:
@@ -190,91 +137,72 @@ def add_imagenet_flags(parser: Parser) -> None:
     text = "folder that holds train/CLASS/* and val/CLASS/* (or test/CLASS/*)"
     add("data", text, path_name, nargs="?", metavar="DIR")
     add("--dummy", "train on random noise, to time a step without data", str2bool, False)
-    size = bounded_int(MIN_IMAGE_SIZE, 4096)
-    add("--image-size", "side of the crops, in pixels", size, 224, metavar="N")
-    _add_reading_flags(add, os.cpu_count() or 1)
-    text = "test the model of --resume or --pretrained and exit; flags about training are ignored"
-    add("-e --evaluate", text, str2bool, False)
+    text, models = "side of the crops, in pixels", "--resume or --pretrained"
+    _add_image_flags(add, text, 224, workers=os.cpu_count() or 1, models=models)
     add("--test-run", "shorten every epoch and every test to --test-iter batches", str2bool, False)
-    add("--test-iter", "batches of a --test-run", bounded_int(1), 500, metavar="N")
+    add("--test-iter", "batches of a --test-run", bounded_int(1), 500)
 
 
-def _add_reading_flags(add: Callable[..., None], workers: int) -> None:
-    """Add the flags about image files; `workers` is the default of --num-workers."""
+def _add_image_flags(
+    add: Callable[..., None], text: str, size: int, *, workers: int, models: str
+) -> None:
+    """Add the flags about image files, with the help and the default of --image-size."""
+    add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), size)
     text = "stop at an image file that cannot be decoded, or skip and list it"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
     text = "processes that load images on this machine; 0 loads in the training processes"
-    add("-j --num-workers --workers", text, bounded_int(0, 1024), workers, metavar="N")
+    add("-j --num-workers --workers", text, bounded_int(0, 1024), workers)
+    text = f"test the model of {models} and exit; flags about training are ignored"
+    add("-e --evaluate", text, str2bool, False)
 
 
 def add_training_flags(
-    parser: Parser, presets: Collection[str], *, epochs: int, batch_size: int, weight_decay: float
+    parser: Parser, presets: Mapping[str, str], *, epochs: int, batch_size: int, weight_decay: float
 ) -> None:
     """Add the flags of training; the keywords are defaults."""
     add = parser.add_group("training")
-    if presets:
-        add(
-            "--preset",
-            "paper: the settings of the paper's tables, --batch-size 128 --wd 1e-3 --num-groups 64 "
-            "--eps 1e-5 --deconv-iter 5 --stem-iter 15 --root resolvent --rows-per-feature 0; "
-            "flags on the command line override them",
-            choices=presets,
-        )
-    add("--epochs", "total number of epochs", bounded_int(1), epochs, metavar="N")
-    add(
-        "--max-steps",
-        "stop after N optimizer steps in total; the learning rate schedule spans them. A run that "
-        "ends so within an epoch cannot be continued there",
-        bounded_int(1),
-        metavar="N",
-    )
+    if presets:  # main_imagenet.py has none
+        text = f"paper: the settings of the paper's tables, {presets['paper']}"
+        add("--preset", f"{text}; flags on the command line override them", choices=presets)
+    add("--epochs", "total number of epochs", bounded_int(1), epochs)
+    text = """stop after N optimizer steps in total; the learning rate schedule spans them. A run
+        that ends so within an epoch cannot be continued there"""
+    add("--max-steps", text, bounded_int(1))
     text = "images per optimizer step, over all devices together"
-    add("-b --batch-size", text, bounded_int(1, 10**6), batch_size, metavar="N")
+    add("-b --batch-size", text, bounded_int(1, 10**6), batch_size)
     text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "optimizer", None, "SGD", choices=OPTIMIZERS)
     rate = bounded_float(above=0, below=FLOAT32_LIMIT)
     add("--lr --learning-rate", "initial learning rate", rate, 0.1, metavar="LR")
     add("--momentum", "momentum of SGD", bounded_float(minimum=0, below=1), 0.9, metavar="M")
-    decay = {"metavar": "W", "dest": "weight_decay"}
     bounds = bounded_float(minimum=0, below=FLOAT32_LIMIT)
-    add("--wd --weight-decay", "weight decay", bounds, weight_decay, **decay)
-    add(
-        "--lr-scheduler",
-        "cosine: decay to 0 over the run, step by step; multistep: multiply by --multistep-gamma "
-        "at each --milestone; step: the same every --scheduler-step-size epochs",
-        None,
-        "cosine",
-        choices=SCHEDULES,
-    )
-    add(
-        "--milestone",
-        "milestones of multistep, in epochs (60 80) or as fractions of the run (0.5 0.75); a "
-        "single fraction repeats: 0.4 also stands for 0.8",
-        bounded_float(minimum=1e-3),
-        [0.4],
-        default_text=0.4,
-        nargs="+",
-        metavar="M",
-    )
+    form = {"metavar": "W", "dest": "weight_decay"}
+    add("--wd --weight-decay", "weight decay", bounds, weight_decay, **form)
+    text = """cosine: decay to 0 over the run, step by step; multistep: multiply by
+        --multistep-gamma at each --milestone; step: the same every --scheduler-step-size epochs"""
+    add("--lr-scheduler", text, None, "cosine", choices=SCHEDULES)
+    text = """milestones of multistep, in epochs (60 80) or as fractions of the run (0.5 0.75); a
+        single fraction repeats: 0.4 also stands for 0.8"""
+    add("--milestone", text, bounded_float(minimum=1e-3), [0.4], 0.4, nargs="+", metavar="M")
     text = "factor of the learning rate at a milestone"
     add("--multistep-gamma", text, bounded_float(above=0, maximum=1), 0.1, metavar="G")
-    text = "epochs between two drops of the schedule step"
-    add("--scheduler-step-size", text, bounded_int(1), 30, metavar="N")
+    add(
+        "--scheduler-step-size", "epochs between two drops of the schedule step", bounded_int(1), 30
+    )
     text = "epochs, or a fraction of one, over which the learning rate rises linearly to --lr"
-    add("--warmup-epochs", text, bounded_float(minimum=0), 0.0, metavar="N")
+    add("--warmup-epochs", text, bounded_float(minimum=0), 0.0)
     text = "random seed; runs with the same seed and the same flags agree"
-    add("--seed", text, bounded_int(0, 2**62), 0, metavar="N")
+    add("--seed", text, bounded_int(0, 2**62), 0)
 
 
 def add_device_flags(parser: Parser) -> None:
     """Add the flags of devices."""
     add = parser.add_group("device")
-    text = "train on all visible GPUs"
-    add("--use-gpu", text, str2bool, default_text="True if there is any")
-    add("--gpu", "train on the GPU of this index only", bounded_int(0, 1023), metavar="N")
+    add("--use-gpu", "train on all visible GPUs", str2bool, default_text="True if there is any")
+    add("--gpu", "train on the GPU of this index only", bounded_int(0, 1023))
     text = "CPU threads of PyTorch per process"
-    add("--threads", text, bounded_int(1, 1024), default_text="PyTorch's choice", metavar="N")
+    add("--threads", text, bounded_int(1, 1024), default_text="PyTorch's choice")
     text = "dtype of mixed precision training; statistics and whitening stay in float32"
     add("--amp", text, None, "off", choices=tuple(PRECISIONS))
     add("--compile", "compile the network with torch.compile", str2bool, False)
@@ -283,28 +211,21 @@ def add_device_flags(parser: Parser) -> None:
 def add_output_flags(parser: Parser) -> None:
     """Add the flags of what a run writes and resumes."""
     add = parser.add_group("output")
-    add(
-        "--out",
-        "write runs to DIR/<dataset>-<arch>-<kind>/<time>/ and cached dataset statistics to DIR",
-        path_name,
-        default_text="./runs, or the parent of the run's folder",
-        metavar="DIR",
-    )
+    text = """write runs to DIR/<dataset>-<arch>-<kind>/<time>/ and cached dataset statistics to
+        DIR"""
+    default = "./runs, or the parent of the run's folder"
+    add("--out", text, path_name, None, default, metavar="DIR")
     add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
-    add(
-        "--resume",
-        "folder of a run to continue from its newest checkpoint, up to --epochs in total, or a "
-        "checkpoint file; auto: the newest in --run-dir, or a fresh start if there is none. Flags "
-        "that are left out are taken from the checkpoint, except paths and flags about GPUs and "
-        "machines. --epochs clears --max-steps and stretches the learning rate schedule. An epoch "
-        "that --max-steps cut short cannot be continued; resume an earlier checkpoint",
-        path_name,
-        metavar="RUN",
-    )
+    text = """folder of a run to continue from its newest checkpoint, up to --epochs in total, or a
+        checkpoint file; auto: the newest in --run-dir, or a fresh start if there is none. Flags
+        that are left out are taken from the checkpoint, except paths and flags about GPUs and
+        machines. --epochs clears --max-steps and stretches the learning rate schedule. An epoch
+        that --max-steps cut short cannot be continued; resume an earlier checkpoint"""
+    add("--resume", text, path_name, metavar="RUN")
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
-    add("--checkpoint-epoch", text, bounded_int(0), 0, metavar="N")
+    add("--checkpoint-epoch", text, bounded_int(0), 0)
     text = "steps between two rows of train_batch.log, TensorBoard points or printed lines"
-    add("-p --print-freq", text, bounded_int(1), 10, metavar="N")
+    add("-p --print-freq", text, bounded_int(1), 10)
     add("--msg", "print one line per batch", str2bool, False)
     add("--save-plot", "draw TrainingPlots.png", str2bool, True)
     add("--tensorboardX --tensorboard", "write TensorBoard events", str2bool, True)
@@ -314,25 +235,14 @@ def add_advanced_flags(parser: Parser) -> None:
     """Add the flags that few runs need."""
     add = parser.add_group("advanced: deconvolution")
     steps = bounded_int(1, MAX_NEWTON_STEPS)
-    text = "--deconv-iter of the first layer"
-    add("--stem-iter", text, steps, default_text="as --deconv-iter", metavar="N")
-    add(
-        "--root",
-        "algorithm for the inverse square root of the covariance: newton, the published "
-        "Newton-Schulz iteration; resolvent, the same within 0.75 % and faster for large blocks; "
-        "cholesky, the fastest, which whitens with a triangular factor in place of the root",
-        None,
-        "cholesky",
-        choices=("newton", "resolvent", "cholesky"),
-    )
-    add(
-        "--rows-per-feature",
-        "modes 1, 2 and 5: estimate a covariance of F features from about N * F patches of a "
-        "batch, spread over images and positions; 0 uses every patch that --stride selects",
-        bounded_float(minimum=0),
-        24,
-        metavar="N",
-    )
+    add("--stem-iter", "--deconv-iter of the first layer", steps, default_text="as --deconv-iter")
+    text = """algorithm for the inverse square root of the covariance: newton, the published
+        Newton-Schulz iteration; resolvent, the same within 0.75 % and faster for large blocks;
+        cholesky, the fastest, which whitens with a triangular factor in place of the root"""
+    add("--root", text, None, "cholesky", choices=("newton", "resolvent", "cholesky"))
+    text = """modes 1, 2 and 5: estimate a covariance of F features from about N * F patches of a
+        batch, spread over images and positions; 0 uses every patch that --stride selects"""
+    add("--rows-per-feature", text, bounded_float(minimum=0), 24)
     text = "make blocks of adjacent channels, or deal channels to the blocks in turn"
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     text = "use one whitening matrix for all blocks of a layer; False: one for each block"
@@ -342,25 +252,23 @@ def add_advanced_flags(parser: Parser) -> None:
 
     add = parser.add_group("advanced: training and output")
     text = "start the epoch count and the learning rate schedule after N epochs"
-    add("--start-epoch", text, bounded_int(0), 0, metavar="N")
+    add("--start-epoch", text, bounded_int(0), 0)
     text = "save the checkpoint every N optimizer steps, too; 0 saves after each epoch only"
-    add("--checkpoint-steps", text, bounded_int(0), 0, metavar="N")
+    add("--checkpoint-steps", text, bounded_int(0), 0)
 
     add = parser.add_group("advanced: devices and machines")
     text = "store images and 4-d weights in channels_last memory format, faster on some devices"
     add("--channels-last", text, str2bool, False)
     text = "capture a training step as a CUDA graph, which saves the time to launch kernels"
-    default = "True on one GPU without --compile"
-    add("--cuda-graphs", text, str2bool, default_text=default)
+    add("--cuda-graphs", text, str2bool, default_text="True on one GPU without --compile")
     text = "use only operations with reproducible results, on GPUs too; slower"
     add("--deterministic", text, str2bool, False)
     text = "start one process per GPU; always on"
     add("--multiprocessing-distributed", text, str2bool, False, default_text="")
     text = "number of machines that train together; torchrun needs no such flag"
-    add("--world-size", text, bounded_int(1, 10**5), default_text=1, metavar="N")
-    add("--rank", "index of this machine, from 0", bounded_int(0, 10**5), metavar="N")
+    add("--world-size", text, bounded_int(1, 10**5), default_text=1)
+    add("--rank", "index of this machine, from 0", bounded_int(0, 10**5))
     text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
     add("--dist-url", text, rendezvous_url, metavar="URL")
-    text = "communication backend"
-    default = "nccl on GPUs, else gloo"
-    add("--dist-backend", text, default_text=default, choices=("nccl", "gloo"))
+    default, backends = "nccl on GPUs, else gloo", ("nccl", "gloo")
+    add("--dist-backend", "communication backend", None, None, default, choices=backends)

@@ -91,14 +91,14 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
     Raises:
         CheckpointError: names the first flag that could not have been typed.
     """
-    parser = script.parser
+    parser, arch = script.parser, config.get("arch")
+    if type(arch) is not str or arch not in script.architectures:
+        reason = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
+        raise CheckpointError(f"{file}: damaged or foreign content: {reason}")
     for name, value in config.items():
         is_known = name in parser.spelling and name not in OF_THIS_MACHINE
         if is_known and (reason := parser.explain_misfit(name, value)):
             raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {reason}")
-    if (arch := config.get("arch")) not in script.architectures:
-        reason = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
-        raise CheckpointError(f"{file}: damaged or foreign content: {reason}")
 
 
 def inherit_flags(config: Mapping[str, Any], typed: Collection[str], parser: Parser) -> dict:

@@ -129,8 +129,9 @@ class Parser(argparse.ArgumentParser):
     def add_group(self, title: str, description: str | None = None) -> Callable[..., None]:
         """Return `add(flags, text, parse, default, default_text, **kwargs)` for one group of flags.
 
-        The help is `text` and, in parentheses, `default_text` or else the default. A flag of type
-        `str2bool` may be typed without a value, which means True.
+        The help is `text`, its lines joined, and in parentheses `default_text` or else the default.
+        It calls a value N, unless `kwargs` has a metavar. A flag of type `str2bool` may be typed
+        without a value, which means True.
         """
         group = self.add_argument_group(title, description)
 
@@ -145,10 +146,10 @@ class Parser(argparse.ArgumentParser):
             default_text = default if default_text is None else default_text
             text = text if default_text in (None, "") else f"{text} (default: {default_text})"
             text = text.replace("%", "%%")
-            if parse is not None:
-                kwargs["type"] = parse
             if parse is str2bool:
-                kwargs = {"nargs": "?", "const": True, "metavar": "BOOL"} | kwargs
+                kwargs = {"metavar": "BOOL", "nargs": "?", "const": True} | kwargs
+            if parse is not None:
+                kwargs = {"type": parse, "metavar": "N"} | kwargs
             action = group.add_argument(*flags.split(), help=text, default=default, **kwargs)
             names = [name for name in flags.split() if name.startswith("--")]
             self.spelling[action.dest] = names[0] if names else kwargs["metavar"]

@@ -5,22 +5,13 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 from util.cli.parser import Parser
 
-# Settings of the paper's tables. Flags typed along with `--preset` override them.
-PRESETS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "batch_size": 128,
-        "weight_decay": 1e-3,
-        "num_groups": 64,
-        "eps": 1e-5,
-        "deconv_iter": 5,
-        "stem_iter": 15,
-        "root": "resolvent",
-        "rows_per_feature": 0,
-    }
+# Flags typed along with `--preset` override the preset.
+PRESETS = {
+    "paper": "--batch-size 128 --wd 1e-3 --num-groups 64 --eps 1e-5 --deconv-iter 5 --stem-iter 15 "
+    "--root resolvent --rows-per-feature 0"
 }
 
 Rules = Iterator[tuple[str, bool, str]]  # (flag, whether its value is allowed, error if it is not)

@@ -27,10 +27,11 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
         CheckpointError: the checkpoint cannot be read, or was trained with other flags.
     """
     parser = script.parser
-    typed = parser.parse_typed(argv)
+    preset_name = parser.parse_typed(argv).get("preset")
+    preset = parser.parse_typed(PRESETS[preset_name].split()) if preset_name else {}
+    typed = parser.parse_typed(argv)  # last, so that errors spell the flags as they were typed
     saved = load_saved(script, typed)
     inherited = inherit_flags(saved["config"], typed, parser) if saved else {}
-    preset = PRESETS[typed["preset"]] if "preset" in typed else {}
     flags = Namespace(**{**parser.defaults(), **inherited, **preset, **typed})
     resolve_flags(flags, typed, script)
     if fault := find_fault(flags, typed, script):

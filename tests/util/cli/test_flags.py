@@ -1,6 +1,5 @@
 """Flags of the scripts: spelling, aliases, defaults, ranges and help."""
 
-import re
 import shlex
 from inspect import signature
 
@@ -122,6 +121,8 @@ def test_help_groups_the_flags_and_names_the_choices(capsys, script):
     positions = [text.index(f"\n{title}:\n") for title in titles]
     assert positions == sorted(positions)
     assert max(map(len, text.splitlines())) <= 100
+    if script is main:
+        assert main.PRESETS["paper"] in " ".join(text.split())
     for choice in (*LOSSES, *OPTIMIZERS, *SCHEDULES, *LAYOUTS, *ROOTS):
         assert choice in text
 
@@ -182,12 +183,6 @@ def test_defaults_are_those_of_the_layers():
     names["stride"] = "sampling_stride"
     for flag, keyword in names.items():
         assert flags[flag] == keywords[keyword].default, flag
-
-
-def test_help_of_the_preset_has_its_values(capsys):
-    text = " ".join(help_of(main, capsys).split())
-    shown = re.search(r"settings of the paper's tables, (.*?);", text)[1]
-    assert typed(shown) == main.PRESETS["paper"]
 
 
 def test_a_mirror_is_named_by_flag_or_variable(monkeypatch, capsys):

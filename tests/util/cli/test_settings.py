@@ -44,7 +44,8 @@ def test_defaults_follow_from_other_flags(line, expected):
 
 def test_preset_sets_the_papers_values_and_typed_flags_win():
     flags = vars(read("--preset paper --deconv True"))
-    assert {name: flags[name] for name in PRESETS["paper"]} == PRESETS["paper"]
+    preset = main.build_script().parser.parse_typed(PRESETS["paper"].split())
+    assert {name: flags[name] for name in preset} == preset and len(preset) == 8
     flags = read("--preset paper --deconv True --eps .01 --wd 0 --stem-iter 5")
     assert (flags.eps, flags.weight_decay, flags.stem_iter) == (0.01, 0, 5)
     assert (flags.batch_size, flags.num_groups, flags.deconv_iter) == (128, 64, 5)
