@@ -1,11 +1,48 @@
-"""Parts that several networks share: bottlenecks, shortcuts, gates and stems."""
+"""Parts that several networks share: stages, bottlenecks, shortcuts, gates, stems, chains."""
 
 from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .factory import Layers
+
+Stem = Callable[[Layers, int, int], nn.Module]  # stem(layers, in_channels, width)
+
+
+def chain(**parts: nn.Module) -> nn.Sequential:
+    """Chain the parts of a network; their names are those of its checkpoints."""
+    return nn.Sequential(OrderedDict(parts))
+
+
+def average_pool(side: int = 1) -> nn.Sequential:
+    """Make an average over a grid of cells: (N, C, H, W) -> (N, C * side**2)."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
+
+
+def add_norm_relu(layers: Layers, conv: nn.Module) -> list[nn.Module]:
+    """Return a convolution, its norm and ReLU."""
+    return [conv, layers.norm(conv.out_channels), nn.ReLU(inplace=True)]
+
+
+def stack_blocks(
+    block: Callable[..., nn.Module],
+    layers: Layers,
+    channels: int,
+    out: int,
+    depth: int,
+    stride: int,
+    **options: object,
+) -> list[nn.Module]:
+    """Make block(layers, channels, out, stride, **options) `depth` times, as one stage.
+
+    The first block has the stride and changes the channels.
+    """
+    shapes = [(channels, out, stride)] + [(out, out, 1)] * (depth - 1)
+    return [block(layers, *shape, **options) for shape in shapes]
 
 
 def make_bottleneck(
@@ -31,15 +68,11 @@ def make_bottleneck(
         groups: of the 3 x 3 convolution; `width` for a depthwise one.
         max_iter: maximum of Newton-Schulz steps in the 3 x 3 and in the last convolution.
     """
-    middle, last = ({"max_iter": steps} for steps in max_iter)
+    middle = {"stride": stride, "padding": 1, "groups": groups, "max_iter": max_iter[0]}
     return nn.Sequential(
-        layers.conv(channels, width, 1),
-        layers.norm(width),
-        nn.ReLU(inplace=True),
-        layers.conv(width, width, 3, stride=stride, padding=1, groups=groups, **middle),
-        layers.norm(width),
-        nn.ReLU(inplace=True),
-        layers.conv(width, out, 1, **last),
+        *add_norm_relu(layers, layers.conv(channels, width, 1)),
+        *add_norm_relu(layers, layers.conv(width, width, 3, **middle)),
+        layers.conv(width, out, 1, max_iter=max_iter[1]),
         layers.norm(out),
     )
 
@@ -83,8 +116,7 @@ def conv_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
 
 def small_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
     """Make a 3 x 3 convolution, norm, ReLU: (N, in_channels, H, W) -> (N, width, H, W)."""
-    conv = conv_stem(layers, in_channels, width)
-    return nn.Sequential(conv, layers.norm(width), nn.ReLU(inplace=True))
+    return nn.Sequential(*add_norm_relu(layers, conv_stem(layers, in_channels, width)))
 
 
 def large_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
@@ -92,9 +124,5 @@ def large_stem(layers: Layers, in_channels: int, width: int) -> nn.Module:
 
     (N, in_channels, H, W) -> (N, width, H/4, W/4).
     """
-    return nn.Sequential(
-        layers.stem(in_channels, width, 7, stride=2, padding=3),
-        layers.norm(width),
-        nn.ReLU(inplace=True),
-        nn.MaxPool2d(3, stride=2, padding=1),
-    )
+    conv = layers.stem(in_channels, width, 7, stride=2, padding=3)
+    return nn.Sequential(*add_norm_relu(layers, conv), nn.MaxPool2d(3, stride=2, padding=1))

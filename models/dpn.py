@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import make_bottleneck, make_projection, small_stem
+from .building_blocks import average_pool, chain, make_bottleneck, make_projection, small_stem
 from .factory import Layers
 
 STEM_WIDTH, GROUPS = 64, 32
@@ -51,13 +51,10 @@ class DualPathBlock(nn.Module):
         self, layers: Layers, channels: int, stage: Stage, *, stride: int, first: bool
     ) -> None:
         super().__init__()
-        self.out = stage.out
-        body_channels = stage.out + stage.growth
-        shape = (channels, stage.width, body_channels)
+        self.out, both = stage.out, stage.out + stage.growth
+        shape = (channels, stage.width, both)
         self.body = make_bottleneck(layers, *shape, stride=stride, groups=GROUPS)
-        self.shortcut = (
-            make_projection(layers, channels, body_channels, stride) if first else nn.Identity()
-        )
+        self.shortcut = make_projection(layers, channels, both, stride) if first else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         x, y = self.shortcut(x), self.body(x)
@@ -65,33 +62,22 @@ class DualPathBlock(nn.Module):
         return F.relu(torch.cat([total, x[:, self.out :], y[:, self.out :]], dim=1))
 
 
-class DPN(nn.Module):
-    """Stem, four stages of dual path blocks, global average, linear.
+def make_dpn(layers: Layers, *, in_channels: int, num_classes: int) -> nn.Sequential:
+    """Make a stem, four stages of dual path blocks, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
     """
-
-    def __init__(
-        self,
-        layers: Layers,
-        *,
-        stages: tuple[Stage, ...] = STAGES,
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.stem = small_stem(layers, in_channels, STEM_WIDTH)
-        channels, blocks = STEM_WIDTH, []
-        for stage in stages:
-            for index in range(stage.depth):
-                stride = 2 if index == 0 and stage is not stages[0] else 1
-                blocks.append(
-                    DualPathBlock(layers, channels, stage, stride=stride, first=index == 0)
-                )
-                channels = stage.out + (index + 2) * stage.growth
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = layers.linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(x))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+    stem = small_stem(layers, in_channels, STEM_WIDTH)
+    channels, blocks = STEM_WIDTH, []
+    for stage in STAGES:
+        for index in range(stage.depth):
+            first = index == 0
+            stride = 2 if first and stage is not STAGES[0] else 1
+            blocks.append(DualPathBlock(layers, channels, stage, stride=stride, first=first))
+            channels = stage.out + (index + 2) * stage.growth
+    return chain(
+        stem=stem,
+        blocks=nn.Sequential(*blocks),
+        pool=average_pool(),
+        linear=layers.linear(channels, num_classes),
+    )

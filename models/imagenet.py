@@ -14,21 +14,21 @@ from functools import partial
 from torch import nn
 
 from .building_blocks import large_stem
-from .densenet import DenseNet
+from .densenet import make_densenet
 from .external import PRETRAINED_CLASSES, TIMM, list_torchvision, make_timm_entry
 from .factory import Layers
 from .registry import Architecture, build_from, describe
-from .resnet import ResNet
-from .vgg import VGG
+from .resnet import make_resnet
+from .vgg import make_vgg
 
 
 def _resnet(depth: int, description: str) -> Architecture:
-    build = partial(ResNet, depth=depth, stem=large_stem)
+    build = partial(make_resnet, depth=depth, stem=large_stem)
     return Architecture(build, f"ResNet-{depth}: {description}")
 
 
 def _vgg(depth: int) -> Architecture:
-    build = partial(VGG, depth=depth, side=7, hidden=(4096, 4096), dropout_rate=0.5)
+    build = partial(make_vgg, depth=depth, side=7, hidden=(4096, 4096), dropout_rate=0.5)
     description = f"VGG-{depth}: {depth - 3} convolutions and three linear layers"
     return Architecture(build, description, ("dropout_rate",))
 
@@ -43,7 +43,7 @@ OURS: dict[str, Architecture] = {
     "vgg11d": _vgg(11),
     "vgg16d": _vgg(16),
     "densenet121d": Architecture(
-        partial(DenseNet, depth=121, stem=large_stem),
+        partial(make_densenet, stem=large_stem),
         "DenseNet-121: four dense blocks, each layer adds 32 channels",
     ),
 }

@@ -12,9 +12,17 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .building_blocks import SqueezeExcitation, make_bottleneck, make_shortcut, small_stem
+from .building_blocks import (
+    SqueezeExcitation,
+    add_norm_relu,
+    average_pool,
+    chain,
+    make_bottleneck,
+    make_shortcut,
+    small_stem,
+    stack_blocks,
+)
 from .factory import Layers
 
 STEM_WIDTH = 32
@@ -61,7 +69,7 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, layers: Layers, channels: int, out: int, *, expansion: int, stride: int
+        self, layers: Layers, channels: int, out: int, stride: int, *, expansion: int
     ) -> None:
         super().__init__()
         width = expansion * channels
@@ -80,8 +88,10 @@ class InvertedResidual(nn.Module):
 class GatedResidual(InvertedResidual):
     """Inverted residual with a gate g: x' + g(y), or y + g(y) with a stride above 1."""
 
-    def __init__(self, layers: Layers, channels: int, out: int, **options: int) -> None:
-        super().__init__(layers, channels, out, **options)
+    def __init__(
+        self, layers: Layers, channels: int, out: int, stride: int, **options: int
+    ) -> None:
+        super().__init__(layers, channels, out, stride, **options)
         self.gate = SqueezeExcitation(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -89,43 +99,38 @@ class GatedResidual(InvertedResidual):
         return self.gate(y) + (y if self.shortcut is None else self.shortcut(x))
 
 
-class MobileNet(nn.Module):
-    """Stem, stages of inverted residuals, a 1 x 1 convolution, global average, linear.
+def make_mobilenet(
+    layers: Layers,
+    *,
+    in_channels: int,
+    num_classes: int,
+    block: type[InvertedResidual] = InvertedResidual,
+    stages: Sequence[Stage] = MOBILENET_V2,
+    head: int = 1280,
+) -> nn.Sequential:
+    """Make a stem, stages of inverted residuals, a 1 x 1 convolution, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
         layers: from `make_layers`.
+        in_channels: channels of the images.
+        num_classes: classes of the output.
         block: class of the blocks.
         stages: see `Stage`.
         head: channels of the 1 x 1 convolution; 0 for none.
-        in_channels: channels of the images.
-        num_classes: classes of the output.
     """
-
-    def __init__(
-        self,
-        layers: Layers,
-        *,
-        block: type[InvertedResidual] = InvertedResidual,
-        stages: Sequence[Stage] = MOBILENET_V2,
-        head: int = 1280,
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.stem = small_stem(layers, in_channels, STEM_WIDTH)
-        channels, modules = STEM_WIDTH, []
-        for expansion, out, depth, stride in stages:
-            for index in range(depth):
-                shape = {"expansion": expansion, "stride": stride if index == 0 else 1}
-                modules.append(block(layers, channels, out, **shape))
-                channels = out
-        if head:
-            modules += [layers.conv(channels, head, 1), layers.norm(head), nn.ReLU(inplace=True)]
-        self.features = nn.Sequential(*modules)
-        self.linear = layers.linear(head or channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.features(self.stem(x))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+    stem = small_stem(layers, in_channels, STEM_WIDTH)
+    channels, modules = STEM_WIDTH, []
+    for expansion, out, depth, stride in stages:
+        shape = (channels, out, depth, stride)
+        modules += stack_blocks(block, layers, *shape, expansion=expansion)
+        channels = out
+    if head:
+        modules += add_norm_relu(layers, layers.conv(channels, head, 1))
+    return chain(
+        stem=stem,
+        features=nn.Sequential(*modules),
+        pool=average_pool(),
+        linear=layers.linear(head or channels, num_classes),
+    )

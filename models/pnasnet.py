@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import make_projection, small_stem
+from .building_blocks import average_pool, chain, make_projection, small_stem, stack_blocks
 from .factory import Layers
 
-DEPTH = 6  # cells per stage; a further cell between stages halves the image
+DEPTH = 6  # cells per stage, besides the halving cell that begins the second and the third
 
 
 def make_depthwise(
@@ -63,8 +63,15 @@ class CellB(nn.Module):
         return F.relu(self.merge(F.relu(torch.cat([left, right], dim=1))))
 
 
-class PNASNet(nn.Module):
-    """Stem, three stages of six cells with a halving cell between them, average, linear.
+def make_pnasnet(
+    layers: Layers,
+    *,
+    cell: type[CellA] | type[CellB],
+    width: int,
+    in_channels: int,
+    num_classes: int,
+) -> nn.Sequential:
+    """Make a stem, three stages of six cells with a halving cell between them, average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
@@ -75,25 +82,13 @@ class PNASNet(nn.Module):
         in_channels: channels of the images.
         num_classes: classes of the output.
     """
-
-    def __init__(
-        self,
-        layers: Layers,
-        *,
-        cell: type[CellA] | type[CellB],
-        width: int,
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.stem = small_stem(layers, in_channels, width)
-        cells = [cell(layers, width, width, 1) for _ in range(DEPTH)]
-        for out in (2 * width, 4 * width):
-            cells.append(cell(layers, out // 2, out, 2))
-            cells += [cell(layers, out, out, 1) for _ in range(DEPTH)]
-        self.cells = nn.Sequential(*cells)
-        self.linear = layers.linear(4 * width, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.cells(self.stem(x))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+    stem = small_stem(layers, in_channels, width)
+    cells = stack_blocks(cell, layers, width, width, DEPTH, stride=1)
+    for out in (2 * width, 4 * width):
+        cells += stack_blocks(cell, layers, out // 2, out, DEPTH + 1, stride=2)
+    return chain(
+        stem=stem,
+        cells=nn.Sequential(*cells),
+        pool=average_pool(),
+        linear=layers.linear(4 * width, num_classes),
+    )

@@ -12,11 +12,12 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import conv_stem
+from .building_blocks import Stem, average_pool, chain, conv_stem, stack_blocks
 from .factory import Layers
 from .resnet import WIDTHS
 
 DEPTH = 2  # blocks per stage, as in ResNet-18
+Gate = Callable[[int], nn.Module]  # gate(channels), on the output of a block, before the sum
 
 
 class PreActBlock(nn.Module):
@@ -27,14 +28,7 @@ class PreActBlock(nn.Module):
     (N, C, H, W) -> (N, width, H/stride, W/stride).
     """
 
-    def __init__(
-        self,
-        layers: Layers,
-        channels: int,
-        width: int,
-        stride: int,
-        gate: Callable[[int], nn.Module],
-    ) -> None:
+    def __init__(self, layers: Layers, channels: int, width: int, stride: int, gate: Gate) -> None:
         super().__init__()
         self.norm1 = layers.norm(channels)
         self.conv1 = layers.conv(channels, width, 3, stride=stride, padding=1)
@@ -55,39 +49,26 @@ def no_gate(channels: int) -> nn.Module:
     return nn.Identity()
 
 
-class PreActResNet(nn.Module):
-    """Stem, four stages of two preactivation blocks, global average, linear.
+def make_preact(
+    layers: Layers,
+    *,
+    in_channels: int,
+    num_classes: int,
+    stem: Stem = conv_stem,
+    gate: Gate = no_gate,
+) -> nn.Sequential:
+    """Make a stem, four stages of two preactivation blocks, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
-
-    Args:
-        layers: from `make_layers`.
-        stem: stem(layers, in_channels, width) -> the first layers, see `building_blocks.py`.
-        gate: gate(channels) -> a module on the output of a block, before the sum.
-        in_channels: channels of the images.
-        num_classes: classes of the output.
     """
-
-    def __init__(
-        self,
-        layers: Layers,
-        *,
-        stem: Callable[..., nn.Module] = conv_stem,
-        gate: Callable[[int], nn.Module] = no_gate,
-        in_channels: int = 3,
-        num_classes: int = 10,
-    ) -> None:
-        super().__init__()
-        self.stem = stem(layers, in_channels, WIDTHS[0])
-        channels, blocks = WIDTHS[0], []
-        for width in WIDTHS:
-            for index in range(DEPTH):
-                stride = 2 if index == 0 and width != WIDTHS[0] else 1
-                blocks.append(PreActBlock(layers, channels, width, stride, gate))
-                channels = width
-        self.blocks = nn.Sequential(*blocks)
-        self.linear = layers.linear(channels, num_classes)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.blocks(self.stem(x))
-        return self.linear(F.adaptive_avg_pool2d(x, 1).flatten(1))
+    first, channels, blocks = stem(layers, in_channels, WIDTHS[0]), WIDTHS[0], []
+    for width in WIDTHS:
+        stride = 1 if width == WIDTHS[0] else 2
+        blocks += stack_blocks(PreActBlock, layers, channels, width, DEPTH, stride, gate=gate)
+        channels = width
+    return chain(
+        stem=first,
+        blocks=nn.Sequential(*blocks),
+        pool=average_pool(),
+        linear=layers.linear(channels, num_classes),
+    )

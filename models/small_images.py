@@ -8,26 +8,26 @@ from functools import partial
 from torch import nn
 
 from .building_blocks import SqueezeExcitation, small_stem
-from .densenet import DenseNet
-from .dpn import DPN
+from .densenet import make_densenet
+from .dpn import make_dpn
 from .factory import Layers
-from .mobilenet import EFFICIENTNET_B0, GatedResidual, MobileNet
-from .pnasnet import CellA, CellB, PNASNet
-from .preact import PreActResNet
+from .mobilenet import EFFICIENTNET_B0, GatedResidual, make_mobilenet
+from .pnasnet import CellA, CellB, make_pnasnet
+from .preact import make_preact
 from .registry import Architecture, build_from, describe
-from .resnet import ResNet
-from .resnext import ResNeXt
-from .simple import LeNet, SimpleCNN, mlp, simple_v1
-from .vgg import VGG
+from .resnet import make_resnet
+from .resnext import make_resnext
+from .simple import make_lenet, make_mlp, make_regression, make_simple_cnn
+from .vgg import make_vgg
 
 
 def _vgg(depth: int) -> Architecture:
     description = f"VGG-{depth}: {depth - 3} convolutions, global average, one linear layer"
-    return Architecture(partial(VGG, depth=depth), description, ("dropout_rate",))
+    return Architecture(partial(make_vgg, depth=depth), description, ("dropout_rate",))
 
 
 def _resnet(depth: int, description: str) -> Architecture:
-    return Architecture(partial(ResNet, depth=depth), f"ResNet-{depth}: {description}")
+    return Architecture(partial(make_resnet, depth=depth), f"ResNet-{depth}: {description}")
 
 
 _RESNET18 = _resnet(18, "eight residual blocks of two 3 x 3 convolutions")
@@ -42,46 +42,50 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet34": _resnet(34, "sixteen residual blocks of two 3 x 3 convolutions"),
     "resnet50": _resnet(50, "sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
     "densenet121": Architecture(
-        partial(DenseNet, depth=121),
+        make_densenet,
         "DenseNet-121: four dense blocks, each layer adds 32 channels",
     ),
     "preact": Architecture(
-        PreActResNet,
+        make_preact,
         "Preact-ResNet-18: eight blocks of two 3 x 3 convolutions, norm and ReLU first",
     ),
     "senet": Architecture(
-        partial(PreActResNet, stem=small_stem, gate=SqueezeExcitation),
+        partial(make_preact, stem=small_stem, gate=SqueezeExcitation),
         "SENet-18: Preact-ResNet-18 with squeeze and excitation in each block",
     ),
     "resnext": Architecture(
-        ResNeXt, "ResNeXt-29 32x4d: nine bottlenecks, 3 x 3 convolutions in 32 groups"
+        make_resnext, "ResNeXt-29 32x4d: nine bottlenecks, 3 x 3 convolutions in 32 groups"
     ),
-    "mobilev2": Architecture(MobileNet, "MobileNet v2: seventeen inverted residuals, depthwise"),
+    "mobilev2": Architecture(
+        make_mobilenet, "MobileNet v2: seventeen inverted residuals, depthwise"
+    ),
     "efficient": Architecture(
-        partial(MobileNet, block=GatedResidual, stages=EFFICIENTNET_B0, head=0),
+        partial(make_mobilenet, block=GatedResidual, stages=EFFICIENTNET_B0, head=0),
         "EfficientNet-B0: sixteen inverted residuals with squeeze and excitation",
     ),
-    "dpn": Architecture(DPN, "DPN-92: thirty dual path blocks, 3 x 3 convolutions in 32 groups"),
+    "dpn": Architecture(
+        make_dpn, "DPN-92: thirty dual path blocks, 3 x 3 convolutions in 32 groups"
+    ),
     "pnasnetA": Architecture(
-        partial(PNASNet, cell=CellA, width=44),
+        partial(make_pnasnet, cell=CellA, width=44),
         "PNASNet-A: twenty cells of a 7 x 7 depthwise convolution and a max-pool",
     ),
     "pnasnetB": Architecture(
-        partial(PNASNet, cell=CellB, width=32),
+        partial(make_pnasnet, cell=CellB, width=32),
         "PNASNet-B: twenty cells of three depthwise convolutions, a max-pool and a 1 x 1",
     ),
-    "lenet": Architecture(LeNet, "LeNet-5: two 5 x 5 convolutions and three linear layers"),
+    "lenet": Architecture(make_lenet, "LeNet-5: two 5 x 5 convolutions and three linear layers"),
     "simple_v1": Architecture(
-        simple_v1,
+        make_regression,
         "linear or logistic regression: one layer on the whole image (method 1 to 4)",
         ("image_size", "method"),
         min_image_size=1,
     ),
     "simple_v2": Architecture(
-        SimpleCNN, "three convolutions and a linear layer", ("dropout_rate",)
+        make_simple_cnn, "three convolutions and a linear layer", ("dropout_rate",)
     ),
     "mlp": Architecture(
-        mlp,
+        make_mlp,
         "two hidden layers of 128 features and a linear layer (method 1 to 4)",
         ("image_size", "method", "dropout_rate"),
         min_image_size=1,
