@@ -85,11 +85,7 @@ def _fetch_from(url: str, path: Path, md5: str) -> None:
 
 
 def _receive_all(url: str, part: Path) -> None:
-    """Receive the rest of `part`; retry any number of times while new bytes arrive.
-
-    Raises:
-        DownloadError: too many attempts without new bytes.
-    """
+    """Receive the rest of `part`; retry any number of times while new bytes arrive."""
     largest, idle = _size(part), 0
     max_attempts = 1 if url.startswith("file:") else MAX_ATTEMPTS
     while True:
@@ -146,12 +142,7 @@ def _receive(url: str, part: Path) -> None:
 
 @contextmanager
 def _network_faults() -> Iterator[None]:
-    """Sort faults into transient and permanent ones; status 416 stays an HTTPError.
-
-    Raises:
-        _Interrupted: a transient fault.
-        DownloadError: a permanent fault.
-    """
+    """Raise transient faults as _Interrupted, others as DownloadError; status 416 passes."""
     try:
         yield
     except HTTPError as error:

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -23,30 +24,23 @@ warnings.filterwarnings("ignore", "((Possibly c)|C)orrupt EXIF data", UserWarnin
 Transform = Callable[[Image.Image, int, int, int], Image.Image]
 
 
+@dataclass(frozen=True)
 class ImageFiles:
     """Source that reads image files.
 
-    Args:
-        paths: of the files.
+    Attributes:
+        paths: of the files, as text or as bytes.
         image_size: side of the returned images, in pixels.
         transform: resize_whole, centre_crop, or random_crop with a seed.
         skip: True reports bad images in `Pixels.bad`. False raises.
         min_size: a large JPEG may be decoded at a fraction of its size, at least `min_size` pixels.
     """
 
-    def __init__(
-        self,
-        paths: Sequence[str],
-        image_size: int,
-        transform: Transform,
-        *,
-        skip: bool = False,
-        min_size: int | None = None,
-    ) -> None:
-        # One array: reference counts of a million strings would copy the memory in every worker.
-        self.paths = np.array([os.fsencode(path) for path in paths])
-        self.image_size, self.transform = image_size, transform
-        self.skip, self.min_size = skip, min_size
+    paths: Sequence[str] | np.ndarray
+    image_size: int
+    transform: Transform
+    skip: bool = False
+    min_size: int | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -97,11 +91,7 @@ def open_image(path: str, min_size: int | None = None) -> Image.Image:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Convert an image to RGB; drop transparency, scale 16-bit grey to 8 bits.
-
-    Raises:
-        ValueError: the pixels are floating-point numbers, whose range is unknown.
-    """
+    """Convert an image to RGB; drop transparency, scale 16-bit grey to 8 bits."""
     if image.mode == "F":
         raise ValueError("its pixels are floating-point numbers, of no known range")
     if image.mode.startswith("I"):  # 16 bits, which `convert` alone would clip to 8

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
+import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
@@ -65,8 +66,9 @@ def open_split(
     listing: Listing, options: LoaderOptions, transform: Transform, *, min_size: int | None = None
 ) -> Split:
     """Return images that are decoded on access, and their targets; see ImageFiles."""
-    skip = options.skip_bad_images
-    files = ImageFiles(listing.paths, options.image_size, transform, skip=skip, min_size=min_size)
+    # One array: reference counts of a million strings would copy the memory in every worker.
+    paths = np.array([os.fsencode(path) for path in listing.paths])
+    files = ImageFiles(paths, options.image_size, transform, options.skip_bad_images, min_size)
     return Split(files, torch.tensor(listing.targets))
 
 
@@ -126,11 +128,7 @@ def list_images(folder: Path) -> list[str]:
 
 
 def require_same_classes(train: Listing, test: Listing) -> None:
-    """Check that both splits have the same classes, so that targets mean the same.
-
-    Raises:
-        DataError: naming the classes of one split only.
-    """
+    """Refuse splits of different classes, because their targets would differ."""
     differing = [
         f"only in {one.root}: {', '.join(extra)}"
         for one, other in ((train, test), (test, train))
@@ -161,11 +159,7 @@ def save_statistics(cache: Path, statistics: Statistics, **facts: str | int) -> 
 
 
 def digest_files(listing: Listing, image_size: int) -> str:
-    """Return 16 hexadecimal digits that change with the folder, the image size or any file.
-
-    Raises:
-        DataError: naming a file that does not exist, such as a broken link.
-    """
+    """Return 16 hexadecimal digits that change with the folder, the image size or any file."""
     digest = hashlib.sha256(os.fsencode(f"{Path(listing.root).resolve()}\n{image_size}\n"))
     for path in listing.paths:
         try:

@@ -151,15 +151,10 @@ def channel_statistics(source: Source, threads: int = 1) -> Statistics:
 def make_split(
     data: np.ndarray | Tensor, targets: np.ndarray | Tensor | list[int], image_size: int
 ) -> Split:
-    """Return images in memory, at `image_size`.
+    """Return images in memory, at `image_size`, and their targets (N,).
 
-    Images of 28 x 28 pixels are first padded to 32 with black. Images of another size than
-    `image_size` are resized.
-
-    Args:
-        data: uint8 images (N, H, W), (N, H, W, 3) or (N, C, H, W).
-        targets: (N,) integers.
-        image_size: side in pixels.
+    Images are uint8 (N, H, W), (N, H, W, 3) or (N, C, H, W). Images of 28 x 28 pixels are first
+    padded to 32 with black. Images of another size than `image_size` are resized.
     """
     images = torch.as_tensor(data)
     if images.ndim == 3:

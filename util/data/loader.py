@@ -157,11 +157,7 @@ def count_images(train: ImageLoader, test: ImageLoader) -> dict[str, int]:
 
 @contextmanager
 def _explain_lost_worker() -> Iterator[None]:
-    """Turn PyTorch's error about a killed worker into a DataError with advice.
-
-    Raises:
-        DataError: a worker was killed.
-    """
+    """Turn PyTorch's error about a killed worker into a DataError with advice."""
     try:
         yield
     except (RuntimeError, EOFError, ConnectionError) as error:

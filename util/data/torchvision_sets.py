@@ -36,11 +36,7 @@ class TorchvisionSet:
     def load(
         self, name: str, root: Path, image_size: int, mirror: str | None = None
     ) -> tuple[DataSpec, Split, Split]:
-        """Read both splits, with images of side `image_size`; see `open_parts`.
-
-        Raises:
-            DataError: files are damaged, or missing and cannot be downloaded.
-        """
+        """Read both splits, with images of side `image_size`; see `open_parts`."""
         parts = open_parts(name, self.dataset, root, mirror)
         classes = self.classes or tuple(parts[0].classes)
         splits = []
