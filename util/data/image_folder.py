@@ -45,9 +45,7 @@ def load_folder(
         DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
             be decoded.
     """
-    folders = find_splits(root, ("train",), ("test", "val"))
-    listings = [scan_split(folder) for folder in folders]
-    require_same_classes(*listings)
+    listings = list_splits(root, ("train",), ("test", "val"))
     image_size, threads = options.image_size, max(1, options.num_workers)
     splits = []
     for listing in listings:
@@ -72,30 +70,25 @@ def open_split(
     return Split(files, torch.tensor(listing.targets))
 
 
-def find_splits(root: Path, *splits: Sequence[str]) -> list[Path]:
-    """Return the folder of each split: the first existing root/NAME of its possible names.
+def list_splits(root: Path, *splits: Sequence[str]) -> list[Listing]:
+    """List the images of each split, in the first existing folder root/NAME of its names.
 
     Raises:
-        DataError: naming every split without a folder.
+        DataError: a folder is missing or empty, or classes differ.
     """
-    folders = [[root / name for name in names if (root / name).is_dir()] for names in splits]
-    missing = [
-        "no folder " + " or ".join(str(root / name) for name in names)
-        for names, found in zip(splits, folders, strict=True)
-        if not found
-    ]
+    candidates = [[root / name for name in names] for names in splits]
+    missing = [paths for paths in candidates if not any(path.is_dir() for path in paths)]
     if missing:
+        wanted = " and no folder ".join(" or ".join(map(str, paths)) for paths in missing)
         advice = "expected images in CLASS folders inside; name the folder that holds train/"
-        raise DataError(f"{' and '.join(missing)}: {advice}")
-    return [found[0] for found in folders]
+        raise DataError(f"no folder {wanted}: {advice}")
+    listings = [scan_split(next(filter(Path.is_dir, paths))) for paths in candidates]
+    require_same_classes(listings[0], listings[-1])
+    return listings
 
 
 def scan_split(folder: Path) -> Listing:
-    """List the images of a split, without hidden names.
-
-    Raises:
-        DataError: the folder has fewer than two classes, or a class has no image.
-    """
+    """List the images of a split; refuse fewer than two classes, and classes without images."""
     classes = list_classes(folder)
     if len(classes) < 2:
         found = ", ".join(classes) or "none"

@@ -11,7 +11,7 @@ import torch
 
 from util.data.augment import Augmentation
 from util.data.image_files import centre_crop, random_crop
-from util.data.image_folder import find_splits, open_split, require_same_classes, scan_split
+from util.data.image_folder import list_splits, open_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, LoaderOptions
 from util.data.sampler import random_words
@@ -33,7 +33,7 @@ def build_imagenet_loaders(
     Args:
         root: folder that holds train/ and val/ (or test/; with both, val/ is used).
         options: see LoaderOptions.
-        test_only: do not read train/; return None for the training loader.
+        test_only: True ignores train/ and returns None for the training loader.
 
     Raises:
         DataError: a folder is missing or empty, or classes differ. A loader raises the error for a
@@ -41,16 +41,13 @@ def build_imagenet_loaders(
     """
     root = Path(root).expanduser()
     splits = [("val", "test")] if test_only else [("train",), ("val", "test")]
-    listings = [scan_split(folder) for folder in find_splits(root, *splits)]
-    test_listing = listings[-1]
+    *train_listings, test_listing = list_splits(root, *splits)
     spec = DataSpec("imagenet", 3, options.image_size, tuple(test_listing.classes), MEAN, STD)
     split = open_split(test_listing, options, centre_crop)
     test = ImageLoader(spec, split, options, train=False)
     if test_only:
         return spec, None, test
-    train_listing = listings[0]
-    require_same_classes(train_listing, test_listing)
-    split = open_split(train_listing, options, partial(random_crop, seed=options.seed))
+    split = open_split(train_listings[0], options, partial(random_crop, seed=options.seed))
     flip = Augmentation(flip=True)
     return spec, ImageLoader(spec, split, options, train=True, augmentation=flip), test
 
