@@ -20,11 +20,7 @@ SPLITS = ("train", "test", "val")
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print a line for each fault of DIR/{train,test,val}/CLASS/*.
-
-    Raises:
-        SystemExit: code 0 without faults, 1 with faults, 2 without any split.
-    """
+    """Print a line for each fault of DIR/{train,test,val}/CLASS/*; exit with 1 if there is one."""
     parser = Parser("check_images.py", __doc__)
     text = "holds train/CLASS/* and test/CLASS/* (or val)"
     parser.add_argument("folder", metavar="DIR", help=text)

@@ -88,11 +88,7 @@ def build_parser() -> Parser:
 
 
 def read_run(folder: Path, name: str) -> Run:
-    """Read the files of a run.
-
-    Raises:
-        ValueError: a file is missing or damaged; the message names folder and file.
-    """
+    """Read the files of a run; refuse a missing or damaged one by its name."""
     missing = [name for name in FILES if not (folder / name).is_file()]
     if missing:
         raise ValueError(f"{folder} is no folder of a finished run: {missing[0]} is missing")
@@ -116,10 +112,7 @@ def name_runs(folders: Sequence[Path]) -> list[str]:
 
 
 def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
-    """Group runs that differ in the seed alone, in the order of their first runs.
-
-    A second run of one seed begins a group of its own.
-    """
+    """Group runs that differ in the seed alone; a seed's second run begins another group."""
     groups: dict[tuple[str, int], list[Run]] = {}
     repeats: Counter[tuple[str, Any]] = Counter()
     for run in runs:

@@ -31,6 +31,7 @@ from scripts.trained_network import INPUT_ERRORS, load_network, make_parser, rea
 from util.cli.parser import Parser
 
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
+Facts = dict[str, str]  # about the input, by name
 Run = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> scores (N, classes)
 
 
@@ -75,13 +76,13 @@ def build_parser() -> Parser:
     return parser
 
 
-def describe_input(saved: dict[str, Any]) -> dict[str, str]:
+def describe_input(saved: dict[str, Any]) -> Facts:
     """Return the architecture and the dataset's facts (mean, std, classes, ...) as text."""
     facts = {"arch": saved["config"]["arch"], **saved["spec"]}
     return {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
 
 
-def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
+def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
     import onnxruntime
 
     form = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": ANY_BATCH}
@@ -92,15 +93,13 @@ def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: dict[str, 
     return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
 
 
-def write_torch_export(
-    network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]
-) -> Run:
+def write_torch_export(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
     program = torch.export.export(network, (example,), dynamic_shapes=ANY_BATCH)
     torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
     return torch.export.load(out).module()
 
 
-def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: dict[str, str]) -> Run:
+def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
     from safetensors.torch import load_model, save_model
 
     save_model(network, str(out), metadata=facts)

@@ -62,11 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def find_first_layer(network: nn.Module) -> FastDeconv:
-    """Return the first convolution.
-
-    Raises:
-        ValueError: the first convolution does not whiten.
-    """
+    """Return the first convolution; refuse one that does not whiten."""
     first = next((m for m in network.modules() if isinstance(m, nn.Conv2d)), None)
     if not isinstance(first, FastDeconv):
         raise ValueError("the network begins with no deconvolution: train with --deconv True")

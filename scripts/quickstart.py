@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as training
 from deconv.table import align
+from scripts import compare
 from util.cli.parser import Parser
 from util.cli.settings import read_settings
 from util.tracking.logger import read_json
@@ -40,7 +41,7 @@ FLAGS = (
 
 
 class RunFailed(RuntimeError):
-    """A training that ended with an error; the message holds its last line."""
+    """Training that ended with an error; the message holds its last line."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         parser.exit(1, f"{parser.prog}: error: {error}\n")
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    plot_runs([args.out / run.name for run in final], args.out / "comparison")
+    finished = [str(args.out / run.name) for run, summary in final.items() if summary]
+    with redirect_stdout(StringIO()):  # the quick start has tables of its own
+        compare.main([*finished, "--out", str(args.out / "comparison")])
     print(f"\n{format_search(search, best)}\n\n{format_final(final, best)}\n")
     print(f"{format_verdict(final)}\n")
     print(f"curves: {args.out / 'comparison.png'}")
@@ -105,11 +108,7 @@ def check_flags(extra: Sequence[str], parser: Parser) -> None:
 
 
 def compare_kinds(out: Path, extra: Sequence[str]) -> tuple[Results, dict[str, float], Results]:
-    """Return the runs of the search, the best rate of each kind, and the runs at the best rates.
-
-    Raises:
-        RunFailed: a run failed, or every rate of a kind diverged.
-    """
+    """Return the runs of the search, the best rate of each kind, and the runs at the best rates."""
     search = train_all([Run(kind, rate, SEEDS[0]) for rate in RATES for kind in KINDS], out, extra)
     best = {kind: choose_rate(search, kind) for kind in KINDS}
     repeats = [Run(kind, best[kind], seed) for seed in SEEDS[1:] for kind in KINDS]
@@ -119,11 +118,7 @@ def compare_kinds(out: Path, extra: Sequence[str]) -> tuple[Results, dict[str, f
 
 
 def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: int = 0) -> Results:
-    """Train runs two at a time, with one CPU thread each; print a line for each.
-
-    Raises:
-        RunFailed: a run failed; the runs under way are stopped.
-    """
+    """Train runs two at a time; print a line for each. A failed run stops the others."""
     out.mkdir(parents=True, exist_ok=True)
     total = len(KINDS) * (len(RATES) + len(SEEDS) - 1)
     waiting, running, results = list(runs), {}, {}
@@ -156,11 +151,7 @@ def start_run(run: Run, out: Path, extra: Sequence[str]) -> subprocess.Popen[byt
 
 
 def read_result(code: int, folder: Path) -> dict[str, Any] | None:
-    """Return the summary of a finished run, None for a diverged one.
-
-    Raises:
-        RunFailed: the run ended otherwise.
-    """
+    """Return the summary of a finished run, None for a diverged one; raise for a failed one."""
     if (folder / "diverged.json").exists():
         return None
     if code:
@@ -171,11 +162,7 @@ def read_result(code: int, folder: Path) -> dict[str, Any] | None:
 
 
 def choose_rate(search: Results, kind: str) -> float:
-    """Return the rate with the highest test top-1, the lowest such rate on a tie.
-
-    Raises:
-        RunFailed: every rate diverged.
-    """
+    """Return the rate with the highest test top-1, the lowest such rate on a tie."""
     finished = [(run.rate, end) for run, end in search.items() if run.kind == kind and end]
     scores = {rate: end["test_top1"] for rate, end in finished}
     if not scores:
@@ -241,15 +228,6 @@ def format_verdict(final: Results) -> str:
         f"After {steps} steps, each at its own best learning rate, {verdict} "
         f"(test top-1 {high:.1f} % against {low:.1f} %, mean of {count_seeds(final)})."
     )
-
-
-def plot_runs(folders: Sequence[Path], stem: Path) -> None:
-    """Draw the learning curves of the runs that did not diverge with scripts/compare.py."""
-    from scripts import compare
-
-    finished = [str(folder) for folder in folders if (folder / "summary.json").exists()]
-    with redirect_stdout(StringIO()):
-        compare.main([*finished, "--out", str(stem)])
 
 
 if __name__ == "__main__":

@@ -109,15 +109,7 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
 
 
 def make_parser(script: str, description: str, out: str, images: int, purpose: str) -> Parser:
-    """Return a parser of the arguments CHECKPOINT, OUT, --data and --images.
-
-    Args:
-        script: name of the script.
-        description: of the script.
-        out: help of OUT.
-        images: default of --images.
-        purpose: help of --images, without least number and default.
-    """
+    """Return a parser of CHECKPOINT, OUT, --data, --images; `out` and `purpose` are help texts."""
     parser = Parser(script, description)
     text = "checkpoint of main.py or main_imagenet.py, or the folder of a run"
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)

@@ -57,6 +57,7 @@ class RunLogger:
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._batch_path = self.run_dir / BATCH_LOG_NAME
         self._plot, self._start_step, self._epoch_steps = plot, start_step, epoch_steps
         self.history = {key: list(history[key]) if history else [] for key in HISTORY}
         self._logs = {
@@ -147,10 +148,6 @@ class RunLogger:
     def _epoch_rows(self, part: str) -> list[Sequence[float]]:
         columns = ("epoch", *(f"{part}_{key}" for key in VALUES))
         return list(zip(*(self.history[column] for column in columns), strict=True))
-
-    @property
-    def _batch_path(self) -> Path:
-        return self.run_dir / BATCH_LOG_NAME
 
 
 def read_json(path: Path) -> dict[str, Any]:

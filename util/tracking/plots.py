@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.colors import to_rgb
@@ -108,10 +107,8 @@ class RunGroup:
 
 def plot_training(run: RunCurves, path: str | Path, *, title: str = "") -> None:
     """Plot accuracy and loss of one run against steps, as a PNG."""
-    figure = Figure(figsize=(10, 4.5), layout="constrained")
-    groups = [RunGroup("", "run", [run])]
-    panels = dict(zip(product(METRICS, ["step"]), figure.subplots(1, 2), strict=True))
-    _draw_panels(panels, groups, list(_styles(groups)))
+    groups, panels = [RunGroup("", "run", [run])], list(product(METRICS, ["step"]))
+    figure = _draw_panels(Figure(figsize=(10, 4.5), layout="constrained"), 1, panels, groups)
     _add_legend(figure, _describe_marks(groups))
     _save(figure, path, title)
 
@@ -131,19 +128,16 @@ def plot_comparison(
         title: title of the figure.
         accuracy_only: plot accuracy against steps alone; the legend tells the final accuracy.
     """
-    styles, labels = list(_styles(groups)), [" ".join(group.label.split()) for group in groups]
+    labels = [" ".join(group.label.split()) for group in groups]
     if accuracy_only:
-        size, rows, kinds = (10, max(4.2, 0.7 * len(groups))), 1, [("top1", "step")]
-        finals = [np.mean([run.test["top1"][-1:] for run in group.runs]) for group in groups]
-        wrapped = [label.replace(", ", "\n", 1) for label in labels]
-        pairs = zip(wrapped, finals, strict=True)
-        labels = [f"{label}\ntest {final:.1f} %" for label, final in pairs]
+        size, rows, panels = (10, max(4.2, 0.7 * len(groups))), 1, [("top1", "step")]
+        for index, group in enumerate(groups):
+            final = np.mean([run.test["top1"][-1:] for run in group.runs])
+            labels[index] = labels[index].replace(", ", "\n", 1) + f"\ntest {final:.1f} %"
     else:
-        size, rows, kinds = (11, 8 + 0.12 * len(groups)), 2, list(product(METRICS, AXES))
-    figure = Figure(figsize=size, layout="constrained")
-    grid = figure.subplots(rows, len(kinds) // rows, squeeze=False)
-    _draw_panels(dict(zip(kinds, grid.flat, strict=True)), groups, styles)
-    lines = [Line2D([], [], linewidth=2, **style) for style in styles]
+        size, rows, panels = (11, 8 + 0.12 * len(groups)), 2, list(product(METRICS, AXES))
+    figure = _draw_panels(Figure(figsize=size, layout="constrained"), rows, panels, groups)
+    lines = [Line2D([], [], linewidth=2, **style) for style in _styles(groups)]
     entries = [*zip(lines, labels, strict=True), *_describe_marks(groups)]
     _add_legend(figure, entries, "outside right center" if accuracy_only else LEGEND_BELOW)
     _save(figure, path, title)
@@ -189,27 +183,26 @@ def draw_filters(weight: Tensor) -> Tensor:
     kernels = weight.detach()[:MAX_FILTERS].float().cpu().nan_to_num(0.0, 0.0, 0.0)
     if kernels.shape[1] != 3:
         kernels = kernels.mean(dim=1, keepdim=True)  # O 1 h w
-    low, high = kernels.amin((1, 2, 3), keepdim=True), kernels.amax((1, 2, 3), keepdim=True)
-    images = (kernels - low) / (high - low).clamp_min(torch.finfo(torch.float32).tiny)
     scale = max(1, FILTER_PIXELS // max(kernels.shape[2:]))
-    images = F.interpolate(images, scale_factor=scale, mode="nearest")
-    return make_grid(images, nrow=math.ceil(math.sqrt(len(images))), pad_value=1.0)
+    images = F.interpolate(kernels, scale_factor=scale, mode="nearest")
+    columns = math.ceil(math.sqrt(len(images)))
+    return make_grid(images, nrow=columns, normalize=True, scale_each=True, pad_value=1.0)
 
 
 def _draw_panels(
-    panels: Mapping[tuple[str, str], Axes],
-    groups: Sequence[RunGroup],
-    styles: Sequence[dict[str, Any]],
-) -> None:
-    """Draw all groups into the axes of each metric against steps or seconds."""
+    figure: Figure, rows: int, panels: Sequence[tuple[str, str]], groups: Sequence[RunGroup]
+) -> Figure:
+    """Draw all groups into panels, each of one metric against steps or seconds."""
+    grid = figure.subplots(rows, len(panels) // rows, squeeze=False)
     epoch_steps = {run.epoch_steps for group in groups for run in group.runs}
-    for (metric, x), axes in panels.items():
-        for group, style in zip(groups, styles, strict=True):
+    for (metric, x), axes in zip(panels, grid.flat, strict=True):
+        for group, style in zip(groups, _styles(groups), strict=True):
             _draw_group(axes, group, metric, x, style)
         _dress(axes, AXES[x], METRICS[metric])
         if x == "step" and len(epoch_steps) == 1 and (steps := max(epoch_steps)):
             functions = (lambda step: step / steps, lambda epoch: epoch * steps)
             axes.secondary_xaxis("top", functions=functions).set_xlabel("epoch")
+    return figure
 
 
 def _draw_group(axes: Axes, group: RunGroup, metric: str, x: str, style: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 from collections.abc import Mapping
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,17 +23,7 @@ PACKAGES = ("torchvision", "numpy", "scikit-learn", "pillow", "matplotlib", "ten
 def write_record(
     run_dir: Path, flags: Mapping[str, Any], device: torch.device, processes: int = 1
 ) -> None:
-    """Write args.json, which holds all that is needed to repeat the run.
-
-    Args:
-        run_dir: folder of the run.
-        flags: all settings, by name.
-        device: device of this rank.
-        processes: world size.
-
-    Raises:
-        OSError: the file cannot be written.
-    """
+    """Write args.json, which holds all that is needed to repeat the run."""
     record = {
         "flags": dict(flags),
         "versions": {"python": platform.python_version(), **_installed_versions()},
@@ -50,10 +41,8 @@ def _installed_versions() -> dict[str, str]:
     """Return the versions of the installed packages by name."""
     versions = {"torch": torch.__version__}  # includes the build: +cpu or +cu132
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
     return versions
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Mapping
-from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import IO, Any
 
@@ -29,9 +27,6 @@ def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
     """Return the folder that the flags name; None if a new one is to be created.
 
     A folder whose run ended before its first checkpoint may be used again.
-
-    Raises:
-        RunError: the path holds another run or is not a folder.
     """
     home = Path(resume).resolve().parent if resume else None
     if run_dir is None:
@@ -51,9 +46,6 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[st
 
     Returns:
         The folder, and the lock: a file to close when nothing more is written.
-
-    Raises:
-        RunError: the folder cannot be created, or another process writes to it.
     """
     try:
         if run_dir is None:
@@ -70,15 +62,14 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[st
     return run_dir, lock
 
 
-def _create_stamped(parent: Path) -> Path:
+def _create_stamped(parent: Path, suffix: int = 0) -> Path:
     """Create a folder named by the time, which no other process has created."""
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    for number in count():
-        path = parent / (f"{stamp}-{number}" if number else stamp)
-        with suppress(FileExistsError):
-            path.mkdir(parents=True)
-            return path
-    raise AssertionError("count() does not end")
+    path = parent / (time.strftime("%Y%m%d-%H%M%S") + (f"-{suffix}" if suffix else ""))
+    try:
+        path.mkdir(parents=True)
+    except FileExistsError:
+        return _create_stamped(parent, suffix + 1)
+    return path
 
 
 def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] | None) -> None:
@@ -88,10 +79,6 @@ def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] 
         run_dir: folder of the run, locked by now.
         resume: file of the checkpoint to continue, or None.
         saved: content of `resume` as read before the lock was taken.
-
-    Raises:
-        RunError: another process has trained there.
-        CheckpointError: the checkpoint is gone.
     """
     find_run_dir(str(run_dir), resume)
     if resume and saved and (now := load_checkpoint(resume, "cpu")["step"]) != saved["step"]:
@@ -108,13 +95,7 @@ def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_d
     checkpoint knows: the checkpoint itself, or the file beside it if that is of the best epoch. If
     a full disk kept the best epoch from being saved, an earlier best model is taken.
 
-    Args:
-        resume: file of the checkpoint to continue; None removes an old best model.
-        saved: content of `resume`.
-        run_dir: folder of the run.
-
-    Raises:
-        OSError: a file cannot be read or written; existing files stay.
+    Without `resume`, an old best model is removed. Existing files stay where one cannot be read.
     """
     if resume is None or saved is None:
         (run_dir / BEST_NAME).unlink(missing_ok=True)
