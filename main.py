@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(context: RunContext) -> None:
     """Run flags -> data -> layers -> model -> fit, or one test with -e."""
-    flags, run_dir = context.flags, context.find_run_dir()
+    flags = context.flags
     data = context.world.rank0_first(partial(load_images, context))  # rank 0 may download
     seed_everything(flags.seed)
     model = build_network(flags, data[0])
@@ -38,7 +38,7 @@ def train(context: RunContext) -> None:
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks)
     else:
-        fit(context, run_dir, data, model, hooks=hooks)
+        fit(context, data, model, hooks=hooks)
 
 
 def build_script() -> Script:

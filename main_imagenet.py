@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def train(context: RunContext) -> None:
     """Run flags -> data -> layers -> model -> fit, or one test with -e."""
-    flags, run_dir = context.flags, context.find_run_dir()
+    flags = context.flags
     data = context.world.rank0_first(partial(load_images, context))
     seed_everything(flags.seed)
     # Rank 0 first: it downloads the weights of --pretrained for all ranks.
@@ -48,7 +48,7 @@ def train(context: RunContext) -> None:
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks, max_batches=max_batches)
     else:
-        fit(context, run_dir, data, model, hooks=hooks, max_batches=max_batches)
+        fit(context, data, model, hooks=hooks, max_batches=max_batches)
 
 
 def build_script() -> Script:

@@ -50,7 +50,7 @@ def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
         torch.nn.Linear(3, 2),
         progress=Progress(epoch, step, 4 * step, **best),
         metrics=make_metrics(batches),
-        history=dict.fromkeys(HISTORY, [float("nan")] * epoch) | past,
     )
     take_step(training)
-    return {**training.capture(), **changes}
+    history = dict.fromkeys(HISTORY, [float("nan")] * epoch) | past
+    return {**training.capture(), "history": history, **changes}

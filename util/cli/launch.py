@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from io import StringIO
 
 from torch import distributed as dist
@@ -24,6 +25,7 @@ from util.distributed.launcher import (
     wait_for_first_error,
 )
 from util.errors import PeerFailed, TrainingDiverged
+from util.tracking.run_dir import find_run_dir
 from util.training.session import RunContext
 
 
@@ -57,7 +59,9 @@ def start(
                 if not world.is_first:
                     console.mute()
                 check_agreement(world, saved and saved["step"])
-                run(RunContext(flags, saved, world, device))
+                find = partial(find_run_dir, flags.run_dir, flags.resume)
+                run_dir = None if flags.evaluate else world.on_rank0(find)
+                run(RunContext(flags, saved, world, device, run_dir))
     finally:
         console.flush_streams()
 

@@ -52,22 +52,18 @@ def train_one_epoch(
         optimizer: optimizer of the model's parameters.
         scheduler: learning rate, one step per optimizer step.
         accelerator: device and precision.
-        world: ranks that step together. Each loss is weighted so that the averaged gradient is the
-            gradient of the mean over the whole batch. Metrics are of whole batches.
+        world: ranks that step together. Metrics are of whole batches.
         epoch_metrics: metrics of the earlier batches of this epoch, which the loader omits;
             receives each new batch before `on_batch`. None: an empty epoch.
         max_steps: most steps of the epoch, earlier batches included; None: no limit.
-        on_batch: called as on_batch(batch, metrics) after each step, with the batch's number in
-            the epoch from 1, and its loss, top1, top5, lr, and seconds of training since the epoch
-            began.
-        stop_request: checked in each step. A request on any rank stops all ranks after the step,
-            unless the step is the last of the epoch.
+        on_batch: called after each step with the number of the batch in the epoch, from 1, and its
+            metrics: loss, top1, top5, images, lr, and seconds since the epoch began.
+        stop_request: a request on any rank stops all ranks after the step, except the last step.
         batch_context: makes the context of each forward, with several ranks.
-        title: title of the progress bar, which only a terminal shows.
+        title: title of the progress bar.
 
     Returns:
-        loss, top1, top5 (percent) averaged over images, seconds, images, steps, and lr of the last
-        step.
+        loss, top1, top5 (percent), images, seconds, steps, and lr of the last step.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite, on all ranks at once, before the step
@@ -100,12 +96,12 @@ def train_one_epoch(
                     "another --batch-size"
                 ) from error
             row = world.sum(torch.cat([row, row.new_tensor([stop_request()])]))
-            fraction = len(targets) / row[0].clamp(min=1)  # this rank's part of the batch
-            scaled_loss = loss * (fraction * world.size).to(loss.dtype)
-            largest = accelerator.backward(scaled_loss, optimizer)
-            # The only transfer of the step waits for a GPU once.
-            *row, stops, largest = torch.cat([row, largest.to(row)[None]]).cpu()
-            row = torch.stack(row)
+            # The average over ranks of the weighted losses is the mean over the whole batch.
+            weight = len(targets) / row[0].clamp(min=1) * world.size
+            largest = accelerator.backward(loss * weight.to(loss.dtype), optimizer)
+            row = torch.cat([row, largest.to(row)[None]]).cpu()  # a GPU waits here only
+            *_, stops, largest = row.tolist()
+            row = row[:4]
             metrics = average_rows([row])
             for name, value in (("loss", metrics["loss"]), ("largest gradient", largest)):
                 if metrics["images"] and not math.isfinite(value):
@@ -115,7 +111,6 @@ def train_one_epoch(
             epoch_metrics.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
             refresh_bar()
-            metrics = {name: metrics[name] for name in ("loss", "top1", "top5")}
             on_batch(step, {**metrics, "lr": epoch_metrics.lr, "seconds": epoch_metrics.seconds})
             if stops and step < steps:
                 raise Stopped(stop_request())
@@ -134,10 +129,9 @@ def evaluate(
     stop_request: StopRequest = never_stop,
     title: str = "test",
 ) -> Metrics:
-    """Return loss, top1, top5 (percent) over the images of all ranks, seconds and images.
+    """Return loss, top1, top5 (percent), images and seconds over the batches of all ranks.
 
-    Each rank tests some of the batches. Sums are exact, so the metrics do not depend on which rank
-    tested which batch.
+    The metrics do not depend on which rank tests which batch.
 
     Args:
         model: any model.
@@ -146,11 +140,11 @@ def evaluate(
         accelerator: device and precision.
         world: ranks that test together.
         max_steps: most batches of this rank; None: no limit.
-        stop_request: checked after each batch.
-        title: title of the progress bar, which only a terminal shows.
+        stop_request: a request on any rank stops all ranks, at the latest after their batches.
+        title: title of the progress bar.
 
     Raises:
-        Stopped: by the `stop_request` of any rank, on all ranks.
+        Stopped: by `stop_request`, on all ranks at once.
     """
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
@@ -180,17 +174,16 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size: int = 1) -> None:
-    """Check that every rank gets enough images of each batch of an epoch.
+    """Check that every rank gets enough images of each batch, two where `model` has BatchNorm1d.
 
     Args:
-        model: BatchNorm1d within it needs two images on every rank.
+        model: on any device.
         images: number of training images.
         batch_size: images of a batch, over all ranks.
         world_size: number of ranks.
 
     Raises:
-        RunError: a batch has fewer images than ranks; or a rank's part of the last batch is a
-            single image, and `model` has BatchNorm1d.
+        RunError: names --batch-size.
     """
     if batch_size < world_size:
         raise RunError(f"--batch-size {batch_size}: fewer images than the {world_size} processes")

@@ -73,11 +73,6 @@ class EpochMetrics:
         rows = [row for table in world.gather(self._table()) for row in table]
         return {**average_rows(rows), "seconds": self.seconds}
 
-    def average_last(self, count: int) -> Metrics:
-        """Return loss, top1 and top5 over the last `count` batches, or over all if fewer."""
-        average = average_rows(self.rows[-count:])
-        return {name: average[name] for name in ("loss", "top1", "top5")}
-
     def training_metrics(self) -> Metrics:
         """Return the average so far, the number of steps and the rate of the last step."""
         return {**self.average(), "steps": self.steps, "lr": self.lr}

@@ -20,11 +20,13 @@ from util.files import atomic_write, describe_fault
 from util.tracking.logger import RunLogger
 from util.tracking.provenance import write_record
 from util.tracking.run_dir import check_unchanged, copy_previous_run, open_run_dir
-from util.training.metrics import Metrics, peak_memory_mb
+from util.training.metrics import Metrics, average_rows, peak_memory_mb
 from util.training.resume import Plan, TrainingState
 
 SKIPPED_NAME = "skipped.txt"
 DIVERGED_NAME = "diverged.json"
+# Flags that summary.json holds beside the metrics.
+SETTINGS = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
 
 
 class Recorder:
@@ -33,9 +35,7 @@ class Recorder:
     Args:
         flags: all settings.
         saved: the checkpoint that the run continues; None: a fresh start.
-        run_dir: folder of the run; None: a new folder `name`/<time> below --out.
-        name: name of the run.
-        kind: kind of layers of the model, for summary.json.
+        run_dir: folder of the run; None: a new folder `<dataset>-<arch>-<kind>/<time>` below --out.
         state: state of the training, which the caller updates.
         plan: length of the run.
     """
@@ -45,20 +45,21 @@ class Recorder:
         flags: Namespace,
         saved: dict[str, Any] | None,
         run_dir: Path | None,
-        name: str,
-        kind: str,
         state: TrainingState,
         plan: Plan,
     ) -> None:
         self.flags, self.state, self.plan = flags, state, plan
         self._warnings: set[str] = set()
-        device, ranks = state.accelerator.device, state.world.size
+        device, ranks, kind = state.accelerator.device, state.world.size, _describe_layers(flags)
         self._constants = {
-            **_describe_settings(flags, kind, state.model),
+            "kind": kind,
+            **{name: getattr(flags, name) for name in SETTINGS if hasattr(flags, name)},
+            "parameters": sum(parameter.numel() for parameter in state.model.parameters()),
             "epoch_steps": plan.epoch_steps,
             "device": describe_device(device),
             "processes": ranks,
         }
+        name = f"{getattr(flags, 'dataset', 'imagenet')}-{flags.arch.replace('/', '-')}-{kind}"
         self.run_dir, self._lock = open_run_dir(run_dir, flags.out, name)
         check_unchanged(self.run_dir, flags.resume, saved)
         write_record(self.run_dir, vars(flags), device, ranks)
@@ -71,13 +72,12 @@ class Recorder:
             self.run_dir,
             tensorboard=flags.tensorboardX,
             plot=flags.save_plot,
-            history=state.history if saved else None,
+            history=saved["history"] if saved else None,
             start_epoch=state.progress.epoch,
             start_step=state.progress.step,
             batches=state.metrics.steps,
             epoch_steps=plan.epoch_steps,
         )
-        state.history = self.logger.history
 
     def batch(self, batch: int, metrics: Metrics) -> None:
         """Log a training step of the epoch under way.
@@ -87,8 +87,9 @@ class Recorder:
         shown. With --msg it gets a line for every step instead.
         """
         epoch, step = self.state.progress.epoch + 1, self.state.progress.step + batch
-        is_due = step % self.flags.print_freq == 0
-        mean = self.state.metrics.average_last(self.flags.print_freq) if is_due else {}
+        every = self.flags.print_freq
+        is_due = step % every == 0
+        mean = average_rows(self.state.metrics.rows[-every:]) if is_due else {}
         shown = metrics if self.flags.msg else {**metrics, **mean}
         with self._warn_on_full_disk():
             if self.flags.msg or (is_due and not shows_bars()):
@@ -99,16 +100,9 @@ class Recorder:
             if is_due:
                 self.logger.batch(epoch, step, {**metrics, **mean})
 
-    def epoch(self, train: Metrics, test: Metrics, saved: dict[str, Any], *, last: bool) -> None:
-        """Log a finished epoch, update summary.json and save a checkpoint.
-
-        Args:
-            train: metrics of the training.
-            test: metrics of the test.
-            saved: content of the checkpoint.
-            last: whether the run ends here.
-        """
-        progress, every = self.state.progress, self.flags.checkpoint_epoch
+    def epoch(self, train: Metrics, test: Metrics) -> None:
+        """Log the metrics of a finished epoch and update summary.json."""
+        progress = self.state.progress
         with self._warn_on_full_disk():
             self.logger.epoch(progress.epoch, train, test)
             self.logger.filters(*_first_filters(self.state.model))
@@ -120,13 +114,33 @@ class Recorder:
             )
             memory = peak_memory_mb(self.state.accelerator.device)
             self.logger.summary({**self._constants, **progress.summary(), "peak_memory_mb": memory})
-        if every and progress.epoch % every == 0:
-            self._save(saved, last=False, filename=f"checkpoint_{progress.epoch}.pth.tar")
-        self._save(saved, last=last, is_best=progress.is_best)
 
     def checkpoint(self, saved: dict[str, Any], *, last: bool = False) -> None:
-        """Save a checkpoint in the middle of an epoch; `last` if the run ends here."""
-        self._save(saved, last=last)
+        """Save a checkpoint, at the end of an epoch also as the best or a numbered one.
+
+        Args:
+            saved: result of `TrainingState.capture`; the logger adds the history.
+            last: True if the run ends here.
+
+        Raises:
+            RunError: the folder refused the last checkpoint, which now lies in the temporary
+                folder; names the fault and the file.
+        """
+        saved = {**saved, "history": self.logger.history}
+        progress, every = self.state.progress, self.flags.checkpoint_epoch
+        ends_epoch = saved["step"] == progress.step
+        if ends_epoch and every and progress.epoch % every == 0:
+            with self._warn_on_full_disk():
+                name = f"checkpoint_{progress.epoch}.pth.tar"
+                save_checkpoint(saved, self.run_dir, filename=name)
+        try:
+            save_checkpoint(saved, self.run_dir, is_best=ends_epoch and progress.is_best)
+        except OSError as error:
+            if last:
+                path = save_checkpoint(saved, tempfile.mkdtemp(prefix=f"{self.run_dir.name}-"))
+                fault = describe_fault(error)
+                raise RunError(f"{fault}; the last checkpoint was saved to {path}") from error
+            self._warn(error)
 
     def layers(self, diagnose: Callable[[Tensor], Mapping[str, float]], *images: Tensor) -> None:
         """Log diagnostics of the layers after `epoch`, with --tensorboardX.
@@ -169,35 +183,20 @@ class Recorder:
             self.logger.close()
         self._lock.close()
 
-    def _save(self, saved: dict[str, Any], *, last: bool, **options: Any) -> None:
-        with self._save_elsewhere_on_error(saved) if last else self._warn_on_full_disk():
-            save_checkpoint(saved, self.run_dir, **options)
-
     @contextmanager
     def _warn_on_full_disk(self) -> Iterator[None]:
-        """Turn an OSError into a warning, once per fault: no file is worth the run."""
+        """Turn an OSError into a warning: no file is worth the run."""
         try:
             yield
         except OSError as error:
-            fault = describe_fault(error)
-            if fault not in self._warnings:
-                print_line(f"warning: {fault}; training goes on")
-            self._warnings.add(fault)
+            self._warn(error)
 
-    @contextmanager
-    def _save_elsewhere_on_error(self, saved: dict[str, Any]) -> Iterator[None]:
-        """Save the last checkpoint to the temporary folder if the run's folder refuses it.
-
-        Raises:
-            RunError: names the fault and the checkpoint.
-        """
-        try:
-            yield
-        except OSError as error:
-            folder = tempfile.mkdtemp(prefix=f"{self.run_dir.name}-")
-            path = save_checkpoint(saved, folder)
-            fault = describe_fault(error)
-            raise RunError(f"{fault}; the last checkpoint was saved to {path}") from error
+    def _warn(self, error: OSError) -> None:
+        """Print a warning, once per fault."""
+        fault = describe_fault(error)
+        if fault not in self._warnings:
+            print_line(f"warning: {fault}; training goes on")
+        self._warnings.add(fault)
 
 
 class NullRecorder:
@@ -209,20 +208,17 @@ class NullRecorder:
         return lambda *args, **kwargs: None
 
 
-def _describe_settings(flags: Namespace, kind: str, model: nn.Module) -> dict[str, Any]:
-    """Return the settings that summary.json holds beside the metrics."""
-    names = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
-    return {
-        "kind": kind,
-        **{name: getattr(flags, name) for name in names if hasattr(flags, name)},
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-    }
+def _describe_layers(flags: Namespace) -> str:
+    """Return a word for the model's layers: method2, deconv-mode5, bn or plain."""
+    if getattr(flags, "method", None) is not None:
+        return f"method{flags.method}"
+    return f"deconv-mode{flags.mode}" if flags.deconv else "bn" if flags.batchnorm else "plain"
 
 
 def _first_filters(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:
     """Return the first convolution's kernels: as stored, and with whitening if it whitens."""
-    first = next((module for module in model.modules() if isinstance(module, nn.Conv2d)), None)
-    if first is None:
-        return None, None
-    whitened = first.whitened_weight() if hasattr(first, "whitened_weight") else None
-    return first.weight.detach(), whitened
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            whitened = module.whitened_weight() if hasattr(module, "whitened_weight") else None
+            return module.weight.detach(), whitened
+    return None, None

@@ -27,7 +27,7 @@ from util.training.metrics import EpochMetrics, Metrics
 
 @dataclass(frozen=True)
 class Plan:
-    """Length of a run, and of its parts.
+    """Length of a run.
 
     Attributes:
         epoch_steps: optimizer steps of one epoch.
@@ -96,7 +96,7 @@ class Progress:
 
 @dataclass
 class TrainingState:
-    """Everything that a checkpoint holds, and the only place that knows its layout.
+    """State of a run, and the only place that knows the layout of a checkpoint.
 
     Attributes:
         config: all flags by name.
@@ -108,7 +108,6 @@ class TrainingState:
         world: all ranks of the run.
         progress: the finished epochs.
         metrics: the epoch under way.
-        history: columns of train.log and test.log; the logger of rank 0 appends to them.
     """
 
     config: dict[str, Any]
@@ -120,7 +119,6 @@ class TrainingState:
     world: World
     progress: Progress = field(default_factory=Progress)
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
-    history: dict[str, list] = field(default_factory=dict)
 
     @property
     def step(self) -> int:
@@ -128,7 +126,7 @@ class TrainingState:
         return self.progress.step + self.metrics.steps
 
     def capture(self) -> dict[str, Any]:
-        """Return the content of a checkpoint; all ranks must call this method together."""
+        """Return a checkpoint without `history`, which the logger keeps; all ranks must call."""
         return {
             "epoch": self.progress.epoch,
             "step": self.step,
@@ -145,18 +143,15 @@ class TrainingState:
             "scaler": self.accelerator.state_dict(),
             "rng": self.world.gather(rng_state()),
             "skipped": list_skipped(self.world, *self.loaders),
-            "history": self.history,
         }
 
     def restore(self, saved: dict[str, Any], plan: Plan, *, file: str) -> None:
         """Continue from a checkpoint.
 
-        Each rank gets its own random state if the run has as many ranks as before.
-
         Args:
             saved: content of the checkpoint.
-            plan: of the run that continues.
-            file: name of the checkpoint, for error messages.
+            plan: length of the run that continues.
+            file: path of the checkpoint.
 
         Raises:
             CheckpointError: the checkpoint is of another dataset, number of images or model; or
@@ -177,10 +172,10 @@ class TrainingState:
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             self.accelerator.load_state_dict(saved["scaler"])
         self.world.take_own_buffers(self.model, saved["own_buffers"])
-        if len(saved["rng"]) == self.world.size:
+        if len(saved["rng"]) == self.world.size:  # one random state per rank
             set_rng_state(saved["rng"][self.world.rank])
         self.loaders[0].skipped.update(saved["skipped"])
-        self.progress, self.metrics, self.history = progress, metrics, saved["history"]
+        self.progress, self.metrics = progress, metrics
 
 
 def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
@@ -230,19 +225,16 @@ def restore_model(
 
     Args:
         saved: content of the checkpoint.
-        model: a model of the same architecture.
-        file: name of the checkpoint, for error messages.
-        spec: description of the dataset, as a dict.
+        model: model of the same architecture.
+        file: path of the checkpoint.
+        spec: fields of the dataset's DataSpec.
 
     Raises:
         CheckpointError: the checkpoint is of another dataset or model.
     """
     check_compatible(saved["spec"], spec)
     with _fitting(file):
-        for name, current in model.state_dict().items():
-            value = saved["model"].get(name, current)
-            if value.dtype != current.dtype:  # load_state_dict would round; it checks shapes
-                raise ContentError(f"model.{name} is {describe(value)}, not {describe(current)}")
+        _check_tensors("model", saved["model"], model.state_dict())  # PyTorch would round dtypes
         model.load_state_dict(saved["model"])
 
 

@@ -1,7 +1,4 @@
-"""Session of a script: train or test a model on a dataset as the flags say.
-
-Only this module and `util.cli` read the flags; the other modules take plain values.
-"""
+"""Session of a script: train or test a model on a dataset as the flags say."""
 
 from __future__ import annotations
 
@@ -12,7 +9,6 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +24,6 @@ from util.device import choose_graphs
 from util.distributed.world import World
 from util.errors import RunError, Stopped
 from util.random_state import seed_everything
-from util.tracking.run_dir import find_run_dir
 from util.training.accelerator import Accelerator
 from util.training.engine import check_batch_size, evaluate
 from util.training.hooks import ModelHooks
@@ -50,18 +45,25 @@ class RunContext:
         saved: the checkpoint to continue; None: a fresh start.
         world: all ranks of the run.
         device: device of this process.
+        run_dir: folder that the flags name; None: a new folder.
     """
 
     flags: Namespace
     saved: dict[str, Any] | None
     world: World
     device: torch.device
+    run_dir: Path | None
 
-    def find_run_dir(self) -> Path | None:
-        """Return the folder that the flags name; None for a new folder, or for a test."""
-        if self.flags.evaluate:
-            return None
-        return self.world.on_rank0(partial(find_run_dir, self.flags.run_dir, self.flags.resume))
+    def build_accelerator(self) -> Accelerator:
+        """Return the device, the precision and the memory format that the flags choose."""
+        flags, device = self.flags, self.device
+        return Accelerator(
+            device,
+            amp=flags.amp,
+            channels_last=flags.channels_last,
+            compiled=flags.compile,
+            cuda_graphs=choose_graphs(flags.cuda_graphs, device, self.world.size, flags.compile),
+        )
 
     def loader_options(self) -> LoaderOptions:
         """Return the options of this rank's loaders."""
@@ -80,7 +82,6 @@ class RunContext:
 
 def fit(
     context: RunContext,
-    run_dir: Path | None,
     data: Data,
     model: nn.Module,
     *,
@@ -91,7 +92,6 @@ def fit(
 
     Args:
         context: flags, checkpoint, ranks and device.
-        run_dir: folder of the run; None: a new folder.
         data: description of the dataset, training loader, test loader.
         model: on the CPU.
         hooks: adaptation to the model.
@@ -110,15 +110,10 @@ def fit(
             f"--start-epoch {flags.start_epoch}: its {start.step} steps are not before the end, "
             f"--max-steps {flags.max_steps}"
         )
-    accelerator = _build_accelerator(context)
+    accelerator = context.build_accelerator()
     accelerator.to_device(model)
-    optimizer = build_optimizer(
-        flags.optimizer,
-        model.parameters(),
-        lr=flags.lr,
-        momentum=flags.momentum,
-        weight_decay=flags.weight_decay,
-    )
+    rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
+    optimizer = build_optimizer(flags.optimizer, model.parameters(), **rates)
     shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
     replica = world.replicate(accelerator.compile_for_training(model, shape))
     loaders = train_loader, test_loader
@@ -141,7 +136,9 @@ def fit(
         start_step=state.step,
     )
     criterion = build_criterion(flags.loss, spec.num_classes)
-    recorder = _open_recorder(context, run_dir, state, plan)
+    recorder = NullRecorder()
+    if world.is_first:
+        recorder = Recorder(flags, saved, context.run_dir, state, plan)
     ended = exit_when_stopped(recorder.run_dir, format_data_flag(flags))
     with ended, closing(recorder), stop_on_signal() as stop_request:
         Trainer(state, plan, replica, criterion, scheduler, recorder, hooks, stop_request).run()
@@ -157,16 +154,11 @@ def evaluate_only(
 ) -> None:
     """Print the test metrics of a model, with the checkpoint's weights if there is one.
 
-    Args:
-        context: flags, checkpoint, ranks and device.
-        data: description of the dataset, training loader (not used), test loader.
-        model: on the CPU.
-        hooks: adaptation to the model.
-        max_batches: most batches to test.
+    The arguments are those of `fit`.
     """
     flags, world = context.flags, context.world
     spec, _, loader = data
-    accelerator = _build_accelerator(context)
+    accelerator = context.build_accelerator()
     accelerator.to_device(model)
     if context.saved:
         restore_model(context.saved, model, file=flags.resume, spec=asdict(spec))
@@ -192,7 +184,7 @@ def exit_when_stopped(run_dir: Path | None, data_flag: str = "") -> Iterator[Non
 
     Args:
         run_dir: folder of the run; None: print nothing.
-        data_flag: words that name the images on the command line; --resume does not hold them.
+        data_flag: words that name the images on the command line; no checkpoint holds them.
 
     Raises:
         SystemExit: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
@@ -216,34 +208,3 @@ def format_data_flag(flags: Namespace) -> str:
         return ""
     words = [] if flags.data is None else [flags.data]
     return shlex.join(["--data", *words] if hasattr(flags, "dataset") else words)
-
-
-def _open_recorder(
-    context: RunContext, run_dir: Path | None, state: TrainingState, plan: Plan
-) -> Recorder | NullRecorder:
-    """Return a Recorder on rank 0, a NullRecorder on the other ranks."""
-    if not context.world.is_first:
-        return NullRecorder()
-    flags = context.flags
-    kind = _describe_layers(flags)
-    arch = flags.arch.replace("/", "-")
-    name = f"{getattr(flags, 'dataset', 'imagenet')}-{arch}-{kind}"
-    return Recorder(flags, context.saved, run_dir, name, kind, state, plan)
-
-
-def _describe_layers(flags: Namespace) -> str:
-    """Return a word for the model's layers: method2, deconv-mode5, bn or plain."""
-    if getattr(flags, "method", None) is not None:
-        return f"method{flags.method}"
-    return f"deconv-mode{flags.mode}" if flags.deconv else "bn" if flags.batchnorm else "plain"
-
-
-def _build_accelerator(context: RunContext) -> Accelerator:
-    flags, device = context.flags, context.device
-    return Accelerator(
-        device,
-        amp=flags.amp,
-        channels_last=flags.channels_last,
-        compiled=flags.compile,
-        cuda_graphs=choose_graphs(flags.cuda_graphs, device, context.world.size, flags.compile),
-    )

@@ -129,9 +129,9 @@ class Trainer:
         state, train = self.state, self.state.metrics.training_metrics()
         state.progress.finish_epoch(train, test)
         state.metrics = EpochMetrics()
-        saved = state.capture()
-        last = state.progress.step >= self.plan.total_steps
-        self.recorder.epoch(train, test, saved, last=last)
+        self.recorder.epoch(train, test)
+        saved, ended = state.capture(), state.progress.step >= self.plan.total_steps
+        self.recorder.checkpoint(saved, last=ended)
         self.recorder.layers(partial(self.hooks.diagnose, state.model), *images)
         self.recorder.skipped(saved["skipped"])
 

@@ -153,7 +153,7 @@ ODD = [
 # (place, value, message) of valid content that does not fit the run.
 FOREIGN = [
     ("model/{name}", lambda value: value.double(), "model.{name} is a tensor of float64"),
-    ("model/{name}", lambda value: value[:1], "size mismatch for {name}"),
+    ("model/{name}", lambda value: value[:1], "model.{name} is a tensor of"),
     ("model/{name}", "gone", "Missing key(s) in state_dict"),
     ("optimizer/param_groups", lambda groups: groups * 2, "optimizer.param_groups differ"),
     ("optimizer/state/0/{kept}", torch.zeros(7), "optimizer.state.0.{kept} is a tensor of"),

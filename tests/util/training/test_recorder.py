@@ -25,10 +25,14 @@ def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None):
         tensorboardX=False,
         save_plot=False,
         checkpoint_epoch=0,
+        arch="vgg11",
+        method=None,
+        deconv=False,
+        batchnorm=True,
     )
     training = make_training(model or nn.Linear(2, 2))
     plan = Plan(2, 2 * epochs, 1)
-    return Recorder(flags, None, tmp_path / "run", "run", "bn", training, plan)
+    return Recorder(flags, None, tmp_path / "run", training, plan)
 
 
 class Whitening(nn.Conv2d):
@@ -45,7 +49,7 @@ def run_batch(recorder, batch, loss=0.5):
 def run_epoch(recorder):
     training = recorder.state
     training.progress.finish_epoch(TRAIN, METRICS)
-    recorder.epoch(TRAIN, METRICS, training.capture(), last=False)
+    recorder.epoch(TRAIN, METRICS)
 
 
 @pytest.mark.parametrize("bars", [False, True])
@@ -98,7 +102,7 @@ def test_an_epoch_is_a_line_and_the_end_names_the_best_epoch_and_the_folder(tmp_
     best = "best test top1 60.00% in epoch 1"
     assert end == f"finished 2 steps in 4.0 s, {best}: {tmp_path / 'run'}"
     assert read_log(tmp_path / "run" / "test.log")["top1"] == [60.0]
-    assert recorder.state.history["epoch"] == [1]
+    assert recorder.logger.history["epoch"] == [1]
 
 
 def test_the_first_filters_are_those_of_the_first_convolution():
