@@ -39,8 +39,9 @@ def convert(
     `plan` lists beforehand what happens to each layer, and why.
 
     A BatchNorm stays next to a convolution that stays. It also stays where the forward that calls
-    it cannot be traced by `torch.fx`, or reads its tensors by name. Layers that share a module or
-    a weight still share it. Forward hooks of replaced layers move to their replacements.
+    it cannot be traced by `torch.fx`, reads its tensors by name or asks for the class of layers.
+    Layers that share a module or a weight still share it. Forward hooks of replaced layers move to
+    their replacements.
 
     Without `pretrained`, activations of a model with BatchNorm before convolutions no longer work
     in place: an Identity passes its own input on, which the model may use elsewhere.
@@ -49,7 +50,8 @@ def convert(
 
         weight * scale, (bias - running_mean) * scale + shift
 
-    or becomes a ChannelAffine if no convolution can take it. Outputs in evaluation stay the same.
+    or becomes a ChannelAffine if no convolution can take it, or if some call may use the
+    convolution without it. Outputs in evaluation stay the same.
     NOTE: they change with the first training step, which whitens the input of each layer. The
     weights are a starting point.
 

@@ -94,7 +94,7 @@ def plan(
 ) -> Plan:
     """Plan how `convert` treats each convolution, normalisation and linear layer of a model.
 
-    The model is neither run nor changed.
+    The model does not change, nor does the random state: a copy of the model is traced.
 
     Args:
         model: any model.
@@ -277,12 +277,11 @@ class _BatchNormPlanner:
         if before is None:
             redundant, reason = self._find_whitener(norm)
             obstacle = "no convolution before it can take it in"
-        elif (ancestor := self.flow.find_untraced_ancestor(norm, before.module)) is None:
+        elif obstacle := self._find_other_use(norm, before):
+            redundant, reason = True, f"follows {before.name}"
+        else:
             reason = f"{'folded into' if self.pretrained else 'follows'} {before.name}"
             return Row(name, norm, REPLACED, becomes, reason, partner=before.module)
-        else:
-            redundant, reason = True, f"follows {before.name}"
-            obstacle = f"{_explain_untraced(ancestor)}, so {before.name} may have other uses"
         if not redundant:
             return Row(name, norm, KEPT, reason=reason)
         if self.pretrained:
@@ -300,6 +299,16 @@ class _BatchNormPlanner:
             return f"{_name_class(reader)} reads its tensors by name"
         if (caller := self.flow.find_untraced_caller(norm)) is not None:
             return f"{_explain_untraced(caller)}, so nothing is known of its input and output"
+        if (caller := self.flow.find_class_dependent_caller(norm)) is not None:
+            return f"forward of {_name_class(caller)} depends on the classes of its layers"
+        return ""
+
+    def _find_other_use(self, norm: nn.Module, before: Row) -> str:
+        """Return the reason why a convolution may have other uses than the BatchNorm, or ""."""
+        if (ancestor := self.flow.find_untraced_ancestor(norm, before.module)) is not None:
+            return f"{_explain_untraced(ancestor)}, so {before.name} may have other uses"
+        if (caller := self.flow.find_branching_caller(norm, before.module)) is not None:
+            return f"forward of {_name_class(caller)} may use {before.name} without it"
         return ""
 
     def _find_whitener(self, norm: nn.Module) -> tuple[bool, str]:

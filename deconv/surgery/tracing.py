@@ -4,16 +4,28 @@ from __future__ import annotations
 
 import copy
 import inspect
+import random
+import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain, product
+from typing import Any
 
+import torch
 from torch import fx, nn
+from torch.nn.modules.conv import _ConvNd
+
+from .batchnorm import is_batchnorm
+from .fuse import copy_around
 
 # Files of torch.nn, and functions, that keep the number of dimensions of their input.
 _RANK_PRESERVING_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
 _RANK_PRESERVING_FUNCTIONS = {
     *("dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh")
 }
+_MAX_TRACES = 32  # of one forward
+_SYMBOL = object()  # stands for any value of an argument
 
 
 class Dataflow:
@@ -22,6 +34,8 @@ class Dataflow:
     `torch.fx` traces the forward of each module by itself; the modules that it calls are opaque and
     nothing is computed. Some forwards cannot be traced, for example those that branch on a value or
     on a shape. Nothing is known of the modules that such a forward calls, see `find_untraced`.
+
+    The traces run on a copy of the model, since forwards may change buffers and attributes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -30,23 +44,86 @@ class Dataflow:
         self._readers: dict[int, nn.Module] = {}
         self._untraced_callers: dict[int, nn.Module] = {}
         self._untraced_ancestors: dict[int, nn.Module] = {}
-        for owner in model.modules():
-            if next(owner.children(), None) is not None and _defines_forward(owner):
-                self._record_calls(owner)
+        self._branching_callers: dict[int, nn.Module] = {}
+        self._class_dependent_callers: dict[int, nn.Module] = {}
+        with _keep_random_state():
+            twin = _copy_to_trace(model)
+            twins = dict(twin.named_modules(remove_duplicate=False))
+            self._originals = {
+                id(twins[name]): module for name, module in model.named_modules() if name in twins
+            }
+            traces = {
+                owner: _trace_variants(owner)
+                for owner in twin.modules()
+                if next(owner.children(), None) is not None and _defines_forward(owner)
+            }
+            for owner, graphs in traces.items():
+                self._record_calls(owner, graphs[0])
+            reached = _find_reached(twin, traces)
+            for owner, graphs in traces.items():
+                self._record_branches(owner, graphs, reached)
+            _replace_classes(twin)
+            for owner, graphs in traces.items():
+                self._record_class_dependence(owner, graphs[0])
 
-    def _record_calls(self, owner: nn.Module) -> None:
-        graph = _trace(owner)
+    def _record_calls(self, owner: nn.Module, graph: fx.Graph | None) -> None:
+        """Record the calls of the owner's forward with the defaults of all optional arguments."""
+        caller = self._find_original(owner)
         if graph is None:
-            self._untraced_callers |= {id(module): owner for module in _iter_callees(owner)}
-            self._untraced_ancestors |= {id(module): owner for module in owner.modules()}
+            self._untraced_callers |= {
+                id(self._find_original(module)): caller for module in _iter_callees(owner)
+            }
+            self._untraced_ancestors |= {id(module): caller for module in caller.modules()}
             return
         for node in graph.nodes:
             if node.op == "call_module":
-                self._called[node] = module = owner.get_submodule(node.target)
+                self._called[node] = module = self._find_original(owner.get_submodule(node.target))
                 self._calls.setdefault(id(module), []).append(node)
-            elif node.op == "get_attr" and "." in node.target:  # a tensor, used without its module
+
+    def _record_branches(
+        self, owner: nn.Module, graphs: list[fx.Graph | None], reached: set[nn.Module]
+    ) -> None:
+        """Record the modules that are used in another way with other arguments or attributes.
+
+        A layer with parameters or buffers that no trace reaches is a sign of another path.
+        """
+        if graphs[0] is None:
+            return
+        caller = self._find_original(owner)
+        called = {module for graph in graphs for module in _iter_called(owner, graph)}
+        idle = any(
+            reached.isdisjoint(child.modules()) and called.isdisjoint(child.modules())
+            for child in _iter_callees(owner)
+            if any(True for _ in chain(child.parameters(), child.buffers()))
+        )
+        for sink in graphs[0].nodes:
+            if not (sink in self._called and is_batchnorm(self._called[sink])):
+                continue
+            for source in sink.all_input_nodes:
+                sure = not idle and all(
+                    graph is not None and _keeps_edge(graph, source.target, sink.target)
+                    for graph in graphs[1:]
+                )
+                if not sure:
+                    self._branching_callers[id(self._called[sink])] = caller
+        for module in called - set(_iter_called(owner, graphs[0])):
+            self._branching_callers[id(self._find_original(module))] = caller
+        for node in chain.from_iterable(graph.nodes for graph in graphs if graph is not None):
+            if node.op == "get_attr" and "." in node.target:  # a tensor, used without its module
                 module = owner.get_submodule(node.target.rpartition(".")[0])
-                self._readers[id(module)] = owner
+                self._readers[id(self._find_original(module))] = caller
+
+    def _record_class_dependence(self, owner: nn.Module, graph: fx.Graph | None) -> None:
+        """Record the modules of a forward that takes another path once classes are replaced."""
+        if graph is not None and _format(_trace(owner)) != _format(graph):
+            caller = self._find_original(owner)
+            callees = [self._called[node] for node in graph.nodes if node in self._called]
+            for module in (*_iter_callees(caller), *callees):
+                self._class_dependent_callers[id(module)] = caller
+
+    def _find_original(self, module: nn.Module) -> nn.Module:
+        """Return the module of the model that a module of the copy stands for."""
+        return self._originals.get(id(module), module)
 
     def find_untraced_caller(self, module: nn.Module) -> nn.Module | None:
         """Return the module that calls this one in a forward that cannot be traced, if any."""
@@ -59,6 +136,19 @@ class Dataflow:
         """
         ancestors = (self._untraced_ancestors.get(id(module)) for module in modules)
         return next((ancestor for ancestor in ancestors if ancestor is not None), None)
+
+    def find_branching_caller(self, *modules: nn.Module) -> nn.Module | None:
+        """Return a module that may call any of the modules in another way than its trace, if any.
+
+        Its forward has arguments or attributes that decide, or layers that its trace does not
+        reach.
+        """
+        callers = (self._branching_callers.get(id(module)) for module in modules)
+        return next((caller for caller in callers if caller is not None), None)
+
+    def find_class_dependent_caller(self, module: nn.Module) -> nn.Module | None:
+        """Return the module that calls this one in a forward that asks for classes, if any."""
+        return self._class_dependent_callers.get(id(module))
 
     def find_reader(self, module: nn.Module) -> nn.Module | None:
         """Return a module whose traced forward uses tensors of this one by name, if any."""
@@ -137,24 +227,149 @@ class Dataflow:
 
 
 class _Tracer(fx.Tracer):
+    proxy_buffer_attributes = True  # buffers that a forward reads are seen, as parameters are
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
-def _trace(owner: nn.Module) -> fx.Graph | None:
-    """Trace the owner's forward in evaluation, with the defaults of all optional arguments."""
-    if "forward" in vars(owner):  # fx would trace the forward of the class instead
+@contextmanager
+def _keep_random_state() -> Iterator[None]:
+    """Restore the random state of Python, numpy and torch afterwards."""
+    numpy = sys.modules.get("numpy")
+    state = random.getstate(), numpy and numpy.random.get_state()
+    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(state[0])
+        if numpy:
+            numpy.random.set_state(state[1])
+
+
+@torch.no_grad()
+def _copy_to_trace(model: nn.Module) -> nn.Module:
+    """Copy a model, in evaluation mode. `copy.deepcopy` cannot copy a FakeTensor."""
+    copies: dict[int, Any] = {id(buffer): buffer.clone() for buffer in model.buffers()}
+    for parameter in model.parameters():
+        if not nn.parameter.is_lazy(parameter):
+            copies[id(parameter)] = nn.Parameter(parameter.clone(), parameter.requires_grad)
+    twin = copy_around(model, copies)
+    for module in twin.modules():
+        module.training = False
+    return twin
+
+
+def _replace_classes(model: nn.Module) -> None:
+    """Give each BatchNorm and each convolution another class, as `convert` does."""
+    replaced: dict[nn.Module, nn.Module] = {}
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if is_batchnorm(child):
+                setattr(module, name, replaced.setdefault(child, nn.Identity()))
+            elif isinstance(child, _ConvNd):
+                child.__class__ = type("Replacement", (type(child),), {})
+
+
+def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
+    """Trace the owner's forward, and again with other arguments and attributes.
+
+    A flag is true and false. Another optional argument has its default, and any value. A required
+    argument after the first has any value, and is None if the forward takes None.
+
+    Returns:
+        The trace with default arguments first; None for each trace that fails.
+    """
+    graphs = [_trace(owner)]
+    if graphs[0] is None:
+        return graphs
+    parameters = _list_parameters(owner)
+    options: list[tuple[Any, ...]] = []
+    for parameter in parameters:
+        if isinstance(parameter.default, bool):
+            options.append((True, False))
+        else:
+            default = None if parameter.default is parameter.empty else parameter.default
+            options.append((_SYMBOL, default) if options else (_SYMBOL,))
+    combinations = list(product(*options)) if 2 ** len(options) <= _MAX_TRACES else []
+    if not combinations:
+        graphs.append(None)
+    for values in combinations[len(combinations) == 1 :]:
+        given = list(zip(parameters, values, strict=True))
+        graph = _trace(owner, {p.name: value for p, value in given if value is not _SYMBOL})
+        if graph is not None or not any(v is None and p.default is p.empty for p, v in given):
+            graphs.append(graph)
+    for name, value in vars(owner).items():
+        if isinstance(value, bool) and name != "training" and not name.startswith("_"):
+            probe = copy.copy(owner)
+            setattr(probe, name, not value)
+            graphs += filter(None, [_trace(probe)])
+    return graphs
+
+
+def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
+    """List the parameters of the owner's forward, without *args and **kwargs."""
+    parameters = inspect.signature(owner.forward).parameters.values()
+    return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def _trace(owner: nn.Module, arguments: Mapping[str, Any] | None = None) -> fx.Graph | None:
+    """Trace the owner's forward with constant arguments, the defaults unless given."""
+    own_call = type(owner).__call__ is not nn.Module.__call__ and not isinstance(
+        owner, fx.GraphModule
+    )
+    if "forward" in vars(owner) or own_call:  # fx would trace the forward of the class instead
         return None
     try:
         probe = copy.copy(owner)  # receives the attributes that forward may set
-        probe.training = False
-        parameters = inspect.signature(probe.forward).parameters.values()
-        defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
+        if arguments is None:
+            parameters = _list_parameters(probe)
+            arguments = {p.name: p.default for p in parameters if p.default is not p.empty}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _Tracer().trace(probe, concrete_args=defaults)
+            return _Tracer().trace(probe, concrete_args=dict(arguments))
     except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
+
+
+def _format(graph: fx.Graph | None) -> str:
+    """Return a text that is equal for equal graphs."""
+    nodes = graph.nodes if graph is not None else ()
+    return "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes)
+
+
+def _iter_called(owner: nn.Module, graph: fx.Graph | None) -> Iterator[nn.Module]:
+    """Yield the modules that a trace of the owner's forward calls."""
+    for node in graph.nodes if graph is not None else ():
+        if node.op == "call_module":
+            yield owner.get_submodule(node.target)
+
+
+def _find_reached(
+    root: nn.Module, traces: Mapping[nn.Module, list[fx.Graph | None]]
+) -> set[nn.Module]:
+    """Return the modules that the root calls, directly or not, for some arguments."""
+    reached, todo = set[nn.Module](), [root]
+    while todo:
+        owner = todo.pop()
+        if owner not in reached:
+            reached.add(owner)
+            for graph in traces.get(owner, ()):
+                callees = owner.modules() if graph is None else _iter_called(owner, graph)
+                todo.extend(callees)
+    return reached
+
+
+def _keeps_edge(graph: fx.Graph, source: str, sink: str) -> bool:
+    """Tell whether a trace feeds the sink by the source alone and once, or calls neither."""
+    sources, sinks = (
+        [node for node in graph.nodes if f"{node.target}.".startswith(f"{name}.")]
+        for name in (source, sink)
+    )
+    if len(sources) != 1 or len(sinks) != 1:
+        return not sources and not sinks
+    return sinks[0].all_input_nodes == sources and [*sources[0].users] == sinks
 
 
 def _defines_forward(module: nn.Module) -> bool:

@@ -1,7 +1,10 @@
 """Only BatchNorms whose dataflow is known are folded or removed."""
 
+import copy
+import random
 import re
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -9,7 +12,7 @@ from torch.ao.nn.intrinsic.qat import ConvBn2d
 from torch.ao.quantization import default_qat_qconfig
 from torch.nn import functional as F
 
-from deconv import convert, plan
+from deconv import FastDeconv, convert, plan
 from deconv.surgery.batchnorm import ChannelAffine
 from tests.deconv.surgery.helpers import assert_kept, pair, randomize, reasons
 from tests.pairwise import loop_over
@@ -92,13 +95,205 @@ class Listed(nn.Module):
 
 @loop_over(
     ("network", "affine"),
-    [(Twice, 2), (Again, 1), (Untraceable, 0), (Borrowed, 1), (Optional, 0), (Listed, 0)],
+    [(Twice, 2), (Again, 1), (Untraceable, 0), (Borrowed, 1), (Optional, 1), (Listed, 0)],
 )
 def test_pretrained_folds_only_into_exclusive_sources(network, affine):
     model = randomize(nn.Sequential(network(), nn.Conv2d(4, 2, 1)))
     new = convert(model, pretrained=True)
     assert sum(isinstance(module, ChannelAffine) for module in new.modules()) == affine
     assert_kept(model, new, torch.randn(2, 4, 6, 6))
+
+
+class Pair(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
+
+    def forward(self, x):
+        return self.norm(self.conv(x))
+
+
+class Chosen(nn.Module):
+    """One of two BatchNorms after a convolution."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(4) for _ in range(2))
+        self.domain = 0
+
+
+class ByArgument(Chosen):
+    def forward(self, x, domain=0):
+        return self.norms[domain](self.conv(x))
+
+
+class ByAttribute(Chosen):
+    def forward(self, x):
+        return self.norms[self.domain](self.conv(x))
+
+
+class ByFlag(Pair):
+    def forward(self, x, normalized=True):
+        return self.norm(self.conv(x)) if normalized else self.conv(x)
+
+
+class ByOwnFlag(Pair):
+    def __init__(self):
+        super().__init__()
+        self.normalized = True
+
+    def forward(self, x):
+        return self.norm(self.conv(x)) if self.normalized else self.conv(x)
+
+
+class ByNone(Pair):
+    def forward(self, x, shift):
+        return self.conv(x) if shift is None else self.norm(self.conv(x)) + shift
+
+
+class WithKeyword(nn.Module):
+    """Skips the BatchNorm of a child, which the child does not by itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = ByFlag(), ByFlag()
+
+    def forward(self, x):
+        return self.first(x) + self.second(x, normalized=False)
+
+
+class PartOnDemand(nn.Module):
+    """Calls a part of its child where it is told to."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Pair()
+
+    def forward(self, x, raw=False):
+        return self.child.conv(x) if raw else self.child(x)
+
+
+def set_attributes(**values):
+    def call(model, x):
+        for name, value in values.items():
+            setattr(model, name, value)
+        return model(x)
+
+    return call
+
+
+@loop_over(
+    ("network", "calls"),
+    [
+        (ByArgument, [lambda model, x: model(x, 1)]),
+        (ByAttribute, [set_attributes(domain=1)]),
+        (ByFlag, [lambda model, x: model(x, normalized=False)]),
+        (ByOwnFlag, [set_attributes(normalized=False), set_attributes(normalized=True)]),
+        (ByNone, [lambda model, x: model(x, None), lambda model, x: model(x, 1)]),
+        (WithKeyword, []),
+        (PartOnDemand, [lambda model, x: model(x, raw=True)]),
+    ],
+)
+def test_pretrained_is_exact_whichever_path_a_call_takes(network, calls):
+    model, x = randomize(network()).double(), torch.randn(2, 4, 6, 6, dtype=torch.float64)
+    new = convert(model, pretrained=True)
+    assert any(isinstance(module, ChannelAffine) for module in new.modules())
+    for call in calls if network is ByNone else (lambda model, x: model(x), *calls):
+        torch.testing.assert_close(call(new.eval(), x), call(model.eval(), x), rtol=0, atol=1e-12)
+
+
+def test_a_flag_that_changes_nothing_between_them_does_not_prevent_folding():
+    class Activated(Pair):
+        def forward(self, x, scale=None, activate=True):
+            x = self.norm(self.conv(x if scale is None else x * scale))
+            return x.relu() if activate else x
+
+    assert reasons(Activated(), pretrained=True)["norm"] == "replaced: folded into conv"
+    assert reasons(ByFlag(), pretrained=True)["norm"].endswith("ByFlag may use conv without it")
+
+
+class Iterating(nn.Module):
+    """Collects the outputs of layers, as `visit` lists them; can be traced or not."""
+
+    def __init__(self, visit, traced):
+        super().__init__()
+        self.body = nn.Sequential(*pair()[:2], nn.ReLU(), *pair()[:2])
+        self.body[3] = nn.Conv2d(8, 8, 1)
+        self.visit, self.traced = visit, traced
+
+    def forward(self, x):
+        taps = []
+        for layer in self.visit(self.body):
+            x = layer(x)
+            if self.traced or x.sum() > -1e9:
+                taps.append(x)
+        return torch.cat(taps)
+
+
+@loop_over("traced", [True, False])
+@loop_over(
+    "visit",
+    [
+        iter,
+        lambda body: (layer for _, layer in enumerate(body)),
+        lambda body: (layer for _, layer in body.named_children()),
+        lambda body: body._modules.values(),
+    ],
+)
+def test_pretrained_is_exact_where_a_forward_iterates_over_layers(visit, traced):
+    model = randomize(Iterating(visit, traced)).double()
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 6, 6).double(), 1e-12)
+
+
+class ByClass(nn.Sequential):
+    def forward(self, x):
+        taps = []
+        for layer in self:
+            x = layer(x)
+            if isinstance(layer, nn.BatchNorm2d):
+                taps.append(x.mean((2, 3)))
+        return torch.cat(taps)
+
+
+@loop_over("pretrained", [False, True])
+def test_a_batchnorm_stays_where_the_forward_asks_for_classes(pretrained):
+    model = randomize(ByClass(*Pair().children(), *Pair().children())).eval()
+    new = convert(model, pretrained=pretrained)
+    assert reasons(model)["1"].endswith("ByClass depends on the classes of its layers")
+    assert type(new[0]) is FastDeconv
+    assert_kept(model, new, torch.randn(2, 4, 7, 7))
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer and in an attribute, and draws random numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.child, self.calls = Pair(), 0
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x):
+        self.calls += 1
+        self.count += 1
+        self.child.calls = self.calls
+        return self.child(x) * random.random() * np.random.rand() + torch.rand(1)  # noqa: NPY002
+
+
+def random_states():
+    numpy = np.random.get_state()  # noqa: NPY002
+    return random.getstate(), numpy[1].tolist(), numpy[2], torch.get_rng_state().tolist()
+
+
+def test_planning_and_converting_change_nothing():
+    model = Stateful()
+    before = copy.deepcopy(model.state_dict())
+    states = random_states()
+    plan(model)
+    new = convert(model, pretrained=True)
+    assert (model.calls, new.calls, new.count) == (0, 0, 0) and not hasattr(model.child, "calls")
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert random_states() == states
 
 
 @loop_over("at", ["conv", "inner", "norm"])
@@ -168,15 +363,6 @@ def test_pretrained_folds_nothing_into_a_weight_with_other_uses():
     model, x = TwoUses().eval(), torch.randn(2, 4, 7, 7)
     nn.init.normal_(model.norm.weight)
     torch.testing.assert_close(convert(model, pretrained=True)(x), model(x))
-
-
-class Pair(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.conv, self.norm = nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)
-
-    def forward(self, x):
-        return self.norm(self.conv(x))
 
 
 class ByName(nn.Module):
