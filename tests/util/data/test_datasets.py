@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 
+from tests.pairwise import loop_over
 from tests.util.data.test_torchvision_sets import WRITERS
 from util.data.archives import list_archives
 from util.data.datasets import DATASETS, build_loaders
@@ -21,7 +22,7 @@ def build(dataset="digits", **options):
     return build_loaders(dataset, "none", options, cache_dir="none")
 
 
-@pytest.mark.parametrize("name", DATASETS)
+@loop_over("name", DATASETS)
 def test_a_dataset_has_all_its_places(name):
     """Each place that a new dataset needs beside its entry in DATASETS fails by name."""
     entry, tests = DATASETS[name], "tests/util/data/test_torchvision_sets.py"

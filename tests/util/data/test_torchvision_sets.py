@@ -20,6 +20,7 @@ from scipy.io import savemat
 from torchvision import datasets
 from torchvision.datasets.utils import calculate_md5
 
+from tests.pairwise import loop_over
 from util.data import archives, download
 from util.data.archives import list_archives
 from util.data.datasets import DATASETS, build_loaders
@@ -142,7 +143,7 @@ def build(name, root, image_size=32, mirror=None):
     return build_loaders(name, root, options, cache_dir=root / "run", mirror=mirror)
 
 
-@pytest.mark.parametrize("name", WRITERS)
+@loop_over("name", WRITERS)
 def test_pixels_and_targets_are_those_on_disk(tmp_path, monkeypatch, name):
     written = WRITERS[name](tmp_path, monkeypatch)
     spec, *loaders = build(name, tmp_path, image_size=96 if name == "stl10" else 32)
