@@ -75,22 +75,18 @@ def own_rules(flags: Namespace) -> Rules:
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained or not flags.evaluate
     yield "evaluate", known, "needs --resume RUN or --pretrained"
-    theirs = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     both = flags.pretrained and flags.resume
     yield "pretrained", not both, "contradicts --resume, which brings its own weights"
-    yield (
-        "pretrained",
-        theirs or not flags.pretrained,
-        f"does not apply to {flags.arch}: there are no weights for it",
-    )
-    ours = f"{flags.arch.removesuffix('_bn')}d"
-    able = ours if ours in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
-    fault = f"does not apply to {flags.arch}, which has layers of its own; choose {able}"
-    for name, asked in (
-        ("batchnorm", not flags.batchnorm),
-        ("num_groups_final", flags.num_groups_final),
-    ):
-        yield name, flags.deconv or not (theirs and asked), f"without --deconv True {fault}"
+    is_published = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
+    reason = f"does not apply to {flags.arch}: there are no weights for it"
+    yield "pretrained", is_published or not flags.pretrained, reason
+    twin = f"{flags.arch.removesuffix('_bn')}d"
+    twin = twin if twin in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
+    has_own_layers = is_published and not flags.deconv
+    fault = f"does not apply to {flags.arch}, which has layers of its own; choose {twin}"
+    reason = f"without --deconv True {fault}"
+    yield "batchnorm", flags.batchnorm or not has_own_layers, reason
+    yield "num_groups_final", not (flags.num_groups_final and has_own_layers), reason
 
 
 def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:

@@ -7,7 +7,6 @@ import sys
 import tempfile
 from argparse import Namespace
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -125,8 +124,8 @@ def make_parser(script: str, description: str, out: str, images: int, purpose: s
 def _read_checkpoint(place: str) -> tuple[str, dict[str, Any]]:
     """Return the checkpoint's path and content; warn about newer ones that are damaged."""
     if not os.path.isdir(place):
-        return place, load_checkpoint(place, "cpu")
-    path, saved, faults = load_newest(place, partial(load_checkpoint, device="cpu"))
+        return place, load_checkpoint(place)
+    path, saved, faults = load_newest(place, load_checkpoint)
     for fault in faults:
         print(f"warning: {fault}; using {path}", file=sys.stderr)
     return str(path), saved

@@ -105,7 +105,7 @@ def test_compiling_changes_no_figure(tmp_path, monkeypatch):
     # Other roundings, which three steps multiply; of single layers see test_compile.py.
     assert compiled["test_loss"] == pytest.approx(plain["test_loss"], rel=1e-4)
     states = [tmp_path / name / "checkpoint.pth.tar" for name in ("plain", "compiled")]
-    plain, compiled = (load_checkpoint(path, "cpu")["model"] for path in states)
+    plain, compiled = (load_checkpoint(path)["model"] for path in states)
     assert plain.keys() == compiled.keys()  # a compiled network is continued as a plain one
 
 
@@ -280,7 +280,7 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):
         (parts / name).write_bytes((whole / name).read_bytes())
     (whole / "checkpoint_2.pth.tar").rename(parts / "checkpoint.pth.tar")
     main.main(["--resume", str(parts / "checkpoint.pth.tar")])
-    a, b = (load_checkpoint(folder / "checkpoint.pth.tar", "cpu") for folder in (whole, parts))
+    a, b = (load_checkpoint(folder / "checkpoint.pth.tar") for folder in (whole, parts))
     for part in ("model", "optimizer", "rng", "epoch", "step", "best_top1"):
         assert repr(flatten(a[part])) == repr(flatten(b[part])), part
     for name in ("train.log", "test.log", "train_batch.log"):
@@ -370,7 +370,7 @@ def test_a_run_goes_on_with_the_threads_it_had(tmp_path, monkeypatch):
 
 def test_a_checkpoint_is_found_from_home_and_may_lack_newer_flags(tmp_path, monkeypatch, capsys):
     train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
-    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")
     del saved["config"]["stem_iter"]
     torch.save(saved, tmp_path / "older.pth.tar")
     monkeypatch.setenv("HOME", str(tmp_path))

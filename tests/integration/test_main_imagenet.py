@@ -85,7 +85,7 @@ def test_training_testing_and_resuming(images, tmp_path, capsys, line):
     assert "4 images" in capsys.readouterr().out
     run(f"--resume {checkpoint} --epochs 3", images)
     assert summary(tmp_path / "run")["epochs"] == 3
-    state = load_checkpoint(checkpoint, "cpu")["model"]
+    state = load_checkpoint(checkpoint)["model"]
     whitened = any(name.endswith("running_cov_joint") for name in state)
     assert whitened == ("deconv" in line)
 
@@ -179,7 +179,7 @@ def test_speed_is_switched_as_in_the_other_script(tmp_path):
     run(f"{line} --amp bf16 --channels-last --warmup-epochs .5 --run-dir {tmp_path / 'run'}")
     flags = json.loads((tmp_path / "run" / "args.json").read_text())["flags"]
     assert {name: flags[name] for name in switches} == switches
-    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["model"]
+    state = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["model"]
     weights = [value for value in state.values() if value.dim() == 4 and value[0, 0].numel() > 1]
     assert all(weight.is_contiguous(memory_format=torch.channels_last) for weight in weights)
     assert {value.dtype for value in state.values()} == {torch.float32, torch.int64}

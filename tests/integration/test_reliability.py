@@ -172,7 +172,7 @@ def curves(run_dir):
 
 def assert_same_run(first, second):
     """Bit for bit, but for the seconds."""
-    one, two = (load_checkpoint(path / "checkpoint.pth.tar", "cpu") for path in (first, second))
+    one, two = (load_checkpoint(path / "checkpoint.pth.tar") for path in (first, second))
     for part in ("model", "optimizer", "rng", "epoch", "step", "best_top1"):
         assert repr(flatten(one[part])) == repr(flatten(two[part])), part
     for name in ("train.log", "test.log", "train_batch.log"):
@@ -221,7 +221,7 @@ def test_a_signal_saves_the_step_under_way_and_a_run_goes_on_bit_for_bit(
     assert end.code == code, end.err
     again = f"--resume {checkpoint} --data {images}"
     assert end.err.count(f"interrupted: continue with {again}\n") == 1
-    stopped = load_checkpoint(checkpoint, "cpu")["step"]
+    stopped = load_checkpoint(checkpoint)["step"]
     assert stopped == 6 if step == 6 else stopped in (step, step + 1)
     train(tmp_path, *parts, processes=processes)
     train(tmp_path, *words, "--run-dir", tmp_path / "whole", processes=processes)
@@ -241,7 +241,7 @@ def test_a_signal_from_outside_ends_a_run_within_ten_seconds(tmp_path):
         end = process.wait()
     assert time.monotonic() - sent < 10
     assert end.code == 143, end.err
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] >= 3
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"] >= 3
 
 
 def test_of_runs_started_in_one_folder_at_once_one_writes(images, tmp_path):
@@ -293,7 +293,7 @@ def test_numbers_gone_bad_stop_the_run_before_the_update(
     report = json.loads((tmp_path / "run" / "diverged.json").read_text())
     assert (report["step"], report["first"]) == (5, first)
     assert report["images"] == order.images(4)
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] == 4
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"] == 4
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(images, tmp_path, capsys):
@@ -352,7 +352,7 @@ def test_a_killed_loading_process_costs_no_step(images, tmp_path):
     (told,) = end.err.splitlines()
     assert "a process that loads images was killed" in told
     assert "/dev/shm" in told and "-j 0" in told
-    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar", "cpu")["step"] >= 4
+    assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"] >= 4
     train(tmp_path, "--resume", tmp_path / "run", "--data", images, "-j", 0)
     train(tmp_path, *words, "--run-dir", tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "run")
@@ -416,7 +416,7 @@ def test_a_folder_that_takes_no_more_keeps_the_last_good_checkpoint(
     assert end.code == 2 and f"main.py: error: {checkpoint}: {reason} (" in end.err, end
     assert f"warning: {checkpoint}: {reason}" in end.out
     kept = tmp_path / "run.after" / "checkpoint.pth.tar"
-    assert load_checkpoint(kept, "cpu")["step"] == 2
+    assert load_checkpoint(kept)["step"] == 2
     (rescued,) = tmp_path.glob("run-*/checkpoint.pth.tar")
     assert f"; the last checkpoint was saved to {rescued}" in end.err
-    assert load_checkpoint(rescued, "cpu")["step"] == 12
+    assert load_checkpoint(rescued)["step"] == 12

@@ -6,11 +6,9 @@ A checksum proves that a file is unchanged, not that this program wrote it.
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from util.checkpoint.validators import (
     MAX_COUNT,
@@ -26,7 +24,6 @@ from util.checkpoint.validators import (
     require,
     tensor,
     text,
-    tuple_of,
 )
 from util.errors import ContentError
 
@@ -36,20 +33,13 @@ VALUES = ("loss", "top1", "top5", "lr", "seconds")  # columns of train.log and t
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
 
 
-def check_content(state: Any, *, has_values: bool = True) -> None:
+def check_content(state: Any) -> None:
     """Check types, ranges, shapes and the agreement of counts in a checkpoint.
-
-    Args:
-        state: the content of a file.
-        has_values: False if `state` was read to the device "meta", where tensors hold no values.
 
     Raises:
         ContentError: names the first value that is not valid.
     """
     CONTENT("", state)
-    for path, value in _list_own_tensors(state):
-        if has_values and value.is_meta:  # a file may store a tensor without values
-            raise ContentError(f"{path} is {describe(value)} without values")
     progress = state["progress"]
     batches = len(state["meters"]["rows"]) if state["meters"] else 0
     _check_equal("epoch", state["epoch"], "progress.epoch is", progress["epoch"])
@@ -67,17 +57,6 @@ def check_content(state: Any, *, has_values: bool = True) -> None:
         _check_equal(f"history.{key}[-1]", history[key][-1], f"progress.{key} is", progress[key])
 
 
-def _list_own_tensors(state: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that this program reads; PyTorch checks those of model and optimizer."""
-    if state["meters"]:
-        yield "meters.rows", state["meters"]["rows"]
-    for rank, generators in enumerate(state["rng"]):
-        yield f"rng[{rank}].torch", generators["torch"]
-        yield f"rng[{rank}].numpy.state.key", generators["numpy"]["state"]["key"]
-        for index, value in enumerate(generators["cuda"]):
-            yield f"rng[{rank}].cuda[{index}]", value
-
-
 def _check_equal(name: str, value: float, expected_name: str, expected: float) -> None:
     if value != expected:
         raise ContentError(f"{name} is {describe(value)}, but {expected_name} {describe(expected)}")
@@ -91,14 +70,16 @@ def model_state(path: str, value: Any) -> None:
 
 def _is_torch_state(value: Any) -> bool:
     try:
-        return value.is_meta or torch.Generator().set_state(value.cpu()) is not None
+        return torch.Generator().set_state(value.cpu()) is not None
     except (AttributeError, RuntimeError, TypeError):
         return False
 
 
 def _is_python_state(value: Any) -> bool:
+    if not (type(value) is tuple and len(value) == 3 and type(value[2]) in (float, type(None))):
+        return False
     try:
-        return random.Random().setstate((3, value, None)) is None
+        return describe(value[0]) == "3" and random.Random().setstate(value) is None
     except (OverflowError, TypeError, ValueError):
         return False
 
@@ -115,11 +96,7 @@ RNG = {
     "torch": require("a state of PyTorch's generator", _is_torch_state),
     "cuda": list_of(tensor(torch.uint8, shape=(16,))),
     "numpy": record(NUMPY_STATE),
-    "python": tuple_of(
-        integer(3, 3),
-        require("a state of Python's generator", _is_python_state),
-        optional(number()),
-    ),
+    "python": require("a state of Python's generator", _is_python_state),
 }
 SPEC = {
     "name": text,

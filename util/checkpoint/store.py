@@ -57,8 +57,10 @@ def save_checkpoint(
         OSError: the file cannot be written; see `atomic_write`.
     """
     path = Path(run_dir) / filename
+    state = {**state, "format_version": FORMAT_VERSION}
+    _check_state(state, path)
     with atomic_write(path, keep=PREVIOUS_NAME if filename == LATEST_NAME else None) as file:
-        _serialize({**state, "format_version": FORMAT_VERSION}, file)
+        _serialize(state, file)
         file.flush()
         _read(Path(file.name), "meta", name=path)  # "meta": no memory for tensors
     if is_best:
@@ -67,14 +69,16 @@ def save_checkpoint(
     return path
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str) -> dict[str, Any]:
-    """Read a checkpoint with its tensors on `device`, never executing code of the file.
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
+    """Read a checkpoint to the CPU, never executing code of the file.
 
     Raises:
         CheckpointError: the file is missing, damaged, of another format, or its content does not
             match the schema.
     """
-    return _read(Path(path), device, name=Path(path))
+    state = _read(Path(path), "cpu", name=Path(path))
+    _check_state(state, Path(path))
+    return state
 
 
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
@@ -95,7 +99,7 @@ def load_newest(
 
     Args:
         run_dir: the folder of the run.
-        load: reads one checkpoint, its tensors to the CPU.
+        load: reads one checkpoint.
 
     Returns:
         Path and content of the checkpoint, and one message for each newer one that is damaged.
@@ -158,23 +162,17 @@ def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def _read(path: Path, device: torch.device | str, *, name: Path) -> dict[str, Any]:
-    """Read and verify the file at `path`; errors call it `name`."""
+def _read(path: Path, device: str, *, name: Path) -> Any:
+    """Read the file at `path` and verify its checksums; errors call it `name`."""
     try:
         _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that another program wrote
-            state = torch.load(path, map_location=device, weights_only=True)
+            return torch.load(path, map_location=device, weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{name}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may raise anything in the reader
         raise CheckpointError(f"{name}: {_explain(error)}") from error
-    _check_version(state, name)
-    try:
-        check_content(state, has_values=str(device) != "meta")
-    except ContentError as error:
-        raise CheckpointError(f"{name}: damaged or foreign content: {error}") from error
-    return state
 
 
 def _check_archive(path: Path) -> None:
@@ -187,7 +185,8 @@ def _check_archive(path: Path) -> None:
         raise zipfile.BadZipFile(f"wrong checksum in {damaged}")
 
 
-def _check_version(state: Any, name: Path) -> None:
+def _check_state(state: Any, name: Path) -> None:
+    """Check format version and content of the checkpoint `name`."""
     version = state.get("format_version") if type(state) is dict else None
     if version is None:
         raise CheckpointError(f"{name}: not a checkpoint of this program (no format_version)")
@@ -196,6 +195,10 @@ def _check_version(state: Any, name: Path) -> None:
             f"{name}: format_version is {describe(version)}, but this program reads version "
             f"{FORMAT_VERSION}; train again, or use the version of the program that wrote the file"
         )
+    try:
+        check_content(state)
+    except ContentError as error:
+        raise CheckpointError(f"{name}: damaged or foreign content: {error}") from error
 
 
 def _explain(error: Exception) -> str:

@@ -89,16 +89,16 @@ def tensor(
     """
 
     def is_valid(value: Any) -> bool:
-        if not isinstance(value, Tensor) or value.layout != torch.strided or vars(value):
+        is_plain = isinstance(value, Tensor) and value.layout == torch.strided and not vars(value)
+        if not is_plain or value.is_meta:  # a file may store a tensor without values
             return False
         if not dtypes:
             return True
         has_shape = len(shape) == value.ndim and all(
             size in (None, actual) for size, actual in zip(shape, value.shape, strict=True)
         )
-        if not (has_shape and value.dtype in dtypes and value.is_contiguous()):
-            return False
-        return not finite or value.is_meta or bool(value.isfinite().all())
+        has_layout = has_shape and value.dtype in dtypes and value.is_contiguous()
+        return has_layout and (not finite or bool(value.isfinite().all()))
 
     sizes = " x ".join("N" if size is None else str(size) for size in shape)
     names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -156,21 +156,6 @@ def list_of(validator: Validator, minimum: int = 0) -> Validator:
     def validate(path: str, value: Any) -> None:
         validate_length(path, value)
         for index, item in enumerate(value):
-            validator(f"{path}[{index}]", item)
-
-    return validate
-
-
-def tuple_of(*validators: Validator) -> Validator:
-    """Return a validator of tuples with one validator per item."""
-    validate_length = require(
-        f"a tuple of {len(validators)}",
-        lambda value: type(value) is tuple and len(value) == len(validators),
-    )
-
-    def validate(path: str, value: Any) -> None:
-        validate_length(path, value)
-        for index, (validator, item) in enumerate(zip(validators, value, strict=True)):
             validator(f"{path}[{index}]", item)
 
     return validate

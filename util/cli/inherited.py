@@ -75,7 +75,7 @@ def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
 
 def _load(script: Script, path: str | Path) -> dict[str, Any]:
     """Load a checkpoint whose flags could have been typed."""
-    saved = load_checkpoint(path, "cpu")
+    saved = load_checkpoint(path)
     check_config(script, saved["config"], path)
     return saved
 

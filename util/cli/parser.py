@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import re
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
+from math import inf, nan
 from shutil import get_terminal_size
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
@@ -20,6 +20,7 @@ from util.distributed.launcher import is_first_process, wait_for_first_error
 from util.errors import CheckpointError, DataError, RunError
 from util.files import describe_fault
 
+LARGEST = 10**9  # integer that a flag accepts by default
 _NOT_TYPED = object()
 
 
@@ -27,9 +28,8 @@ class HelpFormatter(argparse.HelpFormatter):
     """Help as wide as the terminal, at most 100 columns; flags and examples stay in one piece."""
 
     def __init__(self, prog: str) -> None:
-        super().__init__(
-            prog, max_help_position=34, width=min(100, get_terminal_size((100, 24))[0])
-        )
+        columns = get_terminal_size((100, 24))[0]
+        super().__init__(prog, max_help_position=34, width=min(100, columns))
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
@@ -47,13 +47,8 @@ class Parser(argparse.ArgumentParser):
     """
 
     def __init__(self, prog: str, description: str, examples: str | None = None) -> None:
-        super().__init__(
-            prog,
-            description=description,
-            epilog=examples,
-            formatter_class=HelpFormatter,
-            allow_abbrev=False,
-        )
+        form = {"formatter_class": HelpFormatter, "allow_abbrev": False}
+        super().__init__(prog, None, description, examples, **form)
         self.spelling: dict[str, str] = {}
 
     def error(self, message: str, status: int = 2) -> NoReturn:
@@ -104,11 +99,8 @@ class Parser(argparse.ArgumentParser):
         """
         if all(action.option_strings for action in self._actions):  # no positional
             return list(argv)
-        open_ended = {
-            name: action
-            for name, action in self._option_string_actions.items()
-            if action.nargs in ("+", "?")
-        }
+        flags = self._option_string_actions.items()
+        open_ended = {name: action for name, action in flags if action.nargs in ("+", "?")}
         positionals, rest, flag = [], [], None
         for word in argv:
             is_value = flag is not None and _is_valid(flag.type, word)
@@ -122,9 +114,9 @@ class Parser(argparse.ArgumentParser):
         action = next(action for action in self._actions if action.dest == name)
         if value is None and action.default is None:  # nothing was typed
             return ""
-        if action.nargs == "+" and type(value) is list and value:
-            return next(filter(None, (_explain_misfit(action, item) for item in value)), "")
-        return _explain_misfit(action, value)
+        is_list = action.nargs == "+" and type(value) is list and value
+        reasons = (_explain_misfit(action, item) for item in (value if is_list else [value]))
+        return next(filter(None, reasons), "")
 
     def add_group(self, title: str, description: str | None = None) -> Callable[..., None]:
         """Return `add(flags, text, parse, default, default_text, **kwargs)` for one group of flags.
@@ -206,81 +198,76 @@ def _is_valid(parse: Callable[[str], Any], word: str) -> bool:
     return True
 
 
+def _expect(is_valid: Any, expected: str, text: str) -> None:
+    if not is_valid:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+
+
+def _parse_number(kind: type, text: str) -> float:
+    """Return the number, NaN if `text` is none."""
+    try:
+        return kind(text)
+    except ValueError:
+        return nan
+
+
+def bounded_int(minimum: int, maximum: int = LARGEST) -> Callable[[str], int]:
+    """Return a parser of integers from `minimum` to `maximum`."""
+    bounds = f"from {minimum} to {maximum}" if maximum < LARGEST else f"of at least {minimum}"
+
+    def parse(text: str) -> int:
+        value = _parse_number(int, text)
+        expected = f"of at most {maximum}" if value > maximum >= LARGEST else bounds
+        _expect(minimum <= value <= maximum, f"an integer {expected}", text)
+        return value
+
+    return parse
+
+
+def bounded_float(
+    *, minimum: float = -inf, above: float = -inf, below: float = inf, maximum: float = inf
+) -> Callable[[str], float]:
+    """Return a parser of finite numbers; `above` and `below` are exclusive bounds."""
+    low = f"of at least {minimum:g}" if above == -inf else f"above {above:g}"
+    high = f"below {below:g}" if maximum == inf else f"at most {maximum:g}"
+    expected = f"a number {low} and {'finite' if below == maximum else high}"
+
+    def parse(text: str) -> float:
+        value = _parse_number(float, text)
+        _expect(minimum <= value <= maximum and above < value < below, expected, text)
+        return value
+
+    return parse
+
+
 def path_name(text: str) -> str:
     """Return the name of a file or folder, with ~ expanded."""
-    if not text.strip() or "\0" in text:
-        raise argparse.ArgumentTypeError(f"expected the name of a file or folder, got {text!r}")
+    _expect(text.strip() and "\0" not in text, "the name of a file or folder", text)
     return os.path.expanduser(text)
 
 
 def str2bool(text: str) -> bool:
     """Parse True/False, yes/no or 1/0, in any case."""
     words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    if text.lower() not in words:
-        raise argparse.ArgumentTypeError(f"expected True or False (or yes/no, 1/0), got {text!r}")
+    _expect(text.lower() in words, "True or False (or yes/no, 1/0)", text)
     return words[text.lower()]
-
-
-def bounded_int(minimum: int, maximum: int = 10**9) -> Callable[[str], int]:
-    """Return a parser of integers from `minimum` to `maximum`."""
-    is_large = maximum >= 10**9
-    bounds = f"of at least {minimum}" if is_large else f"from {minimum} to {maximum}"
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if minimum <= value <= maximum:
-            return value
-        expected = f"of at most {maximum}" if is_large and value > maximum else bounds
-        raise argparse.ArgumentTypeError(f"expected an integer {expected}, got {text!r}")
-
-    return parse
-
-
-def bounded_float(
-    *,
-    minimum: float | None = None,
-    above: float | None = None,
-    below: float = math.inf,
-    maximum: float = math.inf,
-) -> Callable[[str], float]:
-    """Return a parser of finite numbers; `above` and `below` are exclusive bounds."""
-    bounds = f"of at least {minimum:g}" if above is None else f"above {above:g}"
-    end = f"below {below:g}" if maximum == math.inf else f"at most {maximum:g}"
-    bounds += " and finite" if below == maximum else f" and {end}"
-
-    def parse(text: str) -> float:
-        try:
-            value = float(text)
-        except ValueError:
-            value = math.nan
-        is_large = value >= minimum if above is None else value > above
-        if is_large and value < below and value <= maximum:
-            return value
-        raise argparse.ArgumentTypeError(f"expected a number {bounds}, got {text!r}")
-
-    return parse
 
 
 def mirror_url(text: str) -> str:
     """Check the URL of a folder: https://, http:// or file:///."""
     url = urlsplit(text)
-    known = {"https": url.netloc, "http": url.netloc, "file": url.path.strip("/")}
-    if known.get(url.scheme) and text.isprintable() and " " not in text:
-        return text
-    raise argparse.ArgumentTypeError(
-        f"expected https://HOST/FOLDER, http:// or file:///FOLDER without blanks, got {text!r}"
-    )
+    place = {"https": url.netloc, "http": url.netloc, "file": url.path.strip("/")}.get(url.scheme)
+    is_valid = place and text.isprintable() and " " not in text
+    _expect(is_valid, "https://HOST/FOLDER, http:// or file:///FOLDER without blanks", text)
+    return text
 
 
 def rendezvous_url(text: str) -> str:
     """Check the URL where machines meet: tcp://HOST:PORT or env://."""
     url = urlsplit(text)
     try:
-        if text == "env://" or (url.scheme == "tcp" and url.hostname and url.port):
-            return text
+        is_tcp = url.scheme == "tcp" and url.hostname and url.port
     except ValueError:  # the port is not a number
-        pass
-    raise argparse.ArgumentTypeError(f"expected tcp://HOST:PORT or env://, got {text!r}")
+        is_tcp = False
+    _expect(text == "env://" or is_tcp, "tcp://HOST:PORT or env://", text)
+    return text

@@ -81,7 +81,7 @@ def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] 
         saved: content of `resume` as read before the lock was taken.
     """
     find_run_dir(str(run_dir), resume)
-    if resume and saved and (now := load_checkpoint(resume, "cpu")["step"]) != saved["step"]:
+    if resume and saved and (now := load_checkpoint(resume)["step"]) != saved["step"]:
         raise RunError(
             f"{resume}: another process has trained from step {saved['step']} to {now}; "
             "start again to continue from there"
@@ -114,7 +114,7 @@ def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_d
 def _is_best(path: Path, progress: Mapping[str, Any]) -> bool:
     """Return whether `path` holds the best epoch that `progress` names, or an earlier best."""
     try:
-        state = load_checkpoint(path, "meta")
+        state = load_checkpoint(path)
     except CheckpointError as error:
         if isinstance(error.__cause__, OSError) and path.exists():
             raise error.__cause__ from None  # unreadable now, but perhaps intact

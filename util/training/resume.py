@@ -207,7 +207,7 @@ def _suggest_remedy(plan: Plan, file: str) -> str:
     paths = {}
     for path in list_checkpoints(Path(file).parent):
         with suppress(CheckpointError):
-            saved = load_checkpoint(path, "meta")
+            saved = load_checkpoint(path)
             if saved["progress"]["step"] == saved["progress"]["epoch"] * plan.epoch_steps:
                 paths.setdefault(saved["step"], path)
     if paths:

@@ -8,7 +8,6 @@ import signal
 import time
 import zipfile
 from collections import Counter, OrderedDict
-from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -30,8 +29,6 @@ from util.errors import CheckpointError
 from util.files import clear_leftovers
 from util.random_state import set_rng_state
 
-read = partial(load_checkpoint, device="cpu")
-
 
 class Malicious:
     """Object that makes a folder when a careless reader unpickles it."""
@@ -48,7 +45,7 @@ def test_a_checkpoint_comes_back_with_the_same_values_and_types(tmp_path):
     schedule = torch.optim.lr_scheduler.MultiStepLR(optimizer, [1, 2]).state_dict()
     state = make_state(scheduler=schedule)
     path = save_checkpoint(state, tmp_path)
-    loaded = load_checkpoint(path, "cpu")
+    loaded = load_checkpoint(path)
     assert path == tmp_path / "checkpoint.pth.tar"
     assert set(loaded) == {*state, "format_version"}
     assert loaded["config"] == state["config"]
@@ -62,7 +59,7 @@ def test_only_the_named_files_are_left_and_the_best_is_a_copy_of_its_time(tmp_pa
     save_checkpoint(make_state(), tmp_path, is_best=True)
     save_checkpoint(make_state(epoch=3), tmp_path)
     save_checkpoint(make_state(epoch=4), tmp_path)
-    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    epochs = {path.name: load_checkpoint(path)["epoch"] for path in tmp_path.iterdir()}
     assert epochs == {
         "checkpoint.pth.tar": 4,
         "checkpoint_previous.pth.tar": 3,
@@ -77,26 +74,26 @@ def test_the_latest_two_stay_where_a_file_can_have_one_name_only(tmp_path, monke
     monkeypatch.setattr(os, "link", refuse)
     for epoch in (2, 3, 4):
         save_checkpoint(make_state(epoch=epoch), tmp_path)
-    epochs = {path.name: load_checkpoint(path, "cpu")["epoch"] for path in tmp_path.iterdir()}
+    epochs = {path.name: load_checkpoint(path)["epoch"] for path in tmp_path.iterdir()}
     assert epochs == {"checkpoint.pth.tar": 4, "checkpoint_previous.pth.tar": 3}
 
 
 def test_the_newest_that_can_be_read_is_found(tmp_path):
     with pytest.raises(CheckpointError, match=f"{tmp_path.name}: no checkpoint in this folder"):
-        load_newest(tmp_path, read)
+        load_newest(tmp_path, load_checkpoint)
     names = ["model_best.pth.tar", "checkpoint_9.pth.tar", "checkpoint_previous.pth.tar"]
     for step, name in enumerate([*names, "checkpoint.pth.tar"]):
         save_checkpoint(make_state(step=step), tmp_path, filename=name)
     (tmp_path / "checkpoint_previous.pth.tar").touch()  # as old as ever; its step counts
     damaged = []
     for name, step in (("checkpoint.pth.tar", 3), (names[2], 2), (names[1], 1), (names[0], 0)):
-        path, state, faults = load_newest(tmp_path, read)
+        path, state, faults = load_newest(tmp_path, load_checkpoint)
         assert (path.name, state["step"]) == (name, step)
         assert {fault.split(":")[0] for fault in faults} == set(damaged)
         path.write_bytes(path.read_bytes()[:-9])
         damaged.append(str(path))
     with pytest.raises(CheckpointError) as caught:
-        load_newest(tmp_path, read)
+        load_newest(tmp_path, load_checkpoint)
     assert str(caught.value).count("damaged") == 4
 
 
@@ -112,7 +109,7 @@ def test_a_checkpoint_that_must_not_be_read_is_not_passed_over(tmp_path, monkeyp
 
     monkeypatch.setattr(store, "_check_archive", refuse)
     with pytest.raises(CheckpointError, match=r"h\.tar: Permission denied: it may be the newest"):
-        load_newest(tmp_path, read)
+        load_newest(tmp_path, load_checkpoint)
 
 
 def save_forever(folder, writer, ballast):
@@ -142,7 +139,7 @@ def test_a_process_killed_while_it_saves_leaves_a_checkpoint_that_loads(tmp_path
         os.waitpid(child, 0)
         finished = 1 + len(os.read(reader, 10_000))
         os.close(reader)
-        path, state, faults = load_newest(tmp_path, read)
+        path, state, faults = load_newest(tmp_path, load_checkpoint)
         assert (path.name, faults) == ("checkpoint.pth.tar", [])
         assert state["step"] in (finished, finished + 1)
         leftovers += len(list(tmp_path.glob(".*")))
@@ -204,16 +201,16 @@ def test_files_that_are_no_checkpoint_are_refused_by_name_and_reason(tmp_path):
         path = tmp_path / name
         path.write_bytes(content)
         with pytest.raises(CheckpointError, match=reason) as caught:
-            load_checkpoint(path, "cpu")
+            load_checkpoint(path)
         assert str(caught.value).startswith(f"{path}: ")
         assert "weights_only" not in str(caught.value)
 
 
 def test_a_missing_file_and_a_folder_are_refused_by_name(tmp_path):
     with pytest.raises(CheckpointError, match="none.pth.tar: No such file"):
-        load_checkpoint(tmp_path / "none.pth.tar", "cpu")
+        load_checkpoint(tmp_path / "none.pth.tar")
     with pytest.raises(CheckpointError, match=f"{tmp_path.name}: Is a directory"):
-        load_checkpoint(str(tmp_path), "cpu")
+        load_checkpoint(str(tmp_path))
 
 
 PLACES = [number / 20 for number in range(20)]
@@ -225,20 +222,20 @@ def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
     for place in PLACES:
         path.write_bytes(content[: round(place * len(content))])
         with pytest.raises(CheckpointError, match=f"^{path}: "):
-            load_checkpoint(path, "cpu")
+            load_checkpoint(path)
 
 
 def test_bits_flipped_anywhere_are_noticed_or_mean_nothing(tmp_path):
     """Flip bits; only the unused bytes between records may change unnoticed."""
     path = save_checkpoint(make_state(ballast=torch.rand(1000)), tmp_path)
-    content, expected = path.read_bytes(), repr(load_checkpoint(path, "cpu"))
+    content, expected = path.read_bytes(), repr(load_checkpoint(path))
     rng, noticed = random.Random(0), 0
     for place in PLACES:
         flipped = bytearray(content)
         flipped[round(place * len(content)) + rng.randrange(100)] ^= 1 << rng.randrange(8)
         path.write_bytes(flipped)
         try:
-            assert repr(load_checkpoint(path, "cpu")) == expected
+            assert repr(load_checkpoint(path)) == expected
         except CheckpointError as error:
             assert str(error).startswith(f"{path}: ")
             noticed += 1
@@ -249,10 +246,10 @@ def test_another_format_and_missing_parts_are_named(tmp_path):
     path = tmp_path / "file"
     torch.save({**make_state(), "format_version": 99}, path)
     with pytest.raises(CheckpointError, match=f"^{path}: format_version is 99.*train again"):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(path)
     torch.save({"format_version": FORMAT_VERSION, "epoch": 1}, path)
     with pytest.raises(CheckpointError, match="content: step is missing"):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(path)
 
 
 def with_pickle(path, pickled):
@@ -285,11 +282,11 @@ def test_code_in_a_file_is_refused_and_does_not_run(tmp_path, where):
     state = hide(where, Malicious(trace))
     torch.save(state, path)
     with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: refused, .*mkdir"):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(path)
     for foreign in (pickle.dumps(state["config"]), pickle.dumps(Malicious(trace))):
         path.write_bytes(foreign)
         with pytest.raises(CheckpointError, match=r"malicious\.pth\.tar: damaged, or not"):
-            load_checkpoint(path, "cpu")
+            load_checkpoint(path)
     assert not trace.exists()
     pickle.loads(path.read_bytes())  # what a careless reader does
     assert trace.exists()
@@ -310,7 +307,7 @@ def test_pickles_made_by_hand_are_refused(tmp_path, pickled):
     path = save_checkpoint(make_state(), tmp_path)
     with_pickle(path, pickled.replace(b"{trace}", str(trace).encode()))
     with pytest.raises(CheckpointError, match=f"^{path}: "):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(path)
     assert not trace.exists()
 
 
@@ -318,7 +315,7 @@ def test_a_program_of_torchscript_is_refused(tmp_path):
     path = tmp_path / "program.pth.tar"
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
     with pytest.raises(CheckpointError, match=f"^{path}: "):
-        load_checkpoint(path, "cpu")
+        load_checkpoint(path)
 
 
 def test_no_other_reader_of_pickles_is_in_use():
@@ -335,16 +332,16 @@ def test_every_generator_continues_where_it_was(tmp_path):
     path = save_checkpoint(make_state(), tmp_path)
     expected = draw()
     draw()
-    set_rng_state(load_checkpoint(path, "cpu")["rng"][0])
+    set_rng_state(load_checkpoint(path)["rng"][0])
     assert draw() == expected
 
 
 @pytest.mark.gpu
-def test_the_generator_of_a_gpu_continues_even_from_a_checkpoint_loaded_there(tmp_path):
+def test_the_generator_of_a_gpu_continues_where_it_was(tmp_path):
     torch.rand(1, device="cuda")
     path = save_checkpoint(make_state(), tmp_path)
     expected = torch.rand(3, device="cuda")
-    set_rng_state(load_checkpoint(path, "cuda")["rng"][0])
+    set_rng_state(load_checkpoint(path)["rng"][0])
     assert torch.equal(torch.rand(3, device="cuda"), expected)
 
 

@@ -50,7 +50,7 @@ def save(folder, epoch, best_epoch, batches=0):
 
 def best_epoch(folder):
     path = folder / "model_best.pth.tar"
-    return load_checkpoint(path, "cpu")["epoch"] if path.exists() else None
+    return load_checkpoint(path)["epoch"] if path.exists() else None
 
 
 @pytest.mark.parametrize("in_place", [True, False])
@@ -104,7 +104,7 @@ def test_a_fault_of_the_disk_takes_no_checkpoint_away(tmp_path, monkeypatch, bro
     monkeypatch.setattr(shutil if broken == "copyfileobj" else run_dir_module, broken, refuse)
     resume = str(tmp_path / "checkpoint_previous.pth.tar")
     if broken == "copyfileobj":
-        known = load_checkpoint(resume, "cpu")
+        known = load_checkpoint(resume)
     with pytest.raises(OSError, match="Input/output error"):
         copy_previous_run(resume, known, tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -115,8 +115,8 @@ def test_the_checkpoint_that_is_continued_becomes_the_latest(tmp_path):
         save(tmp_path, epoch, best_epoch=1)
     previous = tmp_path / "checkpoint_previous.pth.tar"
     (tmp_path / "checkpoint.pth.tar").write_bytes(b"damaged")
-    copy_previous_run(str(previous), load_checkpoint(previous, "cpu"), tmp_path)
-    assert load_checkpoint(tmp_path / "checkpoint.pth.tar", "cpu")["epoch"] == 1
+    copy_previous_run(str(previous), load_checkpoint(previous), tmp_path)
+    assert load_checkpoint(tmp_path / "checkpoint.pth.tar")["epoch"] == 1
     assert not previous.exists()
     assert best_epoch(tmp_path) == 1
 

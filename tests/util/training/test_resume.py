@@ -111,6 +111,6 @@ def test_the_newest_checkpoint_that_can_continue_a_cut_epoch_is_named(tmp_path):
     for name in ("checkpoint_2", "checkpoint_previous", "model_best"):
         earlier = latest.with_name(f"{name}.pth.tar")
         with pytest.raises(CheckpointError, match=f"at step 13; continue with --resume {earlier}$"):
-            training.restore(load_checkpoint(latest, "cpu"), plan, file=str(latest))
-        training.restore(load_checkpoint(earlier, "cpu"), plan, file=str(earlier))
+            training.restore(load_checkpoint(latest), plan, file=str(latest))
+        training.restore(load_checkpoint(earlier), plan, file=str(earlier))
         earlier.unlink()
