@@ -53,8 +53,7 @@ def build_script() -> Script:
     flags.add_device_flags(parser)
     flags.add_output_flags(parser)
     flags.add_advanced_flags(parser)
-    options = {name: architecture.options for name, architecture in ARCHITECTURES.items()}
-    return Script(parser, options, rules=data_rules)
+    return Script(parser, ARCHITECTURES, rules=data_rules)
 
 
 def data_rules(flags: Namespace) -> Rules:

@@ -11,7 +11,6 @@ from torch import nn
 
 from models import (
     IMAGENET_ARCHITECTURES,
-    Options,
     build_imagenet_model,
     describe_imagenet_architectures,
     make_layers,
@@ -65,7 +64,7 @@ def build_script() -> Script:
     flags.add_device_flags(parser)
     flags.add_output_flags(parser)
     flags.add_advanced_flags(parser)
-    return Script(parser, Options(names), final_block=32, rules=own_rules)
+    return Script(parser, names, final_block=32, rules=own_rules)
 
 
 def own_rules(flags: Namespace) -> Rules:

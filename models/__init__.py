@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from .factory import Layers, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
-from .registry import Architecture, Options, init_weights
+from .registry import Architecture, init_weights
 from .small_images import ARCHITECTURES, build_model, describe_architectures
 
 __all__ = [
@@ -20,7 +20,6 @@ __all__ = [
     "IMAGENET_ARCHITECTURES",
     "Architecture",
     "Layers",
-    "Options",
     "build_imagenet_model",
     "build_model",
     "describe_architectures",

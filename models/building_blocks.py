@@ -23,6 +23,13 @@ def average_pool(side: int = 1) -> nn.Sequential:
     return nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten())
 
 
+def make_classifier(
+    layers: Layers, channels: int, num_classes: int, **parts: nn.Module
+) -> nn.Sequential:
+    """Chain the parts of a network, a global average and the last linear layer."""
+    return chain(**parts, pool=average_pool(), linear=layers.linear(channels, num_classes))
+
+
 def add_norm_relu(layers: Layers, conv: nn.Module) -> list[nn.Module]:
     """Return a convolution, its norm and ReLU."""
     return [conv, layers.norm(conv.out_channels), nn.ReLU(inplace=True)]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import Stem, average_pool, chain, conv_stem
+from .building_blocks import Stem, conv_stem, make_classifier
 from .factory import Layers
 
 DEPTHS = (6, 12, 24, 16)  # layers of each dense block
@@ -58,9 +58,5 @@ def make_densenet(
         for _ in range(depth):
             modules.append(DenseLayer(layers, channels))
             channels += GROWTH
-    return chain(
-        stem=first,
-        features=nn.Sequential(*modules, layers.norm(channels), nn.ReLU()),
-        pool=average_pool(),
-        linear=layers.linear(channels, num_classes),
-    )
+    features = nn.Sequential(*modules, layers.norm(channels), nn.ReLU())
+    return make_classifier(layers, channels, num_classes, stem=first, features=features)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import average_pool, chain, make_bottleneck, make_projection, small_stem
+from .building_blocks import make_bottleneck, make_classifier, make_projection, small_stem
 from .factory import Layers
 
 STEM_WIDTH, GROUPS = 64, 32
@@ -75,9 +75,4 @@ def make_dpn(layers: Layers, *, in_channels: int, num_classes: int) -> nn.Sequen
             stride = 2 if first and stage is not STAGES[0] else 1
             blocks.append(DualPathBlock(layers, channels, stage, stride=stride, first=first))
             channels = stage.out + (index + 2) * stage.growth
-    return chain(
-        stem=stem,
-        blocks=nn.Sequential(*blocks),
-        pool=average_pool(),
-        linear=layers.linear(channels, num_classes),
-    )
+    return make_classifier(layers, channels, num_classes, stem=stem, blocks=nn.Sequential(*blocks))

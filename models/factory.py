@@ -13,6 +13,7 @@ from torch import nn
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
 
 Maker = Callable[..., nn.Module]
+Options = Mapping[str, Any]  # keywords of FastDeconv
 
 
 @dataclass(frozen=True)
@@ -123,51 +124,37 @@ def make_layers(
     stem_options = {**options, "n_iter": n_iter if stem_iter is None else stem_iter}
     final = (512 if deconv else 0) if block_final is None else block_final
     linear = _bind_delinear(final, options) if final else nn.Linear
-    methods = _make_methods(
-        stem_options,
-        options,
-        bias=bias,
-        norm=nn.BatchNorm1d if batchnorm and not deconv else nn.Identity,
-        last=None if block_final is None else linear,
-    )
-    if deconv:
-        whitening = {"bias": bias, "mode": mode, "block": block, "root": root}
-        whitening["rows_per_feature"] = rows_per_feature
-        make = partial(FastDeconv, **whitening)
+    norm = nn.BatchNorm1d if batchnorm and not deconv else nn.Identity
+    last = None if block_final is None else linear
+    methods = _make_methods(stem_options, options, bias=bias, norm=norm, last=last)
+    if not deconv:
+        plain = partial(nn.Conv2d, bias=bias and not batchnorm)
         return Layers(
-            conv=partial(_make_convolution, make, options),
-            stem=partial(make, **stem_options),
-            norm=nn.Identity,
+            conv=partial(_make_convolution, plain, {}),
+            stem=plain,
+            norm=nn.BatchNorm2d if batchnorm else nn.Identity,
             linear=linear,
             methods=methods,
-            default_method=3,
-            adapt=partial(
-                _convert,
-                stem_iter=stem_options["n_iter"],
-                linear=bool(final),
-                block_linear=final or 1,
-                **whitening,
-                **options,
-            ),
+            default_method=1,
+            adapt=_keep if batchnorm and not final else None,
         )
-    plain = partial(nn.Conv2d, bias=bias and not batchnorm)
+    whitening = {"bias": bias, "mode": mode, "block": block, "root": root}
+    whitening["rows_per_feature"] = rows_per_feature
+    make = partial(FastDeconv, **whitening)
+    heads = {"linear": bool(final), "block_linear": final or 1}
     return Layers(
-        conv=partial(_make_convolution, plain, {}),
-        stem=plain,
-        norm=nn.BatchNorm2d if batchnorm else nn.Identity,
+        conv=partial(_make_convolution, make, options),
+        stem=partial(make, **stem_options),
+        norm=nn.Identity,
         linear=linear,
         methods=methods,
-        default_method=1,
-        adapt=_keep if batchnorm and not final else None,
+        default_method=3,
+        adapt=partial(_convert, stem_options["n_iter"], **heads, **whitening, **options),
     )
 
 
 def _make_convolution(
-    make: Maker,
-    options: Mapping[str, Any],
-    *shape: int,
-    max_iter: int | None = None,
-    **geometry: Any,
+    make: Maker, options: Options, *shape: int, max_iter: int | None = None, **geometry: Any
 ) -> nn.Module:
     """Make a convolution with at most `max_iter` Newton-Schulz steps, if it takes any."""
     if max_iter is not None and "n_iter" in options:
@@ -180,14 +167,14 @@ def _keep(model: nn.Module, *, pretrained: bool) -> nn.Module:
     return model
 
 
-def _convert(model: nn.Module, *, pretrained: bool, stem_iter: int, **options: Any) -> nn.Module:
+def _convert(stem_iter: int, model: nn.Module, *, pretrained: bool, **options: Any) -> nn.Module:
     """Convert a network of another library to deconvolution; `stem_iter` is for its first layer."""
     model = convert(model, pretrained=pretrained, **options)
     next(m for m in model.modules() if isinstance(m, FastDeconv)).n_iter = stem_iter
     return model
 
 
-def _bind_delinear(block: int, options: Mapping[str, Any], **kwargs: Any) -> Maker:
+def _bind_delinear(block: int, options: Options, **kwargs: Any) -> Maker:
     """Bind Delinear to the options that it shares with FastDeconv."""
     known = signature(Delinear).parameters
     shared = {name: value for name, value in options.items() if name in known}
@@ -195,12 +182,7 @@ def _bind_delinear(block: int, options: Mapping[str, Any], **kwargs: Any) -> Mak
 
 
 def _make_methods(
-    stem_options: Mapping[str, Any],
-    options: Mapping[str, Any],
-    *,
-    bias: bool,
-    norm: Maker,
-    last: Maker | None,
+    stem_options: Options, options: Options, *, bias: bool, norm: Maker, last: Maker | None
 ) -> dict[int, Method]:
     """Make the table of methods; `last`, if given, is the last linear layer of all of them."""
 
@@ -216,26 +198,21 @@ def _make_methods(
     channel = partial(_make_image_convolution, partial(make_deconv, mode=3))
     joint = partial(_make_image_convolution, partial(make_deconv, mode=4))
     blocks = partial(_make_image_linear, _bind_delinear(32, stem_options, bias=bias))
-    table: dict[int, tuple[str, Maker, Maker, Maker]] = {
-        1: ("plain", plain, nn.Linear, norm),
-        2: ("channel deconvolution", channel, nn.Linear, nn.Identity),
-        3: ("joint deconvolution", joint, make_joint, nn.Identity),
-        4: ("deconvolution in blocks of 32", blocks, _bind_delinear(32, options), nn.Identity),
-    }
+    none, hidden = nn.Identity, _bind_delinear(32, options)
     return {
-        number: Method(description, image, hidden, last or hidden, norm)
-        for number, (description, image, hidden, norm) in table.items()
+        1: Method("plain", plain, nn.Linear, last or nn.Linear, norm),
+        2: Method("channel deconvolution", channel, nn.Linear, last or nn.Linear, none),
+        3: Method("joint deconvolution", joint, make_joint, last or make_joint, none),
+        4: Method("deconvolution in blocks of 32", blocks, hidden, last or hidden, none),
     }
 
 
-def _make_image_convolution(
-    conv: Maker, in_channels: int, image_size: int, out: int
-) -> nn.Sequential:
+def _make_image_convolution(conv: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
     """Make a linear layer on images as one convolution of the size of the image."""
     return nn.Sequential(conv(in_channels, out, image_size), nn.Flatten())
 
 
-def _make_image_linear(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Sequential:
+def _make_image_linear(linear: Maker, in_channels: int, image_size: int, out: int) -> nn.Module:
     """Make a linear layer on the in_channels * image_size**2 pixels of an image."""
     return nn.Sequential(nn.Flatten(), linear(in_channels * image_size**2, out))
 

@@ -9,43 +9,43 @@ converted; see `external.py`.
 from __future__ import annotations
 
 import textwrap
+from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from torch import nn
 
 from .building_blocks import large_stem
-from .densenet import make_densenet
 from .external import PRETRAINED_CLASSES, TIMM, list_torchvision, make_timm_entry
 from .factory import Layers
 from .registry import Architecture, build_from, describe
 from .resnet import make_resnet
-from .vgg import make_vgg
+from .small_images import ARCHITECTURES
 
 
-def _resnet(depth: int, description: str) -> Architecture:
-    build = partial(make_resnet, depth=depth, stem=large_stem)
-    return Architecture(build, f"ResNet-{depth}: {description}")
+def _enlarge(arch: str, **options: Any) -> Architecture:
+    """Return the entry of a network for small images, with options for large images."""
+    entry = ARCHITECTURES[arch]
+    return replace(entry, build=partial(entry.build, **options))
 
 
 def _vgg(depth: int) -> Architecture:
-    build = partial(make_vgg, depth=depth, side=7, hidden=(4096, 4096), dropout_rate=0.5)
+    entry = _enlarge(f"vgg{depth}", side=7, hidden=(4096, 4096), dropout_rate=0.5)
     description = f"VGG-{depth}: {depth - 3} convolutions and three linear layers"
-    return Architecture(build, description, ("dropout_rate",))
+    return replace(entry, description=description)
 
 
 OURS: dict[str, Architecture] = {
-    "resnet18d": _resnet(18, "eight residual blocks of two 3 x 3 convolutions"),
-    "resnet34d": _resnet(34, "sixteen residual blocks of two 3 x 3 convolutions"),
-    "resnet50d": _resnet(50, "sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
-    "resnet101d": _resnet(
-        101, "thirty-three residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"
+    "resnet18d": _enlarge("resnet18", stem=large_stem),
+    "resnet34d": _enlarge("resnet34", stem=large_stem),
+    "resnet50d": _enlarge("resnet50", stem=large_stem),
+    "resnet101d": Architecture(
+        partial(make_resnet, depth=101, stem=large_stem),
+        "ResNet-101: thirty-three residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions",
     ),
     "vgg11d": _vgg(11),
     "vgg16d": _vgg(16),
-    "densenet121d": Architecture(
-        partial(make_densenet, stem=large_stem),
-        "DenseNet-121: four dense blocks, each layer adds 32 channels",
-    ),
+    "densenet121d": _enlarge("densenet121", stem=large_stem),
 }
 _TORCHVISION = list_torchvision()
 

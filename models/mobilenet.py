@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from .building_blocks import (
     SqueezeExcitation,
     add_norm_relu,
-    average_pool,
-    chain,
     make_bottleneck,
+    make_classifier,
     make_shortcut,
     small_stem,
     stack_blocks,
@@ -113,9 +112,6 @@ def make_mobilenet(
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        layers: from `make_layers`.
-        in_channels: channels of the images.
-        num_classes: classes of the output.
         block: class of the blocks.
         stages: see `Stage`.
         head: channels of the 1 x 1 convolution; 0 for none.
@@ -128,9 +124,6 @@ def make_mobilenet(
         channels = out
     if head:
         modules += add_norm_relu(layers, layers.conv(channels, head, 1))
-    return chain(
-        stem=stem,
-        features=nn.Sequential(*modules),
-        pool=average_pool(),
-        linear=layers.linear(head or channels, num_classes),
-    )
+        channels = head
+    features = nn.Sequential(*modules)
+    return make_classifier(layers, channels, num_classes, stem=stem, features=features)

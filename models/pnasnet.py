@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import average_pool, chain, make_projection, small_stem, stack_blocks
+from .building_blocks import make_classifier, make_projection, small_stem, stack_blocks
 from .factory import Layers
 
 DEPTH = 6  # cells per stage, besides the halving cell that begins the second and the third
@@ -76,19 +76,11 @@ def make_pnasnet(
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
     Args:
-        layers: from `make_layers`.
         cell: class of the cells.
         width: channels of the first stage; each further stage doubles them.
-        in_channels: channels of the images.
-        num_classes: classes of the output.
     """
     stem = small_stem(layers, in_channels, width)
     cells = stack_blocks(cell, layers, width, width, DEPTH, stride=1)
     for out in (2 * width, 4 * width):
         cells += stack_blocks(cell, layers, out // 2, out, DEPTH + 1, stride=2)
-    return chain(
-        stem=stem,
-        cells=nn.Sequential(*cells),
-        pool=average_pool(),
-        linear=layers.linear(4 * width, num_classes),
-    )
+    return make_classifier(layers, 4 * width, num_classes, stem=stem, cells=nn.Sequential(*cells))

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import Stem, average_pool, chain, conv_stem, stack_blocks
+from .building_blocks import Stem, conv_stem, make_classifier, stack_blocks
 from .factory import Layers
 from .resnet import WIDTHS
 
@@ -66,9 +66,4 @@ def make_preact(
         stride = 1 if width == WIDTHS[0] else 2
         blocks += stack_blocks(PreActBlock, layers, channels, width, DEPTH, stride, gate=gate)
         channels = width
-    return chain(
-        stem=first,
-        blocks=nn.Sequential(*blocks),
-        pool=average_pool(),
-        linear=layers.linear(channels, num_classes),
-    )
+    return make_classifier(layers, channels, num_classes, stem=first, blocks=nn.Sequential(*blocks))

@@ -5,7 +5,7 @@ CONTRIBUTING.md lists the places of a new network.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
@@ -57,22 +57,6 @@ class Architecture:
 
 
 Table = Mapping[str, Architecture]
-
-
-class Options(Mapping[str, Collection[str]]):
-    """Names of the options of each network of a table, including networks it does not list."""
-
-    def __init__(self, table: Table) -> None:
-        self._table = table
-
-    def __getitem__(self, arch: str) -> Collection[str]:
-        return self._table[arch].options
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._table)
-
-    def __len__(self) -> int:
-        return len(self._table)
 
 
 def build_from(

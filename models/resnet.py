@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .building_blocks import Stem, average_pool, chain, make_shortcut, small_stem, stack_blocks
+from .building_blocks import Stem, make_classifier, make_shortcut, small_stem, stack_blocks
 from .factory import Layers
 
 WIDTHS = (64, 128, 256, 512)
@@ -86,9 +86,4 @@ def make_resnet(
         blocks = stack_blocks(block, layers, channels, out, number, stride)
         stages.append(nn.Sequential(*blocks))
         channels = out
-    return chain(
-        stem=first,
-        stages=nn.Sequential(*stages),
-        pool=average_pool(),
-        linear=layers.linear(channels, num_classes),
-    )
+    return make_classifier(layers, channels, num_classes, stem=first, stages=nn.Sequential(*stages))

@@ -10,9 +10,8 @@ from torch.nn import functional as F
 
 from .building_blocks import (
     add_norm_relu,
-    average_pool,
-    chain,
     make_bottleneck,
+    make_classifier,
     make_shortcut,
     stack_blocks,
 )
@@ -47,15 +46,10 @@ def make_resnext(layers: Layers, *, in_channels: int, num_classes: int) -> nn.Se
 
     The stem is a 1 x 1 convolution, as in the common form for small images.
     """
-    stem = add_norm_relu(layers, layers.stem(in_channels, STEM_WIDTH, 1))
+    stem = nn.Sequential(*add_norm_relu(layers, layers.stem(in_channels, STEM_WIDTH, 1)))
     channels, blocks = STEM_WIDTH, []
     for width in WIDTHS:
         stride = 1 if width == WIDTHS[0] else 2
         blocks += stack_blocks(ResNeXtBlock, layers, channels, width, DEPTH, stride)
         channels = width
-    return chain(
-        stem=nn.Sequential(*stem),
-        blocks=nn.Sequential(*blocks),
-        pool=average_pool(),
-        linear=layers.linear(channels, num_classes),
-    )
+    return make_classifier(layers, channels, num_classes, stem=stem, blocks=nn.Sequential(*blocks))

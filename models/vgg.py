@@ -38,10 +38,7 @@ def make_vgg(
     replace; only the last linear layer whitens.
 
     Args:
-        layers: from `make_layers`.
         depth: a key of `DEPTHS`.
-        num_classes: classes of the output.
-        in_channels: channels of the images.
         side: of the grid of averages before the linear layers; 1 for the global average.
         hidden: features of each linear layer before the last.
         dropout_rate: probability of dropping a feature after each hidden layer and before the last.

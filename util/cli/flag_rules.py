@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 from argparse import Namespace
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import chain
 
-from util.cli.script import ArchitectureOptions, Rules, Script
+from util.cli.script import Network, Rules, Script
 from util.distributed.launcher import is_launched
 
 
 def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tuple[str, str] | None:
     """Return the first typed flag that breaks a rule, with the reason and the remedy."""
-    has_method = "method" in script.architectures[flags.arch]
+    has_method = "method" in script.architectures[flags.arch].options
     rules = chain(
         _network_rules(flags, script.architectures),
         _method_rules(flags) if has_method else _deconv_rules(flags, typed),
@@ -28,10 +28,10 @@ def find_fault(flags: Namespace, typed: Collection[str], script: Script) -> tupl
     return None
 
 
-def _network_rules(flags: Namespace, architectures: ArchitectureOptions) -> Rules:
-    options = architectures[flags.arch]
+def _network_rules(flags: Namespace, architectures: Mapping[str, Network]) -> Rules:
+    options = architectures[flags.arch].options
     for name in ("method", "dropout_rate"):
-        others = ", ".join(arch for arch, accepted in architectures.items() if name in accepted)
+        others = ", ".join(arch for arch, entry in architectures.items() if name in entry.options)
         has_effect = name in options or not getattr(flags, name, None)
         yield name, has_effect, f"does not apply to {flags.arch}, only to {others}"
     reason = "contradicts deconvolution, which replaces BatchNorm; leave one of them out"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from util.cli.parser import Parser
 
@@ -15,7 +16,12 @@ PRESETS = {
 }
 
 Rules = Iterator[tuple[str, bool, str]]  # (flag, whether its value is allowed, error if it is not)
-ArchitectureOptions = Mapping[str, Collection[str]]  # architecture -> "method", "dropout_rate", ...
+
+
+class Network(Protocol):
+    """Entry of a table of networks."""
+
+    options: Collection[str]  # "method", "dropout_rate", ...
 
 
 @dataclass(frozen=True)
@@ -24,12 +30,12 @@ class Script:
 
     Attributes:
         parser: parser with all flags of the script.
-        architectures: the options that each architecture accepts.
+        architectures: table of the networks.
         final_block: default of --num-groups-final with --deconv, in features.
         rules: rules of this script alone, a function of the flags.
     """
 
     parser: Parser
-    architectures: ArchitectureOptions
+    architectures: Mapping[str, Network]
     final_block: int = 512
     rules: Callable[[Namespace], Rules] = lambda flags: iter(())

@@ -53,7 +53,7 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
         typed: names of the flags on the command line.
         script: knows the options of each architecture.
     """
-    has_method = "method" in script.architectures[flags.arch]
+    has_method = "method" in script.architectures[flags.arch].options
     if has_method:
         flags.method = flags.method or (3 if flags.deconv else 1)
         flags.deconv = flags.deconv if "deconv" in typed else flags.method != 1
