@@ -126,18 +126,20 @@ def plot_comparison(
         groups: curves to draw, in the order of the legend.
         path: file to write.
         title: title of the figure.
-        accuracy_only: plot accuracy against steps alone; the legend tells the final accuracy.
+        accuracy_only: plot accuracy against steps alone. The legend tells the final accuracy; the
+            highest comes first.
     """
-    labels = [" ".join(group.label.split()) for group in groups]
     if accuracy_only:
         size, rows, panels = (10, max(4.2, 0.7 * len(groups))), 1, [("top1", "step")]
-        for index, group in enumerate(groups):
-            final = np.mean([run.test["top1"][-1:] for run in group.runs])
-            labels[index] = labels[index].replace(", ", "\n", 1) + f"\ntest {final:.1f} %"
+        groups = sorted(groups, key=_final_accuracy, reverse=True)
     else:
         size, rows, panels = (11, 8 + 0.12 * len(groups)), 2, list(product(METRICS, AXES))
     figure = _draw_panels(Figure(figsize=size, layout="constrained"), rows, panels, groups)
     lines = [Line2D([], [], linewidth=2, **style) for style in _styles(groups)]
+    labels = [" ".join(group.label.split()) for group in groups]
+    if accuracy_only:
+        pairs = zip(labels, map(_final_accuracy, groups), strict=True)
+        labels = [label.replace(", ", "\n", 1) + f"\ntest {final:.1f} %" for label, final in pairs]
     entries = [*zip(lines, labels, strict=True), *_describe_marks(groups)]
     _add_legend(figure, entries, "outside right center" if accuracy_only else LEGEND_BELOW)
     _save(figure, path, title)
@@ -220,6 +222,11 @@ def _draw_group(axes: Axes, group: RunGroup, metric: str, x: str, style: dict[st
             axes.fill_between(at, low, high, color=color, alpha=0.2, linewidth=0)
             if part == "testing" and len(at) <= 5:  # a band over one epoch has no width
                 axes.vlines(at, low, high, color=color, linewidth=1.5)
+
+
+def _final_accuracy(group: RunGroup) -> float:
+    """Return the mean test top-1 over the seeds at the end, in percent."""
+    return float(np.mean([run.test["top1"][-1] for run in group.runs]))
 
 
 def _align(series: Sequence[Series], x: str) -> tuple[np.ndarray, np.ndarray]:

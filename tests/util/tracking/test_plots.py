@@ -133,7 +133,7 @@ def test_the_accuracy_alone_tells_the_final_accuracy_in_the_legend(tmp_path, fig
     (axes,) = figures[0].axes
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("training step", "top-1 accuracy (%)")
     labels = [text.get_text() for text in figures[0].legends[0].get_texts()]
-    assert labels[:2] == ["one\nlr 1\ntest 10.5 %", "two\ntest 12.0 %"]
+    assert labels[:2] == ["two\ntest 12.0 %", "one\nlr 1\ntest 10.5 %"]  # highest first
 
 
 def test_kinds_differ_in_colour_and_dash_and_their_groups_in_shade_and_marker(tmp_path, figures):
