@@ -12,6 +12,7 @@ from urllib.request import Request
 import numpy as np
 import pytest
 
+from tests.pairwise import loop_over
 from util.data import download
 from util.data.download import DownloadError, fetch
 
@@ -91,12 +92,13 @@ def server(monkeypatch):
     server.server_close()
 
 
-def limit_silence(monkeypatch, plan):
-    if "stalls" in plan:
-        monkeypatch.setattr(download, "TIMEOUT", 0.5)
+def follow(server, plan, monkeypatch):
+    """Start a plan from its first answer; a stall takes half a second."""
+    server.plan, server.asked = plan, []
+    monkeypatch.setattr(download, "TIMEOUT", 0.5 if "stalls" in plan else 30)
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("plan", "requests"),
     [
         (["good"], 1),
@@ -110,18 +112,17 @@ def limit_silence(monkeypatch, plan):
         (["says less", "good"], 2),
         (["drops", "other file", "good"], 3),
     ],
-    ids=str,
 )
 def test_a_download_survives(server, tmp_path, monkeypatch, plan, requests):
-    server.plan = plan
-    limit_silence(monkeypatch, plan)
+    follow(server, plan, monkeypatch)
     fetch(tmp_path / "file.bin", MD5, [server.url])
     assert (tmp_path / "file.bin").read_bytes() == CONTENT
     assert [path.name for path in tmp_path.iterdir()] == ["file.bin"]
     assert len(server.asked) == requests
+    (tmp_path / "file.bin").unlink()
 
 
-@pytest.mark.parametrize(
+@loop_over(
     ("plan", "told", "requests"),
     [
         ([404], "the server answers 404 Not Found", 1),
@@ -135,16 +136,15 @@ def test_a_download_survives(server, tmp_path, monkeypatch, plan, requests):
             2,
         ),
     ],
-    ids=str,
 )
 def test_a_download_is_given_up(server, tmp_path, monkeypatch, plan, told, requests):
-    server.plan = plan
-    limit_silence(monkeypatch, plan)
+    follow(server, plan, monkeypatch)
     with pytest.raises(DownloadError) as caught:
         fetch(tmp_path / "file.bin", MD5, [server.url])
     assert told in str(caught.value) and server.url in str(caught.value)
     assert not (tmp_path / "file.bin").exists()
     assert len(server.asked) == requests
+    (tmp_path / "file.bin.part").unlink(missing_ok=True)
 
 
 @pytest.mark.parametrize("plan", [["never ends"], ["drops", "never ends"]], ids=str)
