@@ -17,10 +17,9 @@ from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.paper.costs import estimate
+from scripts.paper import table1
 from scripts.paper.records import Records, look_up_top1
 from scripts.paper.runner import FindTop1, Recipe, Run, main
-from scripts.paper.table1 import BATCH_SIZE, FLAGS, STEPS
 from scripts.paper.tables import KINDS, format_table, mean_top1, show_top1, wrap
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
@@ -69,11 +68,8 @@ def _find_beyond(best: float, rates: Sequence[float]) -> float | None:
 
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
-    lr, decay = pair
-    flags = f"--preset paper --arch {arch} {FLAGS[kind]}"
-    flags += f" --lr {lr:g} --wd {decay:g} --epochs 1 --seed {seed}"
-    seconds = estimate(arch, kind == "deconv", STEPS, BATCH_SIZE)
-    return Run(name_run(arch, kind, pair, seed), "cifar10", flags, STEPS, seconds)
+    extra, name = f" --lr {pair[0]:g} --wd {pair[1]:g}", name_run(arch, kind, pair, seed)
+    return table1.make_run(arch, kind, seed, table1.STEPS, extra, name)
 
 
 def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:

@@ -24,7 +24,6 @@ DROPPED = MAY_CHANGE - KEPT  # flags
 MACHINE = ("versions", "commit", "device", "processor", "processes", "platform")
 METRICS = ("kind", "parameters", "epoch_steps", "steps", "train_loss", "train_top1")
 METRICS += ("test_loss", "test_top1", "train_seconds", "test_seconds", "peak_memory_mb")
-EPOCH_COLUMNS = ("epoch", "train_loss", "train_top1", "test_loss", "test_top1", "lr", "seconds")
 CURVE_POINTS = 120  # a longer curve of the training loss is averaged
 
 Records = dict[str, dict[str, Any]]  # by run name
@@ -40,7 +39,10 @@ def read_record(folder: Path) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         summary = read_or_exit(folder / "summary.json")
         record |= {key: summary.get(key) for key in METRICS}
-    return _round({**record, "epochs": _read_epochs(folder), "curve": _read_curve(folder)})
+    record |= {"epochs": _read_epochs(folder), "curve": _read_curve(folder)}
+    # Round to six significant digits; replace a non-finite number by None.
+    round_float, drop = lambda text: float(f"{float(text):.6g}"), lambda text: None
+    return json.loads(json.dumps(record), parse_float=round_float, parse_constant=drop)
 
 
 def load(name: str, results: Path = RESULTS) -> Records:
@@ -84,11 +86,10 @@ def look_up_top1(records: Records, name: str, unknown: float | None = None) -> f
 
 
 def _read_epochs(folder: Path) -> list[list[float]]:
+    """Return per epoch its number, training and test loss and top-1, learning rate and seconds."""
     train, test = (read_log(folder / f"{part}.log") for part in ("train", "test"))
-    columns = {"train_loss": train["loss"], "train_top1": train["top1"]}
-    columns |= {"test_loss": test["loss"], "test_top1": test["top1"]}
-    columns |= {key: train[key] for key in ("epoch", "lr", "seconds")}
-    return [list(row) for row in zip(*(columns[key] for key in EPOCH_COLUMNS), strict=True)]
+    columns = [train["epoch"], train["loss"], train["top1"], test["loss"], test["top1"]]
+    return [list(row) for row in zip(*columns, train["lr"], train["seconds"], strict=True)]
 
 
 def _read_curve(folder: Path) -> list[list[float]]:
@@ -99,14 +100,3 @@ def _read_curve(folder: Path) -> list[list[float]]:
     width = -(-len(steps) // CURVE_POINTS) if steps else 1
     parts = [slice(start, start + width) for start in range(0, len(steps), width)]
     return [[steps[part][-1], fmean(log["loss"][part])] for part in parts]
-
-
-def _round(value: Any) -> Any:
-    """Round to six significant digits; replace a non-finite number by None."""
-    if isinstance(value, dict):
-        return {key: _round(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_round(item) for item in value]
-    if isinstance(value, float):
-        return float(f"{value:.6g}") if abs(value) < float("inf") else None
-    return value

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import math
 import shlex
-import signal
 import subprocess
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -37,7 +36,7 @@ from util.cli.inherited import MAY_CHANGE
 from util.cli.parser import Parser, bounded_int, path_name
 from util.tracking.provenance import RECORD_NAME
 from util.training.recorder import DIVERGED_NAME
-from util.training.signals import HANGUP
+from util.training.signals import stop_on_signal
 
 RUNS = ROOT / "runs" / "paper"
 TRAIN_IMAGES = {"cifar10": 50_000, "fashion": 60_000}
@@ -103,30 +102,25 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     passed = [word for word in passed if word != "--"]
     folder = Path(flags.out) / recipe.name
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
-    if not (planned := list_runs(recipe, folder, flags.only, known, unknown=0.0)):
-        parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
-    refuse_recipe_flags(planned, flags, passed, parser)
-    if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
-        parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
+    planned = list_runs(recipe, folder, flags.only, known, unknown=0.0)
+    check_command(planned, flags, passed, parser)
     if flags.dry_run:
         print(describe_plan(planned, folder, flags, passed, known))
         return
     tried: set[str] = set()
-
-    def list_left() -> list[Run]:
-        return list_unfinished(recipe, folder, flags.only, known)
-
-    while runs := [run for run in list_left() if run.name not in tried]:
+    while left := list_unfinished(recipe, folder, flags.only, known):
+        if not (runs := [run for run in left if run.name not in tried]):
+            names = ", ".join(run.name for run in left)
+            raise SystemExit(
+                f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}"
+            )
         lines = {run.name: make_command(run, folder / run.name, flags, passed) for run in runs}
         run_all(lines, folder, flags.jobs)
         tried |= lines.keys()
-    if failed := [run.name for run in list_left()]:
-        names = ", ".join(failed)
-        raise SystemExit(f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}")
     runs = list_runs(recipe, folder, flags.only, known)
     print(f"{recipe.name}: all {len(runs)} runs complete", flush=True)
     complete = all(find_state(run, folder / run.name) == "finished" for run in runs)
-    if complete and flags.only is None:
+    if complete and not flags.only:
         for line in recipe.follow_up(folder, flags.cifar10 or flags.data):
             subprocess.run(line, cwd=ROOT, check=True)
 
@@ -140,13 +134,13 @@ def make_parser(recipe: Recipe) -> Parser:
     add("--data", text, absolute, str(ROOT / "data"), "data", metavar="DIR")
     text = f"write runs to DIR/{recipe.name}"
     add("--out", text, absolute, str(RUNS), "runs/paper", metavar="DIR")
-    add("--only", "select runs whose name contains TEXT", default_text="all", metavar="TEXT")
+    add("--only", "select runs whose name contains TEXT", None, "", "all", metavar="TEXT")
     add("--jobs", "concurrent runs", bounded_int(1, 64), 1, metavar="N")
     add("--threads", "CPU threads per run", bounded_int(1, 1024), 1, metavar="N")
     text = "skip runs with a record in results/, of this or another machine"
-    add("--skip-recorded", text, action="store_true", default=False, default_text="")
+    add("--skip-recorded", text, action="store_true")
     text = "list the runs and their estimated durations, run nothing"
-    add("--dry-run", text, action="store_true", default=False, default_text="")
+    add("--dry-run", text, action="store_true")
     return parser
 
 
@@ -161,13 +155,17 @@ def find_parser() -> Parser:
     return build_script().parser
 
 
-def refuse_recipe_flags(
+def check_command(
     runs: Sequence[Run], flags: Namespace, passed: Sequence[str], parser: Parser
 ) -> None:
-    """Refuse passed flags that main.py does not know or that the recipe sets itself."""
+    """Refuse a selection of no run, and passed flags that are unknown or that the recipe sets."""
+    if not runs:
+        parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
     own = {name for r in runs for name in find_parser().parse_typed(list_flags(r, Path(), flags))}
     for name in find_parser().parse_typed(passed).keys() & own:
         parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
+    if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
+        parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
 
 
 def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
@@ -191,19 +189,19 @@ def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
 
     The plan may depend on the results of `known` runs, made elsewhere.
     """
-    runs = list_runs(recipe, folder, None, known)
+    runs = list_runs(recipe, folder, "", known)
     names = [run.name for run in runs if find_state(run, folder / run.name) not in UNFINISHED]
     return {name: read_record(folder / name) for name in names}
 
 
-def list_unfinished(recipe: Recipe, folder: Path, only: str | None, known: Records) -> list[Run]:
+def list_unfinished(recipe: Recipe, folder: Path, only: str, known: Records) -> list[Run]:
     """Return the planned runs that are neither over nor recorded in `known`."""
     runs = list_runs(recipe, folder, only, known)
     return [run for run in runs if find_state(run, folder / run.name, known) in UNFINISHED]
 
 
 def list_runs(
-    recipe: Recipe, folder: Path, only: str | None, known: Records, unknown: float | None = None
+    recipe: Recipe, folder: Path, only: str, known: Records, unknown: float | None = None
 ) -> list[Run]:
     """Return the planned runs, with missing results taken as `unknown`."""
 
@@ -214,7 +212,7 @@ def list_runs(
             return summary["test_top1"]
         return look_up_top1(known, name, unknown)
 
-    return [run for run in recipe.plan(find_top1) if only is None or only in run.name]
+    return [run for run in recipe.plan(find_top1) if only in run.name]
 
 
 def find_state(run: Run, folder: Path, known: Records | None = None) -> str:
@@ -284,27 +282,24 @@ def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None
         SystemExit: after a signal, once the active runs have saved a checkpoint.
     """
     waiting, running = list(lines), {}
-    numbers = filter(None, (signal.SIGTERM, signal.SIGINT, HANGUP))
-    before = {number: signal.getsignal(number) for number in numbers}
-    for number, handler in before.items():
-        if handler is not signal.SIG_IGN:  # nohup ignores SIGHUP
-            signal.signal(number, _exit_on_signal)
-    try:
-        while waiting or running:
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[name] = start(lines[name], folder / name)
-            time.sleep(0.1)
-            for name in [name for name, process in running.items() if process.poll() is not None]:
-                finish(running.pop(name).returncode, folder / name)
-    except SystemExit:
-        with suppress(OSError):  # the terminal may be closed
-            print("stopped; the same command continues", flush=True)
-        raise
-    finally:
-        stop(running.values())
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    with stop_on_signal() as asked:
+        try:
+            while (waiting or running) and not asked():
+                while waiting and len(running) < jobs:
+                    name = waiting.pop(0)
+                    running[name] = start(lines[name], folder / name)
+                time.sleep(0.1)
+                for name in [name for name, run in running.items() if run.poll() is not None]:
+                    finish(running.pop(name).returncode, folder / name)
+        finally:
+            for process in running.values():
+                process.terminate()
+            for process in running.values():
+                process.wait()  # until it has saved
+        if number := asked():
+            with suppress(OSError):  # the terminal may be closed
+                print("stopped; the same command continues", flush=True)
+            raise SystemExit(128 + number)
 
 
 def start(line: Sequence[str], folder: Path) -> subprocess.Popen:
@@ -313,7 +308,7 @@ def start(line: Sequence[str], folder: Path) -> subprocess.Popen:
     print(f"{time.strftime('%H:%M')} {folder.name}", flush=True)
     with open(folder / CONSOLE_NAME, "a") as console:
         command = [sys.executable, *line[1:]]
-        # A new session keeps Ctrl-C from the run; `stop` passes the signal on once.
+        # A new session keeps Ctrl-C from the run; `run_all` passes the signal on once.
         kwargs = {"stderr": subprocess.STDOUT, "start_new_session": True}
         return subprocess.Popen(command, cwd=ROOT, stdout=console, **kwargs)
 
@@ -332,15 +327,3 @@ def finish(code: int, folder: Path) -> None:
         for name in (PREVIOUS_NAME, BEST_NAME):
             (folder / name).unlink(missing_ok=True)
     print(f"{time.strftime('%H:%M')} {folder.name}: {outcome}", flush=True)
-
-
-def stop(processes: Collection[subprocess.Popen]) -> None:
-    """Terminate runs and wait until each has saved its checkpoint."""
-    for process in processes:
-        process.terminate()
-    for process in processes:
-        process.wait()
-
-
-def _exit_on_signal(number: int, frame: object) -> None:
-    raise SystemExit(128 + number)

@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import sys
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
@@ -35,22 +37,23 @@ TOLERANCE = 2.0  # points of top-1; a wider gap to the paper needs an explanatio
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    runs = [
-        make_run(arch, kind, seed, STEPS // 2 if arch in HALVED else STEPS)
-        for arch in NETWORKS
-        for seed in SEEDS.get(arch, (0,))
-        for kind in KINDS
+    cases = [
+        (*case, seed) for case in product(NETWORKS, KINDS) for seed in SEEDS.get(case[0], (0,))
     ]
+    runs = [make_run(*case, STEPS // 2 if case[0] in HALVED else STEPS) for case in cases]
     runs.sort(key=lambda run: run.seconds)
     return runs + [make_run("vgg11", kind, 0, LONG * STEPS) for kind in KINDS]
 
 
-def make_run(arch: str, kind: str, seed: int, steps: int) -> Run:
+def make_run(
+    arch: str, kind: str, seed: int, steps: int, extra: str = "", name: str | None = None
+) -> Run:
+    """Return a run with `--preset paper`; Best rates adds other flags and another name."""
     epochs = -(-steps // STEPS)
-    flags = f"--preset paper --arch {arch} {FLAGS[kind]} --seed {seed}"
-    flags += f" --epochs {epochs}" + (f" --max-steps {steps}" if steps % STEPS else "")
+    flags = f"--preset paper --arch {arch} {FLAGS[kind]}{extra} --seed {seed} --epochs {epochs}"
+    flags += f" --max-steps {steps}" if steps % STEPS else ""
     seconds = estimate(arch, kind == "deconv", steps, BATCH_SIZE, tests=epochs)
-    return Run(name_run(arch, kind, seed), "cifar10", flags, steps, seconds)
+    return Run(name or name_run(arch, kind, seed), "cifar10", flags, steps, seconds)
 
 
 def name_run(arch: str, kind: str, seed: int) -> str:
@@ -62,14 +65,18 @@ def name_runs(arch: str, kind: str) -> list[str]:
 
 
 def format_section(records: Records) -> str:
-    parts = [_format_one_epoch(records), *_list_differences(), _format_long(records)]
-    return "\n".join(parts)
+    return "\n".join([_format_one_epoch(records), *_list_differences(), _format_long(records)])
 
 
 def _format_one_epoch(records: Records) -> str:
     header = ["network", "parameters (million)", *COLUMNS, *TIME_COLUMNS]
     header.append(f"gap to the paper above {TOLERANCE:g} points, and why")
-    rows = [_format_network(arch, records) for arch in NETWORKS]
+    rows = []
+    for arch, network in NETWORKS.items():
+        title, millions = f"{network['title']} (`{arch}`)", f"{network['millions']:.2f}"
+        names = [name_runs(arch, kind) for kind in KINDS]
+        cells = _show_runs(network, "1", names, records, "½ " if arch in HALVED else "")
+        rows.append([title, millions, *cells, explain_gap(arch, records)])
     settings = f"""
         CIFAR-10, test top-1 (%) after one epoch. Both kinds use `--preset paper --root newton`:
         batch size {BATCH_SIZE}, SGD with learning rate 0.1, momentum 0.9 and weight decay 1e-3,
@@ -90,16 +97,15 @@ def _format_one_epoch(records: Records) -> str:
     return f"{wrap(settings)}\n{wrap(columns)}\n{format_table(header, rows)}"
 
 
-def _format_network(arch: str, records: Records) -> list[str | None]:
-    network, cells = NETWORKS[arch], []
-    for index, kind in enumerate(KINDS):
-        cells += [f"{network[source]['1'][index]:.2f}" for source in SOURCES]
-        names = name_runs(arch, kind)
-        half = "½ " if arch in HALVED and mean_top1(records, names) else ""
-        cells.append(half + show_top1(records, names))
-    seconds = [show_seconds(records, name_runs(arch, kind)) for kind in KINDS]
-    title, millions = f"{network['title']} (`{arch}`)", f"{network['millions']:.2f}"
-    return [title, millions, *cells, *seconds, explain_gap(arch, records)]
+def _show_runs(
+    network: dict[str, Any], epochs: str, names: list[list[str]], records: Records, mark: str = ""
+) -> list[str | None]:
+    """Return each kind's top-1 as published and here, then each kind's training time."""
+    cells: list[str | None] = []
+    for index, runs in enumerate(names):
+        cells += [f"{network[s][epochs][index]:.2f}" if s in network else None for s in SOURCES]
+        cells.append((mark if mean_top1(records, runs) else "") + show_top1(records, runs))
+    return cells + [show_seconds(records, runs) for runs in names]
 
 
 def explain_gap(arch: str, records: Records) -> str | None:
@@ -124,16 +130,12 @@ def _list_differences() -> list[str]:
 
 def _format_long(records: Records) -> str:
     header = ["network", *COLUMNS, *TIME_COLUMNS]
-    rows = []
-    for arch in ("vgg16", "resnet18"):
-        cells = []
-        for index in range(2):
-            published = [NETWORKS[arch][source][str(LONG)][index] for source in SOURCES]
-            cells += [*(f"{value:.2f}" for value in published), None]
-        rows.append([NETWORKS[arch]["title"], *cells, None, None])
-    names = [[name_run("vgg11", kind, 0)] for kind in KINDS]
-    top1 = [cell for name in names for cell in (None, None, show_top1(records, name))]
-    rows.append(["VGG-11", *top1, *(show_seconds(records, name) for name in names)])
+    networks = [NETWORKS["vgg16"], NETWORKS["resnet18"], {"title": "VGG-11"}]
+    names = [[], []], [[], []], [[name_run("vgg11", kind, 0)] for kind in KINDS]
+    rows = [
+        [network["title"], *_show_runs(network, str(LONG), runs, records)]
+        for network, runs in zip(networks, names, strict=True)
+    ]
     text = f"""
         Test top-1 (%) after {LONG} epochs with the same settings. VGG-11 has no published value;
         VGG-16 and ResNet-18 are the nearest networks that have.

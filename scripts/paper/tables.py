@@ -27,25 +27,26 @@ def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 def mean_top1(records: Records, names: Sequence[str]) -> float | None:
     """Return the mean test top-1 in percent over the finished runs, None without one."""
-    top1 = [top1_of(records.get(name)) for name in names]
-    finished = [value for value in top1 if value is not None]
-    return mean(finished) if finished else None
+    top1 = [value for name in names if (value := top1_of(records.get(name))) is not None]
+    return mean(top1) if top1 else None
 
 
 def show_top1(records: Records, names: Sequence[str]) -> str:
     """Return the mean test top-1 and each run's, or the step of divergence."""
-    shown = [_show(records[name]) for name in names if name in records]
-    if not shown:
-        return DASH
+    ran = [records[name] for name in names if name in records]
+    shown = ", ".join(
+        f"diverged at step {run['diverged']}" if "diverged" in run else f"{run['test_top1']:.2f}"
+        for run in ran
+    )
     average = mean_top1(records, names)
-    if len(shown) == 1 or average is None:
-        return ", ".join(shown)
-    return f"**{average:.2f}** ({', '.join(shown)})"
+    if len(ran) > 1 and average is not None:
+        return f"**{average:.2f}** ({shown})"
+    return shown or DASH
 
 
 def show_seconds(records: Records, names: Sequence[str]) -> str:
     """Return the mean training time in seconds over the finished runs."""
-    times = [records[name].get("train_seconds") for name in names if name in records]
+    times = [records.get(name, {}).get("train_seconds") for name in names]
     finished = [value for value in times if value is not None]
     return f"{mean(finished):,.0f}" if finished else DASH
 
@@ -55,9 +56,3 @@ def show_loss(loss: float | None, digits: int) -> str:
     if loss is None:
         return DASH
     return f"{loss:.{digits}f}" if abs(loss) < 1e4 else f"{loss:.1e}"
-
-
-def _show(record: dict[str, Any]) -> str:
-    if "diverged" in record:
-        return f"diverged at step {record['diverged']}"
-    return f"{record['test_top1']:.2f}"

@@ -17,7 +17,6 @@ the runs in --out/timed need an otherwise idle machine.
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
 from argparse import Namespace
@@ -26,19 +25,16 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.records import ROOT
+from scripts.paper.runner import read_summary
 from scripts.paper.tables import KINDS, format_table
 from util.cli.parser import Parser, bounded_float, bounded_int, path_name
 
-
-@dataclass(frozen=True)
-class Result:
-    """Test top-1 of one run in percent, and its training time in seconds."""
-
-    top1: float
-    seconds: float
+Summary = dict[str, Any]  # of a run
+Train = Callable[[float, int, int], Summary]  # learning rate, steps, seed
 
 
 @dataclass(frozen=True)
@@ -48,12 +44,12 @@ class Outcome:
     Args:
         screened: top-1 in percent by learning rate.
         steps: length of the shortest training that reaches the target at the best rate.
-        runs: timed runs of this length, one per seed.
+        runs: summaries of the timed runs of this length, one per seed.
     """
 
     screened: dict[float, float]
     steps: int
-    runs: list[Result] = field(default_factory=list)
+    runs: list[Summary] = field(default_factory=list)
 
     @property
     def lr(self) -> float:
@@ -63,55 +59,54 @@ class Outcome:
     @property
     def seconds(self) -> float:
         """Return the mean training time over the seeds."""
-        return mean(run.seconds for run in self.runs)
-
-
-Train = Callable[[float, int, int], Result]  # learning rate, steps, seed
+        return mean(run["train_seconds"] for run in self.runs)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = make_parser()
-    flags, passed = parser.parse_known_args(argv)
+    flags, passed = make_parser().parse_known_args(argv)
     out = Path(flags.out)
 
-    def train(kind: str, out: Path, lr: float, steps: int, seed: int) -> Result:
+    def train(kind: str, out: Path, lr: float, steps: int, seed: int) -> Summary:
         own = {"deconv": kind == "deconv", "lr": lr, "max-steps": steps, "seed": seed}
         return run(out, own, passed)
 
-    outcomes = {
-        kind: search(partial(train, kind, out), flags, begin)
-        for kind, begin in zip(KINDS, flags.begin, strict=True)
-    }
+    pairs = zip(KINDS, flags.begin, strict=True)
+    outcomes = {kind: search(partial(train, kind, out), flags, begin) for kind, begin in pairs}
     for seed in flags.seeds:
         for kind, outcome in outcomes.items():
-            timed = train(kind, out / "timed", outcome.lr, outcome.steps, seed)
-            outcome.runs.append(timed)
+            outcome.runs.append(train(kind, out / "timed", outcome.lr, outcome.steps, seed))
     print(format_outcomes(outcomes, flags.target))
 
 
 def search(train: Train, flags: Namespace, begin: int) -> Outcome:
-    """Find the best learning rate of one kind of layers and the shortest training, untimed."""
-    begin = max(begin // flags.grain, 1) * flags.grain
-    screened = {lr: train(lr, begin, flags.seeds[0]).top1 for lr in flags.lr}
-    best = max(screened, key=screened.__getitem__)
+    """Find the best learning rate of one kind of layers and the shortest training, untimed.
 
-    def reach(steps: int) -> float:
-        return mean(train(best, steps, seed).top1 for seed in flags.seeds)
+    Raises:
+        SystemExit: the longest training does not reach the target.
+    """
+    grain, steps = flags.grain, max(begin // flags.grain, 1) * flags.grain
+    screened = {lr: train(lr, steps, flags.seeds[0])["test_top1"] for lr in flags.lr}
+    best = Outcome(screened, steps).lr
 
-    limits = {"begin": begin, "grain": flags.grain, "longest": flags.longest}
-    return Outcome(screened, find_shortest(reach, flags.target, **limits))
+    def reaches(steps: int) -> bool:
+        return mean(train(best, steps, seed)["test_top1"] for seed in flags.seeds) >= flags.target
+
+    while not reaches(steps):
+        steps += grain
+        if steps > flags.longest:
+            raise SystemExit(
+                f"time_to_accuracy.py: {flags.target:g} % not reached in {flags.longest} steps"
+            )
+    while steps > grain and reaches(steps - grain):
+        steps -= grain
+    return Outcome(screened, steps)
 
 
 def make_parser() -> Parser:
     parser = Parser("time_to_accuracy.py", __doc__.splitlines()[0])
-    add = parser.add_group("search")
-    add(
-        "--target",
-        "test top-1 to reach, in percent",
-        bounded_float(above=0, below=100),
-        required=True,
-        metavar="P",
-    )
+    add, percent = parser.add_group("search"), bounded_float(above=0, below=100)
+    text = "test top-1 to reach, in percent"
+    add("--target", text, percent, required=True, metavar="P")
     rates = [0.003, 0.01, 0.03, 0.1, 0.3]
     text = "learning rates to try"
     add("--lr", text, bounded_float(above=0), rates, "0.003 to 0.3", nargs="+", metavar="LR")
@@ -124,47 +119,23 @@ def make_parser() -> Parser:
     return parser
 
 
-def run(out: Path, own: dict[str, object], passed: Sequence[str]) -> Result:
-    """Return the result of a run of main.py, made in a folder of `out` unless it is there.
+def run(out: Path, own: dict[str, object], passed: Sequence[str]) -> Summary:
+    """Return the summary of a run of main.py, made in a folder of `out` unless it is there.
 
     Raises:
         SystemExit: main.py has failed; with its exit code.
     """
     folder = out / "-".join(f"{name}{value}" for name, value in own.items())
-    summary = folder / "summary.json"
-    if not (summary.exists() and json.loads(summary.read_text())["steps"] == own["max-steps"]):
+    summary = read_summary(folder)
+    if summary is None or summary["steps"] != own["max-steps"]:
         words = [word for name, value in own.items() for word in (f"--{name}", str(value))]
         words += ["--run-dir", str(folder.resolve()), "--resume", "auto"]
         line = [sys.executable, "main.py", *words, *passed]
         if code := subprocess.run(line, cwd=ROOT).returncode:
             raise SystemExit(code)
-    metrics = json.loads(summary.read_text())
-    return Result(metrics["test_top1"], metrics["train_seconds"])
-
-
-def find_shortest(
-    reach: Callable[[int], float], target: float, *, begin: int, grain: int, longest: int
-) -> int:
-    """Return the shortest training, in steps, that reaches the target.
-
-    Args:
-        reach: steps -> test accuracy in percent.
-        target: test accuracy in percent.
-        begin: steps to begin with, a multiple of `grain`.
-        grain: unit of the length, in steps.
-        longest: longest training to try, in steps.
-
-    Raises:
-        SystemExit: the longest training does not reach the target.
-    """
-    steps = begin
-    while reach(steps) < target:
-        steps += grain
-        if steps > longest:
-            raise SystemExit(f"time_to_accuracy.py: {target:g} % not reached in {longest} steps")
-    while steps > grain and reach(steps - grain) >= target:
-        steps -= grain
-    return steps
+        summary = read_summary(folder)
+    assert summary is not None  # main.py has written it
+    return summary
 
 
 def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
@@ -173,8 +144,8 @@ def format_outcomes(outcomes: dict[str, Outcome], target: float) -> str:
     rows = []
     for kind, outcome in outcomes.items():
         screened = ", ".join(f"{lr:g}: {top1:.1f}" for lr, top1 in outcome.screened.items())
-        top1 = ", ".join(f"{run.top1:.2f}" for run in outcome.runs)
-        seconds = ", ".join(f"{run.seconds:.0f}" for run in outcome.runs)
+        top1 = ", ".join(f"{run['test_top1']:.2f}" for run in outcome.runs)
+        seconds = ", ".join(f"{run['train_seconds']:.0f}" for run in outcome.runs)
         cells = [KINDS[kind], screened, f"{outcome.lr:g}", outcome.steps, top1, seconds]
         rows.append([*cells, f"{outcome.seconds:.0f}"])
     ratio = outcomes["bn"].seconds / outcomes["deconv"].seconds

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 import main
-from scripts import inspect_layers
+from scripts import trained_network
 from scripts.paper import best_rates, filters, records, regression, report, runner, table1
 from scripts.paper.runner import Recipe, Run, make_command, make_parser
 from util.cli.settings import read_settings
@@ -71,7 +71,7 @@ def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_see
     new = plan_new(**{"lr0.03-wd0.0005": 39.0, "lr0.03-wd0.002": 41.0})
     flags = [run.flags for run in new if "vgg16-bn" in run.name]
     assert [text.partition("--lr ")[2] for text in flags] == [
-        f"0.03 --wd 0.002 --epochs 1 --seed {seed}" for seed in (1, 2)
+        f"0.03 --wd 0.002 --seed {seed} --epochs 1" for seed in (1, 2)
     ]
 
 
@@ -170,7 +170,7 @@ def test_a_run_made_with_other_flags_is_not_taken_for_the_recipes(tmp_path, monk
 @by_recipe
 def test_the_committed_records_were_made_as_the_recipes_say(recipe):
     results = records.load(recipe.name)
-    for run in runner.list_runs(recipe, runner.ROOT / "nowhere", None, results):
+    for run in runner.list_runs(recipe, runner.ROOT / "nowhere", "", results):
         runner.find_state(run, runner.ROOT / "nowhere" / run.name, results)
 
 
@@ -205,7 +205,7 @@ def test_runs_recorded_elsewhere_are_left_out_and_later_ones_follow_from_them(
     assert ran == ["best"] and not drawn  # the follow-up needs every run on this machine
     folder, longer = tmp_path / "runs" / "tiny", {"a": {"test_top1": 40.0, "steps": 1}}
     for known in ({}, longer):  # and records of shorter runs do not count
-        assert [run.name for run in runner.list_unfinished(recipe, folder, None, known)] == [
+        assert [run.name for run in runner.list_unfinished(recipe, folder, "", known)] == [
             "a",
             "b",
         ]
@@ -219,7 +219,7 @@ def test_results_recorded_elsewhere_enter_the_plan():
     seen = []
     recipe = Recipe("tiny", "Tiny", lambda find: seen.append([*map(find, "abc")]) or [], str)
     known = {"a": {"test_top1": 40.0}, "b": {"diverged": 3, "test_top1": 70.0}}
-    runner.list_runs(recipe, runner.ROOT / "nowhere", None, known)
+    runner.list_runs(recipe, runner.ROOT / "nowhere", "", known)
     assert seen == [[40.0, 0.0, None]]
 
 
@@ -239,7 +239,8 @@ def test_the_follow_up_command_finds_the_images(stand_in, tmp_path):
     argv = ["--out", str(tmp_path), "--cifar10", str(tmp_path / "images")]
     (tmp_path / "images" / "train").mkdir(parents=True)
     runner.main(make_recipe("a", follow_up=draw), argv)
-    read = inspect_layers.parse_args(drawn.read_text().split()[1:])
+    parser = trained_network.make_parser("inspect_layers.py", "", "", 1, "")
+    read = parser.parse_args(drawn.read_text().split()[1:])
     assert read.checkpoint == str(tmp_path / "tiny" / filters.NAME / "checkpoint.pth.tar")
     assert read.data == str(tmp_path / "images") and read.out.parent.name == "docs"
 

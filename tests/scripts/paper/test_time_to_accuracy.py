@@ -5,37 +5,45 @@ from argparse import Namespace
 import pytest
 
 from scripts.paper import time_to_accuracy
-from scripts.paper.time_to_accuracy import Outcome, Result, find_shortest, format_outcomes, search
+from scripts.paper.time_to_accuracy import Outcome, format_outcomes, search
 from util.checkpoint.store import LATEST_NAME, PREVIOUS_NAME
+
+
+def make_flags(**kwargs):
+    return Namespace(**{"lr": [0.1], "seeds": [0], "grain": 25, "longest": 1000} | kwargs)
 
 
 @pytest.mark.parametrize("begin", [25, 75, 125, 150, 400])
 def test_the_shortest_training_that_reaches_the_target_is_found(begin):
     tried = []
 
-    def train(steps):
+    def train(lr, steps, seed):
         tried.append(steps)
-        return steps / 2
+        return {"test_top1": steps / 2}
 
-    assert find_shortest(train, 61, begin=begin, grain=25, longest=1000) == 125
+    assert search(train, make_flags(target=61), begin).steps == 125
     assert 100 in tried and all(steps % 25 == 0 for steps in tried)
 
 
 def test_rates_are_compared_after_trainings_as_long_as_the_search_begins_with():
-    flags = Namespace(lr=[0.01, 0.1], seeds=[0, 1], grain=25, longest=1000, target=61)
-    train = lambda lr, steps, seed: Result(steps / 2 if lr == 0.01 else 20 + steps / 4, 1)
+    flags = make_flags(lr=[0.01, 0.1], seeds=[0, 1], target=61)
+    train = lambda lr, steps, seed: {"test_top1": steps / 2 if lr == 0.01 else 20 + steps / 4}
     outcome = search(train, flags, 110)  # .1 is ahead up to 80 steps
     assert outcome.screened == {0.01: 50, 0.1: 45} and (outcome.lr, outcome.steps) == (0.01, 125)
 
 
 def test_a_target_out_of_reach_ends_the_search():
     with pytest.raises(SystemExit, match="90 %.*100 steps"):
-        find_shortest(lambda steps: 50, 90, begin=25, grain=25, longest=100)
+        search(lambda *run: {"test_top1": 50}, make_flags(target=90, longest=100), 25)
 
 
 def test_the_table_compares_means_of_seconds():
-    slow = Outcome({0.01: 60.0, 0.1: 20.0}, 400, [Result(70.1, 100), Result(70.3, 300)])
-    fast = Outcome({0.01: 50.0, 0.1: 65.0}, 200, [Result(71.0, 100), Result(70.0, 100)])
+    def make(screened, steps, *runs):
+        keys = ("test_top1", "train_seconds")
+        return Outcome(screened, steps, [dict(zip(keys, run, strict=True)) for run in runs])
+
+    slow = make({0.01: 60.0, 0.1: 20.0}, 400, (70.1, 100), (70.3, 300))
+    fast = make({0.01: 50.0, 0.1: 65.0}, 200, (71.0, 100), (70.0, 100))
     text = format_outcomes({"bn": slow, "deconv": fast}, 70)
     assert (
         "| BatchNorm | 0.01: 60.0, 0.1: 20.0 | 0.01 | 400 | 70.10, 70.30 | 100, 300 | 200 |" in text
@@ -63,7 +71,7 @@ def test_a_run_that_was_stopped_goes_on(tmp_path):
     (folder,) = tmp_path.iterdir()
     (folder / PREVIOUS_NAME).replace(folder / LATEST_NAME)  # as if stopped after the first epoch
     (folder / "summary.json").unlink()
-    assert time_to_accuracy.run(tmp_path, own, flags).top1 == first.top1
+    assert time_to_accuracy.run(tmp_path, own, flags)["test_top1"] == first["test_top1"]
 
 
 def test_a_run_that_fails_ends_the_search_with_its_error(tmp_path, capfd):
