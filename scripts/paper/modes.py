@@ -54,15 +54,11 @@ def make_run(kind: str, flags: str, mode: int | None, seed: int) -> Run:
     arch = "vgg11" if kind.endswith("block64") else "vgg11, blocks of 16"
     slowdown = 2 if mode == 4 else 1  # mode 4 reads nine times as many patches
     seconds = estimate(arch, mode is not None, STEPS, BATCH_SIZE, slowdown=slowdown)
-    return Run(name_run(kind, seed), "cifar10", f"{BASE} {flags} --seed {seed}", STEPS, seconds)
+    return Run(f"{kind}-seed{seed}", "cifar10", f"{BASE} {flags} --seed {seed}", STEPS, seconds)
 
 
 def name_kind(mode: int, block: int | None) -> str:
     return f"mode{mode}-block{block}" if block else f"mode{mode}"
-
-
-def name_run(kind: str, seed: int) -> str:
-    return f"{kind}-seed{seed}"
 
 
 def format_section(records: Records) -> str:
@@ -98,15 +94,14 @@ def _describe_times(measured: dict[str, Any]) -> str:
 
 
 def _show_top1(records: Records, kind: str) -> str:
-    return show_top1(records, [name_run(kind, seed) for seed in SEEDS])
+    return show_top1(records, [f"{kind}-seed{seed}" for seed in SEEDS])
 
 
 def _show_times(times: dict[str, Any] | None) -> list[str | None]:
     if times is None:
         return [None] * 3
     ours, base = (f"{1000 * times[f'{name}_seconds']:,.0f}" for name in ("deconv", "base"))
-    lower, upper = times["quartiles"]
-    return [ours, base, f"{times['ratio']:.2f} [{lower:.2f}, {upper:.2f}]"]
+    return [ours, base, "{:.2f} [{:.2f}, {:.2f}]".format(times["ratio"], *times["quartiles"])]
 
 
 RECIPE = Recipe("modes", "Modes and blocks", plan, format_section)

@@ -10,6 +10,7 @@ descent on Fashion-MNIST follows, without momentum; whitened input needs about o
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -75,10 +76,10 @@ def name_descent(method: int) -> str:
 
 def final_loss(record: dict[str, Any] | None) -> float | None:
     """Return the training loss at the end, None for a missing or diverged run."""
-    if record is None or "diverged" in record:
+    if not record or "diverged" in record:
         return None
     losses = [loss for _, loss in record["curve"][-LAST:]]
-    return sum(losses) / len(losses) if None not in losses else None
+    return None if None in losses else sum(losses) / len(losses)
 
 
 def choose_rate(case: Case, method: int, records: Records) -> float | None:
@@ -110,18 +111,16 @@ def format_section(records: Records) -> str:
 
 
 def _format_case(case: Case, method: int, records: Records) -> list[str | None]:
-    cells = [_show_loss(records.get(name_run(case, method, rate))) for rate in RATES]
+    cells = []
+    for rate in RATES:
+        record = records.get(name_run(case, method, rate), {})
+        loss = final_loss(record)
+        diverged = f"diverged at step {record.get('diverged', DASH)}"
+        cells.append(diverged if record and loss is None else show_loss(loss, 3))
     best = choose_rate(case, method, records)
     top1 = None if best is None else show_top1(records, [name_run(case, method, best)])
     dataset, arch, loss = case
     return [TITLES[dataset], f"`{arch}`", loss, f"{method} {METHODS[method]}", *cells, top1]
-
-
-def _show_loss(record: dict[str, Any] | None) -> str:
-    loss = final_loss(record)
-    if record is not None and loss is None:
-        return f"diverged at step {record.get('diverged', DASH)}"
-    return show_loss(loss, 3)
 
 
 def _format_descent(method: int, records: Records) -> list[str]:
@@ -135,21 +134,21 @@ def draw(records: Records, path: Path) -> None:
     """Plot training loss against step: one panel per case, and one for full-batch descent."""
     panels = {}
     for case in CASES:
-        dataset, arch, loss = case
-        lines = {}
-        for method, text in METHODS.items():
-            rate = choose_rate(case, method, records)
-            if rate is not None:
-                curve = records[name_run(case, method, rate)]["curve"]
-                lines[f"{method} {text}, lr {rate:g}"] = curve
-        panels[f"{TITLES[dataset]}, {arch}, {loss}, batch size {BATCH_SIZE}"] = lines
+        rates = {method: choose_rate(case, method, records) for method in METHODS}
+        names = {m: name_run(case, m, rate) for m, rate in rates.items() if rate is not None}
+        title = f"{TITLES[case[0]]}, {case[1]}, {case[2]}, batch size {BATCH_SIZE}"
+        panels[title] = _list_curves(names, rates, records)
     names = {method: name_descent(method) for method in DESCENT}
-    panels["Fashion-MNIST, simple_v1, L2, full batch"] = {
-        f"{method} {METHODS[method]}, lr {DESCENT[method]:g}": records[name]["curve"]
-        for method, name in names.items()
-        if name in records
-    }
-    plot_losses(panels, path)
+    title = "Fashion-MNIST, simple_v1, L2, full batch"
+    plot_losses({**panels, title: _list_curves(names, DESCENT, records)}, path)
+
+
+def _list_curves(
+    names: Mapping[int, str], rates: Mapping[int, float | None], records: Records
+) -> dict[str, Any]:
+    """Return the curves of runs by method and learning rate."""
+    ran = {method: records[name]["curve"] for method, name in names.items() if name in records}
+    return {f"{m} {METHODS[m]}, lr {rates[m]:g}": curve for m, curve in ran.items()}
 
 
 RECIPE = Recipe("regression", "Linear and logistic regression", plan, format_section, draw)

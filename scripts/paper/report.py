@@ -13,14 +13,13 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
 from scripts.paper.records import RESULTS, ROOT, Records, load, save, top1_of
 from scripts.paper.runner import RUNS, Recipe, gather
-from scripts.paper.tables import KINDS, format_table, show_loss
+from scripts.paper.tables import KINDS, format_table, mean_top1, show_loss, show_seconds, show_top1
 from util.cli.parser import Parser, path_name
 from util.files import atomic_write
 
@@ -94,8 +93,8 @@ def format_readme_table(results: Path) -> str:
 
 def _show_mean(records: Records, names: Sequence[str]) -> str | None:
     """Return the mean test top-1, None unless every run has finished."""
-    top1 = [top1_of(records.get(name)) for name in names]
-    return f"{mean(top1):.1f}" if top1 and None not in top1 else None
+    complete = names and all(top1_of(records.get(name)) is not None for name in names)
+    return f"{mean_top1(records, names):.1f}" if complete else None
 
 
 def write_page(results: Path, docs: Path) -> None:
@@ -129,14 +128,13 @@ def format_section(recipe: Recipe, records: Records) -> str:
 
 def describe_machines(records: Records) -> str:
     """Return the number of runs per machine, and the total training time."""
-    machines = Counter(_describe_machine(record) for record in records.values())
+    machines = Counter(
+        f"{record['processor']} ({record['device']}), torch {record['versions']['torch']}"
+        for record in records.values()
+    )
     seconds = sum(record.get("train_seconds") or 0 for record in records.values())
     counts = "; ".join(f"{count} on {machine}" for machine, count in sorted(machines.items()))
     return f"Runs: {counts}. Total training time: {seconds / 3600:.1f} hours.\n"
-
-
-def _describe_machine(record: dict[str, Any]) -> str:
-    return f"{record['processor']} ({record['device']}), torch {record['versions']['torch']}"
 
 
 def list_runs(records: Records) -> str:
@@ -151,16 +149,12 @@ def list_runs(records: Records) -> str:
 def describe_run(name: str, record: dict[str, Any]) -> list[Any]:
     """Return the row of a run."""
     flags = [record["flags"][key] for key in ("seed", "lr", "weight_decay", "batch_size")]
-    machine = [record["device"], (record["commit"] or "-")[:9]]
     if "diverged" in record:
-        return [name, *flags, f"diverged at {record['diverged']}", None, None, None, *machine]
-    loss, top1 = show_loss(record["train_loss"], 4), _format(record["test_top1"], ".2f")
-    seconds = _format(record["train_seconds"], ",.0f")
-    return [name, *flags, record["steps"], loss, top1, seconds, *machine]
-
-
-def _format(value: float | None, spec: str) -> str | None:
-    return None if value is None else format(value, spec)
+        results = [f"diverged at {record['diverged']}", None, None, None]
+    else:
+        results = [record["steps"], show_loss(record["train_loss"], 4)]
+        results += [show_top1({name: record}, [name]), show_seconds({name: record}, [name])]
+    return [name, *flags, *results, record["device"], (record["commit"] or "-")[:9]]
 
 
 if __name__ == "__main__":
