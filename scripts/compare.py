@@ -26,7 +26,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.inherited import MAY_CHANGE
-from util.cli.parser import Parser
+from util.cli.parser import Parser, report_errors
 from util.console import visible
 from util.files import atomic_write
 from util.tracking.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     stem = args.out.with_suffix("") if args.out.suffix in (".png", ".md") else args.out
     figure, text = (Path(f"{stem.absolute()}{suffix}") for suffix in (".png", ".md"))
-    try:
+    with report_errors(parser, ValueError):
         runs = list(map(read_run, args.runs, name_runs(args.runs)))
         groups = group_seeds(runs)
         table = format_table(groups)
@@ -69,8 +69,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_comparison(curves, figure, title=title, accuracy_only=args.accuracy_only)
         with atomic_write(text) as file:
             file.write(table.encode())
-    except (OSError, ValueError) as error:
-        parser.error(str(error))
     print(f"{table}\nwrote {visible(str(figure))} and {visible(text.name)}")
 
 

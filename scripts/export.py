@@ -27,8 +27,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import fuse
-from scripts.trained_network import INPUT_ERRORS, load_network, make_parser, read_images
-from util.cli.parser import Parser
+from scripts.trained_network import load_network, make_parser, read_images
+from util.cli.parser import Parser, report_errors
 
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
 Facts = dict[str, str]  # about the input, by name
@@ -44,14 +44,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"--to {args.to} needs {', '.join(missing)}, not installed here: "
             f"pip install '.[{args.to}]' in the folder of this project"
         )
-    try:
+    with report_errors(parser, ValueError):
         trained = load_network(args.checkpoint)
         images = read_images(trained.flags, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = describe_input(trained.saved)
         run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, facts)
-    except INPUT_ERRORS as error:
-        parser.error(str(error))
     with torch.no_grad():
         expected = trained.network(images)
         # Two batch sizes, both unlike that of the example.
@@ -64,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     if not difference <= args.tolerance * scale:  # true for NaN, too
         limit = f"{args.tolerance:g} of the largest score"
-        parser.exit(1, f"{parser.prog}: error: the difference is more than {limit}\n")
+        parser.error(f"the difference is more than {limit}", 1)
 
 
 def build_parser() -> Parser:

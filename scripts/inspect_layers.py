@@ -33,7 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import FastDeconv, whiteness
 from deconv.whiteness import LayerWhiteness, Whiteness
-from scripts.trained_network import INPUT_ERRORS, load_network, make_parser, read_images
+from scripts.trained_network import load_network, make_parser, read_images
+from util.cli.parser import report_errors
 from util.tracking.plots import draw_filters
 
 LEGEND = """\
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     out, purpose = "figure to write, .png or .pdf", "number of test images"
     parser = make_parser("inspect_layers.py", __doc__.splitlines()[0], out, 128, purpose)
     args = parser.parse_args(argv)
-    try:
+    with report_errors(parser, ValueError):
         trained = load_network(args.checkpoint)
         first = find_first_layer(trained.network)
         images = read_images(trained.flags, args.data, args.images)
@@ -56,8 +57,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         title = f"{trained.flags.arch}, {len(images)} images"
         last = find_last_convolution(trained.network, rows)
         draw(first, last, rows, title).savefig(args.out, dpi=120)
-    except INPUT_ERRORS as error:
-        parser.error(str(error))
     print(f"figure: {args.out}")
 
 

@@ -83,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         search, best, final = compare_kinds(args.out.resolve(), extra)
     except RunFailed as error:
-        parser.exit(1, f"{parser.prog}: error: {error}\n")
+        parser.error(str(error), 1)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
     finished = [str(args.out / run.name) for run, summary in final.items() if summary]

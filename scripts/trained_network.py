@@ -25,12 +25,10 @@ from util.data.datasets import build_loaders, is_embedded
 from util.data.imagenet import build_imagenet_loaders
 from util.data.images import DataSpec
 from util.data.loader import LoaderOptions
-from util.errors import CheckpointError, DataError, RunError
+from util.errors import DataError
 from util.training.resume import restore_model
 
 LEAST_IMAGES = 4
-# Errors that a wrong command line or a damaged file can cause.
-INPUT_ERRORS = (CheckpointError, DataError, RunError, ValueError, OSError)
 
 
 @dataclass(frozen=True)

@@ -41,11 +41,9 @@ def check_content(state: Any) -> None:
     """
     CONTENT("", state)
     progress = state["progress"]
-    batches = len(state["meters"]["rows"]) if state["meters"] else 0
+    steps = progress["step"] + (len(state["meters"]["rows"]) if state["meters"] else 0)
     _check_equal("epoch", state["epoch"], "progress.epoch is", progress["epoch"])
-    _check_equal(
-        "step", state["step"], "progress.step and meters.rows add up to", progress["step"] + batches
-    )
+    _check_equal("step", state["step"], "progress.step and meters.rows add up to", steps)
     _check_equal("best_top1", state["best_top1"], "progress.best_top1 is", progress["best_top1"])
     integer(0, progress["epoch"])("progress.best_epoch", progress["best_epoch"])
     integer(0, state["config"]["epochs"])("epoch", progress["epoch"])
@@ -84,11 +82,10 @@ def _is_python_state(value: Any) -> bool:
         return False
 
 
+TWISTER = {"key": tensor(torch.int64, shape=(TWISTER_WORDS,)), "pos": integer(0, TWISTER_WORDS)}
 NUMPY_STATE = {
     "bit_generator": require("'MT19937'", lambda value: describe(value) == "'MT19937'"),
-    "state": record(
-        {"key": tensor(torch.int64, shape=(TWISTER_WORDS,)), "pos": integer(0, TWISTER_WORDS)}
-    ),
+    "state": record(TWISTER),
     "has_gauss": integer(0, 1),
     "gauss": number(),
 }

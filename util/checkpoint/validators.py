@@ -9,9 +9,9 @@ Example:
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from math import inf, isnan
 from typing import Any
 
 import torch
@@ -60,14 +60,12 @@ def integer(minimum: int = 0, maximum: int = MAX_COUNT) -> Validator:
     )
 
 
-def number(
-    minimum: float = -math.inf, maximum: float = math.inf, *, nan: bool = False
-) -> Validator:
+def number(minimum: float = -inf, maximum: float = inf, *, nan: bool = False) -> Validator:
     """Return a validator of numbers that a float holds; `nan` accepts NaN, too."""
 
     def is_valid(value: Any) -> bool:
         is_number = type(value) is float or (type(value) is int and abs(value) < MAX_COUNT)
-        return is_number and (minimum <= value <= maximum or (nan and math.isnan(value)))
+        return is_number and (minimum <= value <= maximum or (nan and isnan(value)))
 
     return require(f"a number from {minimum:g} to {maximum:g}", is_valid)
 
@@ -137,10 +135,9 @@ def record(fields: Mapping[str, Validator]) -> Validator:
     def validate(path: str, value: Any) -> None:
         dict_of(str, any_value)(path, value)
         prefix = f"{path}." if path else ""
-        for key in fields:
+        for key, validator in fields.items():
             if key not in value:
                 raise ContentError(f"{prefix}{key} is missing")
-        for key, validator in fields.items():
             validator(prefix + key, value[key])
 
     return validate
@@ -148,13 +145,12 @@ def record(fields: Mapping[str, Validator]) -> Validator:
 
 def list_of(validator: Validator, minimum: int = 0) -> Validator:
     """Return a validator of lists and tuples with at least `minimum` items of one kind."""
-    validate_length = require(
-        f"a list of {minimum} or more",
-        lambda value: type(value) in (list, tuple) and len(value) >= minimum,
-    )
+
+    def is_valid(value: Any) -> bool:
+        return type(value) in (list, tuple) and len(value) >= minimum
 
     def validate(path: str, value: Any) -> None:
-        validate_length(path, value)
+        require(f"a list of {minimum} or more", is_valid)(path, value)
         for index, item in enumerate(value):
             validator(f"{path}[{index}]", item)
 

@@ -50,7 +50,7 @@ def add_network_flags(
         parser: the parser to extend.
         architectures: names of all architectures.
         describe: returns the text of `--arch help`.
-        default: default architecture.
+        default: name of an architecture.
         dropout_rate: default; None means the rate of the published architecture.
     """
 

@@ -36,7 +36,7 @@ def start(
 
     Args:
         file: path of the script, which every worker process runs.
-        script: the command line.
+        script: command line of `file`.
         run: trains or tests, given flags, checkpoint, ranks and device.
         argv: words of the command line; None: those of this process.
 
