@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .factory import Layers
+from .factory import Layers, Maker
 
 Stem = Callable[[Layers, int, int], nn.Module]  # stem(layers, in_channels, width)
 
@@ -36,13 +37,7 @@ def add_norm_relu(layers: Layers, conv: nn.Module) -> list[nn.Module]:
 
 
 def stack_blocks(
-    block: Callable[..., nn.Module],
-    layers: Layers,
-    channels: int,
-    out: int,
-    depth: int,
-    stride: int,
-    **options: object,
+    block: Maker, layers: Layers, channels: int, out: int, depth: int, stride: int, **options: Any
 ) -> list[nn.Module]:
     """Make block(layers, channels, out, stride, **options) `depth` times, as one stage.
 
@@ -66,14 +61,8 @@ def make_bottleneck(
 
     (N, channels, H, W) -> (N, out, H/stride, W/stride).
 
-    Args:
-        layers: from `make_layers`.
-        channels: of the input.
-        width: channels of the 3 x 3 convolution.
-        out: channels of the output.
-        stride: of the 3 x 3 convolution.
-        groups: of the 3 x 3 convolution; `width` for a depthwise one.
-        max_iter: maximum of Newton-Schulz steps in the 3 x 3 and in the last convolution.
+    The 3 x 3 convolution has `width` channels, the stride and the groups. `max_iter` is the maximum
+    of Newton-Schulz steps in the 3 x 3 and in the last convolution.
     """
     middle = {"stride": stride, "padding": 1, "groups": groups, "max_iter": max_iter[0]}
     return nn.Sequential(

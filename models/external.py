@@ -30,13 +30,9 @@ def list_torchvision() -> dict[str, Architecture]:
 
 def _make_torchvision_entry(name: str) -> Architecture:
     sized = ("image_size",) if name.startswith(("vit", "maxvit")) else ()
-    return Architecture(
-        partial(_build_torchvision, name=name),
-        f"torchvision's {name}",
-        ("pretrained", *sized),
-        TORCHVISION_MIN_SIZES.get(name, MIN_IMAGE_SIZE),
-        init=None,
-    )
+    build, options = partial(_build_torchvision, name=name), ("pretrained", *sized)
+    min_size = TORCHVISION_MIN_SIZES.get(name, MIN_IMAGE_SIZE)
+    return Architecture(build, f"torchvision's {name}", options, min_size, init=None)
 
 
 def make_timm_entry(arch: str) -> Architecture:

@@ -9,7 +9,6 @@ act on the outputs of a block.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -25,37 +24,25 @@ from .building_blocks import (
 from .factory import Layers
 
 STEM_WIDTH = 32
-
-
-class Stage(NamedTuple):
-    """Stage of `depth` inverted residuals: expansion of the input, output channels, depth, stride.
-
-    The first block has the stride.
-    """
-
-    expansion: int
-    out: int
-    depth: int
-    stride: int
-
-
+# Expansion of the input, output channels, number of blocks, stride of the first block.
+Stage = tuple[int, int, int, int]
 MOBILENET_V2 = (
-    Stage(1, 16, 1, 1),
-    Stage(6, 24, 2, 1),  # 2 for large images
-    Stage(6, 32, 3, 2),
-    Stage(6, 64, 4, 2),
-    Stage(6, 96, 3, 1),
-    Stage(6, 160, 3, 2),
-    Stage(6, 320, 1, 1),
+    (1, 16, 1, 1),
+    (6, 24, 2, 1),  # 2 for large images
+    (6, 32, 3, 2),
+    (6, 64, 4, 2),
+    (6, 96, 3, 1),
+    (6, 160, 3, 2),
+    (6, 320, 1, 1),
 )
 EFFICIENTNET_B0 = (
-    Stage(1, 16, 1, 2),
-    Stage(6, 24, 2, 1),
-    Stage(6, 40, 2, 2),
-    Stage(6, 80, 3, 2),
-    Stage(6, 112, 3, 1),
-    Stage(6, 192, 4, 2),
-    Stage(6, 320, 1, 2),
+    (1, 16, 1, 2),
+    (6, 24, 2, 1),
+    (6, 40, 2, 2),
+    (6, 80, 3, 2),
+    (6, 112, 3, 1),
+    (6, 192, 4, 2),
+    (6, 320, 1, 2),
 )
 
 
@@ -68,7 +55,7 @@ class InvertedResidual(nn.Module):
     """
 
     def __init__(
-        self, layers: Layers, channels: int, out: int, stride: int, *, expansion: int
+        self, layers: Layers, channels: int, out: int, stride: int, expansion: int
     ) -> None:
         super().__init__()
         width = expansion * channels
@@ -88,9 +75,9 @@ class GatedResidual(InvertedResidual):
     """Inverted residual with a gate g: x' + g(y), or y + g(y) with a stride above 1."""
 
     def __init__(
-        self, layers: Layers, channels: int, out: int, stride: int, **options: int
+        self, layers: Layers, channels: int, out: int, stride: int, expansion: int
     ) -> None:
-        super().__init__(layers, channels, out, stride, **options)
+        super().__init__(layers, channels, out, stride, expansion)
         self.gate = SqueezeExcitation(out)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -119,7 +106,7 @@ def make_mobilenet(
     stem = small_stem(layers, in_channels, STEM_WIDTH)
     channels, modules = STEM_WIDTH, []
     for expansion, out, depth, stride in stages:
-        shape = (channels, out, depth, stride)
+        shape = channels, out, depth, stride
         modules += stack_blocks(block, layers, *shape, expansion=expansion)
         channels = out
     if head:

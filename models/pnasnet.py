@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .building_blocks import make_classifier, make_projection, small_stem, stack_blocks
-from .factory import Layers
+from .factory import Layers, Maker
 
 DEPTH = 6  # cells per stage, besides the halving cell that begins the second and the third
 
@@ -64,20 +64,13 @@ class CellB(nn.Module):
 
 
 def make_pnasnet(
-    layers: Layers,
-    *,
-    cell: type[CellA] | type[CellB],
-    width: int,
-    in_channels: int,
-    num_classes: int,
+    layers: Layers, *, in_channels: int, num_classes: int, cell: Maker, width: int
 ) -> nn.Sequential:
     """Make a stem, three stages of six cells with a halving cell between them, average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
 
-    Args:
-        cell: class of the cells.
-        width: channels of the first stage; each further stage doubles them.
+    The first stage has `width` channels; each further stage doubles them.
     """
     stem = small_stem(layers, in_channels, width)
     cells = stack_blocks(cell, layers, width, width, DEPTH, stride=1)

@@ -7,17 +7,14 @@ NOTE (differs from He et al.): there is no norm and ReLU before the global avera
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .building_blocks import Stem, conv_stem, make_classifier, stack_blocks
-from .factory import Layers
+from .factory import Layers, Maker
 from .resnet import WIDTHS
 
 DEPTH = 2  # blocks per stage, as in ResNet-18
-Gate = Callable[[int], nn.Module]  # gate(channels), on the output of a block, before the sum
 
 
 class PreActBlock(nn.Module):
@@ -25,28 +22,23 @@ class PreActBlock(nn.Module):
 
     x' is x, or a projection of relu(norm(x)) if shapes differ.
 
-    (N, C, H, W) -> (N, width, H/stride, W/stride).
+    (N, C, H, W) -> (N, out, H/stride, W/stride).
     """
 
-    def __init__(self, layers: Layers, channels: int, width: int, stride: int, gate: Gate) -> None:
+    def __init__(self, layers: Layers, channels: int, out: int, stride: int, gate: Maker) -> None:
         super().__init__()
         self.norm1 = layers.norm(channels)
-        self.conv1 = layers.conv(channels, width, 3, stride=stride, padding=1)
-        self.norm2 = layers.norm(width)
-        self.conv2 = layers.conv(width, width, 3, padding=1)
-        self.gate = gate(width)
-        same = stride == 1 and channels == width
-        self.projection = None if same else layers.conv(channels, width, 1, stride=stride)
+        self.conv1 = layers.conv(channels, out, 3, stride=stride, padding=1)
+        self.norm2 = layers.norm(out)
+        self.conv2 = layers.conv(out, out, 3, padding=1)
+        self.gate = gate(out)
+        same = stride == 1 and channels == out
+        self.projection = None if same else layers.conv(channels, out, 1, stride=stride)
 
     def forward(self, x: Tensor) -> Tensor:
         active = F.relu(self.norm1(x))
         y = self.conv2(F.relu(self.norm2(self.conv1(active))))
         return self.gate(y) + (x if self.projection is None else self.projection(active))
-
-
-def no_gate(channels: int) -> nn.Module:
-    """Make a gate that passes every channel unchanged."""
-    return nn.Identity()
 
 
 def make_preact(
@@ -55,11 +47,13 @@ def make_preact(
     in_channels: int,
     num_classes: int,
     stem: Stem = conv_stem,
-    gate: Gate = no_gate,
+    gate: Maker = nn.Identity,
 ) -> nn.Sequential:
     """Make a stem, four stages of two preactivation blocks, global average, linear.
 
     (N, C, H, W), at least 32 x 32 -> (N, num_classes).
+
+    gate(channels) makes a module on the output of a block, before the sum.
     """
     first, channels, blocks = stem(layers, in_channels, WIDTHS[0]), WIDTHS[0], []
     for width in WIDTHS:

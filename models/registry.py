@@ -70,13 +70,8 @@ def build_from(
 ) -> nn.Module:
     """Build and initialise a network of a table.
 
-    Args:
-        table: the table.
-        arch: a name in the table.
-        layers: from `make_layers`.
-        image_size: side of the images, in pixels; passed to networks that need it.
-        optional: name -> (value, default) of each option that only some networks take.
-        **shape: channels of the input and classes of the output, as every network takes them.
+    All networks take `shape`, those that need it `image_size`. `optional` has the value and the
+    default of each option that only some networks take.
 
     Raises:
         ValueError: `arch` is unknown, does not take an option, or needs larger images.

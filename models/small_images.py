@@ -42,12 +42,10 @@ ARCHITECTURES: dict[str, Architecture] = {
     "resnet34": _resnet(34, "sixteen residual blocks of two 3 x 3 convolutions"),
     "resnet50": _resnet(50, "sixteen residual blocks of 1 x 1, 3 x 3 and 1 x 1 convolutions"),
     "densenet121": Architecture(
-        make_densenet,
-        "DenseNet-121: four dense blocks, each layer adds 32 channels",
+        make_densenet, "DenseNet-121: four dense blocks, each layer adds 32 channels"
     ),
     "preact": Architecture(
-        make_preact,
-        "Preact-ResNet-18: eight blocks of two 3 x 3 convolutions, norm and ReLU first",
+        make_preact, "Preact-ResNet-18: eight blocks of two 3 x 3 convolutions, norm and ReLU first"
     ),
     "senet": Architecture(
         partial(make_preact, stem=small_stem, gate=SqueezeExcitation),
