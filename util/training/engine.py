@@ -18,7 +18,7 @@ from util.console import progress_bar
 from util.distributed.world import World
 from util.errors import RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
-from util.training.hooks import BatchContext, no_batch_context
+from util.training.hooks import BatchContext
 from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
 from util.training.optim import Criterion
 from util.training.signals import StopRequest, never_stop
@@ -39,7 +39,7 @@ def train_one_epoch(
     max_steps: int | None = None,
     on_batch: Callable[[int, Metrics], None] = lambda batch, metrics: None,
     stop_request: StopRequest = never_stop,
-    batch_context: BatchContext = no_batch_context,
+    batch_context: BatchContext | None = None,
     title: str = "train",
 ) -> Metrics:
     """Train on every batch once, or until the epoch has `max_steps` steps.
@@ -83,7 +83,7 @@ def train_one_epoch(
         for step, batch in enumerate(bar, start=first):
             images, targets = accelerator.batch_to_device(*batch)
             context = nullcontext()
-            if world.size > 1:
+            if batch_context and world.size > 1:
                 context = batch_context(*world.batch_offset(len(images), images.device))
             try:
                 with context:

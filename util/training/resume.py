@@ -140,7 +140,7 @@ class TrainingState:
             "own_buffers": self.world.gather_own_buffers(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None,  # stateless: the learning rate is a closed form of `step`
-            "scaler": self.accelerator.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict(),
             "rng": self.world.gather(rng_state()),
             "skipped": list_skipped(self.world, *self.loaders),
         }
@@ -170,7 +170,8 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             state = saved["optimizer"]["state"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.accelerator.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # only --amp fp16 has one
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.world.take_own_buffers(self.model, saved["own_buffers"])
         if len(saved["rng"]) == self.world.size:  # one random state per rank
             set_rng_state(saved["rng"][self.world.rank])
