@@ -14,7 +14,7 @@ from .matmul import outer_products
 from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
-CPU_CHUNK, CHUNK = 8 << 20, 256 << 20
+CPU_CHUNK, CHUNK = 4 << 20, 256 << 20
 KEPT = 2 << 20  # bytes of patches up to which the backward pass keeps them, not gathers them again
 
 
