@@ -238,9 +238,9 @@ class FastDeconv(Convolution, nn.Conv2d):
         sync_stats: take the batch statistics over all ranks (default True). N ranks then equal one
             with the whole batch, also with unequal or empty shares, see `batch_share`. All ranks
             must run the layer equally often and start from equal buffers. A layer sends one message
-            forward and one backward (mode 1: two), of 1 + C T + G d^2 numbers: T taps (1 in
-            mode 3), G matrices of side d. A subset of patches adds C T numbers. Evaluation with
-            running statistics sends none.
+            forward and one backward (mode 1: two), of 1 + 2 C T + G d^2 numbers: T taps (1 in
+            mode 3), G matrices of side d. Ranks may hold images of different size: each weighs by
+            its images times their patches. Evaluation with running statistics sends none.
         track_running_stats: keep running statistics (default True). Otherwise evaluation whitens by
             its batch, and `fuse` raises.
         device, dtype: of the parameters, as in `torch.nn.Conv2d`.

@@ -67,6 +67,9 @@ def pool_statistics(
     lies close to it, so that subtracting the shift between the two cancels few digits. (Before the
     first batch the running mean is 0, and an offset of hundreds of standard deviations cancels.)
 
+    Each rank weighs by its images times the positions of its grid, however few it samples. The
+    length of the message depends on the layer alone, as ranks may hold images of different size.
+
     Args:
         stats: statistics of this rank.
         blocks: the view of a patch as blocks.
@@ -80,29 +83,28 @@ def pool_statistics(
     if whitened is not None:
         offset = transform_along(whitened[0], offset, whitened[1], blocks)
     moment = stats.cov + second_moment(offset, axis, blocks)
-    grid_mean = () if stats.mean is centre else (stats.mean,)
-    samples, shift, moment, *means = average_over_ranks(stats.samples, offset, moment, *grid_mean)
+    count, shift, moment, mean = average_over_ranks(stats.count, offset, moment, stats.mean)
     cov = moment - second_moment(shift, axis, blocks)
-    centre = reference + shift.flatten()  # of raw patches, unless `whitened`
-    return Statistics(stats.images, samples, means[0] if means else centre, cov, centre)
+    return stats._replace(count=count, mean=mean, cov=cov)
 
 
 def average_over_ranks(count: int | Tensor, *means: Tensor) -> tuple[Tensor, ...]:
     """Return weighted averages over all ranks, in one message.
 
-    Every rank sends M * [1, means]. The sum is divided by its first element. A rank without rows
-    has weight 0 but must take part, as in every collective operation.
+    Every rank sends M * [1, means]. The sum is divided by its first element. A rank without
+    patches has weight 0 but must take part, as in every collective operation.
 
     The gradient is that of the sum of all ranks' losses, in one message of the same size. Summed
-    over ranks, parameter gradients equal those of one rank with all rows. (DDP averages them: they
-    then belong to the average loss.)
+    over ranks, parameter gradients equal those of one rank with all patches. (DDP averages them:
+    they then belong to the average loss.)
 
     Args:
-        count: M, rows of this rank.
-        means: averages over the rows of this rank, of equal shapes on all ranks; finite for M = 0.
+        count: M, patches of this rank.
+        means: averages over the patches of this rank, of equal shapes on all ranks; finite for
+            M = 0.
 
     Returns:
-        M of all ranks, (), and the averages over their rows, 0 for no rows at all.
+        M of all ranks, (), and the averages over their patches, 0 for no patches at all.
     """
     parts = [mean.flatten() for mean in (means[0].new_ones(()), *means)]
     total, *sums = _SumOverRanks.apply(count * torch.cat(parts)).split([p.numel() for p in parts])

@@ -66,7 +66,7 @@ class Whitening(nn.Module):
         return x, weight, bias
 
     def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
-        """Return x, the number M of patches, mu (C*T,), and Cov and D of the batch by axis.
+        """Return x, the number of patches, mu (C*T,), and Cov and D of the batch by axis.
 
         Mode 1 has two axes: the second one sees patches that the first has whitened.
         """
@@ -85,7 +85,7 @@ class Whitening(nn.Module):
             covs[axis] = stats.cov
             means.append(stats.mean)
             x, whitened = stats.images, (axis, whiten[axis])
-        return x, stats.samples, means[0], covs, whiten
+        return x, stats.count, means[0], covs, whiten
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Return the layer's input as (N, C, *size), checked and padded."""

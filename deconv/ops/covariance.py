@@ -22,10 +22,10 @@ class Statistics(NamedTuple):
     """First and second moments of patches along one axis."""
 
     images: Tensor  # N C H W
-    samples: int | Tensor  # M, number of sampled patches
+    count: int | Tensor  # patches of the grid on all images, sampled or not
     mean: Tensor  # C*T, of all patches of the grid
     cov: Tensor  # G d d, of the sampled patches
-    centre: Tensor  # C*T, mean of the sampled patches: `cov` is centred there
+    centre: Tensor  # C*T, mean of the patches that this rank samples
 
 
 def mean_and_covariance(
@@ -65,7 +65,7 @@ def mean_and_covariance(
     before, matrix = whitened or ("", None)
     x, sampling = patches
     x, centre, cov, *mean = _MeanAndCovariance.apply(x, matrix, before, sampling, blocks, axis)
-    return Statistics(x, patches.samples, mean[0] if mean else centre, cov, centre)
+    return Statistics(x, patches.grid_count, mean[0] if mean else centre, cov, centre)
 
 
 class _MeanAndCovariance(torch.autograd.Function):

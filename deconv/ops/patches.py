@@ -149,6 +149,12 @@ class Patches(NamedTuple):
         return len(self.images) * self.sampling.count(self.images.shape[2:])
 
     @property
+    def grid_count(self) -> int:
+        """Number of patches of the whole grid, sampled or not."""
+        grid = self.sampling.grid if isinstance(self.sampling, PatchSubset) else self.sampling
+        return len(self.images) * grid.count(self.images.shape[2:])
+
+    @property
     def bytes_per_image(self) -> int:
         """Memory of the gathered patches of one image."""
         _, channels, *size = self.images.shape

@@ -147,7 +147,22 @@ def whitening_far_from_zero(share):
     return layer.running_cov_joint
 
 
-def experiments(share):
+def crop(x, rank):
+    """Return images of another size for each rank."""
+    return x[..., : 9 - 2 * rank, : 8 - 2 * rank]
+
+
+def statistics_of_sizes(share, rank, rows):
+    """Return the running statistics of images whose size and number differ by rank."""
+    torch.manual_seed(0)
+    layer = FastDeconv(4, 6, 3, padding=1, sampling_stride=1, rows_per_feature=rows).double()
+    x = next(batches(layer))
+    layer(crop(x, rank)[share]).sum().backward()
+    return layer.running_mean, layer.running_cov_joint[0]
+
+
+def experiments(share, rank):
+    sizes = {rows: statistics_of_sizes(share, rank, rows) for rows in (0, 1)}
     with batch_share(share.start, IMAGES):
         return {
             "train": {case: train(build(case), share) for case in CASES},
@@ -158,6 +173,7 @@ def experiments(share):
             "messages under autocast": messages_under_autocast(share),
             "empty": unusable(lambda x: x[:0]),
             "poisoned": unusable(lambda x: poison(x)[share]),
+            "sizes": sizes,
             "far": whitening_far_from_zero(share),
         }
 
@@ -184,7 +200,7 @@ def process(rank, folder):
                 world_size=len(sharing),
                 timeout=timedelta(seconds=60),
             )
-            torch.save(experiments(pieces(sharing)[rank]), f"{folder}/{number}-{rank}.pt")
+            torch.save(experiments(pieces(sharing)[rank], rank), f"{folder}/{number}-{rank}.pt")
             distributed.destroy_process_group()
 
 
@@ -237,25 +253,35 @@ def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
 
 
 def documented_message(layer):
-    """Return 1 + C T + G d^2 for every whitened axis."""
+    """Return 1 + 2 C T + G d^2 for every whitened axis."""
     matrices = [getattr(layer, f"running_cov_{axis}").numel() for axis in layer.axes]
     if isinstance(layer, nn.Linear):
-        return [1 + layer.in_features + matrix for matrix in matrices]
+        return [1 + 2 * layer.in_features + matrix for matrix in matrices]
     taps = 1 if layer.mode == 3 else layer.kernel_size[0] * layer.kernel_size[1]
-    return [1 + layer.in_channels * taps + matrix for matrix in matrices]
+    return [1 + 2 * layer.in_channels * taps + matrix for matrix in matrices]
 
 
 def test_one_message_a_layer_of_the_documented_size_two_in_mode_1(found):
     for case in CASES:
         sizes = documented_message(build(case)) if len(found) > 1 else []
         assert len(sizes) == (0 if len(found) == 1 else 2 if "mode 1" in case else 1), case
-        if sizes and "few patches" in case:
-            sizes[0] += len(build(case).running_mean)
         for part in found:
             forward, backward, evaluation = part["messages"][case]
             assert forward == [(size, torch.float64) for size in sizes], case
             assert backward == forward[::-1], case
             assert evaluation == [], case
+
+
+def test_ranks_with_images_of_different_size_and_number_pool_all_patches(found, sharing):
+    x = next(batches(build("groups")))
+    unfold = partial(nn.functional.unfold, kernel_size=3, padding=1)
+    parts = [unfold(crop(x, rank)[share]) for rank, share in enumerate(pieces(sharing))]
+    patches = torch.cat([part.transpose(1, 2).flatten(0, 1) for part in parts])
+    for part in found:
+        mean, cov = part["sizes"][0]
+        close(mean, patches.mean(0))
+        close(cov, torch.cov(patches.T, correction=0))
+        close(part["sizes"][1][0], patches.mean(0))  # few patches leave the mean exact
 
 
 def test_statistics_travel_in_float32_under_autocast(found):
