@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -13,32 +14,42 @@ from ..whitening import Whitening
 
 @torch.no_grad()
 def recalibrate(
-    model: nn.Module, batches: Iterable[torch.Tensor | Sequence[torch.Tensor]], limit: int = 50
+    model: nn.Module,
+    batches: Iterable[Any],
+    limit: int = 50,
+    *,
+    forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> int:
     """Replace the running statistics of all deconvolution layers by averages over some batches.
 
     Use it after surgery, or after averaging the weights of several models. Weights do not change.
     Each layer whitens by its batch, as in training. Its new statistics are the plain mean of mu and
     of Cov over all finite batches, or over all its calls if a forward calls it several times.
-    Other layers work as in evaluation; dropout, for example, drops nothing.
+    Other layers work as in evaluation; dropout, for example, drops nothing. A layer that no finite
+    batch reaches keeps its statistics. An error leaves all statistics as they were.
 
     Args:
         model: a model whose forward takes a batch; training flags are restored afterwards.
         batches: (N, ...) inputs as in training, or tuples that start with them, as loaders yield.
             They are moved to the device of the model.
         limit: maximum number of batches.
+        forward: runs the model on a batch of any kind, which it also moves to the device.
 
     Returns:
         The number of batches used.
 
     Raises:
-        ValueError: no deconvolution layer has running statistics, there is no batch, or `limit` is
-            below 1.
+        ValueError: no deconvolution layer has running statistics, there is no finite batch, or
+            `limit` is below 1.
+        TypeError: a batch is of another kind, and there is no `forward`.
 
     Example:
         >>> model = nn.Sequential(FastDeconv(3, 8, 3), nn.ReLU())
         >>> recalibrate(model, torch.randn(4, 16, 3, 9, 9))
         4
+        >>> named = [{"pixels": torch.randn(16, 3, 9, 9)}]
+        >>> recalibrate(model, named, forward=lambda model, batch: model(batch["pixels"]))
+        1
     """
     layers: list[Any] = [
         module
@@ -49,25 +60,50 @@ def recalibrate(
         raise ValueError(f"{type(model).__name__} has no deconvolution layer to recalibrate")
     if limit < 1:
         raise ValueError(f"limit must be at least 1 batch, got {limit}")
-    before = [(module, module.training) for module in model.modules()]
-    momenta = [(layer, layer.momentum) for layer in layers]
-    device, count = layers[0].weight.device, 0
+    flags = [(module, module.training) for module in model.modules()]
+    before = [
+        (layer, layer.momentum, [buffer.clone() for buffer in layer.buffers(recurse=False)])
+        for layer in layers
+    ]
+    device, count, reached = layers[0].weight.device, 0, list[bool]()
     model.eval()
     try:
+        for layer in layers:
+            layer.reset_running_stats()
         for batch in batches:
             for layer in layers:
-                if count == 0:  # an empty loader must not change the model
-                    layer.reset_running_stats()
                 layer.training, layer.momentum = True, None
-            model((batch if isinstance(batch, torch.Tensor) else batch[0]).to(device))
+            if forward is not None:
+                forward(model, batch)
+            else:
+                model(_find_input(batch).to(device))
             count += 1
             if count == limit:
                 break
+        reached = [bool(layer.num_batches_tracked > 0) for layer in layers]
     finally:
-        for module, training in before:
+        for module, training in flags:
             module.training = training
-        for layer, momentum in momenta:
+        for (layer, momentum, buffers), keeps_new in zip_longest(before, reached):
             layer.momentum = momentum
-    if count == 0:
-        raise ValueError("there is no batch to recalibrate with")
+            if not keeps_new:
+                for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
+                    buffer.copy_(old)
+    if not any(reached):
+        raise ValueError(f"there is no finite batch to recalibrate with, of {count} batches")
     return count
+
+
+def _find_input(batch: Any) -> torch.Tensor:
+    """Return the input of a batch, its first part.
+
+    Raises:
+        TypeError: the batch has no such part.
+    """
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if not isinstance(first, torch.Tensor):
+        raise TypeError(
+            "a batch must be a tensor, or a tuple or list that starts with one, got "
+            f"{type(batch).__name__}: pass forward=lambda model, batch: ... to run the model on it"
+        )
+    return first

@@ -69,7 +69,8 @@ def test_an_average_of_weights_is_served_well_again():
     ("model", "data", "options", "message"),
     [
         (nn.Linear(2, 2), batches(), {}, "Linear has no deconvolution layer"),
-        (network(), [], {}, "no batch to recalibrate with"),
+        (network(), [], {}, "no finite batch to recalibrate with, of 0 batches"),
+        (network(), [batches(1)[0] / 0], {}, "no finite batch to recalibrate with, of 1 batches"),
         (network(), batches(), {"limit": 0}, "limit must be at least 1 batch, got 0"),
     ],
 )
@@ -100,3 +101,59 @@ class _Twice(nn.Module):
 
     def forward(self, x):
         return self.layer(x) + self.layer(3 * x)
+
+
+@loop_over(
+    ("batch", "forward"),
+    [
+        ({"x": 0}, lambda model, batch: model(batch["x"])),
+        ((0, "labels"), None),
+        ([0], lambda model, batch: model(*batch)),
+        ({"x": 0}, lambda model, batch: model(*batch.values())),
+    ],
+)
+def test_batches_of_any_kind_are_taken_by_a_forward(batch, forward):
+    x = batches(1)[0]
+    model, other = network(), network()
+    batch = {"x": x} if isinstance(batch, dict) else type(batch)([x, *batch[1:]])
+    assert recalibrate(model, [batch], forward=forward) == recalibrate(other, [x]) == 1
+    torch.testing.assert_close(dict(model.state_dict()), dict(other.state_dict()), rtol=0, atol=0)
+
+
+@loop_over(
+    ("bad", "error", "message"),
+    [
+        ({"x": batches(1)[0]}, TypeError, "a batch must be a tensor.* got dict: pass forward="),
+        ([], TypeError, "a batch must be a tensor.* got list"),
+        (("x", batches(1)[0]), TypeError, "a batch must be a tensor.* got tuple"),
+        (torch.ones(8, 4, 7, 7), ValueError, "3 channels"),
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+    ],
+)
+def test_an_error_in_any_batch_restores_all_statistics(bad, error, message):
+    model = network()
+    model(batches()[0])
+
+    def loader():
+        yield batches()[1]
+        if isinstance(bad, BaseException):
+            raise bad
+        yield bad
+
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error, match=message):
+        recalibrate(model, loader())
+    torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+    assert (model[0].momentum, model[5].momentum) == (0.1, 0.1)
+    assert all(module.training for module in model.modules())
+
+
+def test_a_layer_that_no_batch_reaches_keeps_its_statistics():
+    model = network()
+    model.unused = FastDeconv(3, 4, 3)
+    model.unused(batches()[0])
+    forward = lambda model, batch: nn.Sequential.forward(model[:6], batch)
+    kept = copy.deepcopy(model.unused.state_dict())
+    assert recalibrate(model, batches(), forward=forward) == 3
+    torch.testing.assert_close(dict(model.unused.state_dict()), dict(kept), rtol=0, atol=0)
+    assert model[0].num_batches_tracked == 3
