@@ -37,6 +37,7 @@ class LayerWhiteness:
             eigenvalue of Cov + eps I below 1.5^(-2 n_iter) of its norm. They stay small.
         spectrum: eigenvalues of all matrices, (G, F), ascending, in units of variance.
         covariances: of the patches before and after, (G, F, F) each, on the model's device.
+        error: the reason why the layer cannot be judged, or "". All metrics are then NaN.
     """
 
     name: str
@@ -48,6 +49,7 @@ class LayerWhiteness:
     under_floor: float
     spectrum: torch.Tensor = field(repr=False, compare=False)
     covariances: tuple[torch.Tensor, torch.Tensor] = field(repr=False, compare=False)
+    error: str = ""
 
 
 class Whiteness(tuple[LayerWhiteness, ...]):
@@ -61,7 +63,8 @@ class Whiteness(tuple[LayerWhiteness, ...]):
             counts = str(row.features), str(row.patches)
             metrics = f"{row.before:.3f}", f"{row.after:.3f}", f"{row.condition:.3g}"
             lines.append((row.name or "(all)", *counts, *metrics, f"{100 * row.under_floor:.0f} %"))
-        return align(lines)
+        errors = [f"\n{row.name or '(all)'}: {row.error}" for row in self if row.error]
+        return align(lines) + "".join(errors)
 
     def scalars(self) -> dict[str, float]:
         """Return the metrics by names such as "before/layer1.0.conv1", for a log."""
@@ -76,7 +79,8 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
     The model runs once in evaluation and is not changed. Each layer whitens by its running
     statistics, or by the batch if it has none. All modes are measured by the joint covariance of
     the features of a block, although mode 3 whitens only across channels and mode 2 only across
-    pixels. For a layer that is called several times, the first input counts.
+    pixels. For a layer that is called several times, the first input counts. The batch is that of
+    this rank alone.
 
     Args:
         model: a model whose forward takes `batch`, or a single layer.
@@ -85,7 +89,7 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
 
     Returns:
         One row per layer that ran, in the order of the model. Metrics of a layer with non-finite
-        input are NaN.
+        input are NaN. So are those of a layer that cannot be judged; `error` says why.
 
     Example:
         >>> layer = FastDeconv(3, 8, 3)
@@ -97,34 +101,57 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
     rows: dict[str, LayerWhiteness] = {}
     layers = {name: m for name, m in model.named_modules() if isinstance(m, Whitening)}
     flags = [(module, module.training) for module in model.modules()]
+    shares = [(layer, layer.sync_stats) for layer in layers.values()]
     if not layers:
         return Whiteness()
 
-    def make_hook(name: str) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], None]:
-        def hook(layer: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def make_hook(name: str) -> Callable[..., None]:
+        def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in rows:
-                rows[name] = _measure_layer(name, layer, inputs[0])
+                rows[name] = _try_layer(name, layer, args[0] if args else kwargs["x"])
 
         return hook
 
     with ExitStack() as hooks:
         for name, layer in layers.items():
-            hooks.callback(layer.register_forward_pre_hook(make_hook(name)).remove)
+            hook = layer.register_forward_pre_hook(make_hook(name), with_kwargs=True)
+            hooks.callback(hook.remove)
+            layer.sync_stats = False  # other ranks may not run the model now
         try:
             model.eval()(batch)
         finally:
             for module, training in flags:
                 module.training = training
+            for layer, share in shares:
+                layer.sync_stats = share
     return Whiteness(rows[name] for name in layers if name in rows)
 
 
+def _try_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
+    """Measure one layer on the input `x` of its forward; report an error in the row."""
+    try:
+        return _measure_layer(name, layer, x)
+    except Exception as error:  # a diagnostic never ends a training
+        nan, features, matrices = float("nan"), layer.blocks.features, layer.blocks.matrices
+        spectrum = torch.full((matrices, features), nan, dtype=torch.float64)
+        cov = spectrum.to(layer.weight.device)[:, None].expand(-1, features, -1)
+        metrics = {"before": nan, "after": nan, "condition": nan, "under_floor": nan}
+        text = f"{type(error).__name__}: {error}".splitlines()[0]
+        return LayerWhiteness(
+            name, features, 0, **metrics, spectrum=spectrum, covariances=(cov, cov), error=text
+        )
+
+
 def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhiteness:
-    """Measure one layer on the input `x` of its forward."""
+    """Measure one layer on the input `x` of its forward, in float64 from its covariances on.
+
+    Eigenvalues of rank-deficient covariances do not converge in float32.
+    """
     with full_precision(x.device):
         x = layer.prepare_input(x)
         sampling, blocks = layer.choose_patches(x)
         patches = sample(x, sampling)
-        cov = mean_and_covariance(patches, blocks).cov
+        cov = mean_and_covariance(patches, blocks).cov.double()
         if layer.track_running_stats:
             _, whiten = layer.running_whitening()
         else:
@@ -132,7 +159,7 @@ def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhitene
         finite = cov.isfinite().all(-1).all(-1)[:, None]  # eigvalsh fails on the others
         spectrum = torch.linalg.eigvalsh(torch.where(finite[..., None], cov, 0.0))
         spectrum = torch.where(finite, spectrum, torch.nan)
-        matrix = _join_axes(whiten, blocks)
+        matrix = _join_axes(whiten, blocks).double()
         after = matrix @ cov @ matrix.mT
     values = spectrum.clamp(min=0) + layer.eps
     floor = 1.5 ** (-2 * layer.n_iter) * values.norm(dim=-1, keepdim=True)
@@ -169,6 +196,6 @@ def _kron(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 def _compute_whiteness(cov: torch.Tensor) -> float:
     """Return the mean whiteness of covariances (G, F, F); 1 for a covariance of zeros."""
-    trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1).double()
-    square = cov.double().square().sum((-2, -1)) * cov.shape[-1]
+    trace = cov.diagonal(dim1=-2, dim2=-1).sum(-1)
+    square = cov.square().sum((-2, -1)) * cov.shape[-1]
     return torch.where(square == 0, 1.0, trace.square() / square).mean().item()

@@ -104,3 +104,38 @@ def test_constant_input_is_white_and_what_is_not_finite_is_not_a_number():
     assert math.isnan(row.before) and math.isnan(row.after) and math.isnan(row.condition)
     assert math.isnan(row.under_floor)
     assert whiteness(nn.Conv2d(2, 2, 1), torch.ones(3, 2, 5, 5)) == ()
+
+
+def test_covariances_of_low_rank_are_judged():
+    layer = FastDeconv(256, 256, 3, padding=1, groups=16)  # fails to converge in float32
+    (row,) = whiteness(layer, torch.randn(8, 256, 1, 1))
+    assert row.error == "" and math.isfinite(row.condition)
+    assert ((row.spectrum > 1e-6).sum(-1) == 7).all()  # 8 rows with mean 0
+
+
+def test_a_layer_that_cannot_be_judged_is_reported_in_its_row():
+    model, x = (
+        nn.Sequential(FastDeconv(3, 4, 3), nn.ReLU(), FastDeconv(4, 2, 3)),
+        torch.rand(9, 3, 8, 8),
+    )
+    kept = model.state_dict()
+    model[0].choose_patches = lambda x: (_ for _ in ()).throw(RuntimeError("no patches"))
+    bad, good = rows = whiteness(model, x)
+    assert bad.error == "RuntimeError: no patches" and good.error == "" and good.before > 0
+    assert all(math.isnan(v) for v in (bad.before, bad.after, bad.condition, bad.under_floor))
+    assert bad.spectrum.shape == (1, 27) and bad.covariances[0].shape == (1, 27, 27)
+    assert str(rows).endswith("\n0: RuntimeError: no patches")
+    assert all(layer.sync_stats for layer in (model[0], model[2])) and "before/0" in rows.scalars()
+    torch.testing.assert_close(dict(model.state_dict()), dict(kept), rtol=0, atol=0)
+
+
+def test_keywords_reach_a_layer():
+    class Keyword(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = FastDeconv(3, 4, 3)
+
+        def forward(self, x):
+            return self.layer(x=x)
+
+    assert whiteness(Keyword(), torch.rand(9, 3, 8, 8))[0].patches > 0

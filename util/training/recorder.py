@@ -149,9 +149,14 @@ class Recorder:
             diagnose: batch of images -> scalars by name.
             images: a batch of test images, if there is one.
         """
-        with self._warn_on_full_disk():
-            for batch in images if self.flags.tensorboardX else ():
-                self.logger.layers(diagnose(batch))
+        for batch in images if self.flags.tensorboardX else ():
+            try:
+                scalars = diagnose(batch)
+            except Exception as error:  # a diagnostic never ends a training
+                self._warn_once(f"no metrics of layers, {type(error).__name__}: {error}")
+            else:
+                with self._warn_on_full_disk():
+                    self.logger.layers(scalars)
 
     def diverged(self, report: dict[str, Any]) -> None:
         """Write `report` on numbers that are not finite to diverged.json."""
@@ -192,8 +197,10 @@ class Recorder:
             self._warn(error)
 
     def _warn(self, error: OSError) -> None:
+        self._warn_once(describe_fault(error))
+
+    def _warn_once(self, fault: str) -> None:
         """Print a warning, once per fault."""
-        fault = describe_fault(error)
         if fault not in self._warnings:
             print_line(f"warning: {fault}; training goes on")
         self._warnings.add(fault)

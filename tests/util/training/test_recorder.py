@@ -105,6 +105,19 @@ def test_an_epoch_is_a_line_and_the_end_names_the_best_epoch_and_the_folder(tmp_
     assert recorder.logger.history["epoch"] == [1]
 
 
+def test_a_diagnostic_that_fails_is_a_warning_and_training_goes_on(tmp_path, capsys):
+    def fail(images):
+        raise RuntimeError("no eigenvalues")
+
+    recorder = open_recorder(tmp_path)
+    recorder.flags.tensorboardX = True
+    for _ in range(2):
+        recorder.layers(fail, torch.ones(1))
+    recorder.close()
+    warning = "warning: no metrics of layers, RuntimeError: no eigenvalues; training goes on"
+    assert capsys.readouterr().out.count(warning) == 1
+
+
 def test_the_first_filters_are_those_of_the_first_convolution():
     first = nn.Conv2d(3, 4, 3)
     raw, whitened = _first_filters(nn.Sequential(first, Whitening(4, 4, 3)))
