@@ -7,14 +7,14 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
 from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, PatchSubset, Sampling
 from .sync import locate_batch
-from .whitening import Whitening, require_positive
+from .whitening import Whitening, record_call, require_positive
 
 # Whitened axes by mode, in order. Modes 4 and 5 differ in the patches they sample.
 MODES: dict[int, tuple[str, ...]] = {
@@ -120,6 +120,8 @@ class Convolution(Whitening):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
+        if isinstance(x, fx.Proxy):
+            return record_call(self, x)
         padding = self.padding if self.padding_mode == "zeros" else 0
         images, weight, bias = self.fold_whitening(self.prepare_input(x))
         y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)

@@ -6,11 +6,12 @@ from collections.abc import Callable
 from math import gcd
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .conv import Convolution
 from .ops.patches import PatchGrid
+from .whitening import record_call
 
 
 class _Transposed(Convolution):
@@ -78,6 +79,8 @@ class _Transposed(Convolution):
 
     def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
+        if isinstance(x, fx.Proxy):
+            return record_call(self, x, output_size)
         images, weight, bias = self.fold_whitening(self.prepare_input(x))
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
         extra = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)

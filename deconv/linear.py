@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
 from .ops.patches import PatchGrid, Sampling
-from .whitening import Whitening, require_positive
+from .whitening import Whitening, record_call, require_positive
 
 
 class Delinear(Whitening, nn.Linear):
@@ -72,6 +72,8 @@ class Delinear(Whitening, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
+        if isinstance(x, fx.Proxy):
+            return record_call(self, x)
         rows, weight, bias = self.fold_whitening(self.prepare_input(x))
         return F.linear(rows.reshape(x.shape), weight, bias)
 

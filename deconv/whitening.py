@@ -314,6 +314,15 @@ def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     return torch.autocast(device.type, enabled=False)
 
 
+def record_call(layer: nn.Module, *args: Any) -> Any:
+    """Record a call of the layer in the graph of `torch.fx`, as of any layer of torch.
+
+    The tracers of torch and torchvision ask for the module of a class, and would trace its forward.
+    """
+    tracer = args[0].tracer
+    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+
+
 def forward_hooks(module: nn.Module) -> dict[str, Any]:
     """Return copies of the attributes that hold a module's forward hooks."""
     return {name: copy(value) for name, value in vars(module).items() if "_forward_" in name}

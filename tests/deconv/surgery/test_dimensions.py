@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 from deconv import convert, fuse, plan
@@ -53,6 +53,9 @@ def test_networks_of_all_dimensions_are_converted_and_fused(dims):
     assert all(p.grad.isfinite().all() for p in new.parameters())
     kept = convert(model, pretrained=True)
     torch.testing.assert_close(kept(x), model(x), rtol=1e-9, atol=1e-9)
+    traced = fx.symbolic_trace(kept)
+    assert all(f"({n}): {names[n // 3]}(" in repr(traced) for n in (0, 3))
+    torch.testing.assert_close(traced(x), model(x), rtol=1e-9, atol=1e-9)
     plain = fuse(kept)
     torch.testing.assert_close(plain(x), model(x), rtol=1e-9, atol=1e-9)
     assert b"deconv" not in pickle.dumps(plain)
