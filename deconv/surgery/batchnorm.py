@@ -72,7 +72,7 @@ def count_dims(module: nn.Module, sync_dims: int = 2) -> int:
 
 def is_known_batchnorm(module: nn.Module) -> bool:
     """Tell whether a BatchNorm computes its affine map and `extra_modules`, and nothing else."""
-    return _find_forward_class(module) in _KNOWN
+    return _find_forward_class(module) in _KNOWN and "forward" not in vars(module)
 
 
 def extra_modules(module: nn.Module) -> list[nn.Module]:
@@ -86,8 +86,9 @@ def extra_modules(module: nn.Module) -> list[nn.Module]:
 
 
 def _find_forward_class(module: nn.Module) -> str:
-    """Return the name of the class that defines the module's forward."""
-    return next(kind.__name__ for kind in type(module).__mro__ if "forward" in vars(kind))
+    """Return the name of the class that defines the module's forward, or its `__call__`."""
+    names = {"forward", "__call__"}
+    return next(kind.__name__ for kind in type(module).__mro__ if names & vars(kind).keys())
 
 
 @torch.no_grad()

@@ -73,9 +73,9 @@ def convert(
         flag of the layers that they replace. A new bias follows its weight.
 
     Raises:
-        ValueError: nothing can be replaced, a part of the model is wrapped
-            (DistributedDataParallel, torch.compile), an option is out of range, or a pattern of
-            `skip` matches no layer.
+        ValueError: nothing can be replaced, a layer is lazy and has no shape yet, a part of the
+            model is wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard), an
+            option is out of range, or a pattern of `skip` matches no layer.
         TypeError: an option is unknown.
 
     Example:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
+from collections.abc import Mapping
+from types import FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -45,7 +48,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Raises:
         ValueError: the model or a deconvolution layer is in training mode, a part of the model is
-            wrapped (DistributedDataParallel, torch.compile), or a hook computes a layer's weight.
+            wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard), or a hook
+            computes a layer's weight.
 
     Example:
         >>> model = nn.Sequential(FastDeconv(3, 8, 3), nn.ReLU())
@@ -69,17 +73,31 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def copy_around(model: nn.Module, copies: dict[int, Any]) -> nn.Module:
-    """Copy a model deeply around copies of some of its parts, given by the id of each part."""
-    for module in model.modules():
-        for value in vars(module).values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                # The hook of weight_norm or of pruning computes it anew.
+    """Copy a model deeply around copies of some of its parts, given by the id of each part.
+
+    Tensors with a graph are detached: weights that a hook of weight_norm or pruning computes anew,
+    and activations that a forward has left in an attribute.
+    """
+    seen, todo = set[int](), [model]
+    while todo:
+        value: Any = todo.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        if isinstance(value, torch.Tensor):
+            if not value.is_leaf:
                 copies.setdefault(id(value), value.detach().clone())
+        elif isinstance(value, Mapping):
+            todo.extend(value.values())
+        elif isinstance(value, list | tuple | set | deque):
+            todo.extend(value)
+        elif hasattr(value, "__dict__") and not isinstance(value, type | FunctionType | ModuleType):
+            todo.extend(vars(value).values())
     return copy.deepcopy(model, copies)
 
 
 def refuse_wrapped(model: nn.Module, verb: str) -> None:
-    """Raise ValueError if a part of the model is wrapped; `verb` begins the advice."""
+    """Raise ValueError if a part of the model is wrapped or sharded; `verb` begins the advice."""
     for name, module in model.named_modules():
         for parent in type(module).__mro__:
             if (attribute := _WRAPPERS.get(parent.__name__)) is not None:
@@ -87,3 +105,9 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
                     f"{name or 'the model'} is wrapped: {type(module).__name__} is set up for the "
                     f"layers inside it. {verb} the model inside (its attribute {attribute!r})"
                 )
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is a DTensor, sharded by fully_shard or the like. {verb} the model before "
+                "it is sharded, or a plain model with its full state_dict"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
@@ -34,6 +35,9 @@ DECONVOLUTIONS: dict[type[nn.Module], type[Convolution]] = {
         FastDeconvTranspose3d,
     )
 }
+
+# Attributes of a convolution that decide what it computes.
+_COMPUTING_NAMES = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
@@ -129,6 +133,11 @@ def plan(
     head = linears[-1] if linear and linears else None
     rows: dict[int, Row] = {}
     for name, module in layers.items():
+        if (linear or not isinstance(module, nn.Linear)) and _is_lazy(module):
+            raise ValueError(
+                f"{name or 'the model'} ({type(module).__name__}) has no shape yet: run the model "
+                "on one batch first"
+            )
         if name in skipped:
             row = Row(
                 name, module, SKIPPED, reason=f"matches the pattern {skipped[name]!r} of skip"
@@ -147,7 +156,9 @@ def plan(
         else:
             continue
         rows[id(module)] = row
-    batchnorms = _BatchNormPlanner(layers, rows, Dataflow(model), pretrained)
+    uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    tied = {key for key, count in uses.items() if count > 1}
+    batchnorms = _BatchNormPlanner(layers, rows, Dataflow(model), tied, pretrained)
     for name, module in layers.items():
         if id(module) not in rows:
             batchnorms.plan(name, module)
@@ -184,15 +195,33 @@ def _match_patterns(layers: Iterable[str], patterns: Iterable[str]) -> dict[str,
     return matches
 
 
+def _is_lazy(module: nn.Module) -> bool:
+    """Tell whether the first batch will set the shape of a layer."""
+    tensors: Iterable[Any] = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+    return any(map(nn.parameter.is_lazy, tensors))
+
+
+def _find_plain_class(conv: _ConvNd) -> type[nn.Module] | None:
+    """Return the convolution of torch that a layer computes; None if it has code of its own."""
+    kinds = type(conv).__mro__
+    plain = next((kind for kind in kinds if kind in DECONVOLUTIONS), None)
+    if plain is None or type(conv) is plain:
+        return plain
+    own = {name for kind in kinds[: kinds.index(plain)] for name in vars(kind)}
+    state = {*conv._parameters, *conv._buffers, *conv._modules} - {"weight", "bias"}
+    return None if state or own & _COMPUTING_NAMES else plain
+
+
 def _plan_convolution(name: str, conv: _ConvNd, options: Mapping[str, Any]) -> Row:
-    if type(conv) not in DECONVOLUTIONS:
+    plain = _find_plain_class(conv)
+    if plain is None:
         return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_class(conv)}")
     if reason := _find_obstacle(conv):
         return Row(name, conv, SKIPPED, reason=reason)
     shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
     geometry = {**find_geometry(conv), "bias": conv.bias is not None}
     like = {"device": "meta", "dtype": conv.weight.dtype}
-    make: Any = DECONVOLUTIONS[type(conv)]
+    make: Any = DECONVOLUTIONS[plain]
     return _replace(name, conv, make(*shape, **geometry, **options, **like))
 
 
@@ -211,6 +240,8 @@ def _find_obstacle(module: _ConvNd | nn.Linear) -> str:
     """Return the reason why a layer of a supported class cannot be replaced, or ""."""
     if "weight" in vars(module) or "bias" in vars(module):  # set by a hook
         return "a hook computes its weight or its bias"
+    if _COMPUTING_NAMES & vars(module).keys():
+        return "its forward was replaced"
     if not module.weight.is_floating_point():
         return f"only real numbers are whitened, not {module.weight.dtype}"
     return ""
@@ -236,6 +267,7 @@ class _BatchNormPlanner:
         layers: the layers of the plan, by name.
         rows: their rows, by id of the layer; `plan` adds to them.
         flow: the dataflow of the model.
+        tied: ids of the parameters that several modules share.
         pretrained: keep the function that each BatchNorm computes in evaluation.
     """
 
@@ -244,9 +276,11 @@ class _BatchNormPlanner:
         layers: Mapping[str, nn.Module],
         rows: dict[int, Row],
         flow: Dataflow,
+        tied: set[int],
         pretrained: bool,
     ) -> None:
-        self.layers, self.rows, self.flow, self.pretrained = layers, rows, flow, pretrained
+        self.layers, self.rows, self.flow = layers, rows, flow
+        self.tied, self.pretrained = tied, pretrained
         self.whitens = any(
             row.layer is not None or isinstance(row.module, Whitening) for row in rows.values()
         )
@@ -257,6 +291,8 @@ class _BatchNormPlanner:
     def plan(self, name: str, norm: nn.Module) -> None:
         """Add the row of a BatchNorm, and pair it with the convolution that it is folded into."""
         row = self._plan(name, norm)
+        if self.pretrained and row.action == REPLACED and self._is_tied(norm):
+            row = replace(row, reason=f"{row.reason}; its weight is tied no longer")
         self.rows[id(norm)] = replace(row, dims=count_dims(norm, self.sync_dims))
         if row.partner is not None:
             self.rows[id(row.partner)] = replace(self.rows[id(row.partner)], partner=norm)
@@ -290,6 +326,10 @@ class _BatchNormPlanner:
             return Row(name, norm, SKIPPED, reason=f"{function} after it would overwrite its input")
         return Row(name, norm, REPLACED, becomes, reason)
 
+    def _is_tied(self, module: nn.Module) -> bool:
+        """Tell whether a module shares a parameter with another one."""
+        return any(id(parameter) in self.tied for parameter in module.parameters())
+
     def _find_dependency(self, name: str, norm: nn.Module) -> str:
         """Return the reason why code of the model may depend on a BatchNorm, or ""."""
         owner = name.rpartition(".")[0]
@@ -305,6 +345,8 @@ class _BatchNormPlanner:
 
     def _find_other_use(self, norm: nn.Module, before: Row) -> str:
         """Return the reason why a convolution may have other uses than the BatchNorm, or ""."""
+        if self._is_tied(before.module):
+            return f"{before.name} shares its weight, which stays tied"
         if (ancestor := self.flow.find_untraced_ancestor(norm, before.module)) is not None:
             return f"{_explain_untraced(ancestor)}, so {before.name} may have other uses"
         if (caller := self.flow.find_branching_caller(norm, before.module)) is not None:

@@ -107,7 +107,7 @@ def build(flags: argparse.Namespace) -> tuple[nn.Module, Tensor]:
         case = steps.Case(
             flags.arch or ARCH, flags.mode, flags.block, flags.batch_size, flags.dtype
         )
-        shape = (3, flags.image_size, flags.image_size)
+        shape = (flags.in_channels, flags.image_size, flags.image_size)
         return steps.build(case, steps.OURS, flags), torch.randn(flags.batch_size, *shape)
     channels, out, side, kernel, stride = flags.layer
     options = {"mode": flags.mode, "block": flags.block, "eps": flags.eps, **dict(flags.option)}

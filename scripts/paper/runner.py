@@ -16,6 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -46,13 +47,21 @@ UNFINISHED = ("begun", "to do")  # states of a run
 
 @dataclass(frozen=True)
 class Run:
-    """One training."""
+    """One training.
 
-    name: str  # of its folder
-    dataset: str  # a key of TRAIN_IMAGES
-    flags: str  # of main.py, without those of data, folders and threads
-    steps: int  # of the finished run
-    seconds: float  # estimated duration on one CPU thread
+    Args:
+        name: name of the run's folder.
+        dataset: a key of `TRAIN_IMAGES`.
+        flags: flags of main.py, without those of data, folders and threads.
+        steps: optimizer steps of the finished run.
+        seconds: estimated duration on one CPU thread.
+    """
+
+    name: str
+    dataset: str
+    flags: str
+    steps: int
+    seconds: float
 
 
 # Run name -> test top-1 in percent: 0 after divergence, None before the first test.
@@ -67,9 +76,10 @@ class Recipe:
         name: name of the recipe's folder of runs, and of its file in results/.
         title: one line.
         plan: plan(find_top1) -> runs, without those that depend on missing results.
-        format: format(records) -> section of docs/results.md.
-        draw: draw(records, path) -> plot; None for a recipe without a plot.
-        follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> commands after all runs.
+        format: format(records by run name) -> section of docs/results.md.
+        draw: draw(records by run name, path) -> plot; None for a recipe without a plot.
+        follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> command lines to run once
+            all runs have finished.
     """
 
     name: str
@@ -139,16 +149,21 @@ def absolute(text: str) -> str:
     return str(Path(path_name(text)).resolve())
 
 
+@cache
+def find_parser() -> Parser:
+    """Return the parser of main.py."""
+    return build_script().parser
+
+
 def check_command(
     runs: Sequence[Run], flags: Namespace, passed: Sequence[str], parser: Parser
 ) -> None:
     """Refuse a selection of no run, and passed flags that are unknown or that the recipe sets."""
     if not runs:
         parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
-    known = build_script().parser
-    own = {name for run in runs for name in known.parse_typed(list_flags(run, Path(), flags))}
-    for name in known.parse_typed(passed).keys() & own:
-        parser.error(f"{known.spelling[name]} is not passed on: this recipe sets it")
+    own = {name for r in runs for name in find_parser().parse_typed(list_flags(r, Path(), flags))}
+    for name in find_parser().parse_typed(passed).keys() & own:
+        parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
     if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
         parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
 
@@ -159,13 +174,13 @@ def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
     Raises:
         SystemExit: names the run, the flag and both values.
     """
-    parser = build_script().parser
-    expected = parser.parse_typed(shlex.split(run.flags))
+    expected = find_parser().parse_typed(shlex.split(run.flags))
     for name in (expected.keys() & recorded.keys()) - MAY_CHANGE:
         if recorded[name] != expected[name]:
+            flag = find_parser().spelling[name]
             raise SystemExit(
-                f"{source} was made with {parser.spelling[name]} {recorded[name]}, the recipe's "
-                f"{run.name} has {expected[name]}: move this other run away"
+                f"{source} was made with {flag} {recorded[name]}, the recipe's {run.name} has "
+                f"{expected[name]}: move this other run away"
             )
 
 

@@ -91,8 +91,7 @@ def test_no_place_was_forgotten():
         for place in list_forgotten_places(name, entry, large=name in OURS)
     ]
     forgotten += list_unregistered(entries)
-    if forgotten:
-        pytest.fail("\n".join(forgotten), pytrace=False)
+    assert not forgotten, "\n".join(forgotten)
 
 
 def test_each_forgotten_place_is_named(monkeypatch):

@@ -21,9 +21,10 @@ from util.errors import CheckpointError, DataError, RunError
 from util.files import describe_fault
 
 LARGEST = 10**9  # integer that a flag accepts by default
+_NOT_TYPED = object()
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
+class HelpFormatter(argparse.HelpFormatter):
     """Help as wide as the terminal, at most 100 columns; flags and examples stay in one piece."""
 
     def __init__(self, prog: str) -> None:
@@ -32,6 +33,10 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        keeps_lines = "\n" in text  # as the examples do
+        return text if keeps_lines else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -80,11 +85,12 @@ class Parser(argparse.ArgumentParser):
 
     def parse_typed(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return name -> value of the flags that stand in `argv`; defaults are left out."""
-        untyped = argparse.Namespace(**dict.fromkeys(self.spelling))
-        flags = vars(self.parse_args(self._move_positionals_first(argv), untyped))
+        namespace = argparse.Namespace(**dict.fromkeys(self.spelling, _NOT_TYPED))
+        flags = vars(self.parse_args(self._move_positionals_first(argv), namespace))
         typed = {word.partition("=")[0] for word in argv} & self._option_string_actions.keys()
         self.spelling |= {self._option_string_actions[name].dest: name for name in typed}
-        return {name: value for name, value in flags.items() if value is not None}
+        # argparse sets a positional that is left out to None.
+        return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
 
     def _move_positionals_first(self, argv: Sequence[str]) -> list[str]:
         """Move a positional to the front if it follows a flag with an optional or repeated value.

@@ -159,11 +159,31 @@ def test_shared_layers_stay_shared():
     assert_kept(randomize(model), convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
 
 
-def test_tied_weights_stay_tied():
-    model = nn.Sequential(nn.Conv2d(4, 4, 1), nn.Conv2d(4, 4, 1))
-    model[1].weight = model[0].weight
-    new = convert(model)
-    assert new[0].weight is new[1].weight
+@loop_over("pretrained", [False, True])
+def test_tied_weights_stay_tied(pretrained):
+    conv = nn.Conv2d(4, 4, 1)
+    layers = [nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1), nn.BatchNorm2d(4)]
+    model = randomize(nn.Sequential(*layers, conv, nn.BatchNorm2d(4), nn.Sequential(conv)))
+    model[2].weight = model[0].weight
+    model.register_parameter("weight_of_last", conv.weight)
+    new = convert(model, pretrained=pretrained)
+    assert new[0].weight is new[2].weight and new[4] is new[6][0]
+    assert new[4].weight is new.weight_of_last
+    if pretrained:
+        assert reasons(model, pretrained=True)["1"] == (
+            "replaced: 0 shares its weight, which stays tied"
+        )
+        assert_kept(model, new, torch.randn(2, 4, 5, 5))
+
+
+def test_the_plan_says_where_a_scale_is_tied_no_longer():
+    model = randomize(nn.Sequential(*pair()[:2], nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)))
+    model[3].weight = model[1].weight
+    assert (
+        reasons(model, pretrained=True)["1"]
+        == "replaced: folded into 0; its weight is tied no longer"
+    )
+    assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
 
 
 def test_linear_replaces_the_last_linear_layer():
@@ -305,6 +325,22 @@ def test_weights_computed_by_hooks_are_copied_and_train(hook):
     new = convert(model)
     new(x).square().mean().backward()
     assert all(p.grad is not None for p in new.parameters())
+    assert_kept(new, fuse(new.eval()), x)
+
+
+class Remembering(nn.Sequential):
+    """Leaves activations in attributes, as CorrBlock of raft_small does."""
+
+    def forward(self, x):
+        self.last = {"outputs": [super().forward(x)]}
+        return self.last["outputs"][0]
+
+
+def test_activations_in_attributes_are_copied():
+    model, x = Remembering(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)), torch.randn(2, 4, 7, 7)
+    model(x).sum().backward()
+    new = convert(model)
+    new(x).sum().backward()
     assert_kept(new, fuse(new.eval()), x)
 
 

@@ -1,5 +1,6 @@
 """deconv.fuse: the same outputs from plain layers, whatever the network."""
 
+import copy
 import pickle
 from contextlib import nullcontext
 from types import MethodType
@@ -8,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations, prune
 
-from deconv import Delinear, FastDeconv, convert, fuse
+from deconv import Delinear, FastDeconv, convert, fuse, plan, recalibrate
 from models import build_model, make_layers
 from tests.pairwise import loop_over, pairwise
 
@@ -160,6 +162,20 @@ def test_wrapped_models_and_parts_are_refused_with_the_way_out(wrap, process_gro
     assert getattr(wrapped, attribute) is model
     with pytest.raises(ValueError, match="0 is wrapped"):
         fuse(nn.Sequential(wrapped).eval())
+
+
+def test_sharded_models_are_refused_with_the_way_out_and_recalibrated(process_group):
+    model, x = network()
+    sharded = copy.deepcopy(model)
+    fully_shard(sharded[0])
+    fully_shard(sharded)
+    for function, verb in ((fuse, "Fuse"), (convert, "Convert"), (plan, "Convert")):
+        with pytest.raises(ValueError, match=rf"0.0.weight is a DTensor.*\. {verb} .* before"):
+            function(sharded)
+    for each in (model, sharded):
+        assert recalibrate(each, [x + 1]) == 1
+    assert torch.equal(sharded[0][0].running_cov_joint, model[0][0].running_cov_joint)
+    torch.testing.assert_close(sharded(x), model(x))
 
 
 class Counting(nn.Sequential):

@@ -9,8 +9,15 @@ from torch.ao.quantization import default_qat_qconfig
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from deconv import convert, plan
-from tests.deconv.surgery.helpers import PreActivation, actions, pair, reasons
+from deconv import FastDeconv3d, convert, plan
+from tests.deconv.surgery.helpers import (
+    PreActivation,
+    actions,
+    assert_kept,
+    pair,
+    randomize,
+    reasons,
+)
 from tests.pairwise import loop_over
 
 
@@ -23,13 +30,64 @@ def test_an_inplace_function_keeps_the_batchnorm_before_it():
 
 
 class Own(nn.Conv2d):
-    pass
+    def forward(self, x):
+        return super().forward(2 * x)
+
+
+class OwnConstructor(nn.Conv3d):
+    """As Conv3DSimple of r3d_18."""
+
+    def __init__(self, channels):
+        super().__init__(channels, channels, 3, padding=1, bias=False)
+
+    @staticmethod
+    def get_downsample_stride(stride):
+        return stride, stride, stride
+
+
+class WithMask(nn.Conv2d):
+    def __init__(self):
+        super().__init__(4, 8, 1)
+        self.register_buffer("mask", torch.ones(8))
+
+
+def replace_forward(conv, name="forward"):
+    setattr(conv, name, lambda *args: nn.Conv2d.forward(conv, 2 * args[0]))
+    return conv
+
+
+def test_a_subclass_without_code_for_its_outputs_is_replaced():
+    model = randomize(nn.Sequential(OwnConstructor(4), nn.BatchNorm3d(4), nn.ReLU()))
+    new, x = convert(model, pretrained=True), torch.randn(2, 4, 5, 5, 5)
+    assert [type(layer) for layer in new[:2]] == [FastDeconv3d, nn.Identity]
+    assert_kept(model, new, x)
+
+
+@loop_over(
+    ("layers", "name", "options"),
+    [
+        ([nn.LazyConv2d(8, 1)], "1", {}),
+        ([nn.Conv2d(4, 8, 1), nn.LazyBatchNorm2d()], "2", {"pretrained": True}),
+        ([nn.Flatten(), nn.LazyLinear(3)], "2", {"linear": True}),
+    ],
+)
+def test_lazy_layers_are_refused_until_a_batch_gives_their_shape(layers, name, options):
+    model = nn.Sequential(nn.Conv2d(4, 4, 1), *layers)
+    kind = type(layers[-1]).__name__
+    for function in (plan, convert):
+        with pytest.raises(ValueError, match=rf"^{name} \({kind}\) has .*: run .* one batch first"):
+            function(model, **options)
+    x = torch.randn(2, 4, 5, 5)
+    model(x)
+    assert_kept(model, convert(model, pretrained=True, linear=True), x)
 
 
 @loop_over(
     ("conv", "reason"),
     [
-        (nn.LazyConv2d(8, 1), "there is no deconvolution for LazyConv2d"),
+        (WithMask(), r"there is no deconvolution for \S*WithMask"),
+        (replace_forward(nn.Conv2d(4, 8, 1)), "its forward was replaced"),
+        (replace_forward(nn.Conv2d(4, 8, 1), "_conv_forward"), "its forward was replaced"),
         (Own(4, 8, 1), r"there is no deconvolution for \S*test_plan\.Own"),
         (parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), "no deconvolution for .*Parametrized"),
         (nn.Conv2d(4, 8, 1, dtype=torch.complex64), "only real numbers .*, not torch.complex64"),
