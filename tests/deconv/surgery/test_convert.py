@@ -6,14 +6,18 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
+from torchvision.models import resnet18
+from torchvision.models.feature_extraction import create_feature_extractor
+from torchvision.models.video import r3d_18
 from torchvision.ops import FrozenBatchNorm2d
 
 import deconv
-from deconv import Delinear, FastDeconv, convert, fuse, plan
+from deconv import Delinear, FastDeconv, FastDeconv3d, convert, fuse, plan
 from deconv.surgery.batchnorm import ChannelAffine
+from deconv.whitening import Whitening
 from tests.deconv.surgery.helpers import (
     TOLERANCE,
     PreActivation,
@@ -353,3 +357,34 @@ def test_a_copy_made_in_inference_mode_can_be_trained(pretrained):
     for network in (new.train(), fused):
         network(torch.randn(2, 4, 7, 7)).sum().backward()
         assert all(p.grad is not None for p in network.parameters())
+
+
+def test_video_networks_are_converted_whole():
+    """Their convolutions are subclasses with a constructor of their own."""
+    model, x = r3d_18(num_classes=3), torch.randn(2, 3, 4, 16, 16)
+    new = convert(randomize(model).double(), pretrained=True)
+    assert sum(isinstance(module, FastDeconv3d) for module in new.modules()) == 20
+    assert_kept(model, new, x.double(), 1e-9)
+
+
+@loop_over("train", [False, True])
+def test_fx_traces_a_converted_network_with_our_layers_as_leaves(train):
+    network = randomize(resnet18(num_classes=5))
+    model = convert(network, pretrained=train, linear=True).train(train)
+    names = {n for n, m in model.named_modules() if isinstance(m, Whitening)}
+    x, nodes = torch.randn(4, 3, 64, 64), {"layer4": "maps", "fc": "scores"}
+    expected = copy.deepcopy(model)
+    graph = fx.symbolic_trace(model)
+    assert names == {
+        node.target
+        for node in graph.graph.nodes
+        if node.op == "call_module" and isinstance(graph.get_submodule(node.target), Whitening)
+    }
+    extractor = create_feature_extractor(copy.deepcopy(model), nodes)
+    scores = expected(x)
+    torch.testing.assert_close(graph(x), scores, rtol=0, atol=0)
+    torch.testing.assert_close(extractor(x)["scores"], scores, rtol=0, atol=0)
+    statistics = {n: b for n, b in expected.named_buffers() if "running" in n}
+    torch.testing.assert_close(
+        {n: b for n, b in graph.named_buffers() if n in statistics}, statistics, rtol=0, atol=0
+    )
