@@ -131,13 +131,15 @@ def plan(
     head_options = {"block": block_linear, **{name: options[name] for name in shared}}
     linears = [module for module in layers.values() if type(module) is nn.Linear]
     head = linears[-1] if linear and linears else None
-    rows: dict[int, Row] = {}
     for name, module in layers.items():
         if (linear or not isinstance(module, nn.Linear)) and _is_lazy(module):
             raise ValueError(
                 f"{name or 'the model'} ({type(module).__name__}) has no shape yet: run the model "
                 "on one batch first"
             )
+    flow = Dataflow(model)
+    rows: dict[int, Row] = {}
+    for name, module in layers.items():
         if name in skipped:
             row = Row(
                 name, module, SKIPPED, reason=f"matches the pattern {skipped[name]!r} of skip"
@@ -149,6 +151,8 @@ def plan(
             row = Row(name, module, KEPT, reason="is a deconvolution already")
         elif isinstance(module, _ConvNd):
             row = _plan_convolution(name, module, options)
+            if row.action == REPLACED and (caller := flow.find_class_dependent_caller(module)):
+                row = Row(name, module, SKIPPED, reason=_explain_classes(caller))
         elif isinstance(module, nn.Linear):
             row = _plan_linear(name, module, head_options if module is head else None)
         elif not is_batchnorm(module):
@@ -158,7 +162,7 @@ def plan(
         rows[id(module)] = row
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     tied = {key for key, count in uses.items() if count > 1}
-    batchnorms = _BatchNormPlanner(layers, rows, Dataflow(model), tied, pretrained)
+    batchnorms = _BatchNormPlanner(layers, rows, flow, tied, pretrained)
     for name, module in layers.items():
         if id(module) not in rows:
             batchnorms.plan(name, module)
@@ -340,7 +344,7 @@ class _BatchNormPlanner:
         if (caller := self.flow.find_untraced_caller(norm)) is not None:
             return f"{_explain_untraced(caller)}, so nothing is known of its input and output"
         if (caller := self.flow.find_class_dependent_caller(norm)) is not None:
-            return f"forward of {_name_class(caller)} depends on the classes of its layers"
+            return _explain_classes(caller)
         return ""
 
     def _find_other_use(self, norm: nn.Module, before: Row) -> str:
@@ -377,6 +381,10 @@ class _BatchNormPlanner:
 
 def _explain_untraced(module: nn.Module) -> str:
     return f"forward of {_name_class(module)} cannot be traced"
+
+
+def _explain_classes(module: nn.Module) -> str:
+    return f"forward of {_name_class(module)} depends on the classes of its layers"
 
 
 def _add_biases(rows: dict[int, Row]) -> None:

@@ -7,7 +7,7 @@ import inspect
 import random
 import sys
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, product
 from typing import Any
@@ -46,7 +46,7 @@ class Dataflow:
         self._untraced_ancestors: dict[int, nn.Module] = {}
         self._branching_callers: dict[int, nn.Module] = {}
         self._class_dependent_callers: dict[int, nn.Module] = {}
-        with _keep_random_state():
+        with _keep_global_state():
             twin = _copy_to_trace(model)
             twins = dict(twin.named_modules(remove_duplicate=False))
             self._originals = {
@@ -62,9 +62,10 @@ class Dataflow:
             reached = _find_reached(twin, traces)
             for owner, graphs in traces.items():
                 self._record_branches(owner, graphs, reached)
-            _replace_classes(twin)
-            for owner, graphs in traces.items():
-                self._record_class_dependence(owner, graphs[0])
+            for is_replaced in (_is_convolution, is_batchnorm):
+                _replace_classes(twin, is_replaced)
+                for owner, graphs in traces.items():
+                    self._record_class_dependence(owner, graphs[0], is_replaced)
 
     def _record_calls(self, owner: nn.Module, graph: fx.Graph | None) -> None:
         """Record the calls of the owner's forward with the defaults of all optional arguments."""
@@ -113,12 +114,17 @@ class Dataflow:
                 module = owner.get_submodule(node.target.rpartition(".")[0])
                 self._readers[id(self._find_original(module))] = caller
 
-    def _record_class_dependence(self, owner: nn.Module, graph: fx.Graph | None) -> None:
-        """Record the modules of a forward that takes another path once classes are replaced."""
+    def _record_class_dependence(
+        self,
+        owner: nn.Module,
+        graph: fx.Graph | None,
+        is_replaced: Callable[[nn.Module], bool],
+    ) -> None:
+        """Record the replaced modules of a forward whose path depends on their classes."""
         if graph is not None and _format(_trace(owner)) != _format(graph):
             caller = self._find_original(owner)
             callees = [self._called[node] for node in graph.nodes if node in self._called]
-            for module in (*_iter_callees(caller), *callees):
+            for module in filter(is_replaced, (*_iter_callees(caller), *callees)):
                 self._class_dependent_callers[id(module)] = caller
 
     def _find_original(self, module: nn.Module) -> nn.Module:
@@ -234,13 +240,13 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _keep_random_state() -> Iterator[None]:
-    """Restore the random state of Python, numpy and torch afterwards."""
+def _keep_global_state() -> Iterator[None]:
+    """Restore the random state of Python, numpy and torch, and the gradient mode, afterwards."""
     numpy = sys.modules.get("numpy")
     state = random.getstate(), numpy and numpy.random.get_state()
     devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
     try:
-        with torch.random.fork_rng(devices):
+        with torch.random.fork_rng(devices), torch.set_grad_enabled(torch.is_grad_enabled()):
             yield
     finally:
         random.setstate(state[0])
@@ -261,15 +267,23 @@ def _copy_to_trace(model: nn.Module) -> nn.Module:
     return twin
 
 
-def _replace_classes(model: nn.Module) -> None:
-    """Give each BatchNorm and each convolution another class, as `convert` does."""
+def _is_convolution(module: nn.Module) -> bool:
+    """Tell whether a module is a convolution of torch or of a subclass."""
+    return isinstance(module, _ConvNd)
+
+
+def _replace_classes(model: nn.Module, is_replaced: Callable[[nn.Module], bool]) -> None:
+    """Replace modules as `convert` does: by a subclass of torch's convolution, or an Identity."""
     replaced: dict[nn.Module, nn.Module] = {}
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if is_batchnorm(child):
+            if not is_replaced(child):
+                continue
+            kinds = [kind for kind in type(child).__mro__ if kind.__module__ == _ConvNd.__module__]
+            if kinds:
+                child.__class__ = type("Replacement", (kinds[0],), {})
+            else:
                 setattr(module, name, replaced.setdefault(child, nn.Identity()))
-            elif isinstance(child, _ConvNd):
-                child.__class__ = type("Replacement", (type(child),), {})
 
 
 def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:

@@ -51,9 +51,10 @@ class WithMask(nn.Conv2d):
         self.register_buffer("mask", torch.ones(8))
 
 
-def replace_forward(conv, name="forward"):
-    setattr(conv, name, lambda *args: nn.Conv2d.forward(conv, 2 * args[0]))
-    return conv
+def replace_forward(layer, name="forward"):
+    forward = getattr(layer, name)
+    setattr(layer, name, lambda x, *args: forward(2 * x, *args))
+    return layer
 
 
 def test_a_subclass_without_code_for_its_outputs_is_replaced():
@@ -115,6 +116,7 @@ class OwnNorm(nn.BatchNorm2d):
     ("norm", "options", "reason"),
     [
         (OwnNorm(8), {}, f"skipped: forward of {__name__}.OwnNorm is not known"),
+        (replace_forward(nn.BatchNorm2d(8)), {}, "skipped: forward of BatchNorm2d is not known"),
         (nn.BatchNorm2d(8, track_running_stats=False), {}, "replaced: follows 0"),
         (
             nn.BatchNorm2d(8, track_running_stats=False),

@@ -246,23 +246,40 @@ def test_pretrained_is_exact_where_a_forward_iterates_over_layers(visit, traced)
     assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 6, 6).double(), 1e-12)
 
 
+class Tapped(nn.Conv2d):
+    """A class that only tells which outputs count."""
+
+
 class ByClass(nn.Sequential):
+    def __init__(self, kind):
+        super().__init__(Tapped(4, 4, 3), nn.BatchNorm2d(4), *Pair().children())
+        self.kind = kind
+
     def forward(self, x):
         taps = []
         for layer in self:
             x = layer(x)
-            if isinstance(layer, nn.BatchNorm2d):
+            if isinstance(layer, self.kind):
                 taps.append(x.mean((2, 3)))
         return torch.cat(taps)
 
 
-@loop_over("pretrained", [False, True])
-def test_a_batchnorm_stays_where_the_forward_asks_for_classes(pretrained):
-    model = randomize(ByClass(*Pair().children(), *Pair().children())).eval()
-    new = convert(model, pretrained=pretrained)
-    assert reasons(model)["1"].endswith("ByClass depends on the classes of its layers")
-    assert type(new[0]) is FastDeconv
+@loop_over(
+    ("kind", "expected"),
+    [
+        (nn.BatchNorm2d, [FastDeconv, nn.BatchNorm2d, FastDeconv, nn.BatchNorm2d]),
+        (nn.Conv2d, [FastDeconv, ChannelAffine, FastDeconv, ChannelAffine]),
+        (Tapped, [Tapped, nn.BatchNorm2d, nn.Conv2d, nn.BatchNorm2d]),
+    ],
+)
+def test_layers_stay_where_the_forward_asks_for_their_classes(kind, expected):
+    model = randomize(nn.Sequential(nn.Conv2d(4, 4, 1), ByClass(kind)))
+    new = convert(model, pretrained=True)
+    assert [type(layer) for layer in new[1]] == expected
     assert_kept(model, new, torch.randn(2, 4, 7, 7))
+    kept = [row.reason for row in plan(model) if type(row.module) is expected[1]]
+    assert all(reason.endswith("ByClass depends on the classes of its layers") for reason in kept)
+    convert(model).train()(torch.randn(2, 4, 7, 7))
 
 
 class Stateful(nn.Module):
@@ -277,6 +294,7 @@ class Stateful(nn.Module):
         self.calls += 1
         self.count += 1
         self.child.calls = self.calls
+        torch.set_grad_enabled(False)
         return self.child(x) * random.random() * np.random.rand() + torch.rand(1)  # noqa: NPY002
 
 
@@ -293,7 +311,7 @@ def test_planning_and_converting_change_nothing():
     new = convert(model, pretrained=True)
     assert (model.calls, new.calls, new.count) == (0, 0, 0) and not hasattr(model.child, "calls")
     torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
-    assert random_states() == states
+    assert random_states() == states and torch.is_grad_enabled()
 
 
 @loop_over("at", ["conv", "inner", "norm"])
