@@ -1,10 +1,13 @@
-"""Errors that end a run with one line instead of a traceback."""
+"""Errors that end a run with one line instead of a traceback, and a text for any value."""
 
 from __future__ import annotations
 
 import signal
+from typing import Any
 
 from torch import Tensor
+
+MAX_COUNT = 2**62  # larger integers are described by their size
 
 
 class RunError(RuntimeError):
@@ -58,3 +61,17 @@ class TrainingDiverged(RuntimeError):
 
 class PeerFailed(RuntimeError):
     """Failure of another process, which reports the reason itself."""
+
+
+def describe(value: Any) -> str:
+    """Describe any value in a few words, however large or nested it is."""
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')} {tuple(value.shape)}"
+    if type(value) is int and abs(value) >= MAX_COUNT:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (str, bytes)):
+        return repr(value[:40]) + ("..." if len(value) > 40 else "")
+    if value is None or isinstance(value, (bool, int, float)):
+        return repr(value)
+    size = f" of {len(value)}" if isinstance(value, (dict, list, tuple, set)) else ""
+    return f"a {type(value).__name__}{size}"

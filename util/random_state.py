@@ -32,10 +32,10 @@ def rng_state() -> dict[str, Any]:
 
 def set_rng_state(state: dict[str, Any]) -> None:
     """Restore the states of `rng_state`; skip the states of missing GPUs."""
-    torch.set_rng_state(state["torch"].cpu())
+    torch.set_rng_state(state["torch"])
     for index, cuda_state in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
-        torch.cuda.set_rng_state(cuda_state.cpu(), index)
+        torch.cuda.set_rng_state(cuda_state, index)
     saved = state["numpy"]
-    keys = saved["state"]["key"].cpu().numpy().astype(np.uint32)
+    keys = saved["state"]["key"].numpy().astype(np.uint32)
     np.random.set_state({**saved, "state": {**saved["state"], "key": keys}})  # noqa: NPY002
     random.setstate(state["python"])

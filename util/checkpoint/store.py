@@ -19,8 +19,7 @@ from typing import Any, BinaryIO
 import torch
 
 from util.checkpoint.schema import check_content
-from util.checkpoint.validators import describe
-from util.errors import CheckpointError, ContentError
+from util.errors import CheckpointError, ContentError, describe
 from util.files import atomic_write
 
 FORMAT_VERSION = 3

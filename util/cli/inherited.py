@@ -10,11 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from util.checkpoint.store import check_compatible, list_checkpoints, load_checkpoint, load_newest
-from util.checkpoint.validators import describe
 from util.cli.parser import Parser
 from util.cli.script import Script
 from util.console import print_line
-from util.errors import CheckpointError
+from util.errors import CheckpointError, describe
 
 # Never inherited. A file must not choose which paths are read and written, nor the machines.
 OF_THIS_MACHINE = {

@@ -14,10 +14,9 @@ from shutil import get_terminal_size
 from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
-from util.checkpoint.validators import describe
 from util.console import visible
 from util.distributed.launcher import is_first_process, wait_for_first_error
-from util.errors import CheckpointError, DataError, RunError
+from util.errors import CheckpointError, DataError, RunError, describe
 from util.files import describe_fault
 
 LARGEST = 10**9  # integer that a flag accepts by default

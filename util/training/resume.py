@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from util.checkpoint.store import check_compatible, list_checkpoints, load_checkpoint
-from util.checkpoint.validators import describe
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
 from util.distributed.world import World
-from util.errors import CheckpointError, ContentError
+from util.errors import CheckpointError, ContentError, describe
 from util.random_state import rng_state, set_rng_state
 from util.training.accelerator import Accelerator
 from util.training.metrics import EpochMetrics, Metrics
