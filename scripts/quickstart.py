@@ -11,7 +11,6 @@ the best test accuracy is trained with two more seeds. Both kinds are searched i
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -24,12 +23,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import main as training
 from deconv.table import align
+from main import build_script
 from scripts import compare
+from scripts.paper import runner
 from util.cli.parser import Parser
 from util.cli.settings import read_settings
-from util.tracking.logger import read_json
 
 KINDS = {"BatchNorm": "bn", "deconvolution": "deconv"}
 RATES = (0.03, 0.1, 0.3, 1.0)
@@ -97,13 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def check_flags(extra: Sequence[str], parser: Parser) -> None:
     """Refuse passed flags that a training would refuse or that this script sets."""
-    script = training.build_script()
+    lines = [Run(kind, RATES[0], SEEDS[0]).list_flags(Path()) for kind in KINDS]
+    runner.refuse_flags(extra, lines, parser)
+    script = build_script()
     script.parser.prog = parser.prog
-    for kind in KINDS:
-        own = Run(kind, RATES[0], SEEDS[0]).list_flags(Path())
-        names = script.parser.parse_typed(own).keys()
-        for name in script.parser.parse_typed(extra).keys() & names:
-            parser.error(f"{script.parser.spelling[name]} is not passed on: this script sets it")
+    for own in lines:
         read_settings(script, [*FLAGS.split(), *extra, *own])
 
 
@@ -119,46 +116,32 @@ def compare_kinds(out: Path, extra: Sequence[str]) -> tuple[Results, dict[str, f
 
 def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: int = 0) -> Results:
     """Train runs two at a time; print a line for each. A failed run stops the others."""
-    out.mkdir(parents=True, exist_ok=True)
     total = len(KINDS) * (len(RATES) + len(SEEDS) - 1)
-    waiting, running, results = list(runs), {}, {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < min(2, os.cpu_count() or 1):
-                run = waiting.pop(0)
-                running[run] = start_run(run, out, extra)
-            time.sleep(0.05)
-            for run in [run for run, process in running.items() if process.poll() is not None]:
-                results[run] = read_result(running.pop(run).returncode, out / run.name)
-                setting = f"{run.kind}, learning rate {run.rate:g}, seed {run.seed}"
-                accuracy = format_accuracy(results[run], "test top-1 {:.1f} %")
-                print(f"{finished + len(results):2}/{total} {setting}: {accuracy}", flush=True)
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
+    results, by_name = {}, {run.name: run for run in runs}
+
+    def report(name: str, code: int | None) -> None:
+        if code is None:
+            return
+        run = by_name[name]
+        results[run] = read_result(code, out / name)
+        setting = f"{run.kind}, learning rate {run.rate:g}, seed {run.seed}"
+        accuracy = format_accuracy(results[run], "test top-1 {:.1f} %")
+        print(f"{finished + len(results):2}/{total} {setting}: {accuracy}", flush=True)
+
+    words = [sys.executable, runner.MAIN, *FLAGS.split(), *extra]
+    lines = {run.name: [*words, *run.list_flags(out)] for run in runs}
+    runner.run_all(lines, out, min(2, os.cpu_count() or 1), report)
     return {run: results[run] for run in runs}
-
-
-def start_run(run: Run, out: Path, extra: Sequence[str]) -> subprocess.Popen[bytes]:
-    """Start main.py; its output goes to DIR/NAME.txt."""
-    command = [sys.executable, training.__file__, *FLAGS.split(), *extra, *run.list_flags(out)]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with open(out / f"{run.name}.txt", "wb") as console:
-        streams = {"stdout": console, "stderr": subprocess.STDOUT, "stdin": subprocess.DEVNULL}
-        return subprocess.Popen(command, env=env, **streams)
 
 
 def read_result(code: int, folder: Path) -> dict[str, Any] | None:
     """Return the summary of a finished run, None for a diverged one; raise for a failed one."""
-    if (folder / "diverged.json").exists():
+    if (folder / runner.DIVERGED_NAME).exists():
         return None
     if code:
-        console = folder.with_name(f"{folder.name}.txt")
-        lines = console.read_text(errors="replace").strip().split("\n")
-        raise RunFailed(f"exit code {code}, see {console}: {lines[-1] or 'no message'}")
-    return read_json(folder / "summary.json")
+        message = runner.read_last_line(folder) or "no message"
+        raise RunFailed(f"exit code {code}, see {folder / runner.CONSOLE_NAME}: {message}")
+    return runner.read_summary(folder)
 
 
 def choose_rate(search: Results, kind: str) -> float:

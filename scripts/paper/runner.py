@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -36,9 +36,10 @@ from util.cli.inherited import MAY_CHANGE
 from util.cli.parser import Parser, bounded_int, path_name
 from util.tracking.provenance import RECORD_NAME
 from util.training.recorder import DIVERGED_NAME
-from util.training.signals import stop_on_signal
+from util.training.signals import StopRequest, never_stop, stop_on_signal
 
 RUNS = ROOT / "runs" / "paper"
+MAIN = str(ROOT / "main.py")
 TRAIN_IMAGES = {"cifar10": 50_000, "fashion": 60_000}
 CONSOLE_NAME = "console.txt"
 CHECKPOINT_STEPS = 100
@@ -64,6 +65,8 @@ class Run:
     seconds: float
 
 
+Lines = Mapping[str, Sequence[str]]  # run name -> command
+Report = Callable[[str, int | None], None]  # run name, exit code after the end -> None
 # Run name -> test top-1 in percent: 0 after divergence, None before the first test.
 FindTop1 = Callable[[str], float | None]
 
@@ -115,7 +118,12 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
                 f"{recipe.name}: not finished, see {CONSOLE_NAME} in {folder}: {names}"
             )
         lines = {run.name: make_command(run, folder / run.name, flags, passed) for run in runs}
-        run_all(lines, folder, flags.jobs)
+        with stop_on_signal() as asked:
+            run_all(lines, folder, flags.jobs, partial(report_run, folder), asked)
+            if number := asked():
+                with suppress(OSError):  # the terminal may be closed
+                    print("stopped; the same command continues", flush=True)
+                raise SystemExit(128 + number)
         tried |= lines.keys()
     runs = list_runs(recipe, folder, flags.only, known)
     print(f"{recipe.name}: all {len(runs)} runs complete", flush=True)
@@ -145,7 +153,7 @@ def make_parser(recipe: Recipe) -> Parser:
 
 
 def absolute(text: str) -> str:
-    """Return an absolute path: main.py starts in the project's folder."""
+    """Return an absolute path."""
     return str(Path(path_name(text)).resolve())
 
 
@@ -161,11 +169,18 @@ def check_command(
     """Refuse a selection of no run, and passed flags that are unknown or that the recipe sets."""
     if not runs:
         parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
-    own = {name for r in runs for name in find_parser().parse_typed(list_flags(r, Path(), flags))}
-    for name in find_parser().parse_typed(passed).keys() & own:
-        parser.error(f"{find_parser().spelling[name]} is not passed on: this recipe sets it")
+    refuse_flags(passed, [list_flags(run, Path(), flags) for run in runs], parser)
     if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
         parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
+
+
+def refuse_flags(passed: Sequence[str], lines: Sequence[Sequence[str]], parser: Parser) -> None:
+    """Refuse passed flags that main.py does not know or that one of the lines sets."""
+    known = find_parser()
+    known.prog = parser.prog
+    own = {name for line in lines for name in known.parse_typed(line)}
+    for name in known.parse_typed(passed).keys() & own:
+        parser.error(f"{known.spelling[name]} is not passed on: this script sets it")
 
 
 def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
@@ -243,7 +258,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def make_command(run: Run, folder: Path, flags: Namespace, passed: Sequence[str]) -> list[str]:
     """Return the command line that starts or continues a run."""
-    return ["python", "main.py", *list_flags(run, folder, flags), *passed]
+    return [sys.executable, MAIN, *list_flags(run, folder, flags), *passed]
 
 
 def list_flags(run: Run, folder: Path, flags: Namespace) -> list[str]:
@@ -268,62 +283,60 @@ def describe_plan(
     for run in runs:
         state = find_state(run, folder / run.name, known)
         seconds += run.seconds if state in UNFINISHED else 0
-        command = shlex.join(make_command(run, folder / run.name, flags, passed))
-        lines.append(f"{state:8} {run.seconds / 60:5.0f} min  {command}")
+        words = shlex.join([*list_flags(run, folder / run.name, flags), *passed])
+        lines.append(f"{state:8} {run.seconds / 60:5.0f} min  python main.py {words}")
     hours = seconds / 3600 / flags.jobs
     total = f"about {hours:.1f} hours to go, {flags.jobs} at a time, on an idle CPU core each"
     return "\n".join([*lines, total])
 
 
-def run_all(lines: Mapping[str, Sequence[str]], folder: Path, jobs: int) -> None:
-    """Run commands, keyed by the names of their folders; continue after a failed one.
+def run_all(
+    lines: Lines, folder: Path, jobs: int, report: Report, asked: StopRequest = never_stop
+) -> None:
+    """Run commands in the folders of their names, and report the start and the end of each.
 
-    Raises:
-        SystemExit: after a signal, once the active runs have saved a checkpoint.
+    A stop request or an error terminates the active runs, which save a checkpoint first.
     """
     waiting, running = list(lines), {}
-    with stop_on_signal() as asked:
-        try:
-            while (waiting or running) and not asked():
-                while waiting and len(running) < jobs:
-                    name = waiting.pop(0)
-                    running[name] = start(lines[name], folder / name)
-                time.sleep(0.1)
-                for name in [name for name, run in running.items() if run.poll() is not None]:
-                    finish(running.pop(name).returncode, folder / name)
-        finally:
-            for process in running.values():
-                process.terminate()
-            for process in running.values():
-                process.wait()  # until it has saved
-        if number := asked():
-            with suppress(OSError):  # the terminal may be closed
-                print("stopped; the same command continues", flush=True)
-            raise SystemExit(128 + number)
+    try:
+        while (waiting or running) and not asked():
+            while waiting and len(running) < jobs:
+                name = waiting.pop(0)
+                running[name] = start(lines[name], folder / name)
+                report(name, None)
+            time.sleep(0.05)
+            for name in [name for name, run in running.items() if run.poll() is not None]:
+                report(name, running.pop(name).returncode)
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()  # until it has saved
 
 
-def start(line: Sequence[str], folder: Path) -> subprocess.Popen:
+def start(line: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
     """Start or continue a run; append its output to the console file in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    print(f"{time.strftime('%H:%M')} {folder.name}", flush=True)
-    with open(folder / CONSOLE_NAME, "a") as console:
-        command = [sys.executable, *line[1:]]
+    with open(folder / CONSOLE_NAME, "ab") as console:
+        streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": subprocess.STDOUT}
         # A new session keeps Ctrl-C from the run; `run_all` passes the signal on once.
-        kwargs = {"stderr": subprocess.STDOUT, "start_new_session": True}
-        return subprocess.Popen(command, cwd=ROOT, stdout=console, **kwargs)
+        return subprocess.Popen(line, **streams, start_new_session=True)
 
 
-def finish(code: int, folder: Path) -> None:
-    """Print the outcome of a run; keep only its last checkpoint."""
-    summary = read_summary(folder)
-    if (folder / DIVERGED_NAME).exists():
-        outcome = "diverged"
-    elif code or summary is None:
-        output = (folder / CONSOLE_NAME).read_text(errors="replace").split("\n")
-        last = next((line for line in reversed(output) if line.strip()), "")
-        outcome = f"failed with code {code}: {last}"
-    else:
-        outcome = f"test top-1 {summary['test_top1']:.2f} %"
-        for name in (PREVIOUS_NAME, BEST_NAME):
-            (folder / name).unlink(missing_ok=True)
-    print(f"{time.strftime('%H:%M')} {folder.name}: {outcome}", flush=True)
+def report_run(folder: Path, name: str, code: int | None) -> None:
+    """Print the start or the outcome of a run; keep only its last checkpoint."""
+    summary, outcome = read_summary(folder / name), ""
+    if code is not None and (folder / name / DIVERGED_NAME).exists():
+        outcome = ": diverged"
+    elif code or (code == 0 and summary is None):
+        outcome = f": failed with code {code}: {read_last_line(folder / name)}"
+    elif code == 0:
+        outcome = f": test top-1 {summary['test_top1']:.2f} %"
+        for checkpoint in (PREVIOUS_NAME, BEST_NAME):
+            (folder / name / checkpoint).unlink(missing_ok=True)
+    print(f"{time.strftime('%H:%M')} {name}{outcome}", flush=True)
+
+
+def read_last_line(folder: Path) -> str:
+    """Return the last line of a run's output that is not empty."""
+    return (folder / CONSOLE_NAME).read_text(errors="replace").strip().rpartition("\n")[2]

@@ -142,7 +142,7 @@ def test_ctrl_c_ends_all_runs(tmp_path):
     script = Path(quickstart.__file__)
     command = [sys.executable, str(script), "--out", str(tmp_path), "--epochs", "1000"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    while not list(tmp_path.glob("*.txt")):
+    while not list(tmp_path.glob("*/console.txt")):
         time.sleep(0.1)
         assert process.poll() is None
     time.sleep(0.5)

@@ -102,8 +102,8 @@ def stand_in(monkeypatch):
         ran.append(run.name)
         end, text = ends.get(run.name, "summary.json"), json.dumps(METRICS | {"step": 3})
         if end == "fails":
-            return ["python", "-c", "print('no luck\\n'); raise SystemExit(2)"]
-        return ["python", "-c", f"open({str(folder / end)!r}, 'w').write({text!r})"]
+            return [sys.executable, "-c", "print('no luck\\n'); raise SystemExit(2)"]
+        return [sys.executable, "-c", f"open({str(folder / end)!r}, 'w').write({text!r})"]
 
     monkeypatch.setattr(runner, "make_command", command)
     return ends, ran
@@ -274,6 +274,7 @@ def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch)
         f"while not Path({str(saved)!r}).exists() and time.monotonic() < end: time.sleep(0.05)\n"
     )
     children, start = [], runner.start
+    command = lambda run, *more: [sys.executable, "-c", code if run.name == "a" else ""]
 
     def start_child(line, folder):
         children.append(start(line, folder))
@@ -286,15 +287,16 @@ def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch)
         os.kill(os.getpid(), number)
 
     monkeypatch.setattr(runner, "start", start_child)
+    monkeypatch.setattr(runner, "make_command", command)
     thread = threading.Thread(target=send, daemon=True)
     # A signal that arrives early or late must not end pytest itself.
     before = signal.signal(number, lambda *_: None)
     try:
         thread.start()
         with pytest.raises(SystemExit) as end:
-            runner.run_all({"a": ["python", "-c", code], "b": ["python"]}, tmp_path, jobs=1)
+            runner.main(make_recipe("a", "b"), ["--out", str(tmp_path)])
         assert end.value.code == 128 + number
-        assert saved.exists() and not (tmp_path / "b").exists()
+        assert saved.exists() and not (tmp_path / "tiny" / "b").exists()
     finally:
         thread.join(2 * WAIT_SECONDS)
         for child in children:
