@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.records import Records
 from scripts.paper.runner import FindTop1, Recipe, Run, main
-from scripts.paper.tables import KINDS, format_table, show_top1, wrap
+from scripts.paper.tables import KINDS, format_table, show_top1
 
 SIZES = (2, 8, 32, 128, 512)
 IMAGES = 25_600  # seen in a run
@@ -42,7 +42,7 @@ def name_run(seed: int, kind: str, size: int) -> str:
     return f"{kind}-batch{size}-seed{seed}"
 
 
-def format_section(records: Records) -> str:
+def format_tables(records: Records) -> dict[str, str]:
     header = ["batch size", "steps"]
     for title in KINDS.values():
         header += [f"{title}: lr", f"{title}: test top-1 (%)"]
@@ -53,16 +53,10 @@ def format_section(records: Records) -> str:
             names = [name_run(seed, kind, size) for seed in SEEDS]
             row += [f"{scale_rate(kind, size):g}", show_top1(records, names)]
         rows.append(row)
-    text = f"""
-        VGG-11 on Fashion-MNIST, weight decay 5e-4, cosine schedule. Every run sees {IMAGES:,}
-        images. The learning rate is in proportion to the batch size: {RATES["bn"]:g} for BatchNorm
-        and {RATES["deconv"]:g} for deconvolution at 128, the better rates of each kind on CIFAR-10.
-        A single value is of seed 0. A bold value is the mean of the seeds in brackets.
-        """
-    return f"{wrap(text)}\n{format_table(header, rows)}"
+    return {"sizes": format_table(header, rows)}
 
 
-RECIPE = Recipe("batch_size", "Batch size", plan, format_section)
+RECIPE = Recipe("batch_size", "Batch size", plan, format_tables)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper import table1
 from scripts.paper.records import Records, look_up_top1
 from scripts.paper.runner import FindTop1, Recipe, Run, main
-from scripts.paper.tables import KINDS, format_table, mean_top1, show_top1, wrap
+from scripts.paper.tables import KINDS, format_table, mean_top1, show_top1
 
 NETWORKS = {"vgg16": "VGG-16", "resnet18": "ResNet-18"}
 SERIES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)  # learning rates
@@ -82,23 +82,11 @@ def find_best(arch: str, kind: str, records: Records) -> tuple[Pair | None, list
     return pair, [name_run(arch, kind, pair, seed) for seed in SEEDS] if pair else []
 
 
-def format_section(records: Records) -> str:
-    grid = f"""
-        CIFAR-10, test top-1 (%) after one epoch with seed {SEEDS[0]}. The settings are those of
-        `--preset paper --root newton` except for learning rate and weight decay. The search tries
-        the learning rates at weight decay {DECAY:g}, extends the range while the best rate is the
-        lowest or highest, then tries other weight decays at the best rate. The table also holds
-        runs outside the search. The runs of ResNet-18 at learning rate 0.1 and weight decay 0.001
-        are also in Table 1.
-        """
-    best = f"""
-        Best pair of each kind, chosen with seed {SEEDS[0]} and repeated with seeds
-        {", ".join(map(str, SEEDS))}:
-        """
-    return f"{wrap(grid)}\n{_format_grid(records)}\n{wrap(best)}\n{_format_best(records)}"
+def format_tables(records: Records) -> dict[str, str]:
+    return {"search": _format_search(records), "best": _format_best(records)}
 
 
-def _format_grid(records: Records) -> str:
+def _format_search(records: Records) -> str:
     find_top1 = partial(look_up_top1, records)
     tried = [search(arch, kind, find_top1)[0] for arch, kind in product(NETWORKS, KINDS)]
     rates = sorted({rate for pairs in tried for rate, _ in pairs})
@@ -126,7 +114,7 @@ def _format_best(records: Records) -> str:
     return format_table(header, rows)
 
 
-RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, format_section)
+RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, format_tables)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.records import Records
 from scripts.paper.runner import FindTop1, Recipe, Run, count_steps, main
-from scripts.paper.tables import show_top1, wrap
+from scripts.paper.tables import show_top1
 from util.checkpoint.store import LATEST_NAME
 
 NAME, PLOT = "vgg11-deconv-seed0", "results_filters.png"
@@ -34,19 +34,11 @@ def list_plot_commands(folder: Path, cifar10: str) -> list[list[str]]:
     return [[sys.executable, "scripts/inspect_layers.py", *paths]]
 
 
-def format_section(records: Records) -> str:
-    text = wrap(f"""
-        VGG-11 after one epoch of CIFAR-10: mode 5, blocks of 16, eps 1e-2, learning rate 0.1,
-        weight decay 5e-4, seed 0, test top-1 {show_top1(records, [NAME])} %. The plot shows the
-        filters of the first layer, as learned and as applied to the unwhitened image; the
-        whitening kernels of the first layer, each a centre against its surround; the correlation
-        of the features in one block of the last convolution; and the whiteness of every layer's
-        input, before and after whitening.
-        """)
-    return f"{text}\n![Filters and whiteness]({PLOT})\n" if records else text
+def format_tables(records: Records) -> dict[str, str]:
+    return {"top1": show_top1(records, [NAME])}
 
 
-RECIPE = Recipe("filters", "Filters", plan, format_section, follow_up=list_plot_commands)
+RECIPE = Recipe("filters", "Filters", plan, format_tables, follow_up=list_plot_commands)
 
 if __name__ == "__main__":
     main(RECIPE)

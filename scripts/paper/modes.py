@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.records import RESULTS, Records, load
 from scripts.paper.runner import FindTop1, Recipe, Run, count_steps, main
-from scripts.paper.tables import format_table, show_top1, wrap
+from scripts.paper.tables import DASH, format_table, show_top1
 
 BATCH_SIZE = 128
 STEPS = count_steps("cifar10", BATCH_SIZE)
@@ -61,7 +61,7 @@ def name_kind(mode: int, block: int | None) -> str:
     return f"mode{mode}-block{block}" if block else f"mode{mode}"
 
 
-def format_section(records: Records) -> str:
+def format_tables(records: Records) -> dict[str, str]:
     header = ["mode", "whitened", "block (channels)", "test top-1 (%)", "step (ms)"]
     header += ["BatchNorm step (ms)", "ratio [quartiles]"]
     measured = load(TIMES, RESULTS)
@@ -72,25 +72,11 @@ def format_section(records: Records) -> str:
         cells = _show_times(times.get((mode, block or BLOCKS[0])))
         top1 = _show_top1(records, name_kind(mode, block))
         rows.append([mode, MODES[mode], block, top1, *cells])
-    text = f"""
-        VGG-11 after one epoch of CIFAR-10: batch size {BATCH_SIZE}, weight decay 5e-4, cosine
-        schedule, seeds {", ".join(map(str, SEEDS))}. Deconvolution has learning rate 0.1 and eps
-        1e-2. BatchNorm has learning rate 0.01, the better of 0.1 and 0.01.
-        {_describe_times(measured)}
-        """
-    return f"{wrap(text)}\n{format_table(header, rows)}"
-
-
-def _describe_times(measured: dict[str, Any]) -> str:
-    if not measured:
-        return ""
-    rounds, machine = measured["flags"]["rounds"], ", ".join(measured["environment"].values())
-    modes = " ".join(map(str, measured["flags"]["mode"]))
-    return f"""
-        Times of a training step are medians of {rounds} rounds in which the two networks take
-        turns ({machine}, otherwise idle), measured with `python scripts/bench/steps.py --mode
-        {modes} --block 16 64 --rounds {rounds} --no-memory --json results/{TIMES}.json`.
-        """
+    return {
+        "modes": format_table(header, rows),
+        "rounds": str(measured.get("flags", {}).get("rounds", DASH)),
+        "machine": ", ".join(measured.get("environment", {}).values()) or DASH,
+    }
 
 
 def _show_top1(records: Records, kind: str) -> str:
@@ -104,7 +90,7 @@ def _show_times(times: dict[str, Any] | None) -> list[str | None]:
     return [ours, base, "{:.2f} [{:.2f}, {:.2f}]".format(times["ratio"], *times["quartiles"])]
 
 
-RECIPE = Recipe("modes", "Modes and blocks", plan, format_section)
+RECIPE = Recipe("modes", "Modes and blocks", plan, format_tables)
 
 if __name__ == "__main__":
     main(RECIPE)

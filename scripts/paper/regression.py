@@ -18,7 +18,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.records import Records
 from scripts.paper.runner import TRAIN_IMAGES, FindTop1, Recipe, Run, count_steps, main
-from scripts.paper.tables import DASH, format_table, show_loss, show_top1, wrap
+from scripts.paper.tables import DASH, format_table, show_loss, show_top1
 from util.tracking.plots import plot_losses
 
 TITLES = {"cifar10": "CIFAR-10", "fashion": "Fashion-MNIST"}
@@ -89,25 +89,14 @@ def choose_rate(case: Case, method: int, records: Records) -> float | None:
     return min(finished, key=finished.__getitem__) if finished else None
 
 
-def format_section(records: Records) -> str:
+def format_tables(records: Records) -> dict[str, str]:
     header = ["dataset", "network", "loss", "method"]
     header += [f"training loss, lr {rate:g}" for rate in RATES]
     header.append("test top-1 (%) at the best lr")
     rows = [_format_case(case, method, records) for case, method in product(CASES, METHODS)]
     steps = ["method", "lr", *(f"loss, step {step}" for step in SHOWN_STEPS)]
-    epoch = f"""
-        One epoch: batch size {BATCH_SIZE}, SGD with momentum 0.9, weight decay 5e-4, cosine
-        schedule, seed 0. The training loss is the mean over the last {LAST} points of the curve.
-        The plot shows each method at its best learning rate.
-        """
-    descent = f"""
-        Full-batch gradient descent on the {TRAIN_IMAGES["fashion"]:,} images of Fashion-MNIST:
-        `simple_v1`, squared error, no momentum, constant learning rate. The table holds the
-        training loss before each step. Images are flipped at random, so the batch differs from
-        step to step.
-        """
-    descents = format_table(steps, [_format_descent(method, records) for method in DESCENT])
-    return f"{wrap(epoch)}\n{format_table(header, rows)}\n{wrap(descent)}\n{descents}"
+    descents = [_format_descent(method, records) for method in DESCENT]
+    return {"epoch": format_table(header, rows), "descent": format_table(steps, descents)}
 
 
 def _format_case(case: Case, method: int, records: Records) -> list[str | None]:
@@ -151,7 +140,7 @@ def _list_curves(
     return {f"{m} {METHODS[m]}, lr {rates[m]:g}": curve for m, curve in ran.items()}
 
 
-RECIPE = Recipe("regression", "Linear and logistic regression", plan, format_section, draw)
+RECIPE = Recipe("regression", "Linear and logistic regression", plan, format_tables, draw)
 
 if __name__ == "__main__":
     main(RECIPE)

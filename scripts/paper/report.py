@@ -13,31 +13,22 @@ import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from string import Template
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
 from scripts.paper.records import RESULTS, ROOT, Records, load, save, top1_of
-from scripts.paper.runner import RUNS, Recipe, gather
+from scripts.paper.runner import RUNS, gather
 from scripts.paper.tables import KINDS, format_table, mean_top1, show_loss, show_seconds, show_top1
 from util.cli.parser import Parser, path_name
 from util.files import atomic_write
 
 RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
 PAGE, README = "results.md", "README.md"
+TEMPLATE = Path(__file__).with_name("results_template.md")
 MARKS = "<!-- by scripts/paper/report.py -->\n", "<!-- end -->\n"  # around README's table
 README_NETWORKS = ("vgg16", "resnet18", "mobilev2")  # rows of README's table
-INTRO = """\
-# Results
-
-`python scripts/paper/report.py` writes this page from the records in `results/`. Each record holds
-the settings, seed, machine, versions and commit of a run. Each section is one recipe; its command
-with `--dry-run` lists the runs and their estimated durations.
-
-Accuracy is test top-1 in percent after the last epoch, not the best epoch. CIFAR-10 is read from
-60,000 JPEG files where a record's `dataset` is `folder`, and from the binary files where it is
-`cifar10`. A dash stands for a value that was not published, was not measured or does not apply.
-"""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -98,32 +89,21 @@ def _show_mean(records: Records, names: Sequence[str]) -> str | None:
 
 
 def write_page(results: Path, docs: Path) -> None:
-    """Write the page and its plots from the records."""
-    parts = [INTRO]
+    """Fill the template of the page from the records, and draw its plots."""
+    values = {}
     for recipe in RECIPES:
         records = load(recipe.name, results)
-        parts.append(format_section(recipe, records))
+        parts = {**recipe.format(records), "runs": describe_runs(records)}
+        values |= {f"{recipe.name}_{part}": text.rstrip() for part, text in parts.items()}
         if recipe.draw and records:
-            recipe.draw(records, docs / name_plot(recipe))
+            recipe.draw(records, docs / f"results_{recipe.name}.png")
     with atomic_write(docs / PAGE) as file:
-        file.write("\n".join(parts).encode())
+        file.write(Template(TEMPLATE.read_text("utf-8")).substitute(values).encode())
 
 
-def name_plot(recipe: Recipe) -> str:
-    return f"results_{recipe.name}.png"
-
-
-def format_section(recipe: Recipe, records: Records) -> str:
-    """Return the section of one recipe: command, tables, plot, machines and runs."""
-    datasets = {run.dataset for run in recipe.plan(lambda name: 0.0)}
-    data = " --cifar10 DIR" if "cifar10" in datasets else ""
-    command = f"python scripts/paper/{recipe.name}.py{data}"
-    parts = [f"## {recipe.title}\n", f"```sh\n{command}\n```\n", recipe.format(records)]
-    if recipe.draw and records:
-        parts.append(f"![{recipe.title}]({name_plot(recipe)})\n")
-    if records:
-        parts += [describe_machines(records), list_runs(records)]
-    return "\n".join(parts)
+def describe_runs(records: Records) -> str:
+    """Return the machines and the runs of a recipe, empty without a run."""
+    return f"{describe_machines(records)}\n{list_runs(records)}" if records else ""
 
 
 def describe_machines(records: Records) -> str:

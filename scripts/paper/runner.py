@@ -79,7 +79,7 @@ class Recipe:
         name: name of the recipe's folder of runs, and of its file in results/.
         title: one line.
         plan: plan(find_top1) -> runs, without those that depend on missing results.
-        format: format(records by run name) -> section of docs/results.md.
+        format: format(records by run name) -> tables and values of results_template.md, by name.
         draw: draw(records by run name, path) -> plot; None for a recipe without a plot.
         follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> command lines to run once
             all runs have finished.
@@ -88,7 +88,7 @@ class Recipe:
     name: str
     title: str
     plan: Callable[[FindTop1], list[Run]]
-    format: Callable[[Records], str]
+    format: Callable[[Records], dict[str, str]]
     draw: Callable[[Records, Path], None] | None = None
     follow_up: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
 

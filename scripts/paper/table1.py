@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper.costs import estimate
 from scripts.paper.records import Records
 from scripts.paper.runner import FindTop1, Recipe, Run, count_steps, main
-from scripts.paper.tables import KINDS, format_table, mean_top1, show_seconds, show_top1, wrap
+from scripts.paper.tables import KINDS, format_table, mean_top1, show_seconds, show_top1
 
 PUBLISHED = json.loads(Path(__file__).with_name("published.json").read_text())
 GAPS = json.loads(Path(__file__).with_name("gaps.json").read_text())  # explanations, by network
@@ -65,8 +65,8 @@ def name_runs(arch: str, kind: str) -> list[str]:
     return [name_run(arch, kind, seed) for seed in SEEDS.get(arch, (0,))]
 
 
-def format_section(records: Records) -> str:
-    return "\n".join([_format_one_epoch(records), *_list_differences(), _format_long(records)])
+def format_tables(records: Records) -> dict[str, str]:
+    return {"epoch": _format_one_epoch(records), "long": _format_long(records)}
 
 
 def _format_one_epoch(records: Records) -> str:
@@ -78,24 +78,7 @@ def _format_one_epoch(records: Records) -> str:
         names = [name_runs(arch, kind) for kind in KINDS]
         cells = _show_runs(network, "1", names, records, "½ " if arch in HALVED else "")
         rows.append([title, millions, *cells, explain_gap(arch, records)])
-    settings = f"""
-        CIFAR-10, test top-1 (%) after one epoch. Both kinds use `--preset paper --root newton`:
-        batch size {BATCH_SIZE}, SGD with learning rate 0.1, momentum 0.9 and weight decay 1e-3,
-        cosine schedule over the epoch. Deconvolution whitens blocks of 64 channels, and of 512
-        before the last layer, with eps 1e-5, from every patch at the sampling stride. It takes 5
-        Newton-Schulz steps; 15 in the first layer, 3 in the grouped convolutions of ResNeXt, 1 in
-        the depthwise convolutions and the last convolution of each block of MobileNet v2 and
-        EfficientNet.
-        """
-    columns = f"""
-        *Paper*: {PUBLISHED["sources"]["paper"]}. *Reproduced*:
-        {PUBLISHED["sources"]["reproduced"]}. A bold value is the mean of the three seeds in
-        brackets; the other networks have one seed. ½ marks DenseNet-121 and DPN-92, which trained
-        for half an epoch here, with the schedule fitted to it. BatchNorm trains at deconvolution's
-        learning rate in this table; *Best rates* below gives each kind its own. Training times
-        compare only between runs on an otherwise idle machine.
-        """
-    return f"{wrap(settings)}\n{wrap(columns)}\n{format_table(header, rows)}"
+    return format_table(header, rows)
 
 
 def _show_runs(
@@ -120,15 +103,6 @@ def explain_gap(arch: str, records: Records) -> str | None:
     return f"{', '.join(gaps)}: {GAPS.get(arch, 'not explained yet')}" if gaps else None
 
 
-def _list_differences() -> list[str]:
-    """Return the differences of the published code, which may explain gaps."""
-    lines = [f"Networks in {PUBLISHED['sources']['code']}, that differ from those here:\n"]
-    for arch, text in PUBLISHED["differences"].items():
-        name = NETWORKS[arch]["title"] if arch in NETWORKS else "All but VGG and EfficientNet"
-        lines.append(f"- {name}: the published code {text}.")
-    return [*lines, ""]
-
-
 def _format_long(records: Records) -> str:
     header = ["network", *COLUMNS, *TIME_COLUMNS]
     networks = [NETWORKS["vgg16"], NETWORKS["resnet18"], {"title": "VGG-11"}]
@@ -137,14 +111,10 @@ def _format_long(records: Records) -> str:
         [network["title"], *_show_runs(network, str(LONG), runs, records)]
         for network, runs in zip(networks, names, strict=True)
     ]
-    text = f"""
-        Test top-1 (%) after {LONG} epochs with the same settings. VGG-11 has no published value;
-        VGG-16 and ResNet-18 are the nearest networks that have.
-        """
-    return f"{wrap(text)}\n{format_table(header, rows)}"
+    return format_table(header, rows)
 
 
-RECIPE = Recipe("table1", "Table 1 of the paper, after one epoch", plan, format_section)
+RECIPE = Recipe("table1", "Table 1 of the paper, after one epoch", plan, format_tables)
 
 if __name__ == "__main__":
     main(RECIPE)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import textwrap
 from collections.abc import Iterable, Sequence
 from statistics import mean
 from typing import Any
@@ -11,11 +10,6 @@ from scripts.paper.records import Records, top1_of
 
 DASH = "-"
 KINDS = {"bn": "BatchNorm", "deconv": "deconvolution"}  # of layers, by their name in runs
-
-
-def wrap(text: str) -> str:
-    """Return a paragraph, wrapped at 100 columns."""
-    return textwrap.fill(" ".join(text.split()), 100, break_on_hyphens=False) + "\n"
 
 
 def format_table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:

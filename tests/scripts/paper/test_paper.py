@@ -114,7 +114,7 @@ def make_recipe(*names, later=(), **kwargs):
         known = names if None in map(find, names) else (*names, *later)
         return [Run(name, "fashion", "", 3, 1.0) for name in known]
 
-    return Recipe("tiny", "Tiny", plan, format=lambda records: "", **kwargs)
+    return Recipe("tiny", "Tiny", plan, format=lambda records: {}, **kwargs)
 
 
 def test_runs_are_made_once_and_one_that_fails_does_not_stop_the_others(stand_in, tmp_path, capsys):
@@ -148,7 +148,7 @@ def test_flags_that_the_recipe_sets_or_nobody_knows_are_refused(
     words, error, stand_in, tmp_path, capsys
 ):
     plan = [Run("a", "fashion", "--seed 0", 3, 1.0), Run("b", "fashion", "--mode 3", 3, 1.0)]
-    recipe = Recipe("tiny", "Tiny", lambda find: plan, format=lambda records: "")
+    recipe = Recipe("tiny", "Tiny", lambda find: plan, format=lambda records: {})
     with pytest.raises(SystemExit, match="2"):
         runner.main(recipe, ["--out", str(tmp_path), *words])
     assert error in capsys.readouterr().err and not any(tmp_path.iterdir())
@@ -319,7 +319,7 @@ def image_folder(tmp_path):
 def test_a_run_of_the_main_script_becomes_a_record_without_paths(image_folder, tmp_path, capsys):
     flags = "--arch simple_v1 --epochs 1 --batch-size 4 --max-steps 2 --lr .01 --print-freq 1"
     run = Run("a", "cifar10", f"{flags} --use-gpu False --save-plot False", 2, 1.0)
-    recipe = Recipe("tiny", "Tiny", lambda find: [run], format=lambda records: "")
+    recipe = Recipe("tiny", "Tiny", lambda find: [run], format=lambda records: {})
     out = tmp_path / "runs"
     runner.main(recipe, ["--cifar10", str(image_folder), "--out", str(out)])
     assert "a: test top-1" in capsys.readouterr().out
@@ -349,7 +349,7 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     results["resnet18-bn-seed0"] = make_record(56.0)
     results["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
     results["dpn-bn-seed0"] = make_record(20.0)
-    lines = table1.format_section(results).splitlines()
+    lines = "".join(table1.format_tables(results).values()).splitlines()
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
             lines if line.startswith("| ")}  # fmt: skip
     vgg16 = rows["VGG-16 (`vgg16`)"]
@@ -376,8 +376,8 @@ def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
     assert regression.choose_rate(case, 1, results) == 0.001
     assert regression.choose_rate(case, 2, results) is None
     row = "| 1 plain | - | diverged at step 12 | 2.0e+24 | 4.000 | 30.00 |"
-    assert row in regression.format_section(results)
-    assert "| 2 whitened channels | - | - | - | - |" in regression.format_section(results)
+    epoch = regression.format_tables(results)["epoch"]
+    assert row in epoch and "| 2 whitened channels | - | - | - | - |" in epoch
 
 
 def test_page_and_plots_depend_on_the_records_alone(tmp_path):
