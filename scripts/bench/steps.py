@@ -82,8 +82,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags = parser.parse_args(argv)
     device = find_device(parser, flags)
-    cases = [Case(*values) for values in product(*(getattr(flags, f.name) for f in fields(Case)))]
-    check(parser, cases, flags)
+    if flags.json and not flags.json.absolute().parent.is_dir():
+        parser.error(f"--json {flags.json}: the folder does not exist")
+    cases = list_cases(parser, flags, flags.against, OURS)
     environment = describe_environment(device)
     try:
         choose_graphs(flags.cuda_graphs, device, 1, flags.compile)  # fail before any measurement
@@ -104,47 +105,43 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def make_parser() -> Parser:
     parser = Parser("steps.py", __doc__.splitlines()[0])
-    add = parser.add_group("cases (all combinations)")
-    several: dict[str, Any] = {"nargs": "+"}
-    add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
-    add("--batch-size", "images per step", bounded_int(1), [128], "128", metavar="N", **several)
-    add("--mode", "modes of deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
-    add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
-    several["choices"], text = tuple(AMP), "precision; bf16 means autocast"
-    add("--dtype", text, None, ["float32"], "float32", **several)
-    add("--against", "network to compare with", None, "bn", choices=tuple(TITLES))
-    add_layer_flags(parser)
-    add_run_flags(parser)
+    add_case_flags(parser)
     add = parser.add_group("measurement")
+    text = "network to compare with"
+    add("--against", text, None, "bn", choices=tuple(TITLES))
     add("--compile", "compile both networks", str2bool, False)
     text = "capture training steps as CUDA graphs"
     add("--cuda-graphs", text, str2bool, default_text="on a GPU without --compile")
     add("--fuse", "evaluate the fused network", str2bool, False)
+    text = "measured evaluations per network"
+    add("--eval-rounds", text, bounded_int(2), None, "as --rounds")
     add("--no-memory", "skip the measurement of memory", action="store_true")
     add("--json", "write all times to FILE", Path, metavar="FILE")
     return parser
 
 
-def add_layer_flags(parser: Parser) -> None:
-    """Add the flags of layers and images that all cases share."""
+def add_case_flags(parser: Parser) -> None:
+    """Add the flags of networks, layers, images, machine and repetitions."""
+    add = parser.add_group("cases (all combinations)")
+    several: dict[str, Any] = {"nargs": "+"}
+    add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
+    add("--batch-size", "images per step", bounded_int(1), [128], "128", **several)
+    add("--mode", "modes of deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
+    add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
+    several["choices"], text = tuple(AMP), "precision; bf16 means autocast"
+    add("--dtype", text, None, ["float32"], "float32", **several)
     add = parser.add_group("layers and images")
     add("--block-fc", "features whitened together before the last layer", bounded_int(0), None, 512)
     add("--eps", "regularization, in units of variance", bounded_float(above=0), 1e-2)
     text = f"other keywords of FastDeconv: {', '.join(OPTIONS)}"
     add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
-    add("--image-size", "side of the images in pixels", bounded_int(1), 32, metavar="N")
-    add("--classes", "number of classes", bounded_int(1), 10, metavar="N")
-    add("--in-channels", "channels of the images", bounded_int(1), 3, metavar="N")
-
-
-def add_run_flags(parser: Parser) -> None:
-    """Add the flags of the machine and of the repetitions."""
+    add("--image-size", "side of the images in pixels", bounded_int(1), 32)
+    add("--classes", "number of classes", bounded_int(1), 10)
+    add("--in-channels", "channels of the images", bounded_int(1), 3)
     add = parser.add_group("machine and repetitions")
-    add("--rounds", "measured training steps per network", bounded_int(2), 11, metavar="N")
-    text = "measured evaluations per network"
-    add("--eval-rounds", text, bounded_int(2), None, "as --rounds", metavar="N")
-    add("--warmup", "steps before the measurement", bounded_int(0), 3, metavar="N")
-    add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024), metavar="N")
+    add("--rounds", "measured training steps per network", bounded_int(2), 11)
+    add("--warmup", "steps before the measurement", bounded_int(0), 3)
+    add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024))
     add("--device", "device", None, None, "a GPU if available", choices=("cpu", "cuda"))
     text = "channels_last memory format"
     add("--channels-last", text, str2bool, False)
@@ -173,21 +170,17 @@ def find_device(parser: Parser, flags: argparse.Namespace) -> torch.device:
     return torch.device(flags.device or ("cuda" if has_gpu else "cpu"))
 
 
-def check(parser: Parser, cases: Sequence[Case], flags: argparse.Namespace) -> None:
-    """Refuse invalid cases before any measurement."""
-    if flags.json and not flags.json.absolute().parent.is_dir():
-        parser.error(f"--json {flags.json}: the folder does not exist")
-    for case, kind in product(cases, (flags.against, OURS)):
+def list_cases(parser: Parser, flags: argparse.Namespace, *kinds: str) -> list[Case]:
+    """Return all combinations; refuse a network that cannot have one of the kinds of layers."""
+    cases = [Case(*values) for values in product(*(getattr(flags, f.name) for f in fields(Case)))]
+    for case, kind in product(cases, kinds):
         try:
             with torch.device("meta"):
                 build(case, kind, flags)
         except (TypeError, ValueError) as error:
-            parser.error(f"--arch {case.arch}: {describe_options(flags)}{error}")
-
-
-def describe_options(flags: argparse.Namespace) -> str:
-    """Return the words of --option, to begin an error with."""
-    return "".join(f"--option {name}={value}: " for name, value in flags.option)
+            options = "".join(f"--option {name}={value}: " for name, value in flags.option)
+            parser.error(f"--arch {case.arch}: {options}{error}")
+    return cases
 
 
 def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:

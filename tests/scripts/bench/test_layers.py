@@ -1,29 +1,39 @@
 """scripts/bench/layers.py: where the time goes, and that no part of it is counted twice."""
 
 import time
+from itertools import product
 
 import pytest
 import torch
 
 from deconv import FastDeconv, whitening
 from deconv.ops.inverse_sqrt import ROOTS
-from scripts.bench import layers
+from scripts.bench import layers, steps
 from scripts.bench.layers import CONVOLUTION, DIRECTIONS, REST, STEPS
-from util.training.accelerator import Accelerator
 
-SMALL = ["--batch-size", "2", "--rounds", "2", "--warmup", "1", "--device", "cpu"]
+SMALL = [
+    "--arch",
+    "simple_v2",
+    "--batch-size",
+    "2",
+    "--rounds",
+    "2",
+    "--warmup",
+    "1",
+    "--device",
+    "cpu",
+]
 
 
 def profile(*words):
-    flags = layers.make_parser().parse_args([*SMALL, *words])
-    model, images = layers.build(flags)
-    return layers.measure(
-        model, images, Accelerator(torch.device("cpu")), rounds=flags.rounds, warmup=flags.warmup
-    )
+    parser = layers.make_parser()
+    flags = parser.parse_args([*SMALL, *words])
+    (case,) = steps.list_cases(parser, flags, steps.OURS)
+    return layers.measure(case, flags, torch.device("cpu"))
 
 
 def test_every_operation_is_counted_once():
-    for words in ("--layer 8,8,9", "--arch resnet18", "--arch mlp --mode 1"):
+    for words in ("--arch resnet18", "--arch mlp --mode 1"):
         start = time.perf_counter()
         rounds = profile(*words.split())
         seconds = time.perf_counter() - start
@@ -35,13 +45,13 @@ def test_every_operation_is_counted_once():
 
 def test_every_step_is_seen_in_both_directions():
     for root in ROOTS:
-        for parts in profile("--layer", "8,8,9", "--batch-size", "8", "--option", f"root={root}"):
-            for step in STEPS:
-                assert all(parts["", step, direction] > 0 for direction in DIRECTIONS), step
+        for parts in profile("--batch-size", "8", "--option", f"root={root}"):
+            for step, direction in product(STEPS, DIRECTIONS):
+                assert layers.find([parts], step, direction) > 0, (root, step, direction)
 
 
 def test_a_first_layer_has_a_backward_without_a_gradient_of_its_images():
-    for parts in profile("--arch", "simple_v2"):
+    for parts in profile():
         first = next(layer for layer, _, _ in parts if layer)
         assert parts[first, "fold", "backward"] > 0 and parts[first, CONVOLUTION, "backward"] > 0
         assert parts[first, "root", "backward"] == 0
@@ -62,10 +72,10 @@ class _Slow(torch.autograd.Function):
 def test_time_is_counted_where_it_is_spent(monkeypatch):
     root = whitening.inverse_sqrt
     monkeypatch.setattr(whitening, "inverse_sqrt", lambda cov, *more: _Slow.apply(root(cov, *more)))
-    rounds = profile("--layer", "8,8,16", "--batch-size", "8")  # rows enough for that root
-    assert layers.find(rounds, step="root", direction="forward") >= 50
-    assert layers.find(rounds, step="root", direction="backward") >= 100
-    assert layers.find(rounds, step="root") > 0.5 * layers.find(rounds)
+    rounds = profile("--batch-size", "8")  # rows enough for that root
+    assert layers.find(rounds, "root", "forward") >= 50
+    assert layers.find(rounds, "root", "backward") >= 100
+    assert layers.find(rounds, "root") > 0.5 * layers.find(rounds)
 
 
 def test_profiling_leaves_the_functions_and_the_result_alone():
@@ -83,25 +93,23 @@ def test_profiling_leaves_the_functions_and_the_result_alone():
 
 
 def test_tables(capsys):
-    layers.main([*SMALL, "--layer", "8,8,9,1,2"])
-    lines = capsys.readouterr().out.splitlines()[2:]
+    layers.main([*SMALL, "--mode", "5", "3"])
+    environment, *lines = capsys.readouterr().out.splitlines()
+    assert torch.__version__ in environment and len(lines) == 2 * len(lines[: len(lines) // 2])
+    assert lines[1] == "arch simple_v2, mode 5, block 16, batch_size 2, dtype float32"
+    lines = lines[3 : len(lines) // 2]
     assert [line.split(" | ")[0][2:] for line in lines[2:]] == [*STEPS, REST, "whole"]
     assert lines[-1].endswith("| 100 % |") and {line.count("|") for line in lines} == {5}
-    layers.main([*SMALL, "--arch", "simple_v2"])
-    assert f"\n| {REST} | " in capsys.readouterr().out
-    layers.main([*SMALL, "--arch", "simple_v2", "--by-layer", "--dtype", "bf16"])
-    lines = capsys.readouterr().out.splitlines()[2:]
+    layers.main([*SMALL, "--by-layer", "--dtype", "bf16"])
+    lines = capsys.readouterr().out.splitlines()[4:]
     assert len(lines) == 2 + 4 and {line.count("|") for line in lines} == {10}
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ("--layer 64,128", ("--layer", "'64,128'")),
-        ("--layer 8,8,9 --by-layer", ("--layer", "--by-layer")),
-        ("--layer 8,8,9 --option colour=red", ("--option", "'colour=red'")),
-        ("--layer 8,8,9 --option n_iter=many", ("--option n_iter=many",)),
-        ("--layer 8,8,9 --arch vgg11", ("--layer", "--arch")),
+        ("--option colour=red", ("--option", "'colour=red'")),
+        ("--option n_iter=many", ("--option n_iter=many",)),
         ("--arch vgg12", ("vgg11", "'vgg12'")),
         ("--rounds -3", ("--rounds", "'-3'")),
     ],
@@ -115,5 +123,5 @@ def test_refuses_in_one_line(flags, words, capsys):
 
 @pytest.mark.gpu
 def test_a_gpu_keeps_the_time(capsys):
-    layers.main([*SMALL, "--device", "cuda", "--arch", "simple_v2"])
+    layers.main([*SMALL, "--device", "cuda"])
     assert "| whole | " in capsys.readouterr().out
