@@ -5,7 +5,7 @@ import torch
 
 # These fork the test process. PyTorch refuses a backward in a fork once autograd has threads, and
 # any earlier backward on another device, such as meta, starts them.
-FORKING = {"test_reliability", "test_signals", "test_store"}
+FORKING = {"test_reliability", "test_signals", "test_store", "test_sync", "test_world"}
 
 
 def pytest_collection_modifyitems(items):

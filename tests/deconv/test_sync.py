@@ -184,6 +184,7 @@ def pieces(sharing):
 
 def process(rank, folder):
     """Join a group for every sharing with a share for this rank, and save the results."""
+    torch.set_num_threads(1)
     all_reduce = distributed.all_reduce
 
     def counted(x):
@@ -208,7 +209,9 @@ def process(rank, folder):
 def spawned(tmp_path_factory):
     """Return by sharing the results of each rank."""
     folder = tmp_path_factory.mktemp("sync")
-    torch.multiprocessing.spawn(process, (str(folder),), nprocs=max(map(len, SHARINGS)))
+    torch.multiprocessing.start_processes(
+        process, (str(folder),), nprocs=max(map(len, SHARINGS)), start_method="fork"
+    )
     return {
         sharing: [torch.load(folder / f"{number}-{rank}.pt") for rank in range(len(sharing))]
         for number, sharing in enumerate(SHARINGS)

@@ -118,6 +118,8 @@ class RunLogger:
 
     def filters(self, raw: Tensor | None, whitened: Tensor | None) -> None:
         """Log images of the first layer's filters (O C h w), at the last epoch."""
+        if isinstance(self._events, NullEvents):
+            return
         from util.tracking.plots import draw_filters
 
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):

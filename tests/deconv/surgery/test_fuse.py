@@ -74,11 +74,15 @@ def test_a_linear_layer_keeps_its_outputs(bias, dtype):
     assert_plain(plain)
 
 
-@pytest.mark.parametrize("arch", ["vgg11", "resnet18", "densenet121", "simple_v1", "mlp"])
-def test_a_network_keeps_its_outputs_and_the_input_is_untouched(arch):
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [("vgg11", 32), ("resnet18", 32), ("densenet121", 32), ("simple_v1", 12), ("mlp", 12)],
+)
+def test_a_network_keeps_its_outputs_and_the_input_is_untouched(arch, size):
+    """Whole images are the features of simple_v1 and mlp: 432 at side 12, 3072 at side 32."""
     layers = make_layers(deconv=True)
-    built = build_model(arch, layers, in_channels=3, num_classes=10, image_size=32)
-    model, x = trained(built, 4, 3, 32, 32)
+    built = build_model(arch, layers, in_channels=3, num_classes=10, image_size=size)
+    model, x = trained(built, 4, 3, size, size)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     fused = fuse(model)
     torch.testing.assert_close(fused(x), model(x), rtol=1e-5, atol=1e-5)

@@ -1,10 +1,15 @@
 """Search for the shortest training, with known accuracies and with real runs of main.py."""
 
+import sys
 from argparse import Namespace
+from subprocess import CompletedProcess
 
 import pytest
 
+import main
 from scripts.paper import time_to_accuracy
+from scripts.paper.records import ROOT
+from scripts.paper.runner import read_summary
 from scripts.paper.time_to_accuracy import Outcome, format_outcomes, search
 from util.checkpoint.store import LATEST_NAME, PREVIOUS_NAME
 
@@ -51,7 +56,15 @@ def test_the_table_compares_means_of_seconds():
     assert "0.1 | 200" in text and "2.00 times as fast" in text
 
 
-def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
+def test_runs_of_the_main_script_are_made_once(tmp_path, capfd, monkeypatch):
+    """The runs share this process; the tests below start processes as the script does."""
+
+    def run_here(line, cwd):
+        assert line[:2] == [sys.executable, "main.py"] and cwd == ROOT
+        main.main(line[2:])
+        return CompletedProcess(line, 0)
+
+    monkeypatch.setattr(time_to_accuracy, "subprocess", Namespace(run=run_here))
     line = "--target 1 --lr .03 --seeds 0 --begin 6 6 --grain 6 --dataset digits"
     line += f" --arch simple_v2 --use-gpu False --save-plot False --out {tmp_path}"
     time_to_accuracy.main(line.split())
@@ -66,9 +79,11 @@ def test_runs_of_the_main_script_are_made_once(tmp_path, capfd):
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):
     own = {"lr": 0.03, "seed": 0, "max-steps": 6}
-    flags = ["--dataset", "digits", "--arch", "simple_v2", "--use-gpu", "False"]
-    first = time_to_accuracy.run(tmp_path, own, flags)
-    (folder,) = tmp_path.iterdir()
+    flags = "--dataset digits --arch simple_v2 --use-gpu False --threads 1 --save-plot False"
+    flags = [*flags.split(), "--tensorboard", "False"]
+    folder = tmp_path / "lr0.03-seed0-max-steps6"
+    main.main(["--lr", "0.03", "--seed", "0", "--max-steps", "6", "--run-dir", str(folder), *flags])
+    first = read_summary(folder)
     (folder / PREVIOUS_NAME).replace(folder / LATEST_NAME)  # as if stopped after the first epoch
     (folder / "summary.json").unlink()
     assert time_to_accuracy.run(tmp_path, own, flags)["test_top1"] == first["test_top1"]

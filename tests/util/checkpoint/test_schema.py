@@ -222,7 +222,7 @@ def check_foreign(runs, tmp_path, script, place, value, message):
 
 @pytest.mark.filterwarnings("error")
 def test_what_nobody_reads_costs_no_run(runs, tmp_path):
-    """Sparse tensors, for example, cannot be read to the device "meta"."""
+    """Store a sparse tensor, for example, under a key that no run reads."""
     state = change(runs(main), "scheduler", torch.eye(2).to_sparse())
     path = keep(state, tmp_path / "checkpoint.pth.tar")
     assert resume(main, path)[0] == 0

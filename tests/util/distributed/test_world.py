@@ -41,7 +41,9 @@ def in_world(rank, size, port, action, *args):
 
 
 def run_world(size, action, *args):
-    multiprocessing.spawn(in_world, (size, free_port(), action, *args), nprocs=size)
+    """Fork the processes, which then need no imports: see tests/conftest.py."""
+    args = size, free_port(), action, *args
+    multiprocessing.start_processes(in_world, args, nprocs=size, start_method="fork")
 
 
 def use_every_operation(world, folder):
