@@ -114,7 +114,7 @@ def _format_best(records: Records) -> str:
     return format_table(header, rows)
 
 
-RECIPE = Recipe("best_rates", "Best rates: each kind at its own", plan, format_tables)
+RECIPE = Recipe("best_rates", "Best rates of each kind of layer", plan, format_tables)
 
 if __name__ == "__main__":
     main(RECIPE)
