@@ -33,17 +33,11 @@ LEAST_IMAGES = 4
 
 @dataclass(frozen=True)
 class TrainedNetwork:
-    """Network of a checkpoint, in evaluation.
+    """Network of a checkpoint, in evaluation."""
 
-    Args:
-        network: the network with the checkpoint's weights, on the CPU.
-        flags: flags of the run, without those of the machine that trained.
-        saved: content of the checkpoint.
-    """
-
-    network: nn.Module
-    flags: Namespace
-    saved: dict[str, Any]
+    network: nn.Module  # with the checkpoint's weights, on the CPU
+    flags: Namespace  # of the run, without those of the machine that trained
+    saved: dict[str, Any]  # content of the checkpoint
 
 
 def load_network(place: str) -> TrainedNetwork:
@@ -71,18 +65,12 @@ def load_network(place: str) -> TrainedNetwork:
 
 
 def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
-    """Read the first test images, normalized as the network expects them.
+    """Return the first test images (N, C, H, W), normalized as the network expects them.
 
-    Args:
-        flags: flags of the run.
-        data: folder of the images; None: the default folder of the run's script.
-        count: number of images. A smaller dataset gives all of its images.
-
-    Returns:
-        Images (N, C, H, W).
+    A smaller dataset gives all of its images.
 
     Raises:
-        DataError: the folder has no images of the run's dataset.
+        DataError: the folder `data` has no images of the run's dataset.
         ValueError: no folder is named, or it has fewer than 4 images.
     """
     data = flags.data if data is None else data
@@ -108,14 +96,19 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
 def make_parser(script: str, description: str, out: str, images: int, purpose: str) -> Parser:
     """Return a parser of CHECKPOINT, OUT, --data, --images; `out` and `purpose` are help texts."""
     parser = Parser(script, description)
+    add = parser.add_group("files and images")
     text = "checkpoint of main.py or main_imagenet.py, or the folder of a run"
-    parser.add_argument("checkpoint", metavar="CHECKPOINT", help=text)
-    parser.add_argument("out", metavar="OUT", type=Path, help=out)
-    text = "folder of the images (default: ./data; ImageNet: required)"
-    parser.add_argument("--data", metavar="DIR", help=text)
-    text = f"{purpose}, at least {LEAST_IMAGES} (default: {images})"
-    form = {"type": bounded_int(LEAST_IMAGES), "default": images, "metavar": "N", "help": text}
-    parser.add_argument("--images", "--pictures", **form)
+    add("checkpoint", text, str, metavar="CHECKPOINT")
+    add("out", out, Path, metavar="OUT")
+    add(
+        "--data",
+        "folder of the images",
+        str,
+        default_text="./data; ImageNet: required",
+        metavar="DIR",
+    )
+    text = f"{purpose}, at least {LEAST_IMAGES}"
+    add("--images --pictures", text, bounded_int(LEAST_IMAGES), images)
     return parser
 
 

@@ -11,13 +11,14 @@ from copy import deepcopy
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-# Operators without a kernel that are no views by their signatures.
+# Operators without a kernel that are no views.
 NO_KERNEL = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
+NO_KERNEL |= {aten.promote_types}
 # Fill and copy; fill and diagonal; copy and product (aten/src/ATen/native: PadNd.cpp,
 # cuda/TensorFactories.cu, cuda/Blas.cpp).
 TWO_KERNELS = {aten.constant_pad_nd, aten.eye, aten.baddbmm}
@@ -25,29 +26,14 @@ TWO_KERNELS = {aten.constant_pad_nd, aten.eye, aten.baddbmm}
 
 def kernels(func: Any, args: tuple[Any, ...], result: Any) -> int:
     """Return the number of kernels that a call of an operator launches."""
-    returned = func._schema.returns
-    view = any(r.alias_info is not None and not r.alias_info.is_write for r in returned)
     operator = func.overloadpacket
-    if view or operator in NO_KERNEL or not _has_tensor(result):
-        return 0
-    if operator is aten.copy_ and _same(*args[:2]):  # `x[0] += 1` ends with such a copy
+    if func.is_view or operator in NO_KERNEL:
         return 0
     if operator is aten.convolution:  # cuDNN's has no bias, which is added after it
         return 1 if args[2] is None else 2
     if operator is aten.convolution_backward:  # one for each gradient
         return sum(tensor is not None for tensor in result)
     return 2 if operator in TWO_KERNELS else 1
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    """Return True if two tensors are the same view of the same memory."""
-    places = [(x.untyped_storage()._cdata, x.storage_offset(), x.stride()) for x in (one, other)]
-    return places[0] == places[1] and one.shape == other.shape
-
-
-def _has_tensor(result: Any) -> bool:
-    several = result if isinstance(result, tuple | list) else (result,)
-    return any(isinstance(one, Tensor) for one in several)
 
 
 class Launches(TorchDispatchMode):

@@ -32,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import Delinear, FastDeconv, whitening
 from deconv.ops import covariance
 from scripts.bench import steps
+from scripts.paper.tables import format_table
 from util.cli.parser import Parser
 from util.training.accelerator import Accelerator
 
@@ -63,9 +64,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for case in cases:
         rounds = measure(case, flags, device)
         table = format_layers(rounds) if flags.by_layer else format_steps(rounds)
-        print(
-            f"\n{', '.join(f'{name} {value}' for name, value in asdict(case).items())}\n\n{table}"
-        )
+        title = ", ".join(f"{name} {value}" for name, value in asdict(case).items())
+        print(f"\n{title}\n\n{table}", end="")
 
 
 def make_parser() -> Parser:
@@ -148,25 +148,23 @@ def add_up(events: Sequence[FunctionEvent]) -> Counter[Key]:
 def format_steps(rounds: Sequence[Counter[Key]]) -> str:
     """Format a row for each step, over all layers."""
     seen = set().union(*rounds[0])
-    rows = {step: [step] for step in (*STEPS, REST) if step in seen} | {"whole": []}
-    lines = ["| step | forward (ms) | backward (ms) | share |", "|---|---:|---:|---:|"]
-    for title, names in rows.items():
-        cells = [f"{find(rounds, *names, way):.2f}" for way in DIRECTIONS]
-        share = find(rounds, *names) / find(rounds)
-        lines.append(f"| {title} | {' | '.join(cells)} | {100 * share:.0f} % |")
-    return "\n".join(lines)
+    names = {step: [step] for step in (*STEPS, REST) if step in seen} | {"whole": []}
+    rows = [[title, *format_times(rounds, DIRECTIONS, *names[title])] for title in names]
+    return format_table(["step", *(f"{way} (ms)" for way in DIRECTIONS), "share"], rows)
 
 
 def format_layers(rounds: Sequence[Counter[Key]]) -> str:
     """Format a row for each layer: its steps, forward and backward together."""
-    titles = [f"{title} (ms)" for title in (*STEPS, *DIRECTIONS)]
-    lines = [f"| layer | {' | '.join(titles)} | share |", f"|---|{'---:|' * (len(titles) + 1)}"]
-    for layer in dict.fromkeys(layer for layer, step, _ in rounds[0] if step != REST):
-        values = [find(rounds, layer, part) for part in (*STEPS, *DIRECTIONS)]
-        share = find(rounds, layer) / find(rounds)
-        cells = " | ".join(f"{value:.2f}" for value in values)
-        lines.append(f"| {layer.removeprefix(LAYER)} | {cells} | {100 * share:.0f} % |")
-    return "\n".join(lines)
+    parts = (*STEPS, *DIRECTIONS)
+    layers = dict.fromkeys(layer for layer, step, _ in rounds[0] if step != REST)
+    rows = [[name.removeprefix(LAYER), *format_times(rounds, parts, name)] for name in layers]
+    return format_table(["layer", *(f"{part} (ms)" for part in parts), "share"], rows)
+
+
+def format_times(rounds: Sequence[Counter[Key]], parts: Sequence[str], *names: str) -> list[str]:
+    """Format the time of each part of a row, and the row's share of the whole."""
+    times = [f"{find(rounds, *names, part):.2f}" for part in parts]
+    return [*times, f"{100 * find(rounds, *names) / find(rounds):.0f} %"]
 
 
 def find(rounds: Sequence[Counter[Key]], *names: str) -> float:

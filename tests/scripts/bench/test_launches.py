@@ -13,12 +13,12 @@ def test_convolution_and_batchnorm_launch_six_kernels():
     assert count_launches(twin, (2, 4, 6, 6)) == (3, 3)
 
 
-def test_views_allocations_and_copies_onto_themselves_launch_nothing():
+def test_views_and_allocations_launch_nothing():
     with Launches() as counter:
         x = torch.empty(4, 4)
         x.t()[0].expand(3, 4).T.unflatten(0, (2, 2))
         assert counter.count == 0
-        x[0] += 1
+        x[0].add_(1)
         assert counter.count == 1
         nn.functional.conv2d(torch.empty(1, 1, 4, 4), torch.empty(1, 1, 3, 3), torch.empty(1))
         assert counter.count == 3  # cuDNN adds the bias in a kernel of its own
