@@ -13,6 +13,8 @@ from scripts.paper.runner import read_summary
 from scripts.paper.time_to_accuracy import Outcome, format_outcomes, search
 from util.checkpoint.store import LATEST_NAME, PREVIOUS_NAME
 
+QUIET = "--use-gpu False --threads 1 --save-plot False --tensorboard False"
+
 
 def make_flags(**kwargs):
     return Namespace(**{"lr": [0.1], "seeds": [0], "grain": 25, "longest": 1000} | kwargs)
@@ -66,7 +68,7 @@ def test_runs_of_the_main_script_are_made_once(tmp_path, capfd, monkeypatch):
 
     monkeypatch.setattr(time_to_accuracy, "subprocess", Namespace(run=run_here))
     line = "--target 1 --lr .03 --seeds 0 --begin 6 6 --grain 6 --dataset digits"
-    line += f" --arch simple_v2 --use-gpu False --save-plot False --out {tmp_path}"
+    line += f" --arch simple_v2 --batch-size 32 {QUIET} --out {tmp_path}"
     time_to_accuracy.main(line.split())
     first = capfd.readouterr().out
     assert "times as fast" in first and "epoch 1/" in first
@@ -79,8 +81,7 @@ def test_runs_of_the_main_script_are_made_once(tmp_path, capfd, monkeypatch):
 
 def test_a_run_that_was_stopped_goes_on(tmp_path):
     own = {"lr": 0.03, "seed": 0, "max-steps": 6}
-    flags = "--dataset digits --arch simple_v2 --use-gpu False --threads 1 --save-plot False"
-    flags = [*flags.split(), "--tensorboard", "False"]
+    flags = f"--dataset digits --arch simple_v1 --batch-size 479 {QUIET}".split()  # two epochs
     folder = tmp_path / "lr0.03-seed0-max-steps6"
     main.main(["--lr", "0.03", "--seed", "0", "--max-steps", "6", "--run-dir", str(folder), *flags])
     first = read_summary(folder)

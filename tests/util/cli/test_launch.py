@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 import main
 from tests.util.distributed.test_world import free_port
@@ -18,8 +19,19 @@ from util.distributed.launcher import is_first_process, launch_workers
 from util.tracking.logger import read_log
 
 ROOT = Path(__file__).resolve().parents[3]
-LINE = "--dataset digits --arch simple_v2 --use-gpu False --threads 1 --tensorboard False"
+QUIET = "--use-gpu False --threads 1 --tensorboard False --save-plot False"
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+@pytest.fixture(scope="module")
+def line(tmp_path_factory):
+    """Return flags for runs of three steps an epoch on 24 images, which import no scikit-learn."""
+    root = tmp_path_factory.mktemp("images")
+    for number in range(32):
+        folder = root / ("train" if number < 24 else "test") / ("dark", "bright")[number % 2]
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), 7 * number).save(folder / f"{number}.png")
+    return f"--dataset folder --data {root} --arch simple_v2 --batch-size 8 --lr .01 {QUIET}"
 
 
 def launch(*command, **kwargs):
@@ -46,9 +58,9 @@ def check_same_curves(first, second):
 
 
 def test_two_processes_train_as_one(tmp_path):
-    line = f"{LINE} --deconv True --batch-size 100 --max-steps 16 --lr .02".split()
-    alone = launch(sys.executable, "main.py", *line, "--run-dir", tmp_path / "one")
-    assert finish(alone)[0] == 0
+    line = "--dataset digits --arch simple_v2 --deconv True --batch-size 100 --max-steps 16"
+    line = f"{line} --lr .02 {QUIET}".split()
+    main.main([*line, "--run-dir", str(tmp_path / "one")])
     code, out, err = finish(launch(*TORCHRUN, "main.py", *line, "--run-dir", tmp_path / "two"))
     assert code == 0, err
     assert out.count("epoch 1/2") == 1 and "2 processes" in out
@@ -61,8 +73,8 @@ def test_two_processes_train_as_one(tmp_path):
     assert len(state["rng"]) == 2
 
 
-def test_two_machines_meet_as_the_published_flags_say(tmp_path):
-    line = f"{LINE} --deconv True --max-steps 2 --run-dir {tmp_path / 'run'}".split()
+def test_two_machines_meet_as_the_published_flags_say(tmp_path, line):
+    line = f"{line} --deconv True --max-steps 2 --run-dir {tmp_path / 'run'}".split()
     where = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--multiprocessing-distributed"]
     machines = [
         launch(sys.executable, "main.py", *line, *where, "--world-size", 2, "--rank", rank)
@@ -74,9 +86,9 @@ def test_two_machines_meet_as_the_published_flags_say(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 2
 
 
-def test_a_machine_that_cannot_begin_keeps_no_other_waiting(tmp_path):
+def test_a_machine_that_cannot_begin_keeps_no_other_waiting(tmp_path, line):
     """The second machine lacks the checkpoint of --resume and fails before the two have met."""
-    line = f"{LINE} --max-steps 1 --run-dir {tmp_path / 'run'}".split()
+    line = f"{line} --max-steps 1 --run-dir {tmp_path / 'run'}".split()
     where = ["--master-addr", "127.0.0.1", "--master-port", free_port(), "--nnodes", 2]
     started = time.monotonic()
     machines = [
@@ -115,9 +127,9 @@ def write_faulty(tmp_path, fault):
     return path
 
 
-def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path):
+def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path, line):
     fault = "from util.errors import DataError; raise DataError('image 7 is torn')"
-    line = f"{LINE} --epochs 3 --run-dir {tmp_path / 'run'}".split()
+    line = f"{line} --epochs 3 --run-dir {tmp_path / 'run'}".split()
     started = time.monotonic()
     code, _, err = finish(launch(*TORCHRUN, write_faulty(tmp_path, fault), *line))
     assert code != 0 and time.monotonic() - started < 60
@@ -151,8 +163,8 @@ def test_a_process_that_was_killed_does_not_end_the_run_in_silence(monkeypatch, 
     assert stop.value.code == expected
 
 
-def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
-    line = f"{LINE} --epochs 2 --start-epoch 0 --run-dir {tmp_path / 'run'} --resume auto".split()
+def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path, line):
+    line = f"{line} --epochs 2 --start-epoch 0 --run-dir {tmp_path / 'run'} --resume auto".split()
     faulty = write_faulty(tmp_path, "os._exit(9)")
     code, out, err = finish(launch(*TORCHRUN, "--max-restarts", 1, faulty, *line))
     assert code == 0, err
@@ -160,8 +172,8 @@ def test_a_restarted_run_continues_from_its_last_checkpoint(tmp_path):
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["epochs"] == 2
 
 
-def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path):
-    line = f"{LINE} --arch vgg11 --run-dir {tmp_path / 'run'}".split()
+def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path, line):
+    line = f"{line} --arch vgg11 --run-dir {tmp_path / 'run'}".split()
     where = ["--dist-url", f"tcp://127.0.0.1:{free_port()}", "--world-size", 2]
     machines = [
         launch(*(sys.executable, "main.py", *line, *where, "--rank", rank), start_new_session=True)
