@@ -6,8 +6,8 @@
     conv = FastDeconv(64, 128, 3, padding=1)    # replaces Conv2d and BatchNorm2d
     head = Delinear(512, 10)                    # replaces Linear
     up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # also 1d and 3d
-    model = convert(resnet18())                 # replaces all of them, in any model
-    print(plan(resnet18()))                     # what `convert` does to each layer, and why
+    model = convert(resnet18())                 # replaces these layers in any model
+    print(plan(resnet18()))                     # lists what `convert` does to each layer
     recalibrate(model, loader)                  # computes the running statistics anew
     print(whiteness(model, images))             # correlation before and after whitening, by layer
     served = fuse(model.eval())                 # a trained model as plain Conv2d and Linear layers
@@ -18,8 +18,8 @@ steps (Algorithm 1 of the paper):
 
     x_p = sample(x)                                       patches                ops/patches.py
     mu  = mean_p x_p                                      mean                   ops/covariance.py
-    Cov = mean_p (x_p - mu)(x_p - mu)^T + eps I           covariance             ops/covariance.py
-    D   ~ Cov^(-1/2)                                      inverse square root    ops/inverse_sqrt.py
+    Cov = mean_p (x_p - mu)(x_p - mu)^T                   covariance             ops/covariance.py
+    D   ~ (Cov + eps I)^(-1/2)                            inverse square root    ops/inverse_sqrt.py
     y   = W D (x - mu) + b = (W D) x + (b - W D mu)       fold D, mu into W, b   ops/fold.py
 
 No feature map is whitened: one ordinary convolution runs with the folded weight and bias. In
@@ -37,8 +37,8 @@ in whitening.py runs the four steps for every kind of layer.
 | S | | blocks that share one D | `Blocks.sharing` |
 | G | | whitening matrices of the layer | `Blocks.matrices` |
 | mu | (C*T,) | mean patch | `mean_and_covariance` |
-| Cov | (G, F, F), units of variance | covariance with eps on its diagonal | `mean_and_covariance` |
-| D | (G, F, F) | inverse square root of Cov | `inverse_sqrt` |
+| Cov | (G, F, F), units of variance | covariance of a block's features | `mean_and_covariance` |
+| D | (G, F, F) | inverse square root of Cov + eps I | `inverse_sqrt` |
 | W D | as weight | folded weight | `fold`, `fuse` |
 
 The package imports nothing but torch. It can be copied into another project.

@@ -206,7 +206,7 @@ def find_geometry(conv: Any) -> dict[str, Any]:
 class FastDeconv(Convolution, nn.Conv2d):
     """2-d convolution that whitens the patches its kernel sees. Replaces Conv2d and BatchNorm2d.
 
-        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
+        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ (Cov(x) + eps I)^(-1/2)
 
     In training, mu and D come from the batch, and gradients flow through both. For evaluation the
     layer keeps running averages of mu and of the covariance: it then equals a plain convolution.
@@ -222,20 +222,21 @@ class FastDeconv(Convolution, nn.Conv2d):
             5: channels and pixels jointly, over sampled patches.
         block: channels whitened together, B (default 16). The C channels of a group form blocks of
             the largest divisor of C up to `block`.
-        eps: regularisation of the covariance (default 1e-2), in units of variance.
+        eps: added to the diagonal of the covariance (default 1e-2), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics, in (0, 1] (default 0.1).
         sampling_stride: distance of sampled patches (default 3), in output pixels. Mode 3 samples
             input pixels at this distance, mode 4 every patch.
-        rows_per_feature: rows of the covariance per feature (default 24), for modes 1, 2 and 5. The
-            layer samples so few of the remaining patches, at least one per image. A patch has one
-            row per block that shares the matrix. 0: all patches, as published. The mean always
-            covers all of them.
-        root: D from the covariance (default "cholesky"), see `inverse_sqrt`.
+        rows_per_feature: rows of the covariance per feature (default 24), in modes 1, 2 and 5. The
+            layer takes as many of the patches at `sampling_stride` as this number needs, at least
+            one per image. A patch has one row per block that shares the matrix. 0: all patches at
+            `sampling_stride`, as published. The mean always covers all of these patches.
+        root: algorithm that computes D (default "cholesky"), see `inverse_sqrt`.
             "newton": `n_iter` steps of Newton-Schulz, as published.
             "resolvent": the same within 0.75 %, from one matrix inverse for `n_iter` up to 5.
             "cholesky": the inverse Cholesky factor, with the soft floor of `n_iter` steps.
-        layout: channels per block, "contiguous" or "interleaved" (default), see `Blocks`.
+        layout: assignment of features to blocks, "contiguous" or "interleaved" (default), see
+            `Blocks`.
         shared: the blocks of a group share one D (default True), as published.
         sync_stats: take the batch statistics over all ranks (default True). N ranks then equal one
             with the whole batch, also with unequal or empty shares, see `batch_share`. All ranks

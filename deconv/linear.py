@@ -14,14 +14,14 @@ from .whitening import Whitening, record_call, require_positive
 class Delinear(Whitening, nn.Linear):
     """Linear layer that whitens its input: `FastDeconv` with one tap, rows as patches.
 
-        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ Cov(x)^(-1/2)
+        y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ (Cov(x) + eps I)^(-1/2)
 
     The root is Newton-Schulz, as published.
 
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
-        block: features whitened together (default 512): the largest divisor of `in_features` up to
-            `block`.
+        block: features whitened together (default 512). The features form blocks of the largest
+            divisor of `in_features` up to `block`.
         eps, n_iter, momentum, layout, shared, sync_stats, track_running_stats: as in `FastDeconv`.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
 

@@ -28,8 +28,8 @@ class LayerWhiteness:
         patches: number of patches in the covariances.
         before: whiteness of the patches, (sum l)^2 / (F sum l^2), averaged over the matrices of the
             layer: 1 if all directions vary alike, 1/F if one direction has all the variance. F
-            times it is the effective number of directions. 1 / it - 1 is the statistic of John's
-            test of sphericity.
+            times the whiteness is the effective number of directions. The inverse minus 1 is the
+            statistic of John's test of sphericity.
         after: whiteness of the whitened patches.
         condition: ratio of the largest to the smallest eigenvalue, eps added to both; the largest
             ratio of all matrices.

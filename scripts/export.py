@@ -69,7 +69,7 @@ def build_parser() -> Parser:
     purpose = "number of test images to compare on"
     parser = make_parser("export.py", __doc__.splitlines()[0], "file to write", 32, purpose)
     parser.add_argument("--to", choices=WRITERS, required=True, help="format of the file")
-    text = "largest difference of two scores, over the largest score (default: %(default)s)"
+    text = "accepted difference of scores, relative to the largest score (default: %(default)s)"
     parser.add_argument("--tolerance", type=float, default=1e-4, help=text)
     return parser
 

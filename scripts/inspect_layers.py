@@ -1,4 +1,4 @@
-"""Show what whitening does in a trained network, as a table and as a figure.
+"""Show the whitening of a trained network layer by layer, as a table and as a figure.
 
     python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png
     python scripts/inspect_layers.py RUN/checkpoint.pth.tar layers.png --data DIR --images 256
@@ -8,7 +8,7 @@ The figure has four rows:
 1. Filters of the first layer: as learned, W, and as applied to the raw image, W D.
 2. Whitening kernels, rows of the symmetric root. Each kernel makes one pixel white. A kernel is a
    centre against its surround, as in the paper and in the retina. The Cholesky factor is a rotation
-   of that root, and weighs the centre against one half of the surround.
+   of the symmetric root, and weighs the centre against one half of the surround.
 3. Correlation of the features of one block of the last convolution, before and after whitening.
 4. Eigenvalues of each layer's covariance; whiteness before and after (`deconv.whiteness`).
 

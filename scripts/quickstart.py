@@ -1,4 +1,4 @@
-"""Compare BatchNorm with deconvolution on a small real dataset, each at its own best rate.
+"""Compare BatchNorm with deconvolution on a small real dataset, each at its own best learning rate.
 
     python scripts/quickstart.py [--out DIR] [FLAG of main.py ...]
 

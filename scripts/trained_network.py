@@ -1,4 +1,4 @@
-"""Trained networks for scripts: rebuild a checkpoint's network, read images to test with."""
+"""Rebuild the network of a checkpoint, and read images to test it with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Message sizes of distributed training per step and network, as a Markdown table.
+"""Compute the message sizes of distributed training, per step and network, as a Markdown table.
 
     python scripts/bench/messages.py                     the networks of docs/scaling.md
     python scripts/bench/messages.py resnet18d:64 vgg16:8
@@ -33,8 +33,10 @@ SHOWN = (
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--mode", type=int, default=5, help="mode of deconvolution (5)")
-    parser.add_argument("--own", action="store_true", help="one matrix per block")
+    parser.add_argument("--mode", type=int, default=5, help="mode of deconvolution (default: 5)")
+    parser.add_argument(
+        "--own", action="store_true", help="one matrix per block (default: one per layer)"
+    )
     parser.add_argument("networks", nargs="*", default=SHOWN, metavar="NAME:BLOCK")
     flags = parser.parse_args(argv)
     titles = ("gradients", "statistics", "statistics / gradients", "messages", "patches")

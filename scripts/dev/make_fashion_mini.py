@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         prog="make_fashion_mini.py", description=__doc__.splitlines()[0]
     )
     parser.add_argument("folder", metavar="DIR", type=Path, help="holds the four IDX files")
-    parser.add_argument(
-        "--out", metavar="FILE", type=Path, default=FASHION_MINI, help="default: %(default)s"
-    )
+    text = "file to write (default: util/data/fashion_mini.npz)"
+    parser.add_argument("--out", metavar="FILE", type=Path, default=FASHION_MINI, help=text)
     args = parser.parse_args(argv)
     try:
         arrays = make_subset(args.folder)

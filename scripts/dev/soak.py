@@ -1,4 +1,4 @@
-"""Soak test: run main.py for thousands of steps and check that no resource use grows.
+"""Run main.py for thousands of steps and check that no resource use grows (soak test).
 
     python scripts/dev/soak.py                                 2,000 steps of a small network
     python scripts/dev/soak.py --steps 500 --rows 5 -- --deconv False -j 2

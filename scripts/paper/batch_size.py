@@ -1,4 +1,4 @@
-"""Batch size: VGG-11 with batches of 2 to 512 images of Fashion-MNIST, both kinds of layers.
+"""Train VGG-11 with batches of 2 to 512 images of Fashion-MNIST, with both kinds of layer.
 
 python scripts/paper/batch_size.py --data DIR
 """

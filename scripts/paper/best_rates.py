@@ -1,4 +1,4 @@
-"""Best rates: BatchNorm and deconvolution, each at its own best learning rate and weight decay.
+"""Train with BatchNorm and deconvolution, each at its own best learning rate and weight decay.
 
     python scripts/paper/best_rates.py --cifar10 DIR --jobs 2
 

@@ -1,4 +1,4 @@
-"""Filters: the first layer of a VGG-11 trained on natural images, and the whiteness of all layers.
+"""Draw the first layer of a VGG-11 trained on natural images, and the whiteness of all layers.
 
     python scripts/paper/filters.py --cifar10 DIR
 

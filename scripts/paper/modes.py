@@ -1,4 +1,4 @@
-"""Modes 1 to 5 and blocks of 16 and 64: accuracy of VGG-11 after one epoch, and time of a step.
+"""Compare modes 1 to 5 and blocks of 16 and 64: accuracy after one epoch, and time of a step.
 
     python scripts/paper/modes.py --cifar10 DIR
 

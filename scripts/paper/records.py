@@ -1,4 +1,4 @@
-"""Records of runs in results/RECIPE.json: settings, machine, metrics and training curve.
+"""Keep records of runs in results/RECIPE.json: settings, machine, metrics and training curve.
 
 A record holds no image, no checkpoint and no path of the machine.
 """

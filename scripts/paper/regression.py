@@ -1,4 +1,4 @@
-"""Linear and logistic regression, and a perceptron: training loss with and without whitening.
+"""Train linear and logistic regression and a perceptron, with and without whitening.
 
     python scripts/paper/regression.py --cifar10 DIR --data DIR --jobs 2
 

@@ -1,4 +1,4 @@
-"""Table 1 of the paper: ten networks after one epoch of CIFAR-10, and VGG-11 after twenty.
+"""Reproduce Table 1 of the paper: ten networks after one epoch of CIFAR-10, VGG-11 after 20.
 
     python scripts/paper/table1.py --cifar10 DIR --dry-run
     python scripts/paper/table1.py --cifar10 DIR --jobs 2

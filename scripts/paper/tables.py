@@ -1,4 +1,4 @@
-"""Markdown tables of records, with a dash for a missing value."""
+"""Format records as Markdown tables, with a dash for a missing value."""
 
 from __future__ import annotations
 

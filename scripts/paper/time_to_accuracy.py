@@ -1,11 +1,11 @@
-"""Measure the training time to a test accuracy, each kind of layers at its best learning rate.
+"""Measure the training time to a test accuracy, each kind of layer at its best learning rate.
 
     python scripts/paper/time_to_accuracy.py --target 70 --dataset folder --data DIR
     python scripts/paper/time_to_accuracy.py --target 90 --dataset fashion --data DIR
 
-1. The best of the --lr is found with the first seed, in trainings of --begin steps: a much shorter
+1. The first seed finds the best of the rates --lr, in trainings of --begin steps. A much shorter
    training has another best rate.
-2. The shortest training is found, in units of --grain steps, whose mean test accuracy over all
+2. A search in units of --grain steps finds the shortest training whose mean test accuracy over all
    seeds reaches the target.
 3. Both kinds repeat their shortest training in turn, seed by seed. The table shows the training
    time of these runs, without tests.

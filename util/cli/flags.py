@@ -104,8 +104,8 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     default = f"{final_block}, or 0 without --deconv"
     add("--num-groups-final --block-fc", text, bounded_int(0), None, default, metavar="B")
     text = """Newton-Schulz iterations for the inverse square root of the covariance, up to 15; more
-        whiten directions of low variance more completely. Without --root newton: the number of
-        iterations whose result --root approximates"""
+        iterations whiten directions of lower variance. The other choices of --root approximate
+        the result of this number of iterations"""
     add("--deconv-iter", text, bounded_int(1, MAX_NEWTON_STEPS), 5)
     text = "regularization: added to the diagonal of the covariance, in units of variance"
     bounds = bounded_float(minimum=1e-12, below=FLOAT32_LIMIT)
@@ -120,10 +120,10 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     add("--dataset", "dataset to train and test on", None, "cifar10", choices=datasets)
     text = """folder of the datasets, where missing ones are downloaded to; for `--dataset folder`
         the folder that holds train/CLASS/* and test/CLASS/* (or val/CLASS/*); embedded datasets
-        take none"""
+        need no folder"""
     add("--data", text, path_name, "./data", metavar="DIR")
     text = """folder to download from, which holds the archives under their published names;
-        checksums are verified all the same"""
+        checksums are still verified"""
     mirror = os.environ.get(MIRROR_VARIABLE) or None
     default = f"${MIRROR_VARIABLE}, or the published address"
     add("--data-url", text, mirror_url, mirror, default, metavar="URL")
@@ -165,8 +165,8 @@ def add_training_flags(
         text = f"paper: the settings of the paper's tables, {presets['paper']}"
         add("--preset", f"{text}; flags on the command line override them", choices=presets)
     add("--epochs", "total number of epochs", bounded_int(1), epochs)
-    text = """stop after N optimizer steps in total; the learning rate schedule spans them. A run
-        that ends so within an epoch cannot be continued there"""
+    text = """stop after N optimizer steps in total; the learning rate schedule spans these N
+        steps. A run that this flag ends within an epoch cannot be continued from there"""
     add("--max-steps", text, bounded_int(1))
     text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size)
@@ -180,19 +180,19 @@ def add_training_flags(
     form = {"metavar": "W", "dest": "weight_decay"}
     add("--wd --weight-decay", "weight decay", bounds, weight_decay, **form)
     text = """cosine: decay to 0 over the run, step by step; multistep: multiply by
-        --multistep-gamma at each --milestone; step: the same every --scheduler-step-size epochs"""
+        --multistep-gamma at each --milestone; step: multiply by --multistep-gamma
+        every --scheduler-step-size epochs"""
     add("--lr-scheduler", text, None, "cosine", choices=SCHEDULES)
     text = """milestones of multistep, in epochs (60 80) or as fractions of the run (0.5 0.75); a
         single fraction repeats: 0.4 also stands for 0.8"""
     add("--milestone", text, bounded_float(minimum=1e-3), [0.4], 0.4, nargs="+", metavar="M")
     text = "factor of the learning rate at a milestone"
     add("--multistep-gamma", text, bounded_float(above=0, maximum=1), 0.1, metavar="G")
-    add(
-        "--scheduler-step-size", "epochs between two drops of the schedule step", bounded_int(1), 30
-    )
+    text = "epochs between two drops of --lr-scheduler step"
+    add("--scheduler-step-size", text, bounded_int(1), 30)
     text = "epochs, or a fraction of one, over which the learning rate rises linearly to --lr"
     add("--warmup-epochs", text, bounded_float(minimum=0), 0.0)
-    text = "random seed; runs with the same seed and the same flags agree"
+    text = "random seed; on a CPU, runs with the same seed and flags agree bit for bit"
     add("--seed", text, bounded_int(0, 2**62), 0)
 
 
@@ -217,17 +217,17 @@ def add_output_flags(parser: Parser) -> None:
     add("--out", text, path_name, None, default, metavar="DIR")
     add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
     text = """folder of a run to continue from its newest checkpoint, up to --epochs in total, or a
-        checkpoint file; auto: the newest in --run-dir, or a fresh start if there is none. Flags
-        that are left out are taken from the checkpoint, except paths and flags about GPUs and
-        machines. --epochs clears --max-steps and stretches the learning rate schedule. An epoch
-        that --max-steps cut short cannot be continued; resume an earlier checkpoint"""
+        checkpoint file; auto: the newest checkpoint in --run-dir, or a fresh start if there is
+        none. Flags that are left out are taken from the checkpoint, except paths and flags about
+        GPUs and machines. --epochs clears --max-steps and stretches the learning rate schedule.
+        An epoch that --max-steps cut short cannot be continued; resume an earlier checkpoint"""
     add("--resume", text, path_name, metavar="RUN")
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
     add("--checkpoint-epoch", text, bounded_int(0), 0)
     text = "steps between two rows of train_batch.log, TensorBoard points or printed lines"
     add("-p --print-freq", text, bounded_int(1), 10)
     add("--msg", "print one line per batch", str2bool, False)
-    add("--save-plot", "draw TrainingPlots.png", str2bool, True)
+    add("--save-plot", "draw the curves, TrainingPlots.png", str2bool, True)
     add("--tensorboardX --tensorboard", "write TensorBoard events", str2bool, True)
 
 
@@ -240,10 +240,12 @@ def add_advanced_flags(parser: Parser) -> None:
         Newton-Schulz iteration; resolvent, the same within 0.75 % and faster for large blocks;
         cholesky, the fastest, which whitens with a triangular factor in place of the root"""
     add("--root", text, None, "cholesky", choices=("newton", "resolvent", "cholesky"))
-    text = """modes 1, 2 and 5: estimate a covariance of F features from about N * F patches of a
-        batch, spread over images and positions; 0 uses every patch that --stride selects"""
+    text = """modes 1, 2 and 5: estimate a covariance of F features from about N * F rows, where a
+        patch gives one row for each block. The patches are spread over the images of a batch; 0
+        uses every patch that --stride selects"""
     add("--rows-per-feature", text, bounded_float(minimum=0), 24)
-    text = "make blocks of adjacent channels, or deal channels to the blocks in turn"
+    text = """contiguous: a block has adjacent channels; interleaved: (channel, pixel) features
+        in modes 4 and 5, and channels in the other modes, are dealt to the blocks in turn"""
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     text = "use one whitening matrix for all blocks of a layer; False: one for each block"
     add("--share-blocks", text, str2bool, True)
@@ -253,7 +255,7 @@ def add_advanced_flags(parser: Parser) -> None:
     add = parser.add_group("advanced: training and output")
     text = "start the epoch count and the learning rate schedule after N epochs"
     add("--start-epoch", text, bounded_int(0), 0)
-    text = "save the checkpoint every N optimizer steps, too; 0 saves after each epoch only"
+    text = "also save the checkpoint every N optimizer steps; 0 saves only after each epoch"
     add("--checkpoint-steps", text, bounded_int(0), 0)
 
     add = parser.add_group("advanced: devices and machines")
@@ -261,14 +263,15 @@ def add_advanced_flags(parser: Parser) -> None:
     add("--channels-last", text, str2bool, False)
     text = "capture a training step as a CUDA graph, which saves the time to launch kernels"
     add("--cuda-graphs", text, str2bool, default_text="True on one GPU without --compile")
-    text = "use only operations with reproducible results, on GPUs too; slower"
+    text = "use only operations with reproducible results, which may be slower on a GPU"
     add("--deterministic", text, str2bool, False)
-    text = "start one process per GPU; always on"
+    text = "start one process per GPU; accepted for compatibility, always on"
     add("--multiprocessing-distributed", text, str2bool, False, default_text="")
-    text = "number of machines that train together; torchrun needs no such flag"
+    text = "number of machines that train together; not needed under torchrun"
     add("--world-size", text, bounded_int(1, 10**5), default_text=1)
     add("--rank", "index of this machine, from 0", bounded_int(0, 10**5))
-    text = "where machines meet: tcp://HOST:PORT of the first, or env:// for MASTER_ADDR and _PORT"
+    text = """address where machines meet: tcp://HOST:PORT of the first machine, or env:// to read
+        MASTER_ADDR and MASTER_PORT"""
     add("--dist-url", text, rendezvous_url, metavar="URL")
     default, backends = "nccl on GPUs, else gloo", ("nccl", "gloo")
     add("--dist-backend", "communication backend", None, None, default, choices=backends)
