@@ -24,9 +24,8 @@ def choose_device(
 
     Args:
         use_gpu: True requires a GPU, False forbids GPUs, None uses a GPU if there is one.
-        gpu: number of the GPU. None: `local_rank`.
+        gpu: number of the GPU. None: `local_rank`, the number of this process on its machine.
         threads: CPU threads of PyTorch. None: PyTorch chooses.
-        local_rank: number of this process on its machine.
 
     Raises:
         RunError: a required GPU is missing, or too few for the processes.
@@ -55,14 +54,8 @@ def choose_device(
 def choose_graphs(wanted: bool | None, device: torch.device, size: int, compiled: bool) -> bool:
     """Return True if training steps run as CUDA graphs.
 
-    Args:
-        wanted: value of --cuda-graphs. None: use graphs whenever possible.
-        device: device of this process.
-        size: world size.
-        compiled: value of --compile.
-
-    Raises:
-        RunError: graphs are requested, but impossible.
+    `wanted` is --cuda-graphs, where None means whenever possible; `size` is the world size,
+    `compiled` is --compile. Raise RunError if graphs are wanted, but impossible.
     """
     possible = device.type == "cuda" and size == 1
     if wanted and not possible:

@@ -46,10 +46,7 @@ def save_checkpoint(
         state: tensors and plain values that match `schema.CONTENT`.
         run_dir: the folder of the run.
         filename: name of the file in `run_dir`.
-        is_best: whether to copy the file to BEST_NAME.
-
-    Returns:
-        The path written.
+        is_best: True copies the file to BEST_NAME.
 
     Raises:
         CheckpointError: `state` does not match the schema or would not load again.
@@ -94,11 +91,7 @@ def list_checkpoints(run_dir: str | Path) -> list[Path]:
 def load_newest(
     run_dir: str | Path, load: Callable[[Path], dict[str, Any]]
 ) -> tuple[Path, dict[str, Any], list[str]]:
-    """Load the readable checkpoint of a run with the most steps.
-
-    Args:
-        run_dir: the folder of the run.
-        load: reads one checkpoint.
+    """Load the readable checkpoint of a run with the most steps; `load` reads one checkpoint.
 
     Returns:
         Path and content of the checkpoint, and one message for each newer one that is damaged.

@@ -42,9 +42,7 @@ def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
     A run's folder stands for its newest readable checkpoint. `auto` stands for the folder of
     --run-dir, or for a fresh start if that holds no checkpoint.
 
-    Args:
-        script: the command line.
-        typed: the typed flags; "resume" becomes the file that was loaded, or is removed.
+    In `typed`, "resume" becomes the file that was loaded, or is removed.
 
     Raises:
         SystemExit: code 2, `--resume auto` without --run-dir.
@@ -80,12 +78,7 @@ def _load(script: Script, path: str | Path) -> dict[str, Any]:
 
 
 def check_config(script: Script, config: Mapping[str, Any], file: str | Path) -> None:
-    """Check that the flags in a checkpoint could have been typed.
-
-    Args:
-        script: knows the flags and the architectures.
-        config: the flags in the checkpoint.
-        file: name of the checkpoint, for the error.
+    """Check that the flags in the checkpoint `file` could have been typed.
 
     Raises:
         CheckpointError: names the first flag that could not have been typed.
@@ -113,13 +106,7 @@ def inherit_flags(config: Mapping[str, Any], typed: Collection[str], parser: Par
 def check_unchanged(
     flags: Namespace, typed: Collection[str], config: Mapping[str, Any], parser: Parser
 ) -> None:
-    """Check that a resumed run uses the data and the flags that its checkpoint was trained with.
-
-    Args:
-        flags: the flags of this run.
-        typed: names of the flags on the command line.
-        config: the flags in the checkpoint.
-        parser: knows the spelling of the flags.
+    """Check that a resumed run uses the data and the flags `config` of its checkpoint.
 
     Raises:
         SystemExit: code 2, the images would be read from another place.

@@ -37,7 +37,7 @@ def start(
     Args:
         file: path of the script, which every worker process runs.
         script: command line of `file`.
-        run: trains or tests, given flags, checkpoint, ranks and device.
+        run: trains or tests.
         argv: words of the command line; None: those of this process.
 
     Raises:

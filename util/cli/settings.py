@@ -16,11 +16,8 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
     """Return all flags, checked, and the checkpoint of --resume.
 
     Typed flags override the preset, which overrides the checkpoint, which overrides the defaults.
-    No flag is ignored: one that would have no effect or contradicts another is refused.
-
-    Args:
-        script: the command line.
-        argv: the words of the command line, without the name of the script.
+    No flag is ignored: one that would have no effect or contradicts another is refused. `argv` has
+    no name of a script.
 
     Raises:
         SystemExit: code 2, with one line that names the flag, its value and the remedy.
@@ -46,13 +43,7 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
 
 
 def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> None:
-    """Set the flags whose defaults depend on other flags, in place.
-
-    Args:
-        flags: all flags.
-        typed: names of the flags on the command line.
-        script: knows the options of each architecture.
-    """
+    """Set the flags whose defaults depend on other flags, in place."""
     has_method = "method" in script.architectures[flags.arch].options
     if has_method:
         flags.method = flags.method or (3 if flags.deconv else 1)

@@ -60,11 +60,8 @@ def wait_for_first_error() -> None:
 def launch_workers(script: str, argv: Sequence[str], *, processes: int, flags: Namespace) -> bool:
     """Run `script argv` with torchrun; return False if this process itself is the run.
 
-    Args:
-        script: file to run.
-        argv: arguments of `script`.
-        processes: number of processes on this machine.
-        flags: `world_size` machines (None: 1), number `rank` of this machine, address `dist_url`.
+    `processes` run on this machine. `flags` hold the number of machines `world_size` (None: 1), the
+    number of this machine `rank` and the address `dist_url`.
 
     Raises:
         SystemExit: a process failed, with its exit code; a message if the process was killed.
@@ -113,9 +110,7 @@ def _address_flags(flags: Namespace) -> list[str]:
 def init_processes(device: torch.device, backend: str | None = None) -> Iterator[World]:
     """Join the world of this process, of size 1 without a launcher; leave it after the block.
 
-    Args:
-        device: device of this process.
-        backend: "nccl" or "gloo". None: nccl for GPUs, else gloo.
+    `backend` is "nccl" or "gloo". None: nccl for GPUs, else gloo.
 
     Raises:
         RunError: nccl without a GPU.

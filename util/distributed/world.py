@@ -54,9 +54,7 @@ class World:
     def batch_offset(self, count: int, device: torch.device) -> tuple[int, int]:
         """Return the number of images of lower ranks, and of all ranks, in a batch.
 
-        Args:
-            count: images of this process.
-            device: device of the message.
+        `count` is the number of this process, `device` the device of the message.
         """
         counts = torch.zeros(self.size, dtype=torch.long, device=device)
         counts[self.rank] = count

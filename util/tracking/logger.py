@@ -14,7 +14,7 @@ from torch import Tensor
 from util.checkpoint.schema import HISTORY, VALUES
 from util.console import visible
 from util.files import atomic_write
-from util.tracking.tensorboard import Events, NullEvents
+from util.tracking.tensorboard import Events
 
 EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
@@ -69,28 +69,21 @@ class RunLogger:
         kept = [row for row in rows if row[0] <= last or (row[0] == last + 1 and row[1] <= batches)]
         self._batch_log = _open_log(self._batch_path, BATCH_COLUMNS, kept)
         first = self._finished_steps + batches + 1 if history else 0
-        self._events = Events(self.run_dir, first) if tensorboard else NullEvents()
+        self._events = Events(self.run_dir, first) if tensorboard else None
 
     def batch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
-        """Add a row to `train_batch.log`.
+        """Add a row with the VALUES of a step to `train_batch.log`.
 
-        Args:
-            epoch: number of the epoch, from 1.
-            step: optimizer steps of the run so far; the column `batch` counts them in the epoch.
-            values: `loss top1 top5 lr`, and `seconds` of training since the epoch began.
+        `step` counts the optimizer steps of the run; the column `batch` counts those of the epoch.
         """
         row = (epoch, step - self._finished_steps, *(values[key] for key in VALUES))
         self._batch_log.write(_format_row(row) + "\n")
-        for key in ("loss", "lr"):
-            self._events.scalar(f"batch/{key}", values[key], step)
+        self._scalars("batch", {key: values[key] for key in ("loss", "lr")}, step)
 
     def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
         """Add a row to `train.log` and to `test.log`, and draw the curves so far.
 
-        Args:
-            epoch: number of the epoch, from 1.
-            train: `loss top1 top5 lr seconds`, and `steps`, the optimizer steps of this epoch.
-            test: `loss top1 top5 seconds`.
+        `train` holds VALUES and the number of optimizer steps, `test` holds VALUES without lr.
         """
         step = self._finished_steps + int(train["steps"])
         parts = {"train": train, "test": {**test, "lr": train["lr"]}}
@@ -101,8 +94,7 @@ class RunLogger:
                 self.history[f"{part}_{key}"].append(float(values[key]))
         for part, values in parts.items():
             self._logs[part].write(_format_row(self._epoch_rows(part)[-1]) + "\n")
-            for key in ("loss", "top1", "top5"):
-                self._events.scalar(f"{part}/{key}", values[key], step)
+            self._scalars(part, {key: values[key] for key in ("loss", "top1", "top5")}, step)
         if self._plot:
             self._plot_curves()
 
@@ -117,8 +109,8 @@ class RunLogger:
         gc.collect()  # a figure refers to itself: without a collection its pixels stay
 
     def filters(self, raw: Tensor | None, whitened: Tensor | None) -> None:
-        """Log images of the first layer's filters (O C h w), at the last epoch."""
-        if isinstance(self._events, NullEvents):
+        """Add TensorBoard images of the first layer's filters (O C h w), at the last epoch."""
+        if not self._events:
             return
         from util.tracking.plots import draw_filters
 
@@ -128,8 +120,11 @@ class RunLogger:
 
     def layers(self, scalars: Mapping[str, float]) -> None:
         """Log scalars about layers by name, at the last epoch."""
-        for name, value in scalars.items():
-            self._events.scalar(f"layers/{name}", value, self._finished_steps)
+        self._scalars("layers", scalars, self._finished_steps)
+
+    def _scalars(self, group: str, scalars: Mapping[str, float], step: int) -> None:
+        for name, value in scalars.items() if self._events else ():
+            self._events.scalar(f"{group}/{name}", value, step)
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write `summary.json`; NaN and infinity, which JSON lacks, become null."""
@@ -139,7 +134,7 @@ class RunLogger:
 
     def close(self) -> None:
         """Close all files."""
-        for file in (*self._logs.values(), self._batch_log, self._events):
+        for file in filter(None, (*self._logs.values(), self._batch_log, self._events)):
             file.close()
 
     @property

@@ -75,10 +75,7 @@ def _create_stamped(parent: Path, suffix: int = 0) -> Path:
 def check_unchanged(run_dir: Path, resume: str | None, saved: Mapping[str, Any] | None) -> None:
     """Check that no other process trained in `run_dir` before this one locked it.
 
-    Args:
-        run_dir: folder of the run, locked by now.
-        resume: file of the checkpoint to continue, or None.
-        saved: content of `resume` as read before the lock was taken.
+    `saved` is the content of the checkpoint `resume`, as read before the lock was taken.
     """
     find_run_dir(str(run_dir), resume)
     if resume and saved and (now := load_checkpoint(resume)["step"]) != saved["step"]:

@@ -7,7 +7,6 @@ still holds. A full disk ends the thread, and the caller then waits for ever.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from torch import Tensor
@@ -47,10 +46,3 @@ class Events:
     def _add(self, step: int, **content: object) -> None:
         self._file.write_event(self._event(wall_time=time.time(), step=step, **content))
         self._file.flush()
-
-
-class NullEvents:
-    """A stand-in for `Events` that writes nothing."""
-
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *args, **kwargs: None

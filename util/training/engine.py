@@ -134,14 +134,10 @@ def evaluate(
     The metrics do not depend on which rank tests which batch.
 
     Args:
-        model: any model.
+        model, criterion, accelerator, world, title: as in `train_one_epoch`.
         loader: yields this rank's batches.
-        criterion: loss of (logits, targets), averaged over the batch.
-        accelerator: device and precision.
-        world: ranks that test together.
         max_steps: most batches of this rank; None: no limit.
         stop_request: a request on any rank stops all ranks, at the latest after their batches.
-        title: title of the progress bar.
 
     Raises:
         Stopped: by `stop_request`, on all ranks at once.
@@ -174,16 +170,9 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size: int = 1) -> None:
-    """Check that every rank gets enough images of each batch, two where `model` has BatchNorm1d.
+    """Raise RunError unless every rank gets images of each batch, two where BatchNorm1d needs two.
 
-    Args:
-        model: on any device.
-        images: number of training images.
-        batch_size: images of a batch, over all ranks.
-        world_size: number of ranks.
-
-    Raises:
-        RunError: names --batch-size.
+    `images` is the number of training images, `batch_size` counts over all ranks.
     """
     if batch_size < world_size:
         raise RunError(f"--batch-size {batch_size}: fewer images than the {world_size} processes")

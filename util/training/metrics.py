@@ -101,13 +101,8 @@ def _exact_sum(values: Sequence[float]) -> float:
 def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
     """Count the images whose class is among the k largest logits, for each k of `topk`.
 
-    Args:
-        logits: (N, classes).
-        targets: (N,) class numbers.
-        topk: values of k, which may exceed the number of classes.
-
-    Returns:
-        One float64 scalar per k, on the device of `logits`.
+    `logits` are (N, classes), `targets` (N,); a k may exceed the number of classes. Each count is a
+    float64 scalar on the device of `logits`.
     """
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest

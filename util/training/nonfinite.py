@@ -13,15 +13,13 @@ from util.training.accelerator import Accelerator
 def find_nonfinite(model: nn.Module, accelerator: Accelerator, images: Tensor) -> str | None:
     """Return the first layer output, else the first gradient, that is not finite.
 
+    The result is `the output of features.4 (BatchNorm2d)` or `the gradient of classifier.weight`.
     The forward updates running statistics again. Layers that communicate need all ranks to call.
 
     Args:
         model: after the step's backward.
-        accelerator: precision and device of the step.
+        accelerator: precision of the step.
         images: (N, C, H, W) images of the step, on the device of `model`.
-
-    Returns:
-        `the output of features.4 (BatchNorm2d)`, `the gradient of classifier.weight`, or None.
     """
     layers: list[str] = []
 

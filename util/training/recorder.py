@@ -30,14 +30,10 @@ SETTINGS = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_
 
 
 class Recorder:
-    """Record of a run under way, kept by rank 0.
+    """Record of a run under way, kept by rank 0, of the `state` that the caller updates.
 
-    Args:
-        flags: all settings.
-        saved: the checkpoint that the run continues; None: a fresh start.
-        run_dir: folder of the run; None: a new folder `<dataset>-<arch>-<kind>/<time>` below --out.
-        state: state of the training, which the caller updates.
-        plan: length of the run.
+    `run_dir` is the folder; None makes a new `<dataset>-<arch>-<kind>/<time>` below --out. `saved`
+    is the checkpoint that the run continues.
     """
 
     def __init__(
@@ -123,8 +119,7 @@ class Recorder:
             last: True if the run ends here.
 
         Raises:
-            RunError: the folder refused the last checkpoint, which now lies in the temporary
-                folder; names the fault and the file.
+            RunError: the last checkpoint went to the temporary folder; names fault and file.
         """
         saved = {**saved, "history": self.logger.history}
         progress, every = self.state.progress, self.flags.checkpoint_epoch
@@ -143,12 +138,7 @@ class Recorder:
             self._warn(error)
 
     def layers(self, diagnose: Callable[[Tensor], Mapping[str, float]], *images: Tensor) -> None:
-        """Log diagnostics of the layers after `epoch`, with --tensorboardX.
-
-        Args:
-            diagnose: batch of images -> scalars by name.
-            images: a batch of test images, if there is one.
-        """
+        """Log diagnostics of the layers on a batch `images` after `epoch`, with --tensorboardX."""
         for batch in images if self.flags.tensorboardX else ():
             try:
                 scalars = diagnose(batch)

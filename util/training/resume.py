@@ -220,16 +220,10 @@ def _suggest_remedy(plan: Plan, file: str) -> str:
 def restore_model(
     saved: dict[str, Any], model: nn.Module, *, file: str, spec: dict[str, Any]
 ) -> None:
-    """Load the weights of a checkpoint into `model`.
-
-    Args:
-        saved: content of the checkpoint.
-        model: model of the same architecture.
-        file: path of the checkpoint.
-        spec: fields of the dataset's DataSpec.
+    """Load the weights in `saved`, the content of the checkpoint `file`, into `model`.
 
     Raises:
-        CheckpointError: the checkpoint is of another dataset or model.
+        CheckpointError: the checkpoint is of another dataset than `spec`, or of another model.
     """
     check_compatible(saved["spec"], spec)
     with _fitting(file):
@@ -242,8 +236,7 @@ def _check_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
     groups = [list(group["params"]) for group in saved["param_groups"]]
     own_groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     if groups != own_groups:
-        sizes = " and ".join(str([len(group) for group in one]) for one in (groups, own_groups))
-        raise ContentError(f"optimizer.param_groups differ, of sizes {sizes} here")
+        raise ContentError("optimizer.param_groups differ from the model's parameters")
     params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     for number, state in saved["state"].items():
         if number not in range(len(params)):

@@ -88,14 +88,9 @@ def fit(
     hooks: ModelHooks,
     max_batches: int = sys.maxsize,
 ) -> None:
-    """Train `model` to the end of the run.
+    """Train `model`, on the CPU, to the end of the run.
 
-    Args:
-        context: flags, checkpoint, ranks and device.
-        data: description of the dataset, training loader, test loader.
-        model: on the CPU.
-        hooks: adaptation to the model.
-        max_batches: most batches of an epoch, and of a test.
+    An epoch and a test have at most `max_batches` batches.
     """
     flags, saved, world = context.flags, context.saved, context.world
     spec, train_loader, test_loader = data
@@ -152,10 +147,7 @@ def evaluate_only(
     hooks: ModelHooks,
     max_batches: int = sys.maxsize,
 ) -> None:
-    """Print the test metrics of a model, with the checkpoint's weights if there is one.
-
-    The arguments are those of `fit`.
-    """
+    """Print the test metrics of a model, with the checkpoint's weights if there is one."""
     flags, world = context.flags, context.world
     spec, _, loader = data
     accelerator = context.build_accelerator()
