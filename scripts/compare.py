@@ -93,8 +93,8 @@ def read_run(folder: Path, name: str) -> Run:
     summary, record = read_json(folder / "summary.json"), read_json(folder / RECORD_NAME)
     train, test = (_read_log(folder / f"{part}.log", EPOCH_COLUMNS) for part in ("train", "test"))
     batches = _read_log(folder / "train_batch.log", BATCH_COLUMNS)
-    if len(train["epoch"]) != len(test["epoch"]):
-        raise ValueError(f"{folder / 'test.log'}: not as many rows as train.log")
+    if not 0 < len(train["epoch"]) == len(test["epoch"]):
+        raise ValueError(f"{folder}: train.log and test.log must have a row for each epoch")
     epoch_steps = summary.get("epoch_steps") or max(batches["batch"], default=1)
     total = summary.get("steps") or math.inf
     ends = [min(epoch * epoch_steps, total) for epoch in test["epoch"]]

@@ -59,8 +59,9 @@ def load_network(place: str) -> TrainedNetwork:
     check_config(built, saved["config"], file)
     config = {name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE}
     flags = Namespace(**{**built.parser.defaults(), **config})
-    network = script.build_network(flags, DataSpec(**saved["spec"]))
-    restore_model(saved, network, file=file, spec=saved["spec"])
+    spec = DataSpec(**saved["spec"])
+    network = script.build_network(flags, spec)
+    restore_model(saved, network, file=file, spec=spec)
     return TrainedNetwork(network.eval(), flags, saved)
 
 

@@ -167,14 +167,10 @@ def read_curves(arch: str) -> dict[str, Curve]:
     Raises:
         FileNotFoundError: the network has not been recorded.
     """
-    kinds, rates, *rows = (
-        line.split()[1:] for line in (FOLDER / f"{arch}.txt").read_text().splitlines()
-    )
-    columns = zip(*rows, strict=True)
-    return {
-        kind: Curve(float(rate), list(map(float, values)))
-        for kind, rate, values in zip(kinds, rates, columns, strict=True)
-    }
+    kinds, *rows = (line.split()[1:] for line in (FOLDER / f"{arch}.txt").read_text().splitlines())
+    columns = zip(*([float(value) for value in row] for row in rows), strict=True)
+    pairs = zip(kinds, columns, strict=True)
+    return {kind: Curve(rate, losses) for kind, (rate, *losses) in pairs}
 
 
 if __name__ == "__main__":

@@ -39,17 +39,11 @@ Train = Callable[[float, int, int], Summary]  # learning rate, steps, seed
 
 @dataclass(frozen=True)
 class Outcome:
-    """Search result of one kind of layers.
+    """Search result of one kind of layers."""
 
-    Args:
-        screened: top-1 in percent by learning rate.
-        steps: length of the shortest training that reaches the target at the best rate.
-        runs: summaries of the timed runs of this length, one per seed.
-    """
-
-    screened: dict[float, float]
-    steps: int
-    runs: list[Summary] = field(default_factory=list)
+    screened: dict[float, float]  # top-1 in percent by learning rate
+    steps: int  # of the shortest training that reaches the target at the best rate
+    runs: list[Summary] = field(default_factory=list)  # timed runs, one per seed
 
     @property
     def lr(self) -> float:

@@ -91,7 +91,8 @@ def test_no_place_was_forgotten():
         for place in list_forgotten_places(name, entry, large=name in OURS)
     ]
     forgotten += list_unregistered(entries)
-    assert not forgotten, "\n".join(forgotten)
+    if forgotten:
+        pytest.fail("\n".join(forgotten), pytrace=False)
 
 
 def test_each_forgotten_place_is_named(monkeypatch):

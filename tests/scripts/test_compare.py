@@ -138,7 +138,7 @@ def test_a_folder_that_lacks_a_file_is_refused_by_both_names(tmp_path, capsys, n
         ("args.json", "[]", "args.json does not hold a JSON object"),
         ("train.log", "", "train.log: the header must be epoch loss"),
         ("test.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n1\n", "test.log, line 2"),
-        ("train.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n", "not as many rows"),
+        ("train.log", "epoch\tloss\ttop1\ttop5\tlr\tseconds\n", "must have a row for each epoch"),
     ],
 )
 def test_damaged_files_are_refused_by_name(tmp_path, capsys, name, text, reason):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
 
 from util.cli.parser import (
     Parser,
@@ -56,7 +57,8 @@ def add_network_flags(
 
     def architecture(name: str) -> str:
         if name == "help":
-            print(describe().rstrip("\n"))
+            with suppress(OSError):  # such as a closed pipe
+                print(describe().rstrip("\n"), flush=True)
             parser.exit()
         if name not in architectures:
             known = ", ".join(architectures)
@@ -88,8 +90,8 @@ def add_deconv_flags(parser: Parser, final_block: int) -> None:
     """Add the flags of the method; `final_block` is the default of --num-groups-final."""
     add = parser.add_group(
         "deconvolution",
-        "A deconvolution layer decorrelates the patches that a convolution sees: it multiplies "
-        "them by the inverse square root of their covariance.",
+        "A deconvolution layer decorrelates the patches that a convolution sees:\n"
+        "it multiplies them by the inverse square root of their covariance.",
     )
     add("--deconv", "replace BatchNorm with deconvolution", str2bool, False)
     text = """correlations to remove: 1 between channels, then between pixels; 2 between pixels; 3

@@ -20,10 +20,9 @@ from util.errors import CheckpointError, DataError, RunError, describe
 from util.files import describe_fault
 
 LARGEST = 10**9  # integer that a flag accepts by default
-_NOT_TYPED = object()
 
 
-class HelpFormatter(argparse.HelpFormatter):
+class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     """Help as wide as the terminal, at most 100 columns; flags and examples stay in one piece."""
 
     def __init__(self, prog: str) -> None:
@@ -32,10 +31,6 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(" ".join(text.split()), width, break_on_hyphens=False)
-
-    def _fill_text(self, text: str, width: int, indent: str) -> str:
-        keeps_lines = "\n" in text  # as the examples do
-        return text if keeps_lines else super()._fill_text(text, width, indent)
 
 
 class Parser(argparse.ArgumentParser):
@@ -84,12 +79,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_typed(self, argv: Sequence[str]) -> dict[str, Any]:
         """Return name -> value of the flags that stand in `argv`; defaults are left out."""
-        namespace = argparse.Namespace(**dict.fromkeys(self.spelling, _NOT_TYPED))
-        flags = vars(self.parse_args(self._move_positionals_first(argv), namespace))
+        untyped = argparse.Namespace(**dict.fromkeys(self.spelling))
+        flags = vars(self.parse_args(self._move_positionals_first(argv), untyped))
         typed = {word.partition("=")[0] for word in argv} & self._option_string_actions.keys()
         self.spelling |= {self._option_string_actions[name].dest: name for name in typed}
-        # argparse sets a positional that is left out to None.
-        return {name: v for name, v in flags.items() if v is not _NOT_TYPED and v is not None}
+        return {name: value for name, value in flags.items() if value is not None}
 
     def _move_positionals_first(self, argv: Sequence[str]) -> list[str]:
         """Move a positional to the front if it follows a flag with an optional or repeated value.

@@ -123,7 +123,11 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
     if backend == "nccl" and device.type != "cuda":
         raise RunError("--dist-backend nccl: PyTorch sees no CUDA device here")
     store, rank, size = _open_store(60 * ARRIVAL_MINUTES)
-    _wait_for_all(store, rank, size)
+    store.set(f"process {rank}", "here")
+    keys = [f"process {number}" for number in range(size)]
+    store.wait(keys)
+    if any(store.get(key) == b"failed" for key in keys):
+        raise PeerFailed
     dist.init_process_group(
         backend,
         store=store,
@@ -160,12 +164,3 @@ def _open_store(seconds: float) -> tuple[dist.Store, int, int]:
         attempt = f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
         store = dist.PrefixStore(attempt, store)
     return store, rank, size
-
-
-def _wait_for_all(store: dist.Store, rank: int, size: int) -> None:
-    """Wait until every process has joined; raise PeerFailed if one reports a failure."""
-    store.set(f"process {rank}", "here")
-    keys = [f"process {number}" for number in range(size)]
-    store.wait(keys)
-    if any(store.get(key) == b"failed" for key in keys):
-        raise PeerFailed

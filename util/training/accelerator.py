@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -100,12 +99,3 @@ class Accelerator:
         """Run `backward` and `step` without a check of the gradients."""
         self.backward(loss, optimizer)
         self.step(optimizer)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state of the gradient scaler; empty unless fp16."""
-        return self.scaler.state_dict()
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Load a result of `state_dict`, unless this or the saved precision has no scaler."""
-        if state and self.scaler.is_enabled():
-            self.scaler.load_state_dict(state)

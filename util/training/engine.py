@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from itertools import islice
 
 import torch
@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
 from util.console import progress_bar
 from util.distributed.world import World
 from util.errors import RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
-from util.training.hooks import BatchContext, no_batch_context
+from util.training.hooks import BatchContext
 from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
 from util.training.optim import Criterion
 from util.training.signals import StopRequest, never_stop
@@ -39,7 +38,7 @@ def train_one_epoch(
     max_steps: int | None = None,
     on_batch: Callable[[int, Metrics], None] = lambda batch, metrics: None,
     stop_request: StopRequest = never_stop,
-    batch_context: BatchContext = no_batch_context,
+    batch_context: BatchContext | None = None,
     title: str = "train",
 ) -> Metrics:
     """Train on every batch once, or until the epoch has `max_steps` steps.
@@ -76,14 +75,11 @@ def train_one_epoch(
     epoch_metrics = EpochMetrics() if epoch_metrics is None else epoch_metrics
     first, steps = epoch_metrics.steps + 1, epoch_metrics.steps + len(loader)
     steps = steps if max_steps is None else min(max_steps, steps)
-    batches = islice(loader, steps - epoch_metrics.steps)
-    bar = progress_bar(batches, title, total=steps, initial=epoch_metrics.steps)
-    refresh_bar = _BarRefresh(bar, epoch_metrics)
-    with epoch_metrics.timed(), bar:
-        for step, batch in enumerate(bar, start=first):
+    with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
+        for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
             context = nullcontext()
-            if world.size > 1:
+            if batch_context and world.size > 1:
                 context = batch_context(*world.batch_offset(len(images), images.device))
             try:
                 with context:
@@ -110,7 +106,6 @@ def train_one_epoch(
             accelerator.step(optimizer)
             epoch_metrics.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
-            refresh_bar()
             on_batch(step, {**metrics, "lr": epoch_metrics.lr, "seconds": epoch_metrics.seconds})
             if stops and step < steps:
                 raise Stopped(stop_request())
@@ -145,12 +140,10 @@ def evaluate(
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     epoch_metrics = EpochMetrics()
-    with epoch_metrics.timed(), progress_bar(islice(loader, steps), title, total=steps) as bar:
-        refresh_bar = _BarRefresh(bar, epoch_metrics)
-        for batch in bar:
+    with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
+        for batch in batches:
             images, targets = accelerator.batch_to_device(*batch)
             epoch_metrics.add(_forward(model, criterion, accelerator, images, targets)[1])
-            refresh_bar()
             if stop_request():
                 break
     if any(world.gather(stop_request())):
@@ -177,7 +170,7 @@ def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size:
     if batch_size < world_size:
         raise RunError(f"--batch-size {batch_size}: fewer images than the {world_size} processes")
     last = images % batch_size or batch_size
-    has_single = last // world_size == 1 or -(-last // world_size) == 1
+    has_single = 1 in (last // world_size, -(-last // world_size))
     if has_single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
         parts = f", split over {world_size} processes" if world_size > 1 else ""
         raise RunError(
@@ -203,18 +196,20 @@ def _forward(
     return loss, torch.stack([torch.full_like(total, len(targets)), total, *hits])
 
 
-class _BarRefresh:
-    """Shows the metrics on a progress bar: at the first batch, then once in REFRESH_SECONDS."""
-
-    def __init__(self, bar: tqdm, epoch_metrics: EpochMetrics) -> None:
-        self.bar, self.epoch_metrics, self.next_seconds = bar, epoch_metrics, 0.0
-
-    def __call__(self) -> None:
-        if self.bar.disable or self.epoch_metrics.seconds < self.next_seconds:
-            return
-        metrics = self.epoch_metrics.average()
-        self.next_seconds = metrics["seconds"] + REFRESH_SECONDS
-        throughput = metrics["images"] / metrics["seconds"]
-        self.bar.set_postfix_str(
-            f"loss {metrics['loss']:.3f}, top1 {metrics['top1']:.1f}%, {throughput:.0f} images/s"
-        )
+def _watch(
+    loader: DataLoader, epoch_metrics: EpochMetrics, steps: int, title: str
+) -> Generator[list[Tensor], None, None]:
+    """Yield batches up to `steps` of the epoch, timed, below a progress bar with the metrics."""
+    done, next_refresh = epoch_metrics.steps, 0.0
+    bar = progress_bar(islice(loader, steps - done), title, total=steps, initial=done)
+    with epoch_metrics.timed(), bar:
+        for batch in bar:
+            yield batch
+            if not bar.disable and epoch_metrics.seconds >= next_refresh:
+                metrics = epoch_metrics.average()
+                next_refresh = metrics["seconds"] + REFRESH_SECONDS
+                throughput = metrics["images"] / metrics["seconds"]
+                bar.set_postfix_str(
+                    f"loss {metrics['loss']:.3f}, top1 {metrics['top1']:.1f}%, "
+                    f"{throughput:.0f} images/s"
+                )

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 BatchContext = Callable[[int, int], AbstractContextManager[None]]
-
-
-def no_batch_context(first: int, total: int) -> AbstractContextManager[None]:
-    """Return a context that does nothing, for layers that ignore the other ranks."""
-    return nullcontext()
 
 
 @dataclass(frozen=True)
@@ -22,11 +17,11 @@ class ModelHooks:
 
     Attributes:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
-            context of a training step's forward.
+            context of a training step's forward. None: layers ignore the other ranks.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
         diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
     """
 
-    batch_context: BatchContext = no_batch_context
+    batch_context: BatchContext | None = None
     eval_model: Callable[[nn.Module], nn.Module] = lambda model: model
     diagnose: Callable[[nn.Module, Tensor], Mapping[str, float]] = lambda model, images: {}

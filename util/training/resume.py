@@ -99,12 +99,9 @@ class TrainingState:
 
     Attributes:
         config: all flags by name.
-        spec: description of the dataset.
         loaders: the training loader and the test loader.
-        model: the model that is saved and tested.
-        optimizer: optimizer of the parameters of `model`.
+        model: the model that is saved and tested; not its compiled replica.
         accelerator: holds the gradient scaler of fp16.
-        world: all ranks of the run.
         progress: the finished epochs.
         metrics: the epoch under way.
     """
@@ -139,18 +136,13 @@ class TrainingState:
             "own_buffers": self.world.gather_own_buffers(self.model),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None,  # stateless: the learning rate is a closed form of `step`
-            "scaler": self.accelerator.state_dict(),
+            "scaler": self.accelerator.scaler.state_dict(),
             "rng": self.world.gather(rng_state()),
             "skipped": list_skipped(self.world, *self.loaders),
         }
 
     def restore(self, saved: dict[str, Any], plan: Plan, *, file: str) -> None:
-        """Continue from a checkpoint.
-
-        Args:
-            saved: content of the checkpoint.
-            plan: length of the run that continues.
-            file: path of the checkpoint.
+        """Continue from `saved`, the content of the checkpoint `file`.
 
         Raises:
             CheckpointError: the checkpoint is of another dataset, number of images or model; or
@@ -159,7 +151,7 @@ class TrainingState:
         check_compatible(saved["images"], count_images(*self.loaders))
         progress, metrics = Progress(**saved["progress"]), EpochMetrics(saved["meters"])
         _check_position(progress, metrics, plan, file)
-        restore_model(saved, self.model, file=file, spec=asdict(self.spec))
+        restore_model(saved, self.model, file=file, spec=self.spec)
         with _fitting(file):
             _check_optimizer_state(saved["optimizer"], self.optimizer)
             buffers = dict(self.model.named_buffers())
@@ -169,7 +161,8 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             state = saved["optimizer"]["state"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
-            self.accelerator.load_state_dict(saved["scaler"])
+            if saved["scaler"]:  # only --amp fp16 has one
+                self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.world.take_own_buffers(self.model, saved["own_buffers"])
         if len(saved["rng"]) == self.world.size:  # one random state per rank
             set_rng_state(saved["rng"][self.world.rank])
@@ -185,8 +178,9 @@ def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
 
 def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file: str) -> None:
     """Raise CheckpointError if a run of this plan cannot continue from this step."""
+    whole_epochs = progress.epoch * plan.epoch_steps
     for name, steps, limit in (
-        ("progress.step", progress.step, progress.epoch * plan.epoch_steps),
+        ("progress.step", progress.step, whole_epochs),
         ("meters.rows", metrics.steps, plan.epoch_steps),
     ):
         if steps > limit:
@@ -194,7 +188,7 @@ def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file:
                 f"cannot resume: {file}: {name} has {steps} steps, but {progress.epoch} epochs of "
                 f"{plan.epoch_steps} have {limit}"
             )
-    if progress.step < plan.total_steps and progress.step != progress.epoch * plan.epoch_steps:
+    if progress.step < min(plan.total_steps, whole_epochs):
         raise CheckpointError(
             f"cannot resume: --max-steps cut epoch {progress.epoch} of {file} short, at step "
             f"{progress.step}; {_suggest_remedy(plan, file)}"
@@ -217,15 +211,13 @@ def _suggest_remedy(plan: Plan, file: str) -> str:
     )
 
 
-def restore_model(
-    saved: dict[str, Any], model: nn.Module, *, file: str, spec: dict[str, Any]
-) -> None:
+def restore_model(saved: dict[str, Any], model: nn.Module, *, file: str, spec: DataSpec) -> None:
     """Load the weights in `saved`, the content of the checkpoint `file`, into `model`.
 
     Raises:
         CheckpointError: the checkpoint is of another dataset than `spec`, or of another model.
     """
-    check_compatible(saved["spec"], spec)
+    check_compatible(saved["spec"], asdict(spec))
     with _fitting(file):
         _check_tensors("model", saved["model"], model.state_dict())  # PyTorch would round dtypes
         model.load_state_dict(saved["model"])

@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +153,7 @@ def evaluate_only(
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
     if context.saved:
-        restore_model(context.saved, model, file=flags.resume, spec=asdict(spec))
+        restore_model(context.saved, model, file=flags.resume, spec=spec)
     metrics = evaluate(
         accelerator.compile(hooks.eval_model(model.eval())),
         loader,
@@ -172,14 +172,11 @@ def evaluate_only(
 
 @contextmanager
 def exit_when_stopped(run_dir: Path | None, data_flag: str = "") -> Iterator[None]:
-    """Turn Ctrl-C and `Stopped` into one line that names the last checkpoint, and an exit code.
+    """Turn Ctrl-C and `Stopped` into an exit code, and one line that names the last checkpoint.
 
     Args:
         run_dir: folder of the run; None: print nothing.
         data_flag: words that name the images on the command line; no checkpoint holds them.
-
-    Raises:
-        SystemExit: 130 after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
     """
     try:
         yield

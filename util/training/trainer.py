@@ -21,18 +21,7 @@ from util.training.signals import StopRequest
 
 @dataclass
 class Trainer:
-    """Training loop of a run.
-
-    Attributes:
-        state: the model, its optimizer, and the position in the run.
-        plan: length of the run.
-        replica: `state.model` as it is trained: compiled, and replicated over the ranks.
-        criterion: loss of (logits, targets).
-        scheduler: learning rate, one step per optimizer step.
-        recorder: writes logs and checkpoints.
-        hooks: adaptation to the model.
-        stop_request: returns the number of the signal that asks the run to stop, or 0.
-    """
+    """Training loop of a run; `replica` is `state.model` compiled, and replicated over ranks."""
 
     state: TrainingState
     plan: Plan
@@ -109,7 +98,7 @@ class Trainer:
             self.recorder.checkpoint(self.state.capture())
 
     def test(self) -> tuple[Metrics, list[Tensor]]:
-        """Return the metrics on the test images, and one batch of test images if there is any."""
+        """Return the metrics of the test, and its first batch of images if there is one."""
         state = self.state
         model = self.hooks.eval_model(state.model.eval())
         with first_input(model) as images:
@@ -140,15 +129,11 @@ class Trainer:
         state = self.state
         origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))
-        report = {
-            "error": str(error),
-            "step": state.progress.step + error.batch,
-            "first": next(origins, "the loss itself"),
-            "images": state.loaders[0].batch_sampler.images(error.batch - 1),
-        }
-        self.recorder.diverged(report)
-        images = ", ".join(map(str, report["images"][:8]))
-        images += ", ..." if len(report["images"]) > 8 else ""
-        message = f"{error} (step {report['step']}), first in {report['first']}"
-        message += f", with training images {images}"
+        first, step = next(origins, "the loss itself"), state.progress.step + error.batch
+        numbers = state.loaders[0].batch_sampler.images(error.batch - 1)
+        self.recorder.diverged(
+            {"error": str(error), "step": step, "first": first, "images": numbers}
+        )
+        images = ", ".join([*map(str, numbers[:8]), *(["..."] if len(numbers) > 8 else [])])
+        message = f"{error} (step {step}), first in {first}, with training images {images}"
         return TrainingDiverged(message, error.batch, error.images)

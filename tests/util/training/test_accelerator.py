@@ -41,11 +41,11 @@ def test_fp16_skips_the_step_and_halves_the_scale_where_gradients_overflow():
     before, accelerator = model.weight.detach().clone(), Accelerator(CPU, amp="fp16")
     step(accelerator, model, torch.full((1, 2), 3e4))
     assert torch.equal(model.weight, before)
-    scale = accelerator.state_dict()["scale"]
+    scale = accelerator.scaler.state_dict()["scale"]
     other = Accelerator(CPU, amp="fp16")
-    assert scale == other.state_dict()["scale"] / 2
-    other.load_state_dict(accelerator.state_dict())
-    assert other.state_dict() == accelerator.state_dict()
+    assert scale == other.scaler.state_dict()["scale"] / 2
+    other.scaler.load_state_dict(accelerator.scaler.state_dict())
+    assert other.scaler.state_dict() == accelerator.scaler.state_dict()
 
 
 def test_fp16_gradients_that_overflow_at_every_scale_count_as_nan():
@@ -53,7 +53,7 @@ def test_fp16_gradients_that_overflow_at_every_scale_count_as_nan():
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     loss = lambda: model(torch.ones(1, 2)).sum()
     assert accelerator.backward(loss(), optimizer) == 0
-    accelerator.load_state_dict({**accelerator.state_dict(), "scale": 2.0**-15})
+    accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), "scale": 2.0**-15})
     assert accelerator.backward(loss(), optimizer).isnan()
 
 
@@ -81,11 +81,6 @@ def test_a_first_step_that_overflows_causes_no_warning():
         accelerator.update(loss, optimizer)
         scheduler.step()
     assert not caught and scheduler.last_epoch == 1
-
-
-def test_other_precisions_have_no_state():
-    assert Accelerator(CPU).state_dict() == Accelerator(CPU, amp="bf16").state_dict() == {}
-    Accelerator(CPU, amp="fp16").load_state_dict({})  # from a checkpoint of another precision
 
 
 def test_models_and_images_are_stored_channels_last():

@@ -2,11 +2,13 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from torch import nn
 
 from tests.states import SPEC, make_metrics, make_state, make_training, take_step
 from util.checkpoint.store import load_checkpoint, save_checkpoint
 from util.errors import CheckpointError
+from util.training.accelerator import Accelerator
 from util.training.resume import Plan, Progress
 
 PLAN = Plan(epoch_steps=5, total_steps=10, test_batches=1)
@@ -63,6 +65,21 @@ def test_restore_inverts_capture(saved):
     training.restore(saved, PLAN, file="FILE")
     assert training.step == saved["step"] == 6
     assert repr(training.capture()) == repr(saved)
+
+
+def test_a_run_continues_in_another_precision(saved):
+    """Only fp16 has a gradient scaler, and state of it in the checkpoint."""
+    fp16 = Accelerator(torch.device("cpu"), amp="fp16")
+    scaler = {**fp16.scaler.state_dict(), "scale": 2.0}
+    for state, accelerator, scale in (
+        ({}, fp16, 2.0**16),
+        (scaler, fp16, 2.0),
+        (scaler, Accelerator(torch.device("cpu"), amp="bf16"), None),
+    ):
+        training = make_training(nn.Linear(2, 2))
+        training.accelerator = accelerator
+        training.restore({**saved, "scaler": state}, PLAN, file="FILE")
+        assert training.capture()["scaler"].get("scale") == scale
 
 
 @pytest.mark.parametrize(
