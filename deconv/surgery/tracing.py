@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain, product
 from typing import Any
 
@@ -26,6 +26,7 @@ _RANK_PRESERVING_FUNCTIONS = {
 }
 _MAX_TRACES = 32  # of one forward
 _SYMBOL = object()  # stands for any value of an argument
+_EXAMPLE = torch.empty(0)
 
 
 class Dataflow:
@@ -290,13 +291,14 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
     """Trace the owner's forward, and again with other arguments and attributes.
 
     A flag is true and false. Another optional argument has its default, and any value. A required
-    argument after the first has any value, and is None if the forward takes None.
+    argument after the first has any value, and is None if the forward takes None. Attributes that
+    are flags, texts, numbers or None get another value, one at a time, if the forward takes it.
 
     Returns:
         The trace with default arguments first; None for each trace that fails.
     """
     graphs = [_trace(owner)]
-    if graphs[0] is None:
+    if graphs[0] is None or type(owner).forward.__module__.startswith("torch.nn."):
         return graphs
     parameters = _list_parameters(owner)
     options: list[tuple[Any, ...]] = []
@@ -314,12 +316,49 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
         graph = _trace(owner, {p.name: value for p, value in given if value is not _SYMBOL})
         if graph is not None or not any(v is None and p.default is p.empty for p, v in given):
             graphs.append(graph)
-    for name, value in vars(owner).items():
-        if isinstance(value, bool) and name != "training" and not name.startswith("_"):
-            probe = copy.copy(owner)
-            setattr(probe, name, not value)
-            graphs += filter(None, [_trace(probe)])
-    return graphs
+    others = [_trace(owner, as_tensors=True)]
+    for name in _find_plain_attributes(owner):
+        probe = copy.copy(owner)
+        setattr(probe, name, not getattr(owner, name))  # equals 0 or 1, and no text
+        others.append(_trace(probe))
+    return graphs + [graph for graph in others if graph is not None]
+
+
+def _find_plain_attributes(owner: nn.Module) -> list[str]:
+    """Return the names of the flags, texts, numbers and None that the owner's forward reads."""
+    plain = [
+        name
+        for name, value in vars(owner).items()
+        if isinstance(value, bool | str | float | None) and name != "training"
+    ]
+    if not plain:
+        return plain
+    read = set[str]()
+
+    def get(self: nn.Module, name: str) -> Any:
+        read.add(name)
+        return kind.__getattribute__(self, name)
+
+    kind, probe = type(owner), copy.copy(owner)
+    probe.__class__ = type(kind.__name__, (kind,), {"__getattribute__": get})
+    _trace(probe)
+    return [name for name in plain if name in read]
+
+
+@contextmanager
+def _count_as_tensors(owner: nn.Module) -> Iterator[None]:
+    """Let `isinstance` in the file of the owner's forward take symbolic values for tensors."""
+    names = inspect.unwrap(type(owner).forward).__globals__
+    if names["__name__"].startswith("torch.") or "isinstance" in names:
+        yield
+        return
+    names["isinstance"] = lambda value, kinds: isinstance(
+        _EXAMPLE if isinstance(value, fx.Proxy) else value, kinds
+    )
+    try:
+        yield
+    finally:
+        del names["isinstance"]
 
 
 def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
@@ -328,8 +367,16 @@ def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
     return [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
 
 
-def _trace(owner: nn.Module, arguments: Mapping[str, Any] | None = None) -> fx.Graph | None:
-    """Trace the owner's forward with constant arguments, the defaults unless given."""
+def _trace(
+    owner: nn.Module, arguments: Mapping[str, Any] | None = None, as_tensors: bool = False
+) -> fx.Graph | None:
+    """Trace the owner's forward with constant arguments, the defaults unless given.
+
+    Args:
+        owner: the module.
+        arguments: values by name; an argument without one is symbolic.
+        as_tensors: symbolic values pass for instances of `torch.Tensor`.
+    """
     own_call = type(owner).__call__ is not nn.Module.__call__ and not isinstance(
         owner, fx.GraphModule
     )
@@ -342,7 +389,8 @@ def _trace(owner: nn.Module, arguments: Mapping[str, Any] | None = None) -> fx.G
             arguments = {p.name: p.default for p in parameters if p.default is not p.empty}
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _Tracer().trace(probe, concrete_args=dict(arguments))
+            with _count_as_tensors(owner) if as_tensors else nullcontext():
+                return _Tracer().trace(probe, concrete_args=dict(arguments))
     except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
 

@@ -147,6 +147,21 @@ class ByOwnFlag(Pair):
         return self.norm(self.conv(x)) if self.normalized else self.conv(x)
 
 
+class ByOwnText(Pair):
+    def __init__(self):
+        super().__init__()
+        self.kind, self.scale = "batch", None
+
+    def forward(self, x):
+        x = self.conv(x) if self.scale is None else self.conv(x) * self.scale
+        return self.norm(x) if self.kind == "batch" else x
+
+
+class ByType(Pair):
+    def forward(self, x):
+        return self.conv(x) if isinstance(x, torch.Tensor) else self.norm(self.conv(x[0]))
+
+
 class ByNone(Pair):
     def forward(self, x, shift):
         return self.conv(x) if shift is None else self.norm(self.conv(x)) + shift
@@ -190,6 +205,8 @@ def set_attributes(**values):
         (ByAttribute, [set_attributes(domain=1)]),
         (ByFlag, [lambda model, x: model(x, normalized=False)]),
         (ByOwnFlag, [set_attributes(normalized=False), set_attributes(normalized=True)]),
+        (ByOwnText, [set_attributes(scale=2.0), set_attributes(kind="none")]),
+        (ByType, [lambda model, x: model([x])]),
         (ByNone, [lambda model, x: model(x, None), lambda model, x: model(x, 1)]),
         (WithKeyword, []),
         (PartOnDemand, [lambda model, x: model(x, raw=True)]),
