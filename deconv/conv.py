@@ -62,7 +62,7 @@ class Convolution(Whitening):
         block: int = 16,
         eps: float = 1e-2,
         n_iter: int = 5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         sampling_stride: int = 3,
         rows_per_feature: float = 24,
         root: str = "cholesky",
@@ -224,7 +224,8 @@ class FastDeconv(Convolution, nn.Conv2d):
             the largest divisor of C up to `block`.
         eps: added to the diagonal of the covariance (default 1e-2), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
-        momentum: weight of a batch in the running statistics, in (0, 1] (default 0.1).
+        momentum: weight of a batch in the running statistics, in (0, 1] (default 0.1). None: the
+            mean of all batches, as in BatchNorm.
         sampling_stride: distance of sampled patches (default 3), in output pixels. Mode 3 samples
             input pixels at this distance, mode 4 every patch.
         rows_per_feature: rows of the covariance per feature (default 24), in modes 1, 2 and 5. The

@@ -81,9 +81,9 @@ class _Transposed(Convolution):
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
         if isinstance(x, fx.Proxy):
             return record_call(self, x, output_size)
-        images, weight, bias = self.fold_whitening(self.prepare_input(x))
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
         extra = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
+        images, weight, bias = self.fold_whitening(self.prepare_input(x))
         y = self.convolve(images, weight, bias, *sides, extra, self.groups, self.dilation)
         return y if self._is_batch(x) else y.squeeze(0)
 

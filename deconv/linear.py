@@ -47,7 +47,7 @@ class Delinear(Whitening, nn.Linear):
         block: int = 512,
         eps: float = 1e-2,
         n_iter: int = 5,
-        momentum: float = 0.1,
+        momentum: float | None = 0.1,
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,

@@ -83,9 +83,9 @@ def pool_statistics(
     if whitened is not None:
         offset = transform_along(whitened[0], offset, whitened[1], blocks)
     moment = stats.cov + second_moment(offset, axis, blocks)
-    count, shift, moment, mean = average_over_ranks(stats.count, offset, moment, stats.mean)
+    count, shift, moment, mean = average_over_ranks(stats.patches, offset, moment, stats.mean)
     cov = moment - second_moment(shift, axis, blocks)
-    return stats._replace(count=count, mean=mean, cov=cov)
+    return stats._replace(patches=count, mean=mean, cov=cov)
 
 
 def average_over_ranks(count: int | Tensor, *means: Tensor) -> tuple[Tensor, ...]:

@@ -55,7 +55,11 @@ class Whitening(nn.Module):
 
         Args:
             x: (N, C, *size), from `prepare_input`.
+
+        Raises:
+            ValueError: x has another dtype than the weight, outside autocast.
         """
+        self._check_dtype(x)
         with full_precision(x.device):
             if not self.training and self.track_running_stats:
                 return x, *self._fold(*self.running_whitening())
@@ -85,7 +89,17 @@ class Whitening(nn.Module):
             covs[axis] = stats.cov
             means.append(stats.mean)
             x, whitened = stats.images, (axis, whiten[axis])
-        return x, stats.count, means[0], covs, whiten
+        return x, stats.patches, means[0], covs, whiten
+
+    def _check_dtype(self, x: Tensor) -> None:
+        """Refuse an input that the layer of torch refuses, before its statistics count."""
+        same = x.dtype == self.weight.dtype
+        if same or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+            return
+        raise ValueError(
+            f"input is {x.dtype} and the layer is {self.weight.dtype}: convert one, as in "
+            f"x.to({self.weight.dtype})"
+        )
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Return the layer's input as (N, C, *size), checked and padded."""
@@ -107,7 +121,7 @@ class Whitening(nn.Module):
         mean_taps: int,
         eps: float,
         n_iter: int,
-        momentum: float,
+        momentum: float | None,
         sync_stats: bool,
         track_running_stats: bool,
     ) -> None:
@@ -119,7 +133,7 @@ class Whitening(nn.Module):
             mean_taps: taps that have a mean of their own, 1 or T.
             eps: as in `FastDeconv`, like all that follow.
             n_iter: Newton-Schulz steps.
-            momentum: weight of a batch in the running statistics.
+            momentum: weight of a batch in the running statistics; None: the mean of all batches.
             sync_stats: take the batch statistics over all ranks.
             track_running_stats: keep running statistics.
 
@@ -132,20 +146,19 @@ class Whitening(nn.Module):
             raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
         if n_iter not in range(1, MAX_STEPS + 1):
             raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
-        if not 0 < momentum <= 1:
-            raise ValueError(f"momentum must be in (0, 1], got {momentum}")
+        if momentum is not None and not 0 < momentum <= 1:
+            raise ValueError(f"momentum must be in (0, 1], or None, got {momentum}")
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter = eps, n_iter
-        self.momentum: float | None = momentum  # None: the mean of all batches, see `recalibrate`
+        self.momentum = momentum
         self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
-        buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps)}
+        like: Any = {"device": self.weight.device}
+        like["dtype"] = torch.promote_types(self.weight.dtype, torch.float32)
+        buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps, **like)}
         for axis in axes:
-            identity = torch.eye(blocks.side(axis))
+            identity = torch.eye(blocks.side(axis), **like)
             buffers[f"running_cov_{axis}"] = identity.repeat(blocks.matrices, 1, 1)
-        device = self.weight.device
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)
-        buffers = {name: value.to(device, dtype) for name, value in buffers.items()}
-        buffers["num_batches_tracked"] = torch.tensor(0, dtype=torch.long, device=device)
+        buffers["num_batches_tracked"] = torch.tensor(0, device=self.weight.device)
         for name, value in buffers.items():
             self.register_buffer(name, value if track_running_stats else None)
 

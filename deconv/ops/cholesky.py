@@ -9,12 +9,13 @@ NOTE (differs from paper): the paper uses the symmetric root.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .matmul import frobenius_norm
 
 
 def inverse_cholesky(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
@@ -41,9 +42,7 @@ def _invert_factor(cov: Tensor, floor: float, eps: float) -> tuple[Tensor, Tenso
     """Return L^-1 and the terms of its gradient: A and |A|_F."""
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = torch.add(cov, identity, alpha=eps)
-    norm = torch.linalg.matrix_norm(cov, keepdim=True)
-    if cov.shape[-1] == 1:  # an infinite number would get the inverse 0; larger sides give NaN
-        norm = norm.fmod(math.inf)
+    norm = frobenius_norm(cov)
     factor = torch.linalg.cholesky_ex(cov.addcmul(identity, norm, value=floor)).L
     return torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False), cov, norm
 

@@ -22,7 +22,7 @@ class Statistics(NamedTuple):
     """First and second moments of patches along one axis."""
 
     images: Tensor  # N C H W
-    count: int | Tensor  # patches of the grid on all images, sampled or not
+    patches: int | Tensor  # patches of the grid on all images, sampled or not
     mean: Tensor  # C*T, of all patches of the grid
     cov: Tensor  # G d d, of the sampled patches
     centre: Tensor  # C*T, mean of the patches that this rank samples

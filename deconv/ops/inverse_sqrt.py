@@ -5,12 +5,11 @@ Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, 
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from .cholesky import inverse_cholesky
+from .matmul import frobenius_norm
 from .resolvent import inverse_sqrt_by_resolvents
 
 MAX_STEPS = 15  # Newton-Schulz steps that float32 supports
@@ -76,7 +75,7 @@ def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
     """
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = torch.add(cov, identity, alpha=eps)
-    norm = torch.linalg.matrix_norm(cov, keepdim=True).fmod(math.inf)  # NaN for infinity
+    norm = frobenius_norm(cov)
     Y = cov / norm
     Z = T = 1.5 * identity - 0.5 * Y
     for _ in range(n_iter - 1):
@@ -105,9 +104,11 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
     """
     X = rows / rows.shape[1] ** 0.5
     K = X @ X.mT
-    trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
-    square = K.square().sum((-2, -1), keepdim=True)
-    norm = (X.shape[2] * eps**2 + 2 * eps * trace + square).sqrt().fmod(math.inf)  # |A|_F
+    diagonal = K.diagonal(dim1=-2, dim2=-1)
+    largest = diagonal.detach().amax(-1)[:, None, None] + eps  # squares of variances overflow
+    trace = (diagonal.sum(-1)[:, None, None] / largest) * (eps / largest)
+    square = (K / largest).square().sum((-2, -1), keepdim=True)
+    norm = largest * (X.shape[2] * (eps / largest) ** 2 + 2 * trace + square).sqrt()  # |A|_F
 
     def multiply(p: Pair, q: Pair) -> Pair:
         return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + p[1] @ K @ q[1]

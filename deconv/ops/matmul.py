@@ -43,6 +43,15 @@ def transform(matrices: Tensor, maps: Tensor) -> Tensor:
     return (_Transform.apply if differs else _multiply)(matrices, maps)
 
 
+def frobenius_norm(cov: Tensor) -> Tensor:
+    """Return |A|_F of symmetric positive semidefinite A (G, d, d) as (G, 1, 1), NaN for infinity.
+
+    Squares overflow in float32 from variances of 1e19 on. The largest element is on the diagonal.
+    """
+    largest = cov.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
+    return largest * torch.linalg.matrix_norm(cov / largest, keepdim=True)
+
+
 def outer_products(left: Tensor, right: Tensor, groups: int, scale: float = 1.0) -> Tensor:
     """Sum u v^T over the pairs of vectors of each group, times `scale`.
 

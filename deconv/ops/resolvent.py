@@ -16,12 +16,13 @@ NOTE (differs from paper): the paper runs the iteration itself.
 
 from __future__ import annotations
 
-import math
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .matmul import frobenius_norm
 
 
 class Terms(NamedTuple):
@@ -90,7 +91,7 @@ def _sum_terms(cov: Tensor, n_iter: int, eps: float) -> tuple[Tensor, ...]:
     """Return D and the terms of its gradient: A / |A|_F, |A|_F and the resolvents."""
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = torch.add(cov, identity, alpha=eps)
-    norm = torch.linalg.matrix_norm(cov, keepdim=True).fmod(math.inf)  # NaN for infinity
+    norm = frobenius_norm(cov)
     scaled = cov / norm
     constant, slope, poles = TERMS[n_iter]
     root = torch.add(slope * scaled, identity, alpha=constant)

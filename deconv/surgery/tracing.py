@@ -245,9 +245,15 @@ def _keep_global_state() -> Iterator[None]:
     """Restore the random state of Python, numpy and torch, and the gradient mode, afterwards."""
     numpy = sys.modules.get("numpy")
     state = random.getstate(), numpy and numpy.random.get_state()
-    devices = range(torch.cuda.device_count() if torch.cuda.is_initialized() else 0)
+    accelerator = torch.get_device_module()  # torch.cpu without one
+    started = getattr(accelerator, "is_initialized", lambda: False)()
+    devices = range(accelerator.device_count() if started else 0)
+    kind = accelerator.__name__.rpartition(".")[2]
     try:
-        with torch.random.fork_rng(devices), torch.set_grad_enabled(torch.is_grad_enabled()):
+        with (
+            torch.random.fork_rng(devices, device_type=kind),
+            torch.set_grad_enabled(torch.is_grad_enabled()),
+        ):
             yield
     finally:
         random.setstate(state[0])

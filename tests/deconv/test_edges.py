@@ -1,9 +1,12 @@
 """Extreme inputs: results are finite, or the running statistics skip the batch."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 
 from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
+from deconv.ops.inverse_sqrt import ROOTS
 from tests.pairwise import loop_over, pairwise
 
 BLOCK = 8
@@ -46,6 +49,7 @@ def test_batches_of_every_size_around_the_block(count):
         pytest.param(lambda x: x[:1].expand_as(x), id="one image again and again"),
         pytest.param(lambda x: x * 1e-30, id="tiny"),
         pytest.param(lambda x: x * 1e6, id="large"),
+        pytest.param(lambda x: x * 1e10, id="squares of variances overflow"),
         pytest.param(lambda x: x + 1e4, id="far from zero"),
         pytest.param(lambda x: x[:, :1].expand_as(x), id="channels alike"),
         pytest.param(lambda x: x * 10.0 ** torch.arange(-4, 4)[:, None, None], id="uneven scales"),
@@ -104,3 +108,43 @@ def test_no_pixel_anywhere_gets_what_is_not_finite_into_running_statistics(poiso
         assert counted == moved
     layer(good)
     assert layer.num_batches_tracked > before["num_batches_tracked"]
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_variances_whose_squares_overflow_whiten_as_in_float64(root):
+    layer, x = FastDeconv(4, 6, 3, root=root), 1e10 * torch.randn(8, 4, 9, 9)
+    exact = deepcopy(layer).double()
+    torch.testing.assert_close(layer(x), exact(x.double()).float(), rtol=1e-4, atol=1e-4)
+    head, x = Delinear(64, 6), 1e10 * torch.randn(8, 64)  # fewer rows than features
+    exact = deepcopy(head).double()
+    torch.testing.assert_close(head(x), exact(x.double()).float(), rtol=1e-4, atol=1e-4)
+
+
+def test_an_input_that_is_refused_stays_out_of_the_running_statistics():
+    refused = [
+        (FastDeconv(3, 4, 3), torch.randn(2, 3, 8, 8).double(), "torch.float64 and the layer"),
+        (FastDeconv(3, 4, 3), torch.ones(2, 3, 8, 8, dtype=torch.uint8), "torch.uint8 and"),
+        (Delinear(3, 4), torch.randn(5, 3).half(), "torch.float16 and the layer is torch.float32"),
+    ]
+    for layer, x, message in refused:
+        with pytest.raises(ValueError, match=message):
+            layer(x)
+        assert layer.num_batches_tracked == 0
+    up = FastDeconvTranspose2d(3, 4, 3, stride=2)
+    with pytest.raises(ValueError, match="output size"):
+        up(torch.randn(2, 3, 4, 4), output_size=[50, 50])
+    assert up.num_batches_tracked == 0
+
+
+def test_momentum_none_averages_all_batches_as_batchnorm_does():
+    batches = torch.randn(3, 20, 5)
+    layer, norm = Delinear(5, 2, momentum=None), torch.nn.BatchNorm1d(5, momentum=None)
+    for x in batches:
+        layer(x), norm(x)
+    torch.testing.assert_close(layer.running_mean, norm.running_mean)
+
+
+def test_a_default_device_leaves_an_explicit_one_alone():
+    with torch.device("meta"):
+        layer = FastDeconv(3, 4, 3, device="cpu")
+    assert {value.device.type for value in layer.state_dict().values()} == {"cpu"}

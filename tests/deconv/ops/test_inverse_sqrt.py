@@ -101,7 +101,7 @@ def test_the_response_is_that_of_the_scalar_recursion():
     torch.testing.assert_close(found, response(values, 5))
 
 
-@pytest.mark.parametrize("bad", [torch.nan, torch.inf, 1e200])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 def test_a_matrix_whose_norm_is_not_finite_gives_nan_and_no_error(bad):
     A = torch.eye(3, dtype=torch.float64).repeat(2, 1, 1)
     A[0, 1, 1] = bad
