@@ -81,13 +81,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     begin = time.monotonic()
     try:
         search, best, final = compare_kinds(args.out.resolve(), extra)
+        finished = [str(args.out / run.name) for run, summary in final.items() if summary]
+        with redirect_stdout(StringIO()):  # the quick start has tables of its own
+            compare.main([*finished, "--out", str(args.out / "comparison")])
     except RunFailed as error:
         parser.error(str(error), 1)
     except KeyboardInterrupt:
         parser.exit(130, f"{parser.prog}: interrupted\n")
-    finished = [str(args.out / run.name) for run, summary in final.items() if summary]
-    with redirect_stdout(StringIO()):  # the quick start has tables of its own
-        compare.main([*finished, "--out", str(args.out / "comparison")])
     print(f"\n{format_search(search, best)}\n\n{format_final(final, best)}\n")
     print(f"{format_verdict(final)}\n")
     print(f"curves: {args.out / 'comparison.png'}")
@@ -167,9 +167,10 @@ def format_search(search: Results, best: dict[str, float]) -> str:
     )
     rows = [["layers", *(f"{rate:g}" for rate in RATES)]]
     for kind in KINDS:
-        scores = [format_accuracy(search[Run(kind, rate, SEEDS[0])], "{:.1f}") for rate in RATES]
-        marks = ["*" * (rate == best[kind]) for rate in RATES]
-        rows.append([kind, *map(str.__add__, scores, marks)])
+        runs = [search[Run(kind, rate, SEEDS[0])] for rate in RATES]
+        marks = ["*" if rate == best[kind] else "" for rate in RATES]
+        pairs = zip(runs, marks, strict=True)
+        rows.append([kind, *(format_accuracy(run, "{:.1f}") + mark for run, mark in pairs)])
     ends = [f"{kind}: {rate:g}" for kind, rate in best.items() if rate in (RATES[0], RATES[-1])]
     note = f"\nBest rates at an end of the range: {', '.join(ends)}." if ends else ""
     return f"{title}\n{align(rows)}{note}"
