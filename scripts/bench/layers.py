@@ -84,7 +84,7 @@ def measure(
     amp, channels_last = steps.AMP[case.dtype], flags.channels_last
     accelerator = Accelerator(device, amp=amp, channels_last=channels_last)
     model = accelerator.to_device(steps.build(case, steps.OURS, flags))
-    shape = (case.batch_size, flags.in_channels, flags.image_size, flags.image_size)
+    shape = (case.batch_size, 3, flags.image_size, flags.image_size)
     images = torch.randn(shape).to(device, memory_format=accelerator.memory_format)
     readings = []
     with labelled(model):

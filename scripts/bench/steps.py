@@ -137,7 +137,6 @@ def add_case_flags(parser: Parser) -> None:
     add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
     add("--image-size", "side of the images in pixels", bounded_int(1), 32)
     add("--classes", "number of classes", bounded_int(1), 10)
-    add("--in-channels", "channels of the images", bounded_int(1), 3)
     add = parser.add_group("machine and repetitions")
     add("--rounds", "measured training steps per network", bounded_int(2), 11)
     add("--warmup", "steps before the measurement", bounded_int(0), 3)
@@ -187,7 +186,7 @@ def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
     """Build the network of a case with one kind of layers: deconv, unchecked, bn or plain.
 
     Raises:
-        ValueError: the network is unknown, or does not take such layers or images.
+        ValueError: the network is unknown, or does not take such layers.
         TypeError: an option has the wrong type.
     """
     ours = kind in (OURS, UNCHECKED)
@@ -201,11 +200,8 @@ def build(case: Case, kind: str, flags: argparse.Namespace) -> nn.Module:
         **dict(flags.option),
     )
     shape = {"num_classes": flags.classes, "image_size": flags.image_size}
-    if case.arch in ARCHITECTURES:
-        return build_model(case.arch, layers, in_channels=flags.in_channels, **shape)
-    if flags.in_channels != 3:
-        raise ValueError(f"--in-channels {flags.in_channels}: ImageNet networks take 3")
-    return build_imagenet_model(case.arch, layers, **shape)
+    make = build_model if case.arch in ARCHITECTURES else build_imagenet_model
+    return make(case.arch, layers, **shape)
 
 
 def make_steps(
@@ -223,8 +219,7 @@ def make_steps(
     model = accelerator.to_device(build(case, kind, flags))
     criterion = build_criterion("CE", flags.classes)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.01, weight_decay=5e-4)
-    side = flags.image_size
-    images = torch.randn(case.batch_size, flags.in_channels, side, side)
+    images = torch.randn(case.batch_size, 3, flags.image_size, flags.image_size)
     targets = torch.randint(flags.classes, (case.batch_size,))
     images, targets = accelerator.batch_to_device(images, targets)
     network = accelerator.compile_for_training(model, images.shape)

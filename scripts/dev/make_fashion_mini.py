@@ -9,7 +9,6 @@ The images are those of Xiao et al. 2017 (https://arxiv.org/abs/1708.07747), und
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from torchvision.datasets.mnist import read_image_file, read_label_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
+from util.cli.parser import Parser
 from util.data.embedded_sets import FASHION_MINI
 from util.files import atomic_write
 
@@ -27,20 +26,18 @@ PARTS = {"train": ("train", 640), "test": ("t10k", 200)}  # name in the file, im
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the subset of the files that the command line names."""
-    parser = argparse.ArgumentParser(
-        prog="make_fashion_mini.py", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("folder", metavar="DIR", type=Path, help="holds the four IDX files")
-    text = "file to write (default: util/data/fashion_mini.npz)"
-    parser.add_argument("--out", metavar="FILE", type=Path, default=FASHION_MINI, help=text)
+    parser = Parser("make_fashion_mini.py", __doc__.splitlines()[0])
+    add = parser.add_group("files")
+    add("folder", "holds the four IDX files", Path, metavar="DIR")
+    text = "util/data/fashion_mini.npz"
+    add("--out", "file to write", Path, FASHION_MINI, text, metavar="FILE")
     args = parser.parse_args(argv)
     try:
         arrays = make_subset(args.folder)
         with atomic_write(args.out) as file:
             np.savez_compressed(file, **arrays)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"make_fashion_mini.py: {error}") from error
+        parser.error(str(error))
     sizes = ", ".join(f"{len(arrays[f'{part}_labels']):,} {part}" for part in PARTS)
     print(f"{args.out}: {sizes} images, {args.out.stat().st_size:,} bytes")
 
@@ -55,23 +52,14 @@ def make_subset(folder: Path) -> dict[str, np.ndarray]:
     for part, (stem, per_class) in PARTS.items():
         images = read_image_file(str(folder / f"{stem}-images-idx3-ubyte")).numpy()
         labels = read_label_file(str(folder / f"{stem}-labels-idx1-ubyte")).numpy()
-        kept = choose_images(labels, per_class)
-        arrays[f"{part}_images"] = images[kept]
-        arrays[f"{part}_labels"] = labels[kept].astype(np.uint8)
+        kept = [np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES)]
+        for label, indices in enumerate(kept):
+            if len(indices) < per_class:
+                raise ValueError(f"class {label} has {len(indices)} images, fewer than {per_class}")
+        in_order = np.sort(np.concatenate(kept))
+        arrays[f"{part}_images"] = images[in_order]
+        arrays[f"{part}_labels"] = labels[in_order].astype(np.uint8)
     return arrays
-
-
-def choose_images(labels: np.ndarray, per_class: int) -> np.ndarray:
-    """Return the sorted indices of the first `per_class` images of each class.
-
-    Raises:
-        ValueError: a class has fewer.
-    """
-    kept = [np.flatnonzero(labels == label)[:per_class] for label in range(CLASSES)]
-    for label, indices in enumerate(kept):
-        if len(indices) < per_class:
-            raise ValueError(f"class {label} has {len(indices)} images, fewer than {per_class}")
-    return np.sort(np.concatenate(kept))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,21 +48,13 @@ UNFINISHED = ("begun", "to do")  # states of a run
 
 @dataclass(frozen=True)
 class Run:
-    """One training.
+    """One training."""
 
-    Args:
-        name: name of the run's folder.
-        dataset: a key of `TRAIN_IMAGES`.
-        flags: flags of main.py, without those of data, folders and threads.
-        steps: optimizer steps of the finished run.
-        seconds: estimated duration on one CPU thread.
-    """
-
-    name: str
-    dataset: str
-    flags: str
-    steps: int
-    seconds: float
+    name: str  # of its folder
+    dataset: str  # a key of TRAIN_IMAGES
+    flags: str  # of main.py, without those of data, folders and threads
+    steps: int  # of the finished run
+    seconds: float  # estimated duration on one CPU thread
 
 
 Lines = Mapping[str, Sequence[str]]  # run name -> command
@@ -79,10 +71,9 @@ class Recipe:
         name: name of the recipe's folder of runs, and of its file in results/.
         title: one line.
         plan: plan(find_top1) -> runs, without those that depend on missing results.
-        format: format(records by run name) -> tables and values of results_template.md, by name.
-        draw: draw(records by run name, path) -> plot; None for a recipe without a plot.
-        follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> command lines to run once
-            all runs have finished.
+        format: format(records) -> tables and values of results_template.md, by name.
+        draw: draw(records, path) -> plot; None for a recipe without a plot.
+        follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> commands after all runs.
     """
 
     name: str
@@ -157,12 +148,6 @@ def absolute(text: str) -> str:
     return str(Path(path_name(text)).resolve())
 
 
-@cache
-def find_parser() -> Parser:
-    """Return the parser of main.py."""
-    return build_script().parser
-
-
 def check_command(
     runs: Sequence[Run], flags: Namespace, passed: Sequence[str], parser: Parser
 ) -> None:
@@ -176,7 +161,7 @@ def check_command(
 
 def refuse_flags(passed: Sequence[str], lines: Sequence[Sequence[str]], parser: Parser) -> None:
     """Refuse passed flags that main.py does not know or that one of the lines sets."""
-    known = find_parser()
+    known = build_script().parser
     known.prog = parser.prog
     own = {name for line in lines for name in known.parse_typed(line)}
     for name in known.parse_typed(passed).keys() & own:
@@ -189,13 +174,13 @@ def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
     Raises:
         SystemExit: names the run, the flag and both values.
     """
-    expected = find_parser().parse_typed(shlex.split(run.flags))
+    parser = build_script().parser
+    expected = parser.parse_typed(shlex.split(run.flags))
     for name in (expected.keys() & recorded.keys()) - MAY_CHANGE:
         if recorded[name] != expected[name]:
-            flag = find_parser().spelling[name]
             raise SystemExit(
-                f"{source} was made with {flag} {recorded[name]}, the recipe's {run.name} has "
-                f"{expected[name]}: move this other run away"
+                f"{source} was made with {parser.spelling[name]} {recorded[name]}, the recipe's "
+                f"{run.name} has {expected[name]}: move this other run away"
             )
 
 

@@ -129,7 +129,6 @@ def test_memory_is_measured_for_both_networks(monkeypatch, capsys):
         ("--option n_iter=many", ("--option n_iter=many",)),
         ("--rounds -3", ("--rounds", "'-3'")),
         ("--arch vgg12", ("--arch vgg12", "vgg11")),
-        ("--arch resnet18d --in-channels 1", ("--in-channels 1",)),
         ("--json nowhere/times.json", ("--json nowhere/times.json",)),
     ],
 )

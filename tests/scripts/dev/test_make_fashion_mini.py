@@ -37,8 +37,9 @@ def test_the_first_images_of_each_class_are_kept_in_order(folder, capsys):
         assert arrays["test_labels"].tolist() == [*reversed(range(10))]
 
 
-def test_a_class_with_too_few_images_is_refused(folder):
+def test_a_class_with_too_few_images_is_refused(folder, capsys):
     write_idx(folder, "t10k", [0, 1])
-    with pytest.raises(SystemExit, match="class 2 has 0 images, fewer than 1"):
+    with pytest.raises(SystemExit, match="2"):
         make_fashion_mini.main([str(folder), "--out", str(folder / "mini.npz")])
+    assert "class 2 has 0 images, fewer than 1" in capsys.readouterr().err
     assert not (folder / "mini.npz").exists()
