@@ -66,9 +66,9 @@ def build(name: str, mode: int, block: int, *, shared: bool) -> nn.Module:
 
 
 def message_sizes(model: nn.Module) -> list[int]:
-    """Return the numbers per message of a forward: count, means and matrices of every axis."""
+    """Return the numbers per message of a forward: count, two means and matrices, by axis."""
     return [
-        1 + module.running_mean.numel() + getattr(module, f"running_cov_{axis}").numel()
+        1 + 2 * module.running_mean.numel() + getattr(module, f"running_cov_{axis}").numel()
         for module in model.modules()
         for axis in getattr(module, "axes", ())
     ]

@@ -24,8 +24,8 @@ def test_views_and_allocations_launch_nothing():
         assert counter.count == 3  # cuDNN adds the bias in a kernel of its own
 
 
-def test_whitening_launches_at_most_29_kernels_beside_those_of_the_convolution():
+def test_whitening_launches_at_most_32_kernels_beside_those_of_the_convolution():
     shape = (64, 128, 16, 16)
     plain, _ = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
     forward, _ = count_launches(FastDeconv(128, 128, 3, padding=1), shape)
-    assert plain == 2 and forward - plain <= 29
+    assert plain == 2 and forward - plain <= 32

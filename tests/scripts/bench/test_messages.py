@@ -35,8 +35,8 @@ def test_sizes_equal_those_of_the_sent_messages(monkeypatch, layer):
 def test_the_table_has_a_row_for_each_network(capsys):
     messages.main(["vgg11:16", "resnet18d:64"])
     *_, small, large = capsys.readouterr().out.splitlines()
-    assert small == "| vgg11 | 16 | 36.9 MB | 3.4 MB | 9 % | 18 | 0.4 MB |"
-    assert large.startswith("| resnet18d | 64 | 46.7 MB | 43.0 MB | 92 % | 42 |")
+    assert small == "| vgg11 | 16 | 36.9 MB | 3.6 MB | 10 % | 18 | 0.4 MB |"
+    assert large.startswith("| resnet18d | 64 | 46.7 MB | 43.3 MB | 93 % | 42 |")
 
 
 def test_wrong_names_are_refused(capsys):
