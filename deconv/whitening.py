@@ -142,8 +142,8 @@ class Whitening(nn.Module):
         """
         if not self.weight.is_floating_point():
             raise ValueError(f"dtype must be a real floating-point type, got {self.weight.dtype}")
-        if not eps > 0:
-            raise ValueError(f"eps must be above 0 (units of variance), got {eps}")
+        if not 0 < eps < math.inf:
+            raise ValueError(f"eps must be above 0 and finite (units of variance), got {eps}")
         if n_iter not in range(1, MAX_STEPS + 1):
             raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
         if momentum is not None and not 0 < momentum <= 1:
@@ -294,13 +294,22 @@ class Whitening(nn.Module):
         """
         before = dict(self._buffers)
         super()._apply(fn, recurse)
+        self._widen_buffers(before)
+        return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load as torch does, and keep the statistics at least float32 (`assign=True`)."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._widen_buffers(self._buffers)
+
+    def _widen_buffers(self, source: dict[str, Tensor | None]) -> None:
+        """Replace half-precision buffers by those of `source` in float32."""
         for name, new in self._buffers.items():
-            old = before[name]
+            old = source[name]
             if new is None or old is None:
                 continue
             if new.is_floating_point() and new.dtype.itemsize < 4:
                 self._buffers[name] = old.to(new.device, torch.float32)
-        return self
 
     def _whitening_repr(self, block: int) -> str:
         size = self.blocks.size

@@ -170,3 +170,15 @@ def test_a_layer_made_without_memory_can_start_anew():
     x = torch.randn(2, 3, 8, 8)
     plain = nn.functional.conv2d(x, layer.weight, layer.bias)
     torch.testing.assert_close(layer.eval()(x), plain)
+
+
+def test_statistics_assigned_in_half_precision_become_float32():
+    state = FastDeconv(3, 4, 3).state_dict()
+    half = {
+        name: value.half() if value.is_floating_point() else value for name, value in state.items()
+    }
+    layer = FastDeconv(3, 4, 3)
+    layer.load_state_dict(half, assign=True)
+    assert layer.weight.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
+    layer(300 * torch.randn(2, 3, 8, 8).half())
+    assert layer.eval()(torch.randn(2, 3, 8, 8).half()).isfinite().all()
