@@ -99,7 +99,7 @@ def test_other_ways_to_compute_learn_as_well(tmp_path, line, flag):
 
 def test_compiling_changes_no_figure(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
-    line = f"--deconv True --max-steps 3 --threads 1 {QUIET}"
+    line = f"--deconv True --batch-size 32 --max-steps 3 --threads 1 {QUIET}"
     plain = train(line, tmp_path / "plain")
     compiled = train(f"{line} --compile", tmp_path / "compiled")
     # Other roundings, which three steps multiply; of single layers see test_compile.py.
@@ -228,7 +228,7 @@ def test_console_has_a_line_per_epoch_and_with_msg_one_per_batch(tmp_path, capsy
 
 
 def test_same_seed_same_result_and_another_seed_another(tmp_path):
-    line = f"--deconv True --max-steps 2 {QUIET}"
+    line = f"--deconv True --batch-size 32 --max-steps 2 {QUIET}"
     runs = [train(f"{line} --seed {s}", tmp_path / f"{i}") for i, s in enumerate((1, 1, 2))]
     assert runs[0]["train_loss"] == runs[1]["train_loss"] != runs[2]["train_loss"]
 
@@ -242,7 +242,7 @@ def any_algorithms_afterwards(monkeypatch):
 
 
 def test_deterministic_runs_use_operations_that_are(tmp_path, any_algorithms_afterwards):
-    line = f"--deconv True --max-steps 2 --threads 1 {QUIET}"
+    line = f"--deconv True --batch-size 32 --max-steps 2 --threads 1 {QUIET}"
     figures = train(f"{line} --deterministic", tmp_path / "one")
     assert torch.are_deterministic_algorithms_enabled() and torch.backends.cudnn.deterministic
     assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

@@ -7,17 +7,14 @@ from deconv.ops import matmul
 from deconv.ops.matmul import WIDE, outer_products, transform
 from tests.pairwise import pairwise
 
-
-@pytest.fixture(autouse=True, params=[False, True], ids=["multiplies", "convolves"])
-def convolves(request, monkeypatch):
-    monkeypatch.setattr(matmul, "CONVOLVES", request.param)
-
-
-SHAPES = pairwise((1, 3), (0, 1, 5), (4, WIDE), (1, 2, 16), (torch.float32, torch.float64))
+SHAPES = pairwise(
+    (1, 3), (0, 1, 5), (4, WIDE), (1, 2, 16), (torch.float32, torch.float64), (False, True)
+)
 
 
-@pytest.mark.parametrize(("groups", "count", "side", "length", "dtype"), SHAPES)
-def test_both_equal_einsum(groups, count, side, length, dtype):
+@pytest.mark.parametrize(("groups", "count", "side", "length", "dtype", "convolves"), SHAPES)
+def test_both_equal_einsum(groups, count, side, length, dtype, convolves, monkeypatch):
+    monkeypatch.setattr(matmul, "CONVOLVES", convolves)
     left, right = torch.randn(2, count, groups * side, length, dtype=dtype)
     matrices = torch.randn(groups, side, side, dtype=dtype)
     u, v = (x.unflatten(1, (groups, side)) for x in (left, right))
@@ -27,8 +24,10 @@ def test_both_equal_einsum(groups, count, side, length, dtype):
     torch.testing.assert_close(outer_products(left, right, groups), expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize(("groups", "side"), [(1, WIDE), (2, WIDE + 1)])
-def test_a_wide_product_with_itself_equals_einsum(groups, side):
+@pytest.mark.parametrize(("groups", "convolves"), pairwise((1, 2), (False, True)))
+def test_a_wide_product_with_itself_equals_einsum(groups, convolves, monkeypatch):
+    monkeypatch.setattr(matmul, "CONVOLVES", convolves)
+    side = WIDE + groups
     maps = torch.randn(3, groups * side, 5, dtype=torch.float64, requires_grad=True)
     vectors = maps.unflatten(1, (groups, side))
     expected = torch.einsum("rgdl,rgel->gde", vectors, vectors) / 7
