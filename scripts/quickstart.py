@@ -29,6 +29,7 @@ from scripts import compare
 from scripts.paper import runner
 from util.cli.parser import Parser
 from util.cli.settings import read_settings
+from util.training.signals import stop_on_signal
 
 KINDS = {"BatchNorm": "bn", "deconvolution": "deconv"}
 RATES = (0.03, 0.1, 0.3, 1.0)
@@ -69,7 +70,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Search, repeat the best, and print tables and verdict.
 
     Raises:
-        SystemExit: code 2 for bad flags, 1 if a run fails, 130 after Ctrl-C.
+        SystemExit: code 2 for bad flags, 1 if a run fails, 128 + number by a signal.
     """
     text = "Other flags are passed on to every training."
     parser = Parser("quickstart.py", __doc__.splitlines()[0], text)
@@ -130,7 +131,10 @@ def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: in
 
     words = [sys.executable, runner.MAIN, *FLAGS.split(), *extra]
     lines = {run.name: [*words, *run.list_flags(out)] for run in runs}
-    runner.run_all(lines, out, min(2, os.cpu_count() or 1), report)
+    with stop_on_signal() as asked:
+        runner.run_all(lines, out, min(2, os.cpu_count() or 1), report, asked)
+        if number := asked():
+            raise SystemExit(128 + number)
     return {run: results[run] for run in runs}
 
 

@@ -36,7 +36,7 @@ from util.cli.inherited import MAY_CHANGE
 from util.cli.parser import Parser, bounded_int, path_name
 from util.tracking.provenance import RECORD_NAME
 from util.training.recorder import DIVERGED_NAME
-from util.training.signals import StopRequest, never_stop, stop_on_signal
+from util.training.signals import StopRequest, stop_on_signal
 
 RUNS = ROOT / "runs" / "paper"
 MAIN = str(ROOT / "main.py")
@@ -275,9 +275,7 @@ def describe_plan(
     return "\n".join([*lines, total])
 
 
-def run_all(
-    lines: Lines, folder: Path, jobs: int, report: Report, asked: StopRequest = never_stop
-) -> None:
+def run_all(lines: Lines, folder: Path, jobs: int, report: Report, asked: StopRequest) -> None:
     """Run commands in the folders of their names, and report the start and the end of each.
 
     A stop request or an error terminates the active runs, which save a checkpoint first.
