@@ -330,8 +330,11 @@ def require_positive(**counts: int) -> None:
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Disable autocast: squares overflow in half precision. The meta device has no autocast."""
-    if device.type == "meta":  # by name: PyTorch 2.11 cannot compile `is_autocast_available`
+    """Disable autocast where it is on: squares overflow in half precision.
+
+    The meta device has no autocast. An exported program with the context cannot be loaded again.
+    """
+    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

@@ -101,11 +101,13 @@ def test_generated_code_learns_the_same(options):
 
 
 @pytest.mark.parametrize("options", OPTIONS)
-def test_the_network_in_evaluation_is_exported_for_any_batch(options):
+def test_the_network_in_evaluation_is_exported_and_loaded_for_any_batch(options, tmp_path):
     network = make_network(**options)
     network(torch.randn(8, 3, 8, 8))
     shapes = ({0: torch.export.Dim("batch")},)
     program = torch.export.export(network.eval(), (torch.randn(2, 3, 8, 8),), dynamic_shapes=shapes)
+    torch.export.save(program, tmp_path / "network.pt2")
+    program = torch.export.load(tmp_path / "network.pt2")
     x = torch.randn(5, 3, 8, 8)
     torch.testing.assert_close(program.module()(x), network(x))
 
