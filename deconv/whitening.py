@@ -93,8 +93,9 @@ class Whitening(nn.Module):
 
     def _check_dtype(self, x: Tensor) -> None:
         """Refuse an input that the layer of torch refuses, before its statistics count."""
-        same = x.dtype == self.weight.dtype
-        if same or (x.is_floating_point() and torch.is_autocast_enabled(x.device.type)):
+        kinds = {x.dtype, self.weight.dtype}
+        casts = x.is_floating_point() and torch.float64 not in kinds and autocasts(x.device)
+        if len(kinds) == 1 or casts:
             return
         raise ValueError(
             f"input is {x.dtype} and the layer is {self.weight.dtype}: convert one, as in "
@@ -332,11 +333,14 @@ def require_positive(**counts: int) -> None:
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Disable autocast where it is on: squares overflow in half precision.
 
-    The meta device has no autocast. An exported program with the context cannot be loaded again.
+    An exported program with the context cannot be loaded again.
     """
-    if device.type == "meta" or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
+
+
+def autocasts(device: torch.device) -> bool:
+    """Return True if autocast is on, which casts all floating-point types but float64."""
+    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def record_call(layer: nn.Module, *args: Any) -> Any:

@@ -130,6 +130,10 @@ def test_an_input_that_is_refused_stays_out_of_the_running_statistics():
         with pytest.raises(ValueError, match=message):
             layer(x)
         assert layer.num_batches_tracked == 0
+    layer = FastDeconv(3, 4, 3)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(ValueError, match=r"torch\.float64"):
+        layer(torch.randn(2, 3, 8, 8).double())  # autocast casts no float64
+    assert layer.num_batches_tracked == 0
     up = FastDeconvTranspose2d(3, 4, 3, stride=2)
     with pytest.raises(ValueError, match="output size"):
         up(torch.randn(2, 3, 4, 4), output_size=[50, 50])

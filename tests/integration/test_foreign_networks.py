@@ -38,9 +38,9 @@ def build(name):
 
 
 def skip_where_memory_is_short(model):
-    """Of the largest networks, the copies in float64 or the gradients would not fit beside it.
+    """Skip a network whose copies in float64 or whose gradients would not fit into memory.
 
-    What other work has of the memory cannot be had, so the kernel is asked how much is left.
+    Other processes hold memory, too: the kernel tells how much is left.
     """
     needed = 30 * sum(p.numel() for p in model.parameters())
     facts = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())

@@ -35,7 +35,7 @@ class Own(nn.Conv2d):
 
 
 class OwnConstructor(nn.Conv3d):
-    """As Conv3DSimple of r3d_18."""
+    """Set the arguments of the convolution, as Conv3DSimple of r3d_18 does."""
 
     def __init__(self, channels):
         super().__init__(channels, channels, 3, padding=1, bias=False)
