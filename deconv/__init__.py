@@ -11,6 +11,7 @@
     recalibrate(model, loader)                  # computes the running statistics anew
     print(whiteness(model, images))             # correlation before and after whitening, by layer
     served = fuse(model.eval())                 # a trained model as plain Conv2d and Linear layers
+    conv = FastDeconv(3, 64, 3, **PUBLISHED)    # numerics of the published code; `convert`, too
 
 A convolution sees patches x_p. Neighbouring pixels and channels of a patch are strongly correlated.
 This correlation acts like a blur that gradient descent must undo. Whitening removes it, in four
@@ -47,6 +48,7 @@ The package imports nothing but torch. It can be copied into another project.
 from .conv import FastDeconv, FastDeconv1d, FastDeconv2d, FastDeconv3d
 from .conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastDeconvTranspose3d
 from .linear import Delinear
+from .published import PUBLISHED
 from .surgery.convert import convert
 from .surgery.fuse import fuse
 from .surgery.plan import plan
@@ -55,6 +57,7 @@ from .sync import batch_share
 from .whiteness import whiteness
 
 __all__ = [
+    "PUBLISHED",
     "Delinear",
     "FastDeconv",
     "FastDeconv1d",
