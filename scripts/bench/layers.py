@@ -71,6 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser("layers.py", __doc__.splitlines()[0])
     steps.add_case_flags(parser)
+    steps.add_machine_flags(parser)
     add = parser.add_group("table")
     add("--by-layer", "a row for each layer", action="store_true")
     return parser

@@ -106,6 +106,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 def make_parser() -> Parser:
     parser = Parser("steps.py", __doc__.splitlines()[0])
     add_case_flags(parser)
+    add_machine_flags(parser)
     add = parser.add_group("measurement")
     text = "network to compare with"
     add("--against", text, None, "bn", choices=tuple(TITLES))
@@ -121,15 +122,13 @@ def make_parser() -> Parser:
 
 
 def add_case_flags(parser: Parser) -> None:
-    """Add the flags of networks, layers, images, machine and repetitions."""
+    """Add the flags of networks, layers and images."""
     add = parser.add_group("cases (all combinations)")
     several: dict[str, Any] = {"nargs": "+"}
     add("--arch", "networks", None, ["vgg11"], "vgg11", metavar="NAME", **several)
     add("--batch-size", "images per step", bounded_int(1), [128], "128", **several)
     add("--mode", "modes of deconvolution", bounded_int(1, 5), [5], "5", metavar="M", **several)
     add("--block", "channels whitened together", bounded_int(1), [16], "16", metavar="B", **several)
-    several["choices"], text = tuple(AMP), "precision; bf16 means autocast"
-    add("--dtype", text, None, ["float32"], "float32", **several)
     add = parser.add_group("layers and images")
     add("--block-fc", "features whitened together before the last layer", bounded_int(0), None, 512)
     add("--eps", "regularization, in units of variance", bounded_float(above=0), 1e-2)
@@ -137,7 +136,14 @@ def add_case_flags(parser: Parser) -> None:
     add("--option", text, option, [], "", nargs="+", metavar="NAME=VALUE")
     add("--image-size", "side of the images in pixels", bounded_int(1), 32)
     add("--classes", "number of classes", bounded_int(1), 10)
+
+
+def add_machine_flags(parser: Parser) -> None:
+    """Add the flags of precision, machine and repetitions."""
     add = parser.add_group("machine and repetitions")
+    several: dict[str, Any] = {"nargs": "+", "choices": tuple(AMP)}
+    text = "precision; bf16 means autocast (all combinations)"
+    add("--dtype", text, None, ["float32"], "float32", **several)
     add("--rounds", "measured training steps per network", bounded_int(2), 11)
     add("--warmup", "steps before the measurement", bounded_int(0), 3)
     add("--threads", "CPU threads of PyTorch", bounded_int(1, 1024))

@@ -1,10 +1,11 @@
 """scripts/bench/launches.py: launches counted on the meta device against known numbers."""
 
+import pytest
 import torch
 from torch import nn
 
 from deconv import FastDeconv
-from scripts.bench.launches import Launches, count_launches
+from scripts.bench.launches import Launches, count_launches, main
 
 
 def test_convolution_and_batchnorm_launch_six_kernels():
@@ -29,3 +30,27 @@ def test_whitening_launches_at_most_32_kernels_beside_those_of_the_convolution()
     plain, _ = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
     forward, _ = count_launches(FastDeconv(128, 128, 3, padding=1), shape)
     assert plain == 2 and forward - plain <= 32
+
+
+def read_table(capsys, *argv):
+    main([*argv, "--batch-size", "2"])
+    head, _, *rows = capsys.readouterr().out.splitlines()
+    titles = [cell.strip() for cell in head.strip("|").split("|")]
+    return [dict(zip(titles, row.strip("| ").split(" | "), strict=True)) for row in rows]
+
+
+def test_the_table_counts_the_layers_and_what_stands_between_them(capsys):
+    (network,) = read_table(capsys, "--arch", "simple_v2")
+    layers = read_table(capsys, "--arch", "simple_v2", "--by-layer")
+    between = 3 * 2 + 1  # ReLU and max-pool of three convolutions, the average
+    counted = sum(int(row["forward"]) for row in layers)
+    assert len(layers) == 4 and int(network["deconvolution, forward"]) == counted + between
+    # Convolution, BatchNorm and its counter; the linear layer.
+    assert int(network["BatchNorm, forward"]) == 3 * 3 + 1 + between
+
+
+def test_an_unknown_network_is_refused_in_one_line(capsys):
+    with pytest.raises(SystemExit):
+        main(["--arch", "vgg12"])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "--arch vgg12" in line and "vgg11" in line
