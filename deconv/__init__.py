@@ -24,9 +24,9 @@ steps (Algorithm 1 of the paper):
     y   = W D (x - mu) + b = (W D) x + (b - W D mu)       fold D, mu into W, b   ops/fold.py
 
 No feature map is whitened: one ordinary convolution runs with the folded weight and bias. In
-evaluation mu and Cov are running averages, and the layer equals a plain convolution. Under
-torch.distributed they cover the patches of all ranks (`sync_stats`). `Whitening.fold_whitening`
-in whitening.py runs the four steps for every kind of layer.
+evaluation mu and Cov are running averages, and the layer equals a plain convolution. Inside
+DistributedDataParallel, or where `process_group` asks for it, they cover the patches of all ranks.
+`Whitening.fold_whitening` in whitening.py runs the four steps for every kind of layer.
 
 | symbol | shape or unit | meaning | name in the code |
 |---|---|---|---|

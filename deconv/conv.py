@@ -7,13 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, distributed, fx, nn
 from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
 from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, PatchSubset, Sampling
-from .sync import locate_batch
 from .whitening import Whitening, record_call, require_positive
 
 # Whitened axes by mode, in order. Modes 4 and 5 differ in the patches they sample.
@@ -69,6 +68,7 @@ class Convolution(Whitening):
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
+        process_group: distributed.ProcessGroup | None = None,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -115,6 +115,7 @@ class Convolution(Whitening):
             n_iter=n_iter,
             momentum=momentum,
             sync_stats=sync_stats,
+            process_group=process_group,
             track_running_stats=track_running_stats,
         )
 
@@ -169,9 +170,10 @@ class Convolution(Whitening):
     def subsample(self, x: Tensor, grid: PatchGrid) -> Sampling:
         """Return so few patches that a matrix has about `rows_per_feature` rows per feature.
 
-        All ranks together sample the patches that one rank with the whole batch would.
+        All ranks that share sample the patches that one rank with the whole batch would.
         """
-        first, total = locate_batch(len(x)) if self.pools_ranks else (0, len(x))
+        share = self.find_share()
+        first, total = (0, len(x)) if share is None else share.locate(len(x))
         patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
         positions = grid.count(x.shape[2:])
         per_image = max(round(min(patches / max(total, 1), positions)), 1)
@@ -239,12 +241,18 @@ class FastDeconv(Convolution, nn.Conv2d):
         layout: assignment of features to blocks, "contiguous" or "interleaved" (default), see
             `Blocks`.
         shared: the blocks of a group share one D (default True), as published.
-        sync_stats: take the batch statistics over all ranks (default True). N ranks then equal one
-            with the whole batch, also with unequal or empty shares, see `batch_share`. All ranks
-            must run the layer equally often and start from equal buffers. A layer sends one message
-            forward and one backward (mode 1: two), of 1 + 2 C T + G d^2 numbers: T taps (1 in
-            mode 3), G matrices of side d. Ranks may hold images of different size: each weighs by
-            its images times their patches. Evaluation with running statistics sends none.
+        sync_stats: share the batch statistics between ranks (default True), inside
+            DistributedDataParallel or where `process_group` or `batch_share` asks for it. N ranks
+            then equal one with the whole batch, also with unequal or empty shares, see
+            `batch_share`. All of them must run the layer equally often and start from equal
+            buffers. A layer sends one message forward and one backward (mode 1: two), of
+            1 + 2 C T + G d^2 numbers: T taps (1 in mode 3), G matrices of side d. Ranks may hold
+            images of different size: each weighs by its images times their patches. Evaluation with
+            running statistics sends none. False: never share.
+        process_group: ranks that share in every batch, for models outside of
+            DistributedDataParallel (fully_shard, say). A rank waits for ever if another one does
+            not run the layer. None (default): the group of the DistributedDataParallel whose
+            forward runs; without one, each rank has its own statistics.
         track_running_stats: keep running statistics (default True). Otherwise evaluation whitens by
             its batch, and `fuse` raises.
         device, dtype: of the parameters, as in `torch.nn.Conv2d`.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, distributed, fx, nn
 from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
@@ -22,7 +22,8 @@ class Delinear(Whitening, nn.Linear):
         in_features, out_features, bias: as in `torch.nn.Linear`.
         block: features whitened together (default 512). The features form blocks of the largest
             divisor of `in_features` up to `block`.
-        eps, n_iter, momentum, layout, shared, sync_stats, track_running_stats: as in `FastDeconv`.
+        eps, n_iter, momentum, layout, shared, sync_stats, process_group, track_running_stats: as in
+            `FastDeconv`.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     Shape:
@@ -51,6 +52,7 @@ class Delinear(Whitening, nn.Linear):
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
+        process_group: distributed.ProcessGroup | None = None,
         track_running_stats: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +69,7 @@ class Delinear(Whitening, nn.Linear):
             n_iter=n_iter,
             momentum=momentum,
             sync_stats=sync_stats,
+            process_group=process_group,
             track_running_stats=track_running_stats,
         )
 

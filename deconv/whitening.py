@@ -7,19 +7,21 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from .ops.blocks import Blocks
 from .ops.covariance import centre_rows, mean_and_covariance
 from .ops.fold import fold
 from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt
 from .ops.patches import Patches, PatchGrid, Sampling, sample
-from .sync import is_distributed, pool_statistics
+from .sync import BatchShare, GroupHandle, find_share, pool_statistics, require_group
 
 Matrices = dict[str, Tensor]  # (G, d, d) by axis
 Plain = TypeVar("Plain", bound=nn.Module)
+_last_shares: WeakKeyDictionary[nn.Module, BatchShare | None] = WeakKeyDictionary()  # not pickled
 
 
 class Whitening(nn.Module):
@@ -45,6 +47,7 @@ class Whitening(nn.Module):
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
     root: str
+    _group: GroupHandle | None = None
 
     def fold_whitening(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, and the weight and bias that act on x as the layer's own on whitened patches.
@@ -79,12 +82,15 @@ class Whitening(nn.Module):
         covs: Matrices = {}
         whiten: Matrices = {}
         whitened: tuple[str, Tensor] | None = None
+        share = self.find_share()
         for axis in self.axes:
             patches = sample(x, sampling)
             stats = mean_and_covariance(patches, blocks, axis, whitened)
-            if self.pools_ranks:
-                stats = pool_statistics(stats, blocks, axis, whitened, self.running_mean)
-            rows = centre_rows(stats, patches, blocks) if self._has_few_rows(patches) else None
+            if share is not None:
+                reference = self.running_mean
+                stats = pool_statistics(stats, blocks, axis, whitened, reference, share.group)
+            few_rows = share is None and self._has_few_rows(patches)
+            rows = centre_rows(stats, patches, blocks) if few_rows else None
             whiten[axis] = inverse_sqrt(stats.cov, self.n_iter, self.root, self.eps, rows)
             covs[axis] = stats.cov
             means.append(stats.mean)
@@ -124,6 +130,7 @@ class Whitening(nn.Module):
         n_iter: int,
         momentum: float | None,
         sync_stats: bool,
+        process_group: distributed.ProcessGroup | None,
         track_running_stats: bool,
     ) -> None:
         """Check the options that all layers share, and register the buffers.
@@ -135,7 +142,8 @@ class Whitening(nn.Module):
             eps: as in `FastDeconv`, like all that follow.
             n_iter: Newton-Schulz steps.
             momentum: weight of a batch in the running statistics; None: the mean of all batches.
-            sync_stats: take the batch statistics over all ranks.
+            sync_stats: share the batch statistics between ranks.
+            process_group: the ranks; None: those of DistributedDataParallel.
             track_running_stats: keep running statistics.
 
         Raises:
@@ -153,6 +161,7 @@ class Whitening(nn.Module):
         self.eps, self.n_iter = eps, n_iter
         self.momentum = momentum
         self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
+        self.process_group = process_group
         like: Any = {"device": self.weight.device}
         like["dtype"] = torch.promote_types(self.weight.dtype, torch.float32)
         buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps, **like)}
@@ -164,14 +173,34 @@ class Whitening(nn.Module):
             self.register_buffer(name, value if track_running_stats else None)
 
     @property
-    def pools_ranks(self) -> bool:
-        """Return True if the batch statistics cover the patches of all ranks."""
-        return self.sync_stats and is_distributed()
+    def process_group(self) -> distributed.ProcessGroup | None:
+        """Return the ranks that always share their statistics; None: see `FastDeconv`."""
+        return None if self._group is None else self._group.group
+
+    @process_group.setter
+    def process_group(self, group: distributed.ProcessGroup | None) -> None:
+        require_group("process_group", group)
+        self._group = None if group is None else GroupHandle(group)
+
+    def find_share(self) -> BatchShare | None:
+        """Return the ranks that share the batch statistics; None for this rank alone.
+
+        Gradient checkpointing runs the forward again, outside of any DistributedDataParallel: the
+        ranks are those of the layer's last forward.
+        """
+        if not self.sync_stats:
+            return None
+        if _in_backward():
+            return _last_shares.get(self)
+        share = find_share(self.process_group)
+        if not torch.compiler.is_compiling():
+            _last_shares[self] = share
+        return share
 
     def _has_few_rows(self, patches: Patches) -> bool:
         """Return True if Newton-Schulz is cheaper from rows than from the covariance."""
         newton = self.axes == ("joint",) and self.root == "newton"
-        on_grid = not self.pools_ranks and isinstance(patches.sampling, PatchGrid)
+        on_grid = isinstance(patches.sampling, PatchGrid)
         rows = patches.samples * self.blocks.sharing
         return newton and on_grid and 0 < 2 * rows < self.blocks.features
 
@@ -272,8 +301,9 @@ class Whitening(nn.Module):
         """Give `plain` the folded weight and bias, and this layer's mode and forward hooks.
 
         Raises:
-            ValueError: a hook computes the weight or the bias.
+            ValueError: a hook computes the weight or the bias, or the layer is sharded.
         """
+        refuse_sharded(self, "Fuse")
         if {"weight", "bias"} & vars(self).keys():
             raise ValueError(
                 f"a hook computes weight or bias of {self}: make them permanent first "
@@ -319,6 +349,7 @@ class Whitening(nn.Module):
             f"block={text}, layout={self.layout}, shared={self.shared}, "
             f"eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"
             + ("" if self.sync_stats else ", sync_stats=False")
+            + ("" if self._group is None else f", process_group of {self._group.group.size()}")
             + ("" if self.track_running_stats else ", track_running_stats=False")
         )
 
@@ -328,6 +359,16 @@ def require_positive(**counts: int) -> None:
     for name, count in counts.items():
         if not count >= 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
+
+
+def refuse_sharded(model: nn.Module, verb: str) -> None:
+    """Raise ValueError if a parameter is sharded; `verb` begins the advice."""
+    for name, parameter in model.named_parameters():
+        if type(parameter).__name__ == "DTensor":
+            raise ValueError(
+                f"{name} is a DTensor, sharded by fully_shard or the like. {verb} the model before "
+                "it is sharded, or a plain model with its full state_dict"
+            )
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

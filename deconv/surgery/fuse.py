@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..whitening import Whitening, forward_hooks
+from ..whitening import Whitening, forward_hooks, refuse_sharded
 from .batchnorm import ChannelAffine
 
 # Classes that are set up for the very layers of the model inside, and the attribute that holds it.
@@ -105,9 +105,4 @@ def refuse_wrapped(model: nn.Module, verb: str) -> None:
                     f"{name or 'the model'} is wrapped: {type(module).__name__} is set up for the "
                     f"layers inside it. {verb} the model inside (its attribute {attribute!r})"
                 )
-    for name, parameter in model.named_parameters():
-        if type(parameter).__name__ == "DTensor":
-            raise ValueError(
-                f"{name} is a DTensor, sharded by fully_shard or the like. {verb} the model before "
-                "it is sharded, or a plain model with its full state_dict"
-            )
+    refuse_sharded(model, verb)

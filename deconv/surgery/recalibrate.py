@@ -28,6 +28,11 @@ def recalibrate(
     Other layers work as in evaluation; dropout, for example, drops nothing. A layer that no finite
     batch reaches keeps its statistics. An error leaves all statistics as they were.
 
+    With several ranks, batches count as in training. Inside DistributedDataParallel, with a
+    `process_group` and in `batch_share` they are shared: all ranks must call with equally many. A
+    rank alone would wait for ever. Other models average the batches of their own rank. A model that
+    `fully_shard` has sharded needs all ranks in any case.
+
     Args:
         model: a model whose forward takes a batch; training flags are restored afterwards.
         batches: (N, ...) inputs as in training, or tuples that start with them, as loaders yield.

@@ -12,6 +12,7 @@ from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, fuse
 from deconv.conv import MODES, ROOTS
 from deconv.ops.patches import PatchSubset, gather, select_pixels
 from deconv.surgery.plan import DECONVOLUTIONS
+from deconv.sync import BatchShare
 from tests.oracle import (
     CONVOLUTIONS,
     TRANSPOSED,
@@ -238,11 +239,11 @@ def test_ranks_with_equal_shares_sample_the_patches_that_one_rank_would(
         )
 
     alone = seen(x)
-    monkeypatch.setattr("deconv.whitening.is_distributed", lambda: True)
-    monkeypatch.setattr("torch.distributed.get_world_size", lambda: shares)
+    monkeypatch.setattr("deconv.whitening.find_share", BatchShare)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda group: shares)
     parts = []
     for rank, share in enumerate(x.chunk(shares)):
-        monkeypatch.setattr("torch.distributed.get_rank", lambda rank=rank: rank)
+        monkeypatch.setattr("torch.distributed.get_rank", lambda group, rank=rank: rank)
         parts.append(seen(share))
     torch.testing.assert_close(torch.cat(parts).sort(dim=0)[0], alone.sort(dim=0)[0])
     # two blocks of 18 features: 72 patches, so 24 images have 3 each of their 9

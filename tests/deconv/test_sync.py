@@ -1,5 +1,8 @@
 """Statistics of 1, 2 and 3 gloo ranks against one rank with the whole batch."""
 
+import copy
+import pickle
+from contextlib import nullcontext
 from datetime import timedelta
 from functools import partial
 from itertools import accumulate, product
@@ -8,9 +11,11 @@ import pytest
 import torch
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from deconv import Delinear, FastDeconv, batch_share
-from deconv.sync import is_distributed
+from deconv import Delinear, FastDeconv, batch_share, convert, recalibrate
+from deconv.sync import find_share
+from tests.pairwise import loop_over
 
 IMAGES = 7
 SHARINGS = [(7,), (5, 2), (0, 7), (4, 0, 3), (1, 3, 3)]  # images of each process
@@ -64,12 +69,12 @@ def gradients(layer):
     return {name: parameter.grad for name, parameter in layer.named_parameters()}
 
 
-def train(layer, share):
+def train(layer, share, forward=None):
     """Run two steps on a share of two batches; return values by image, rank and layer."""
     outputs, inputs = [], []
     for x in batches(layer):
         inputs.append(x[share].requires_grad_())
-        outputs.append(layer(inputs[-1]))
+        outputs.append((forward or layer)(inputs[-1]))
         loss(outputs[-1], share).backward()
     by_image = [y.detach() for y in outputs] + [x.grad for x in inputs]
     return by_image, gradients(layer), buffers(layer)
@@ -94,9 +99,79 @@ def two_forwards(net, forward, share):
 
 def two_forwards_under_ddp(share):
     net = network()
-    averaged, statistics = two_forwards(net, DistributedDataParallel(net), share)
-    processes = distributed.get_world_size()
-    return {name: processes * gradient for name, gradient in averaged.items()}, statistics
+    two_forwards(net, DistributedDataParallel(net), share)
+    pickled = pickle.loads(pickle.dumps(copy.deepcopy(net)))
+    return summed(gradients(net)), buffers(pickled)
+
+
+def summed(averaged, group=None):
+    """Return the sum over ranks of gradients that DDP has averaged."""
+    ranks = distributed.get_world_size(group)
+    return {name: ranks * gradient for name, gradient in averaged.items()}
+
+
+class Checkpointed(nn.Module):
+    """Runs a model again in the backward; `reentrant` chooses the algorithm of torch."""
+
+    def __init__(self, model, reentrant):
+        super().__init__()
+        self.model, self.reentrant = model, reentrant
+
+    def forward(self, x):
+        return checkpoint(self.model, x.requires_grad_(), use_reentrant=self.reentrant)
+
+
+def checkpoint_under_ddp(share, reentrant):
+    """Run a backward outside of the context of its forward."""
+    net = build("few patches, mode 1")
+    ddp = DistributedDataParallel(Checkpointed(net, reentrant))
+    x = next(batches(net))[share]
+    with batch_share(share.start, IMAGES):
+        y = ddp(x)
+    loss(y, share).backward()
+    return summed(gradients(net)), buffers(net)
+
+
+GROUPS = [0], [1, 2]  # of three ranks
+WAYS = ("process_group", "batch_share", "DDP")
+
+
+def train_in_groups(share, rank):
+    """Train a layer in each of two groups of ranks; return results by case and way."""
+    groups = [distributed.new_group(ranks) for ranks in GROUPS]
+    mine = groups[rank > 0]
+    start = min(share.start, 1)  # rank 0 holds the first image, the other two hold six
+    found = {}
+    for case, way in product(("few patches, mode 1", "linear"), WAYS):
+        layer = build(case, **{"process_group": mine} if way == "process_group" else {})
+        ddp = DistributedDataParallel(layer, process_group=mine) if way == "DDP" else None
+        own = batch_share(share.start - start, (1, 6)[start], mine)
+        with own if way == "batch_share" else nullcontext():
+            by_image, gradient, statistics = train(layer, share, ddp)
+        gradient = summed(gradient, mine) if way == "DDP" else gradient
+        found[case, way] = by_image, gradient, statistics
+    return found
+
+
+def refuse_foreign_groups(rank):
+    """Return the errors of a rank for a group that leaves the rank out."""
+    group, errors = distributed.new_group([1]), []
+    make = partial(FastDeconv, 4, 6, 3, process_group=group)
+    for action in (make, batch_share(0, 7, group).__enter__):
+        try:
+            action()
+        except ValueError as error:
+            errors.append(str(error))
+    return errors
+
+
+def train_apart(rank):
+    """Train and recalibrate a model on images of this rank; return all values."""
+    net = network()
+    share = slice(rank, None, 3)
+    by_image, *trained = train(net, share)
+    recalibrate(net, [x[share] for x in batches(net)])
+    return by_image, *trained, buffers(net)
 
 
 def sent(action):
@@ -155,7 +230,8 @@ def crop(x, rank):
 def statistics_of_sizes(share, rank, rows):
     """Return the running statistics of images whose size and number differ by rank."""
     torch.manual_seed(0)
-    layer = FastDeconv(4, 6, 3, padding=1, sampling_stride=1, rows_per_feature=rows).double()
+    options = dict(padding=1, sampling_stride=1, rows_per_feature=rows)
+    layer = FastDeconv(4, 6, 3, **options, process_group=distributed.group.WORLD).double()
     x = next(batches(layer))
     layer(crop(x, rank)[share]).sum().backward()
     return layer.running_mean, layer.running_cov_joint[0]
@@ -163,12 +239,20 @@ def statistics_of_sizes(share, rank, rows):
 
 def experiments(share, rank):
     sizes = {rows: statistics_of_sizes(share, rank, rows) for rows in (0, 1)}
+    apart = []
+    outside = {
+        "messages apart": sent(lambda: apart.append(train_apart(rank))),
+        "apart": apart[0],
+        "two forwards": two_forwards_under_ddp(share),
+        "checkpoint": {how: checkpoint_under_ddp(share, how) for how in (False, True)},
+    }
+    if distributed.get_world_size() == 3:
+        outside |= {"groups": train_in_groups(share, rank), "foreign": refuse_foreign_groups(rank)}
     with batch_share(share.start, IMAGES):
-        return {
+        return outside | {
             "train": {case: train(build(case), share) for case in CASES},
             "train alone": train_alone(share),
             "messages alone": sent(lambda: train_alone(share)),
-            "two forwards": two_forwards_under_ddp(share),
             "messages": {case: messages(case, share) for case in CASES},
             "messages under autocast": messages_under_autocast(share),
             "empty": unusable(lambda x: x[:0]),
@@ -187,11 +271,12 @@ def process(rank, folder):
     torch.set_num_threads(1)
     all_reduce = distributed.all_reduce
 
-    def counted(x):
+    def counted(x, group):
         MESSAGES.append((x.numel(), x.dtype))
-        return all_reduce(x)
+        return all_reduce(x, group=group)
 
     distributed.all_reduce = counted
+    torch.save(train_apart(rank), f"{folder}/alone-{rank}.pt")
     for number, sharing in enumerate(SHARINGS):
         if rank < len(sharing):
             distributed.init_process_group(
@@ -212,10 +297,14 @@ def spawned(tmp_path_factory):
     torch.multiprocessing.start_processes(
         process, (str(folder),), nprocs=max(map(len, SHARINGS)), start_method="fork"
     )
-    return {
+    results = {
         sharing: [torch.load(folder / f"{number}-{rank}.pt") for rank in range(len(sharing))]
         for number, sharing in enumerate(SHARINGS)
     }
+    for parts in results.values():
+        for rank, part in enumerate(parts):
+            part["alone"] = torch.load(folder / f"alone-{rank}.pt")
+    return results
 
 
 @pytest.fixture(params=SHARINGS, ids=str)
@@ -253,6 +342,42 @@ def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
     gradient, statistics = two_forwards(net, net, WHOLE)
     for part in found:
         close(part["two forwards"], (gradient, statistics))
+
+
+def test_checkpoints_under_ddp_run_again_with_the_ranks_of_their_forward(found):
+    layer = build("few patches, mode 1")
+    x = next(batches(layer))
+    loss(layer(x), WHOLE).backward()
+    for part in found:
+        for how in (False, True):
+            close(part["checkpoint"][how], (gradients(layer), buffers(layer)))
+
+
+def test_models_that_ranks_train_apart_do_not_mix(found):
+    for part in found:
+        close(part["apart"], part["alone"], rtol=0, atol=0)
+        assert part["messages apart"] == []
+
+
+@loop_over("case, way", product(("few patches, mode 1", "linear"), WAYS))
+def test_groups_of_ranks_equal_one_rank_each_with_their_images(spawned, case, way):
+    parts = [part["groups"][case, way] for part in spawned[1, 3, 3]]
+    for ranks, share in zip(GROUPS, (slice(0, 1), slice(1, IMAGES)), strict=True):
+        by_image, gradient, statistics = train(build(case), share)
+        own = [parts[rank] for rank in ranks]
+        together = [torch.cat(shares) for shares in zip(*(part[0] for part in own), strict=True)]
+        close(together, by_image)
+        close(total([part[1] for part in own]) if way != "DDP" else own[0][1], gradient)
+        for part in own:
+            close(part[2], statistics)
+
+
+def test_groups_without_this_rank_are_refused(spawned):
+    for rank, part in enumerate(spawned[1, 3, 3]):
+        names = [] if rank == 1 else ["process_group", "group"]
+        assert [
+            error.split(" must be a process group that holds")[0] for error in part["foreign"]
+        ] == names
 
 
 def documented_message(layer):
@@ -324,7 +449,37 @@ def test_float32_survives_an_offset_far_from_zero_once_the_running_mean_is_near(
 def test_torch_without_distributed_is_one_rank(monkeypatch):
     monkeypatch.setattr(distributed, "is_available", lambda: False)
     monkeypatch.delattr(distributed, "is_initialized")
-    assert not is_distributed()
+    assert find_share(None) is None
+
+
+def test_a_torch_that_does_not_tell_which_ddp_runs_is_refused(monkeypatch):
+    monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    assert find_share(None) is None
+    monkeypatch.delattr(DistributedDataParallel, "_get_active_ddp_module")
+    with pytest.raises(RuntimeError, match="give the layers a process_group"):
+        find_share(None)
+
+
+@pytest.fixture
+def process_group():
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    yield distributed.group.WORLD
+    distributed.destroy_process_group()
+
+
+def test_copies_keep_the_process_group_and_pickles_are_refused(process_group):
+    net = nn.Sequential(nn.Conv2d(4, 6, 3), nn.ReLU(), nn.Linear(4, 2))
+    net = convert(net, linear=True, process_group=process_group)
+    for layer in (net[0], net[2]):
+        assert layer.process_group is copy.deepcopy(layer).process_group is process_group
+        assert "process_group of 1" in repr(layer)
+        with pytest.raises(
+            TypeError, match="save its state_dict, or set its process_group to None"
+        ):
+            pickle.dumps(layer)
+        layer.process_group = None
+        assert "process_group" not in repr(layer)
+    pickle.loads(pickle.dumps(net))(torch.randn(2, 4, 4, 6))
 
 
 def test_only_layers_without_sync_show_it():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
 from itertools import islice
 
 import torch
@@ -78,11 +78,8 @@ def train_one_epoch(
     with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
         for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
-            context = nullcontext()
-            if batch_context and world.size > 1:
-                context = batch_context(*world.batch_offset(len(images), images.device))
             try:
-                with context:
+                with enter_batch(batch_context, world, images):
                     loss, row = _forward(model, criterion, accelerator, images, targets)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
@@ -160,6 +157,15 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
         yield inputs
     finally:
         hook.remove()
+
+
+def enter_batch(
+    batch_context: BatchContext | None, world: World, images: Tensor
+) -> AbstractContextManager[None]:
+    """Return the context of a training forward on this rank's `images` of a batch."""
+    if batch_context is None or world.size == 1:
+        return nullcontext()
+    return batch_context(*world.batch_offset(len(images), images.device))
 
 
 def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size: int = 1) -> None:

@@ -17,7 +17,7 @@ class ModelHooks:
 
     Attributes:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
-            context of a training step's forward. None: layers ignore the other ranks.
+            context of a training step's forward. None: no context.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
         diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
     """

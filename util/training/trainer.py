@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from util.errors import DataError, Stopped, TrainingDiverged
-from util.training.engine import evaluate, first_input, train_one_epoch
+from util.training.engine import enter_batch, evaluate, first_input, train_one_epoch
 from util.training.hooks import ModelHooks
 from util.training.metrics import EpochMetrics, Metrics
 from util.training.nonfinite import find_nonfinite
@@ -127,7 +127,8 @@ class Trainer:
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
         """Return the error with step, layer and images; the recorder writes them to a file."""
         state = self.state
-        origin = find_nonfinite(state.model, state.accelerator, error.images)
+        with enter_batch(self.hooks.batch_context, state.world, error.images):
+            origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))
         first, step = next(origins, "the loss itself"), state.progress.step + error.batch
         numbers = state.loaders[0].batch_sampler.images(error.batch - 1)

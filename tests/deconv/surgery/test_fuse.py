@@ -176,6 +176,8 @@ def test_sharded_models_are_refused_with_the_way_out_and_recalibrated(process_gr
     for function, verb in ((fuse, "Fuse"), (convert, "Convert"), (plan, "Convert")):
         with pytest.raises(ValueError, match=rf"0.0.weight is a DTensor.*\. {verb} .* before"):
             function(sharded)
+    with pytest.raises(ValueError, match="^weight is a DTensor.* Fuse .* before"):
+        sharded[0][0].fuse()
     for each in (model, sharded):
         assert recalibrate(each, [x + 1]) == 1
     assert torch.equal(sharded[0][0].running_cov_joint, model[0][0].running_cov_joint)

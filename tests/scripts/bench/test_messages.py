@@ -5,6 +5,7 @@ import torch
 from torch import distributed
 
 from deconv import Delinear, FastDeconv
+from deconv.sync import BatchShare
 from scripts.bench import messages
 
 
@@ -20,10 +21,10 @@ from scripts.bench import messages
 )
 def test_sizes_equal_those_of_the_sent_messages(monkeypatch, layer):
     sent = []
-    monkeypatch.setattr(distributed, "all_reduce", lambda message: sent.append(message.numel()))
-    monkeypatch.setattr("deconv.whitening.is_distributed", lambda: True)
-    monkeypatch.setattr(distributed, "get_world_size", lambda: 1)
-    monkeypatch.setattr(distributed, "get_rank", lambda: 0)
+    monkeypatch.setattr(
+        distributed, "all_reduce", lambda message, group: sent.append(message.numel())
+    )
+    monkeypatch.setattr("deconv.whitening.find_share", lambda group: BatchShare(group, (0, 4)))
     shape = (4, 32, 8, 8) if isinstance(layer, FastDeconv) else (4, 32)
     out = layer(torch.randn(shape, requires_grad=True))
     sizes = messages.message_sizes(layer)
