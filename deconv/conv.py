@@ -70,6 +70,9 @@ class Convolution(Whitening):
         sync_stats: bool = True,
         process_group: distributed.ProcessGroup | None = None,
         track_running_stats: bool = True,
+        input_norm: str = "none",
+        freeze: bool = False,
+        freeze_iter: int = 100,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -104,7 +107,7 @@ class Convolution(Whitening):
         require_positive(**{name: min(side) for name, side in sides.items()})
         self.mode, self.block, self.sampling_stride = mode, block, int(sampling_stride)
         self.layout, self.shared, self.rows_per_feature = layout, shared, rows_per_feature
-        self.root = root
+        self.root, self.sample_dims = root, 1 + len(self.kernel_size)
         channels = in_channels // groups
         taps = self.weight[0, 0].numel()
         self.init_whitening(
@@ -117,12 +120,16 @@ class Convolution(Whitening):
             sync_stats=sync_stats,
             process_group=process_group,
             track_running_stats=track_running_stats,
+            input_norm=input_norm,
+            freeze=freeze,
+            freeze_iter=freeze_iter,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
         if isinstance(x, fx.Proxy):
             return record_call(self, x)
+        self.begin_forward()
         padding = self.padding if self.padding_mode == "zeros" else 0
         images, weight, bias = self.fold_whitening(self.prepare_input(x))
         y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)
@@ -133,13 +140,14 @@ class Convolution(Whitening):
         return x.dim() == len(self.kernel_size) + 2
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Return x as (N, C, *size), with padding other than zeros filled in."""
+        """Return x as (N, C, *size), normalised, with padding other than zeros filled in."""
         dims = len(self.kernel_size)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != self.in_channels:
             raise ValueError(
                 f"input must have {self.in_channels} channels and {dims} dimensions of pixels, "
                 f"got shape {(*x.shape,)}"
             )
+        x = self.normalize_input(x)
         x = x if self._is_batch(x) else x.unsqueeze(0)
         if self.padding_mode == "zeros":
             return x
@@ -255,6 +263,17 @@ class FastDeconv(Convolution, nn.Conv2d):
             forward runs; without one, each rank has its own statistics.
         track_running_stats: keep running statistics (default True). Otherwise evaluation whitens by
             its batch, and `fuse` raises.
+        input_norm: normalisation of each sample by itself, before its patches are whitened
+            (default "none"), see `normalize_samples`. Scales of samples then cancel, and `fuse`
+            leaves an `InputNorm` before the plain layer.
+            "layer": subtract the mean of all C * H * W elements, divide by their standard
+            deviation. "l1": divide by their mean absolute value. 1e-5 is added to each divisor.
+        freeze: alternate in training (default False), as published for the first layer of a
+            network. `freeze_iter` forwards whiten by their batch. The next 9 * `freeze_iter`
+            whiten by the running statistics, without a gradient through them: such batches do not
+            enter the statistics, and ranks send no message. Each forward in training mode counts;
+            the buffer `freeze_steps` holds the count.
+        freeze_iter: forwards of estimation in a cycle of 10 * `freeze_iter` (default 100).
         device, dtype: of the parameters, as in `torch.nn.Conv2d`.
 
     Shape:
@@ -269,6 +288,8 @@ class FastDeconv(Convolution, nn.Conv2d):
         y = layer(torch.randn(8, 64, 32, 32))  # (8, 128, 32, 32)
 
     Source: Ye et al., Network Deconvolution, ICLR 2020, section 3, Algorithm 1.
+
+    NOTE (differs from the published code): its later cycles estimate for one forward more.
     """
 
     plain, convolve = nn.Conv2d, staticmethod(F.conv2d)

@@ -81,6 +81,7 @@ class _Transposed(Convolution):
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
         if isinstance(x, fx.Proxy):
             return record_call(self, x, output_size)
+        self.begin_forward()
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
         extra = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
         images, weight, bias = self.fold_whitening(self.prepare_input(x))

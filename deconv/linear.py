@@ -24,6 +24,7 @@ class Delinear(Whitening, nn.Linear):
             divisor of `in_features` up to `block`.
         eps, n_iter, momentum, layout, shared, sync_stats, process_group, track_running_stats: as in
             `FastDeconv`.
+        input_norm, freeze, freeze_iter: as in `FastDeconv`; a sample is a row.
         device, dtype: of the parameters, as in `torch.nn.Linear`.
 
     Shape:
@@ -54,13 +55,16 @@ class Delinear(Whitening, nn.Linear):
         sync_stats: bool = True,
         process_group: distributed.ProcessGroup | None = None,
         track_running_stats: bool = True,
+        input_norm: str = "none",
+        freeze: bool = False,
+        freeze_iter: int = 100,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         require_positive(in_features=in_features, out_features=out_features)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block, self.layout, self.shared = block, layout, shared
-        self.root = "newton"
+        self.root, self.sample_dims = "newton", 1
         self.init_whitening(
             ("joint",),
             make_blocks(1, in_features, block, 1, layout, shared, joint=True),
@@ -71,12 +75,16 @@ class Delinear(Whitening, nn.Linear):
             sync_stats=sync_stats,
             process_group=process_group,
             track_running_stats=track_running_stats,
+            input_norm=input_norm,
+            freeze=freeze,
+            freeze_iter=freeze_iter,
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
         if isinstance(x, fx.Proxy):
             return record_call(self, x)
+        self.begin_forward()
         rows, weight, bias = self.fold_whitening(self.prepare_input(x))
         return F.linear(rows.reshape(x.shape), weight, bias)
 
@@ -86,13 +94,13 @@ class Delinear(Whitening, nn.Linear):
             raise ValueError(
                 f"input must have {self.in_features} features, got shape {(*x.shape,)}"
             )
-        return x.reshape(-1, self.in_features, 1)
+        return self.normalize_input(x).reshape(-1, self.in_features, 1)
 
     def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
         """Return every row."""
         return PatchGrid((1,), (1,), (1,), (0, 0)), self.blocks
 
-    def fuse(self) -> nn.Linear:
+    def fuse(self) -> nn.Module:
         """Return the plain linear layer that equals this one in evaluation; see `FastDeconv`."""
         return self._fuse_into(nn.Linear(self.in_features, self.out_features, device="meta"))
 

@@ -6,25 +6,27 @@ import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from copy import copy
-from typing import Any, TypeVar
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, distributed, nn
 
+from .freezing import Freezing, in_backward
+from .input_norm import InputNorm, NormalizedLayer
 from .ops.blocks import Blocks
 from .ops.covariance import centre_rows, mean_and_covariance
 from .ops.fold import fold
 from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt
+from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
 from .ops.patches import Patches, PatchGrid, Sampling, sample
 from .sync import BatchShare, GroupHandle, find_share, pool_statistics, require_group
 
 Matrices = dict[str, Tensor]  # (G, d, d) by axis
-Plain = TypeVar("Plain", bound=nn.Module)
 _last_shares: WeakKeyDictionary[nn.Module, BatchShare | None] = WeakKeyDictionary()  # not pickled
 
 
-class Whitening(nn.Module):
+class Whitening(Freezing):
     """A layer that whitens its input by folding the whitening into its weight and bias.
 
     `fold_whitening` is the method: sample patches, take their mean and covariance, take the inverse
@@ -36,6 +38,7 @@ class Whitening(nn.Module):
     Buffers: `running_mean` (C*T,), for every whitened axis `running_cov_<axis>` (G, d, d), and
     `num_batches_tracked`. They stay float32 in half-precision models. The first batch replaces the
     initial values. A layer that has seen no batch acts as the plain layer: mean 0 and D = I.
+    With `freeze` there is a counter more, see `Freezing`.
 
     NOTE (differs from the published code): running averages are of covariances, not of D, as
     BatchNorm averages variances. While covariances move, the mean of their roots whitens less well
@@ -48,6 +51,9 @@ class Whitening(nn.Module):
     num_batches_tracked: Tensor | None
     root: str
     _group: GroupHandle | None = None
+    input_norm: str
+    input_norm_eps = EPS
+    sample_dims: int  # dimensions of a sample, see `normalize_samples`
 
     def fold_whitening(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return x, and the weight and bias that act on x as the layer's own on whitened patches.
@@ -64,13 +70,20 @@ class Whitening(nn.Module):
         """
         self._check_dtype(x)
         with full_precision(x.device):
-            if not self.training and self.track_running_stats:
+            if self.uses_running_stats:
                 return x, *self._fold(*self.running_whitening())
             x, count, mean, cov, whiten = self.batch_whitening(x)
             weight, bias = self._fold(mean, whiten)
-            if self.track_running_stats and not _in_backward():
+            if self.track_running_stats and not in_backward():
                 self._update_running(count, mean, cov, bias)
         return x, weight, bias
+
+    @property
+    def uses_running_stats(self) -> bool:
+        """Return True if this forward whitens by the running statistics, not by its batch."""
+        if self.training:
+            return self.freeze and self.frozen
+        return self.track_running_stats
 
     def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
         """Return x, the number of patches, mu (C*T,), and Cov and D of the batch by axis.
@@ -109,8 +122,12 @@ class Whitening(nn.Module):
         )
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Return the layer's input as (N, C, *size), checked and padded."""
+        """Return the layer's input as (N, C, *size), checked, normalised and padded."""
         raise NotImplementedError
+
+    def normalize_input(self, x: Tensor) -> Tensor:
+        """Normalise each sample of the layer's input by itself, as `input_norm` says."""
+        return normalize_samples(x, self.input_norm, self.sample_dims, self.input_norm_eps)
 
     def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
         """Return which patches of a prepared input the mode samples, and their blocks."""
@@ -132,6 +149,9 @@ class Whitening(nn.Module):
         sync_stats: bool,
         process_group: distributed.ProcessGroup | None,
         track_running_stats: bool,
+        input_norm: str,
+        freeze: bool,
+        freeze_iter: int,
     ) -> None:
         """Check the options that all layers share, and register the buffers.
 
@@ -145,6 +165,9 @@ class Whitening(nn.Module):
             sync_stats: share the batch statistics between ranks.
             process_group: the ranks; None: those of DistributedDataParallel.
             track_running_stats: keep running statistics.
+            input_norm: normalisation of each sample before all else.
+            freeze: train on the running statistics for nine tenths of the steps.
+            freeze_iter: steps of estimation in a cycle.
 
         Raises:
             ValueError: an option is out of range.
@@ -157,9 +180,11 @@ class Whitening(nn.Module):
             raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], or None, got {momentum}")
+        if input_norm not in INPUT_NORMS:
+            raise ValueError(f"input_norm must be one of {INPUT_NORMS}, got {input_norm!r}")
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter = eps, n_iter
-        self.momentum = momentum
+        self.momentum, self.input_norm = momentum, input_norm
         self.sync_stats, self.track_running_stats = sync_stats, track_running_stats
         self.process_group = process_group
         like: Any = {"device": self.weight.device}
@@ -171,6 +196,7 @@ class Whitening(nn.Module):
         buffers["num_batches_tracked"] = torch.tensor(0, device=self.weight.device)
         for name, value in buffers.items():
             self.register_buffer(name, value if track_running_stats else None)
+        self.init_freeze(freeze, freeze_iter)
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:
@@ -190,7 +216,7 @@ class Whitening(nn.Module):
         """
         if not self.sync_stats:
             return None
-        if _in_backward():
+        if in_backward():
             return _last_shares.get(self)
         share = find_share(self.process_group)
         if not torch.compiler.is_compiling():
@@ -252,13 +278,19 @@ class Whitening(nn.Module):
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """Forget all batches: mean 0 and D = I, and the next batch replaces them."""
+        """Forget all batches: mean 0 and D = I, and the next batch replaces them.
+
+        The cycle of `freeze` begins anew, with an estimation.
+        """
         if self.running_mean is None or self.num_batches_tracked is None:
             return
         self.running_mean.zero_()
         for cov in self.running_covariances().values():
             cov.copy_(torch.eye(cov.shape[-1], device=cov.device))
         self.num_batches_tracked.zero_()
+        if self.freeze:
+            self.freeze_steps.zero_()
+            self._steps = 0
 
     def reset_parameters(self) -> None:
         """Reset parameters as torch does, and the running statistics (after `to_empty`, say)."""
@@ -281,7 +313,7 @@ class Whitening(nn.Module):
             return self._fold(*self.running_whitening())
 
     def whitened_weight(self) -> Tensor:
-        """Return W D with the running statistics, the kernel that acts on raw input."""
+        """Return W D with the running statistics, the kernel that acts on (normalised) input."""
         return self._fold_running()[0]
 
     @torch.no_grad()
@@ -297,8 +329,10 @@ class Whitening(nn.Module):
         single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))
         return fold(single, None, mean, whiten, self.blocks)[0]
 
-    def _fuse_into(self, plain: Plain) -> Plain:
-        """Give `plain` the folded weight and bias, and this layer's mode and forward hooks.
+    def _fuse_into(self, plain: nn.Module) -> nn.Module:
+        """Return `plain` with the folded weight and bias, and this layer's mode and forward hooks.
+
+        With `input_norm`, the normalisation precedes it.
 
         Raises:
             ValueError: a hook computes the weight or the bias, or the layer is sharded.
@@ -315,6 +349,9 @@ class Whitening(nn.Module):
         learned = self.weight.requires_grad
         plain.weight = nn.Parameter(weight, learned)
         plain.bias = nn.Parameter(bias, learned if self.bias is None else self.bias.requires_grad)
+        if self.input_norm != "none":
+            norm = InputNorm(self.input_norm, self.sample_dims, self.input_norm_eps)
+            plain = NormalizedLayer(norm, plain)
         plain.__dict__.update(forward_hooks(self))
         return plain.train(self.training)
 
@@ -332,6 +369,7 @@ class Whitening(nn.Module):
         """Load as torch does, and keep the statistics at least float32 (`assign=True`)."""
         super()._load_from_state_dict(*args, **kwargs)
         self._widen_buffers(self._buffers)
+        self.read_freeze_steps()
 
     def _widen_buffers(self, source: dict[str, Tensor | None]) -> None:
         """Replace half-precision buffers by those of `source` in float32."""
@@ -351,6 +389,8 @@ class Whitening(nn.Module):
             + ("" if self.sync_stats else ", sync_stats=False")
             + ("" if self._group is None else f", process_group of {self._group.group.size()}")
             + ("" if self.track_running_stats else ", track_running_stats=False")
+            + ("" if self.input_norm == "none" else f", input_norm={self.input_norm}")
+            + (f", freeze=True, freeze_iter={self.freeze_iter}" if self.freeze else "")
         )
 
 
@@ -396,12 +436,3 @@ def record_call(layer: nn.Module, *args: Any) -> Any:
 def forward_hooks(module: nn.Module) -> dict[str, Any]:
     """Return copies of the attributes that hold a module's forward hooks."""
     return {name: copy(value) for name, value in vars(module).items() if "_forward_" in name}
-
-
-def _in_backward() -> bool:
-    """Return True if gradient checkpointing runs the forward again, inside a backward pass.
-
-    Statistics must not count such a batch twice. Compiled code cannot ask: compile the function
-    that checkpoints, not the checkpointed one.
-    """
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1

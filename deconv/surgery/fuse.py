@@ -32,7 +32,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Each FastDeconv becomes the convolution of torch of its kind, each Delinear an `nn.Linear`, with
     W D as weight and b - W D mu as bias; mu and D are the running statistics. Each ChannelAffine of
-    `convert` becomes a depthwise 1 x 1 convolution. Outputs equal those of `model.eval()` up to
+    `convert` becomes a depthwise 1 x 1 convolution. An `InputNorm` precedes the plain layer of a
+    layer with `input_norm`, in a `NormalizedLayer`. Outputs equal those of `model.eval()` up to
     rounding.
 
     Layers that share a module still share it. Forward hooks of replaced layers are kept, since they

@@ -67,13 +67,19 @@ def recalibrate(
         raise ValueError(f"limit must be at least 1 batch, got {limit}")
     flags = [(module, module.training) for module in model.modules()]
     before = [
-        (layer, layer.momentum, [buffer.clone() for buffer in layer.buffers(recurse=False)])
+        (
+            layer,
+            layer.momentum,
+            layer.freeze,
+            [buffer.clone() for buffer in layer.buffers(recurse=False)],
+        )
         for layer in layers
     ]
     device, count, reached = layers[0].weight.device, 0, list[bool]()
     model.eval()
     try:
         for layer in layers:
+            layer.freeze = False  # each batch is estimated, and none is a step of the cycle
             layer.reset_running_stats()
         for batch in batches:
             for layer in layers:
@@ -89,8 +95,8 @@ def recalibrate(
     finally:
         for module, training in flags:
             module.training = training
-        for (layer, momentum, buffers), keeps_new in zip_longest(before, reached):
-            layer.momentum = momentum
+        for (layer, momentum, freeze, buffers), keeps_new in zip_longest(before, reached):
+            layer.momentum, layer.freeze = momentum, freeze
             if not keeps_new:
                 for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
                     buffer.copy_(old)

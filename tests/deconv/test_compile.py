@@ -94,6 +94,27 @@ def test_averages_across_processes_have_the_same_gradient(tmp_path):
     torch.testing.assert_close(given, expected)
 
 
+def test_a_layer_with_freeze_is_compiled_once_per_phase():
+    layer, graphs = FastDeconv(3, 4, 3, padding=1, freeze=True, freeze_iter=2), 0
+    compiled = copy.deepcopy(layer)
+
+    def count_only(graph, inputs):
+        nonlocal graphs
+        graphs += 1
+        return graph
+
+    torch._dynamo.reset()
+    run = torch.compile(compiled, backend=count_only)
+    optimizers = [torch.optim.SGD(m.parameters(), 0.05, 0.9) for m in (layer, compiled)]
+    for step in range(25):  # a cycle has 20 steps
+        x = torch.randn(8, 3, 8, 8)
+        expected = learn(layer, optimizers[0], layer, x)
+        given = learn(compiled, optimizers[1], run, x)
+        torch.testing.assert_close(given, expected, rtol=1e-5, atol=1e-5, msg=f"step {step}")
+        assert compiled.frozen == layer.frozen
+    assert graphs == 2
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS)
 def test_generated_code_learns_the_same(options):

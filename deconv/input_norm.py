@@ -1,0 +1,45 @@
+"""Modules that remain of `input_norm` in a fused network."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+from .ops.normalize import EPS, normalize_samples
+
+
+class InputNorm(nn.Module):
+    """Divide each sample by its own scale, see `normalize_samples`.
+
+    Args:
+        norm: "layer" or "l1".
+        dims: dimensions of a sample, channels included: 3 for images, 1 for rows of features.
+        eps: added to the scale (default 1e-5), in units of the input.
+
+    Shape:
+        (*batch, *sample) -> the same.
+
+    Example:
+        y = InputNorm("layer", dims=3)(torch.randn(8, 3, 32, 32))  # mean 0 per image
+    """
+
+    def __init__(self, norm: str, dims: int, eps: float = EPS) -> None:
+        super().__init__()
+        self.norm, self.dims, self.eps = norm, dims, eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x normalised."""
+        return normalize_samples(x, self.norm, self.dims, self.eps)
+
+    def extra_repr(self) -> str:
+        return f"{self.norm!r}, dims={self.dims}, eps={self.eps}"
+
+
+class NormalizedLayer(nn.Sequential):
+    """A plain layer behind its `InputNorm`: the fused form of a layer with `input_norm`."""
+
+    def forward(self, x: Tensor, *args: Any) -> Tensor:
+        """Normalise x and pass it to the layer, with the layer's further arguments."""
+        norm, layer = self
+        return layer(norm(x), *args)
