@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
+from deconv.freezing import advance_phase, find_phase, hold_phase
 
 Maker = Callable[..., nn.Module]
 Options = Mapping[str, Any]  # keywords of FastDeconv
@@ -85,6 +86,8 @@ def make_layers(
     sampling_stride: int = 3,
     batchnorm: bool = True,
     stem_iter: int | None = None,
+    freeze: bool = False,
+    freeze_iter: int = 100,
     root: str = "cholesky",
     rows_per_feature: float = 24,
     **layer_options: Any,
@@ -105,6 +108,8 @@ def make_layers(
         sampling_stride: of the sampled patches, in input pixels.
         batchnorm: False omits BatchNorm without deconv; deconvolution never has any.
         stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
+        freeze: the first layer trains on its running statistics in cycles.
+        freeze_iter: steps of estimation in such a cycle.
         root: algorithm of the inverse square root. The methods set their own.
         rows_per_feature: minimum of sampled patches per feature. The methods set their own.
         **layer_options: further keywords of FastDeconv; Delinear gets those that it knows.
@@ -121,7 +126,9 @@ def make_layers(
         raise ValueError(f"block_final must be 0 (none) or a number of features, got {block_final}")
     signature(FastDeconv).bind_partial(**layer_options)
     options = {"eps": eps, "n_iter": n_iter, "sampling_stride": sampling_stride, **layer_options}
-    stem_options = {**options, "n_iter": n_iter if stem_iter is None else stem_iter}
+    stem_own = {"n_iter": n_iter if stem_iter is None else stem_iter}
+    stem_own |= {"freeze": freeze, "freeze_iter": freeze_iter}
+    stem_options = {**options, **stem_own}
     final = (512 if deconv else 0) if block_final is None else block_final
     linear = _bind_delinear(final, options) if final else nn.Linear
     norm = nn.BatchNorm1d if batchnorm and not deconv else nn.Identity
@@ -149,7 +156,7 @@ def make_layers(
         linear=linear,
         methods=methods,
         default_method=3,
-        adapt=partial(_convert, stem_options["n_iter"], **heads, **whitening, **options),
+        adapt=partial(_convert, stem_own, **heads, **whitening, **options),
     )
 
 
@@ -167,10 +174,12 @@ def _keep(model: nn.Module, *, pretrained: bool) -> nn.Module:
     return model
 
 
-def _convert(stem_iter: int, model: nn.Module, *, pretrained: bool, **options: Any) -> nn.Module:
-    """Convert a network of another library to deconvolution; `stem_iter` is for its first layer."""
+def _convert(stem: Options, model: nn.Module, *, pretrained: bool, **options: Any) -> nn.Module:
+    """Convert a network of another library to deconvolution; `stem` is for its first layer."""
     model = convert(model, pretrained=pretrained, **options)
-    next(m for m in model.modules() if isinstance(m, FastDeconv)).n_iter = stem_iter
+    first = next(m for m in model.modules() if isinstance(m, FastDeconv))
+    first.n_iter = stem["n_iter"]
+    first.init_freeze(stem["freeze"], stem["freeze_iter"])
     return model
 
 
@@ -222,5 +231,8 @@ def model_hooks() -> dict[str, Callable]:
     return {
         "batch_context": batch_share,
         "eval_model": fuse,
+        "phase": find_phase,
+        "advance": advance_phase,
+        "hold": hold_phase,
         "diagnose": lambda model, images: whiteness(model, images).scalars(),
     }

@@ -42,12 +42,13 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from deconv import FastDeconv, fuse
-from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers
+from models import ARCHITECTURES, build_imagenet_model, build_model, make_layers, model_hooks
 from util.cli.parser import Parser, bounded_float, bounded_int, str2bool
 from util.device import choose_graphs, describe_device, read_processor
 from util.errors import RunError
 from util.files import atomic_write
 from util.training.accelerator import Accelerator
+from util.training.hooks import ModelHooks
 from util.training.metrics import peak_memory_mb
 from util.training.optim import build_criterion, build_optimizer
 
@@ -228,7 +229,7 @@ def make_steps(
     images = torch.randn(case.batch_size, 3, flags.image_size, flags.image_size)
     targets = torch.randint(flags.classes, (case.batch_size,))
     images, targets = accelerator.batch_to_device(images, targets)
-    network = accelerator.compile_for_training(model, images.shape)
+    network = accelerator.compile_for_training(model, images.shape, ModelHooks(**model_hooks()))
 
     def train() -> None:
         with accelerator.autocast():

@@ -183,9 +183,14 @@ def assert_same_run(first, second):
 @pytest.mark.parametrize(
     ("kind", "workers", "processes", "steps"),
     [
-        ("--deconv True", 0, 1, (5, 6)),  # 6: before the test of the first epoch
+        # 6: before the test of the first epoch. Steps 0 and 10 estimate, the others are frozen.
+        ("--deconv True --freeze True --freeze-iter 1", 0, 1, (5, 6)),
         ("--batchnorm True", 2, 1, (9,)),
-        pytest.param("--deconv True", 2, 2, (1, 3, 8), marks=pytest.mark.slow),
+        pytest.param(
+            *("--deconv True --freeze True --freeze-iter 1 --norm-type layernorm", 2, 2),
+            *((1, 3, 8),),
+            marks=pytest.mark.slow,
+        ),
         pytest.param("--batchnorm True", 0, 2, (6, 11), marks=pytest.mark.slow),
     ],
 )

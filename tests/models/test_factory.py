@@ -25,7 +25,10 @@ def test_options_reach_every_layer():
         bias=False,
         sampling_stride=2,
         stem_iter=7,
+        freeze=True,
+        freeze_iter=9,
         momentum=0.3,
+        input_norm="l1",
     )
     model = build_model("vgg11", layers)
     convs = find(model, FastDeconv)
@@ -33,8 +36,10 @@ def test_options_reach_every_layer():
     assert [conv.n_iter for conv in convs] == [7] + [3] * 7
     for conv in convs:
         assert (conv.mode, conv.block, conv.eps) == (4, 8, 1e-3)
+        assert (conv.freeze, conv.freeze_iter) == ((True, 9) if conv is convs[0] else (False, 100))
         assert (conv.sampling_stride, conv.momentum, conv.bias) == (2, 0.3, None)
     (last,) = find(model, Delinear)
+    assert {layer.input_norm for layer in (*convs, last)} == {"l1"} and not last.freeze
     assert (last.block, last.eps, last.n_iter, last.momentum) == (512, 1e-3, 3, 0.3)
     assert last.bias is not None
 
@@ -86,7 +91,8 @@ def test_networks_from_elsewhere_keep_their_layers_or_are_converted():
     for options in ({"batchnorm": False}, {"block_final": 32}):
         assert make_layers(deconv=False, **options).adapt is None
     options = dict(mode=3, block=2, eps=0.1, n_iter=4, root="cholesky", layout="contiguous")
-    layers = make_layers(deconv=True, stem_iter=7, block_final=2, bias=False, **options)
+    first_only = dict(stem_iter=7, freeze=True, freeze_iter=9)
+    layers = make_layers(deconv=True, block_final=2, bias=False, **first_only, **options)
     first, norm, second, _, head = layers.adapt(network, pretrained=False)
     assert [type(m) for m in (first, norm, second, head)] == [
         FastDeconv,
@@ -96,6 +102,8 @@ def test_networks_from_elsewhere_keep_their_layers_or_are_converted():
     ]
     chosen = {name: getattr(second, name) for name in options}
     assert chosen == options and (first.n_iter, first.bias, head.block) == (7, None, 2)
+    assert (first.freeze_iter, second.freeze, head.freeze) == (9, False, False)
+    assert "freeze_steps" in first.state_dict()
     assert (head.eps, head.n_iter, head.layout) == (0.1, 4, "contiguous")
     whole = make_layers(deconv=True, block_final=0).adapt(network, pretrained=True)
     assert type(whole[-1]) is nn.Linear and whole[0].bias is not None
@@ -107,7 +115,8 @@ def test_deconvolution_needs_no_norm():
 
 @loop_over("deconv", [True, False])
 def test_methods_whiten_what_they_say(deconv):
-    layers = make_layers(deconv=deconv, eps=1e-3, n_iter=3, stem_iter=7, momentum=0.3)
+    options = dict(eps=1e-3, n_iter=3, stem_iter=7, momentum=0.3, freeze=True)
+    layers = make_layers(deconv=deconv, **options)
     plain, channel, joint, blocks = (
         next(m for m in layers.select_method(n).image(2, 8, 5) if hasattr(m, "weight"))
         for n in (1, 2, 3, 4)
@@ -117,7 +126,7 @@ def test_methods_whiten_what_they_say(deconv):
     assert (type(joint), joint.mode, joint.blocks.features) == (FastDeconv, 4, 2 * 8 * 8)
     assert (type(blocks), blocks.blocks.features, blocks.blocks.count) == (Delinear, 32, 4)
     for layer in (channel, joint, blocks):
-        assert (layer.eps, layer.n_iter, layer.momentum) == (1e-3, 7, 0.3)
+        assert (layer.eps, layer.n_iter, layer.momentum, layer.freeze) == (1e-3, 7, 0.3, True)
 
 
 def test_bias_reaches_the_regressions():

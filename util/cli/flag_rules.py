@@ -34,6 +34,7 @@ def _network_rules(flags: Namespace, architectures: Mapping[str, Network]) -> Ru
         others = ", ".join(arch for arch, entry in architectures.items() if name in entry.options)
         has_effect = name in options or not getattr(flags, name, None)
         yield name, has_effect, f"does not apply to {flags.arch}, only to {others}"
+    yield "freeze_iter", flags.freeze, "needs --freeze True"
     reason = "contradicts deconvolution, which replaces BatchNorm; leave one of them out"
     yield "batchnorm", not (flags.batchnorm and flags.deconv), reason
     has_no_shift = not flags.batchnorm or "method" in options
@@ -42,12 +43,12 @@ def _network_rules(flags: Namespace, architectures: Mapping[str, Network]) -> Ru
 
 
 def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
-    for name in ("mode", "num_groups", "stride", "stem_iter", "root", "rows_per_feature"):
+    for name in ("mode", "num_groups", "stride", "stem_iter", "root", "rows_per_feature", "freeze"):
         yield name, flags.deconv, "needs --deconv True"
     samples = flags.mode in (1, 2, 5)
     yield "rows_per_feature", samples, f"has no effect in --mode {flags.mode}, needs 1, 2 or 5"
     whitens = flags.deconv or flags.num_groups_final
-    for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats"):
+    for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats", "norm_type"):
         yield name, whitens, "needs --deconv True, or --num-groups-final above 0"
     reason = "contradicts --mode 4, which uses every patch; leave it out or choose --mode 5"
     yield "stride", flags.mode != 4 or flags.stride == 1, reason
@@ -66,9 +67,10 @@ def _method_rules(flags: Namespace) -> Rules:
         yield name, flags.deconv == whitens, f"contradicts {other}; leave one of them out"
     for name in ("mode", "num_groups", "root", "rows_per_feature"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks depend on --method"
-    for name in ("eps", "deconv_iter", "sync_stats"):
+    for name in ("eps", "deconv_iter", "sync_stats", "norm_type"):
         yield name, whitens or flags.num_groups_final, f"needs deconvolution, not {method}"
-    yield "stem_iter", whitens, f"needs deconvolution, not {method}"
+    for name in ("stem_iter", "freeze"):
+        yield name, whitens, f"needs deconvolution, not {method}"
     yield "stride", flags.method == 2, f"needs --method 2, not {method}"
     for name in ("layout", "share_blocks"):
         has_blocks = flags.method == 4 or flags.num_groups_final

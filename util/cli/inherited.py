@@ -32,7 +32,7 @@ OF_NETWORK = {
     *("dataset", "loss"),
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
-    *("root", "rows_per_feature"),
+    *("root", "rows_per_feature", "norm_type", "freeze", "freeze_iter"),
 }
 
 

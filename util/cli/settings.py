@@ -63,7 +63,7 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
     """Return the flags about layers as the keyword arguments of `models.make_layers`."""
     unchanged = (
         *("deconv", "mode", "eps", "stem_iter", "bias", "batchnorm"),
-        *("sync_stats", "layout", "root", "rows_per_feature"),
+        *("sync_stats", "layout", "root", "rows_per_feature", "freeze", "freeze_iter"),
     )
     return {name: getattr(flags, name) for name in unchanged} | {
         "block": flags.num_groups,
@@ -71,4 +71,5 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
         "n_iter": flags.deconv_iter,
         "sampling_stride": flags.stride,
         "shared": flags.share_blocks,
+        "input_norm": {"layernorm": "layer", "l1norm": "l1"}.get(flags.norm_type, "none"),
     }

@@ -12,6 +12,7 @@ from torch.nn.utils import get_total_norm
 from torch.optim import Optimizer
 
 from util.training.cuda_graphs import GraphedModel
+from util.training.hooks import ModelHooks
 
 # An fp16 step whose gradients overflow is skipped, but the schedule counts the step.
 warnings.filterwarnings("ignore", r"Detected call of `lr_scheduler\.step", UserWarning)
@@ -58,20 +59,25 @@ class Accelerator:
         """Return `model` compiled if asked; both share parameters and statistics."""
         return torch.compile(model) if self.compiled else model
 
-    def compile_for_training(self, model: nn.Module, shape: Sequence[int]) -> nn.Module:
+    def compile_for_training(
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        hooks: ModelHooks = ModelHooks(),  # noqa: B008 - frozen
+    ) -> nn.Module:
         """Return `model` compiled or captured for training on batches of `shape` (N, C, H, W)."""
         compiled = self.compile(model)
         if not self.cuda_graphs:
             return compiled
         images = torch.zeros(shape, device=self.device).to(memory_format=self.memory_format)
-        with self.autocast(cache_enabled=False):  # a capture needs autocast without its cache
-            return GraphedModel(compiled, images)
+        with self.autocast():
+            return GraphedModel(compiled, images, hooks)
 
-    def autocast(self, **kwargs: bool) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         """Return the context in which model and loss run."""
         enabled = self.dtype != torch.float32
         dtype = self.dtype if enabled else None
-        return torch.autocast(self.device.type, dtype, enabled=enabled, **kwargs)
+        return torch.autocast(self.device.type, dtype, enabled=enabled)
 
     def backward(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
         """Compute the gradients of `loss` and return the largest magnitude; NaN if one is NaN.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
+
 import torch
 from torch import Tensor, nn
 
 from util.errors import RunError
+from util.training.hooks import ModelHooks
 
 
 class GraphedModel(nn.Module):
@@ -13,32 +16,60 @@ class GraphedModel(nn.Module):
 
     Without graphs, each launch of whitening's many small kernels takes longer than the kernel.
 
+    A graph has one control flow: each phase of the model has a graph of its own, captured before
+    the first step that needs it. A replay runs no Python, so `hooks.advance` counts it.
+
     Args:
-        model: on its GPU. The capture leaves buffers and random state unchanged.
+        model: on its GPU. A capture leaves buffers, phase and random state unchanged.
         images: a full batch of any content; later batches are copied into its memory.
+        hooks: `phase`, `advance` and `hold` of the model.
 
     Raises:
         RunError: the model cannot be captured, for example because it waits for the GPU.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        images: Tensor,
+        hooks: ModelHooks = ModelHooks(),  # noqa: B008 - frozen
+    ) -> None:
         super().__init__()
-        self.shape = images.shape
+        self.model, self.shape, self.hooks = model, images.shape, hooks
+        self.graphs: dict[Hashable, Callable[[Tensor], Tensor]] = {}
+        self.graphs[hooks.phase(model)] = self._capture(images)
+
+    def forward(self, images: Tensor) -> Tensor:
+        is_full = self.training and torch.is_grad_enabled() and images.shape == self.shape
+        if not is_full:
+            return self.model(images)
+        phase = self.hooks.phase(self.model)
+        if phase not in self.graphs:
+            self.graphs[phase] = self._capture(torch.zeros_like(images))
+        logits = self.graphs[phase](images)
+        self.hooks.advance(self.model)
+        return logits
+
+    def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
+        """Return the next step of the model as a graph that runs in the memory of `images`."""
         # The capture replaces `forward` of the wrapper; `model` keeps its own for other batches.
-        step = nn.Sequential(model).train()
-        buffers = [buffer.clone() for buffer in model.buffers()]
+        step = nn.Sequential(self.model).train()
+        buffers = [buffer.clone() for buffer in self.model.buffers()]
+        device, kind = images.device, images.device.type
+        precision = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)
         try:
-            with torch.random.fork_rng([images.device] if images.is_cuda else []):
-                self.step = torch.cuda.make_graphed_callables(step, (images,))
+            with (
+                torch.random.fork_rng([device] if images.is_cuda else []),
+                torch.autocast(kind, *precision, cache_enabled=False),  # a capture needs no cache
+                self.hooks.hold(),
+            ):
+                graph = torch.cuda.make_graphed_callables(step, (images,))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:
             reason = f"steps cannot be captured ({str(error).splitlines()[0]})"
             raise RunError(f"{reason}: train with --cuda-graphs False") from error
         with torch.no_grad():
-            for buffer, value in zip(model.buffers(), buffers, strict=True):
+            for buffer, value in zip(self.model.buffers(), buffers, strict=True):
                 buffer.copy_(value)
-
-    def forward(self, images: Tensor) -> Tensor:
-        is_full = self.training and torch.is_grad_enabled() and images.shape == self.shape
-        return (self.step if is_full else self.step[0])(images)
+        return graph

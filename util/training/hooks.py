@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Hashable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -19,9 +19,15 @@ class ModelHooks:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
             context of a training step's forward. None: no context.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
+        phase: model -> a key of the control flow of its next training forward.
+        advance: counts a training forward that a CUDA graph has replayed.
+        hold: makes a context whose forwards keep the phase and are not counted.
         diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
     """
 
     batch_context: BatchContext | None = None
     eval_model: Callable[[nn.Module], nn.Module] = lambda model: model
+    phase: Callable[[nn.Module], Hashable] = lambda model: None
+    advance: Callable[[nn.Module], None] = lambda model: None
+    hold: Callable[[], AbstractContextManager[None]] = nullcontext
     diagnose: Callable[[nn.Module, Tensor], Mapping[str, float]] = lambda model, images: {}

@@ -110,7 +110,7 @@ def fit(
     rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
     optimizer = build_optimizer(flags.optimizer, model.parameters(), **rates)
     shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
-    replica = world.replicate(accelerator.compile_for_training(model, shape))
+    replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
     loaders = train_loader, test_loader
     state = TrainingState(vars(flags), spec, loaders, model, optimizer, accelerator, world, start)
     seed_everything(flags.seed + world.rank)  # dropout differs between ranks

@@ -10,7 +10,8 @@ import main_imagenet
 from deconv import FastDeconv
 from deconv.conv import MODES, ROOTS
 from deconv.ops.blocks import LAYOUTS
-from util.cli.settings import read_settings
+from deconv.ops.normalize import INPUT_NORMS
+from util.cli.settings import choose_layers, read_settings
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
 PUBLISHED_DEFAULTS = """
@@ -174,12 +175,16 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--mode {mode}") == {"mode": mode}
     for root in ROOTS:
         assert typed(f"--root {root}") == {"root": root}
+    for norm, keyword in zip(("none", "layernorm", "l1norm"), INPUT_NORMS, strict=True):
+        flags = read_settings(main.build_script(), ["--deconv", "True", "--norm-type", norm])[0]
+        assert choose_layers(flags)["input_norm"] == keyword
 
 
 def test_defaults_are_those_of_the_layers():
     flags, keywords = main.build_script().parser.defaults(), signature(FastDeconv).parameters
     names = {"share_blocks": "shared", "num_groups": "block", "deconv_iter": "n_iter"}
     names |= {name: name for name in ("mode", "eps", "layout", "root", "rows_per_feature")}
+    names |= {"norm_type": "input_norm", "freeze": "freeze", "freeze_iter": "freeze_iter"}
     names["stride"] = "sampling_stride"
     for flag, keyword in names.items():
         assert flags[flag] == keywords[keyword].default, flag
