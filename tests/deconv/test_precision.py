@@ -182,3 +182,23 @@ def test_statistics_assigned_in_half_precision_become_float32():
     assert layer.weight.dtype == torch.float16 and layer.running_mean.dtype == torch.float32
     layer(300 * torch.randn(2, 3, 8, 8).half())
     assert layer.eval()(torch.randn(2, 3, 8, 8).half()).isfinite().all()
+
+
+def test_bfloat16_costs_inputs_of_a_large_mean_what_the_page_says():
+    def batchnorm():
+        return nn.Sequential(nn.Conv2d(16, 32, 3), nn.BatchNorm2d(32))
+
+    for make_layer, size, mean, error in (
+        (lambda: FastDeconv(16, 32, 3), (32, 16, 12, 12), 100, 0.26),
+        (batchnorm, (32, 16, 12, 12), 100, 0.2),
+        (lambda: FastDeconv(16, 32, 3), (32, 16, 12, 12), 3, 0.01),
+        (lambda: Delinear(64, 32), (256, 64), 100, 0.42),
+    ):
+        torch.manual_seed(0)
+        mixing = torch.randn(size[1], size[1]) / 8 if len(size) == 2 else torch.eye(size[-1])
+        layer, images = make_layer(), mean + torch.randn(size) @ mixing  # correlated features
+        exact = layer(images)
+        with torch.autocast("cpu", torch.bfloat16):
+            rounded = layer(images)
+        share = (rounded - exact).norm() / exact.norm()
+        assert 0.8 * error < share < 1.25 * error, (layer, mean, share)
