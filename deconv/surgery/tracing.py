@@ -8,7 +8,7 @@ import random
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import chain, product
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import fx, nn
 from torch.nn.modules.conv import _ConvNd
 
-from .batchnorm import is_batchnorm
+from .batchnorm import is_batchnorm, is_known_batchnorm
 from .fuse import copy_around
 
 # Files of torch.nn, and functions, that keep the number of dimensions of their input.
@@ -26,7 +26,8 @@ _RANK_PRESERVING_FUNCTIONS = {
 }
 _MAX_TRACES = 32  # of one forward
 _SYMBOL = object()  # stands for any value of an argument
-_EXAMPLE = torch.empty(0)
+# Products of two values, of which one gates the other.
+_GATES = {"mul", "imul", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
 
 class Dataflow:
@@ -40,8 +41,10 @@ class Dataflow:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        self._model = model
         self._calls: dict[int, list[fx.Node]] = {}
         self._called: dict[fx.Node, nn.Module] = {}
+        self._callers: dict[fx.Graph, nn.Module] = {}
         self._readers: dict[int, nn.Module] = {}
         self._untraced_callers: dict[int, nn.Module] = {}
         self._untraced_ancestors: dict[int, nn.Module] = {}
@@ -54,9 +57,7 @@ class Dataflow:
                 id(twins[name]): module for name, module in model.named_modules() if name in twins
             }
             traces = {
-                owner: _trace_variants(owner)
-                for owner in twin.modules()
-                if next(owner.children(), None) is not None and _defines_forward(owner)
+                owner: _trace_variants(owner) for owner in twin.modules() if _is_traced(owner)
             }
             for owner, graphs in traces.items():
                 self._record_calls(owner, graphs[0])
@@ -77,6 +78,7 @@ class Dataflow:
             }
             self._untraced_ancestors |= {id(module): caller for module in caller.modules()}
             return
+        self._callers[graph] = caller
         for node in graph.nodes:
             if node.op == "call_module":
                 self._called[node] = module = self._find_original(owner.get_submodule(node.target))
@@ -122,11 +124,13 @@ class Dataflow:
         is_replaced: Callable[[nn.Module], bool],
     ) -> None:
         """Record the replaced modules of a forward whose path depends on their classes."""
-        if graph is not None and _format(_trace(owner)) != _format(graph):
-            caller = self._find_original(owner)
-            callees = [self._called[node] for node in graph.nodes if node in self._called]
-            for module in filter(is_replaced, (*_iter_callees(caller), *callees)):
-                self._class_dependent_callers[id(module)] = caller
+        if graph is None:
+            return
+        caller = self._find_original(owner)
+        callees = [self._called[node] for node in graph.nodes if node in self._called]
+        replaced = [*filter(is_replaced, (*_iter_callees(caller), *callees))]
+        if replaced and _format(_trace(owner)) != _format(graph):
+            self._class_dependent_callers |= {id(module): caller for module in replaced}
 
     def _find_original(self, module: nn.Module) -> nn.Module:
         """Return the module of the model that a module of the copy stands for."""
@@ -216,6 +220,35 @@ class Dataflow:
                     calls.append(user)
         return consumers
 
+    def is_returned(self, module: nn.Module) -> bool | None:
+        """Tell whether the model returns this one's output, and neither weights nor gates it.
+
+        The output may pass functions and modules without parameters. None: some forward on its way
+        cannot be traced, or calls it another number of times than once.
+        """
+        while module is not self._model:
+            call = self._find_call(module)
+            if call is None or not self._is_returned_by_caller(call):
+                return None if call is None else False
+            module = self._callers[call.graph]
+        return True
+
+    def _is_returned_by_caller(self, call: fx.Node) -> bool:
+        """Tell whether the calling forward returns the output of a call as `is_returned` says."""
+        calls, seen = [call], set[fx.Node]()
+        while calls:
+            for user in calls.pop().users.keys() - seen:
+                seen.add(user)
+                inputs = [node for node in user.all_input_nodes if node.op != "get_attr"]
+                module = self._called.get(user)
+                if module is not None and any(True for _ in module.parameters()):
+                    return False
+                name = getattr(user.target, "__name__", user.target)
+                if len(inputs) > 1 and (module is not None or name in _GATES):
+                    return False
+                calls.append(user)
+        return any(user.op == "output" for user in seen)
+
     def find_inplace_function(self, module: nn.Module) -> str | None:
         """Return the name of a function that works in place on this module's output, if any."""
         call = self._find_call(module)
@@ -234,10 +267,39 @@ class Dataflow:
 
 
 class _Tracer(fx.Tracer):
+    """Trace one forward.
+
+    Args:
+        as_tensors: symbolic values pass for instances of `torch.Tensor`.
+    """
+
     proxy_buffer_attributes = True  # buffers that a forward reads are seen, as parameters are
+
+    def __init__(self, as_tensors: bool) -> None:
+        super().__init__()
+        self.kind = _TensorProxy if as_tensors else fx.Proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return self.kind(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
+
+
+class _TensorProxy(fx.Proxy):
+    """Symbolic value that `isinstance` takes for a tensor, by its `__class__`."""
+
+    __class__ = torch.Tensor  # type: ignore[assignment]
+    _is_param = False  # nor a Parameter
+
+
+def _is_traced(module: nn.Module) -> bool:
+    """Tell whether the module has a forward that calls other modules and is not known."""
+    calls = next(module.children(), None) is not None and _defines_forward(module)
+    return calls and not (is_batchnorm(module) and is_known_batchnorm(module))
 
 
 @contextmanager
@@ -299,12 +361,16 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
     A flag is true and false. Another optional argument has its default, and any value. A required
     argument after the first has any value, and is None if the forward takes None. Attributes that
     are flags, texts, numbers or None get another value, one at a time, if the forward takes it.
+    A module without convolutions and BatchNorms inside is traced once.
 
     Returns:
         The trace with default arguments first; None for each trace that fails.
     """
-    graphs = [_trace(owner)]
+    read = set[str]()
+    graphs = [_trace(owner, read=read)]
     if graphs[0] is None or type(owner).forward.__module__.startswith("torch.nn."):
+        return graphs
+    if not any(_is_convolution(module) or is_batchnorm(module) for module in owner.modules()):
         return graphs
     parameters = _list_parameters(owner)
     options: list[tuple[Any, ...]] = []
@@ -323,48 +389,23 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
         if graph is not None or not any(v is None and p.default is p.empty for p, v in given):
             graphs.append(graph)
     others = [_trace(owner, as_tensors=True)]
-    for name in _find_plain_attributes(owner):
+    plain = bool | str | float | None
+    for name in read & {key for key, value in vars(owner).items() if isinstance(value, plain)}:
         probe = copy.copy(owner)
         setattr(probe, name, not getattr(owner, name))  # equals 0 or 1, and no text
         others.append(_trace(probe))
     return graphs + [graph for graph in others if graph is not None]
 
 
-def _find_plain_attributes(owner: nn.Module) -> list[str]:
-    """Return the names of the flags, texts, numbers and None that the owner's forward reads."""
-    plain = [
-        name
-        for name, value in vars(owner).items()
-        if isinstance(value, bool | str | float | None) and name != "training"
-    ]
-    if not plain:
-        return plain
-    read = set[str]()
+def _record_reads(probe: nn.Module, read: set[str]) -> None:
+    """Let a module add the name of each attribute that its forward reads."""
 
     def get(self: nn.Module, name: str) -> Any:
         read.add(name)
         return kind.__getattribute__(self, name)
 
-    kind, probe = type(owner), copy.copy(owner)
+    kind = type(probe)
     probe.__class__ = type(kind.__name__, (kind,), {"__getattribute__": get})
-    _trace(probe)
-    return [name for name in plain if name in read]
-
-
-@contextmanager
-def _count_as_tensors(owner: nn.Module) -> Iterator[None]:
-    """Let `isinstance` in the file of the owner's forward take symbolic values for tensors."""
-    names = inspect.unwrap(type(owner).forward).__globals__
-    if names["__name__"].startswith("torch.") or "isinstance" in names:
-        yield
-        return
-    names["isinstance"] = lambda value, kinds: isinstance(
-        _EXAMPLE if isinstance(value, fx.Proxy) else value, kinds
-    )
-    try:
-        yield
-    finally:
-        del names["isinstance"]
 
 
 def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
@@ -374,7 +415,10 @@ def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
 
 
 def _trace(
-    owner: nn.Module, arguments: Mapping[str, Any] | None = None, as_tensors: bool = False
+    owner: nn.Module,
+    arguments: Mapping[str, Any] | None = None,
+    as_tensors: bool = False,
+    read: set[str] | None = None,
 ) -> fx.Graph | None:
     """Trace the owner's forward with constant arguments, the defaults unless given.
 
@@ -382,6 +426,7 @@ def _trace(
         owner: the module.
         arguments: values by name; an argument without one is symbolic.
         as_tensors: symbolic values pass for instances of `torch.Tensor`.
+        read: receives the names of the attributes that the forward reads.
     """
     own_call = type(owner).__call__ is not nn.Module.__call__ and not isinstance(
         owner, fx.GraphModule
@@ -393,10 +438,11 @@ def _trace(
         if arguments is None:
             parameters = _list_parameters(probe)
             arguments = {p.name: p.default for p in parameters if p.default is not p.empty}
+        if read is not None:
+            _record_reads(probe, read)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with _count_as_tensors(owner) if as_tensors else nullcontext():
-                return _Tracer().trace(probe, concrete_args=dict(arguments))
+            return _Tracer(as_tensors).trace(probe, concrete_args=dict(arguments))
     except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
 
