@@ -267,10 +267,11 @@ class Whitening(Freezing):
         if not (isinstance(count, int) and count):  # empty here, or perhaps on all ranks
             total = total / count
         usable = total < math.inf  # false for NaN and for a division by 0, too
+        step = mean.new_empty(())  # float64 in a float64 layer
         if self.momentum is None:
-            step = 1 / (self.num_batches_tracked + 1)
+            torch.add(self.num_batches_tracked, 1, out=step).reciprocal_()
         else:
-            step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
+            torch.eq(self.num_batches_tracked, 0, out=step).clamp_(min=self.momentum)
         running = self.running_mean, *self.running_covariances().values()
         for old, new in zip(running, (mean, *covs.values()), strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))

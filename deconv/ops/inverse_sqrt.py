@@ -13,6 +13,7 @@ from .matmul import frobenius_norm
 from .resolvent import inverse_sqrt_by_resolvents
 
 MAX_STEPS = 15  # Newton-Schulz steps that float32 supports
+MAX_STEPS_FROM_ROWS = 6  # beyond, errors of `newton_schulz_from_rows` triple a step in float32
 ROOTS = ("newton", "resolvent", "cholesky")
 Pair = tuple[Tensor, Tensor]
 
@@ -46,7 +47,7 @@ def inverse_sqrt(
             of `n_iter` steps.
         eps: added to the diagonal, in units of variance.
         rows: (G, M, F), the centred vectors that `cov` is the mean square of. "newton" then
-            computes the same D from them, on the M x M side.
+            computes the same D from them, on the M x M side, for up to MAX_STEPS_FROM_ROWS steps.
 
     Returns:
         (G, F, F).
@@ -63,7 +64,7 @@ def inverse_sqrt(
         return inverse_cholesky(cov, n_iter, eps)
     if root == "resolvent":
         return inverse_sqrt_by_resolvents(cov, n_iter, eps)
-    if rows is not None:
+    if rows is not None and n_iter <= MAX_STEPS_FROM_ROWS:
         return newton_schulz_from_rows(rows, eps, n_iter)
     return newton_schulz(cov, n_iter, eps)
 

@@ -36,16 +36,16 @@ def test_eval_after_one_batch_equals_training_on_it(mode):
     torch.testing.assert_close(layer.eval()(x), y)
 
 
-def test_later_batches_enter_with_the_momentum():
-    layer = FastDeconv(4, 3, 3, momentum=0.25)
-    layer(images())
-    first = layer.running_cov_joint.clone()
-    other = FastDeconv(4, 3, 3)
-    x = images() * 2
-    layer(x), other(x)
-    torch.testing.assert_close(
-        layer.running_cov_joint, 0.75 * first + 0.25 * other.running_cov_joint
-    )
+@pytest.mark.parametrize(("momentum", "weights"), [(0.1, (0.81, 0.09, 0.1)), (None, (1 / 3,) * 3)])
+def test_later_batches_enter_with_the_momentum_in_float64(momentum, weights):
+    torch.set_default_dtype(torch.float32)
+    layer = FastDeconv(4, 3, 3, momentum=momentum).double()
+    expected = 0
+    for scale, weight in zip((1, 2, 3), weights, strict=True):
+        single, x = FastDeconv(4, 3, 3).double(), scale * images().double()
+        layer(x), single(x)
+        expected = expected + weight * single.running_cov_joint
+    torch.testing.assert_close(layer.running_cov_joint, expected, rtol=1e-13, atol=0)
 
 
 @pytest.mark.parametrize("root", ROOTS)

@@ -94,6 +94,18 @@ def test_from_rows_is_as_exact_in_float32_as_the_iteration():
     assert error < 1e-5 * exact.abs().max()
 
 
+@pytest.mark.parametrize(("count", "features"), [(2, 16), (31, 64), (32, 256)])
+def test_few_rows_whiten_within_a_hundredth_in_float32_after_any_number_of_steps(count, features):
+    rows = torch.randn(1, count, features, dtype=torch.float64) * torch.logspace(1, -1, features)
+    rows = (rows - rows.mean(1, keepdim=True)).float()
+    cov, exact_rows = rows.mT @ rows / count, rows.double()
+    for n_iter in range(1, 16):
+        D = newton_schulz(exact_rows.mT @ exact_rows / count, n_iter, 1e-5)
+        found = inverse_sqrt(cov, n_iter, eps=1e-5, rows=rows).double()
+        errors = (found - D).norm() / D.norm(), (exact_rows @ (found - D)).norm()
+        assert max(errors[0], errors[1] / (exact_rows @ D).norm()) < 1e-2, n_iter
+
+
 def test_the_response_is_that_of_the_scalar_recursion():
     values = torch.tensor([0.9, 0.4, 0.1, 1e-3], dtype=torch.float64)
     norm = values.norm()
