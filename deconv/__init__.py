@@ -8,6 +8,7 @@
     up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # also 1d and 3d
     model = convert(resnet18())                 # replaces these layers in any model
     print(plan(resnet18()))                     # lists what `convert` does to each layer
+    convert(trained, pretrained=True, calibrate=loader)    # training begins where `trained` stands
     recalibrate(model, loader)                  # computes the running statistics anew
     print(whiteness(model, images))             # correlation before and after whitening, by layer
     served = fuse(model.eval())                 # a trained model as plain Conv2d and Linear layers
@@ -49,6 +50,7 @@ from .conv import FastDeconv, FastDeconv1d, FastDeconv2d, FastDeconv3d
 from .conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastDeconvTranspose3d
 from .linear import Delinear
 from .published import PUBLISHED
+from .surgery.calibrate import calibrate
 from .surgery.convert import convert
 from .surgery.fuse import fuse
 from .surgery.plan import plan
@@ -67,6 +69,7 @@ __all__ = [
     "FastDeconvTranspose2d",
     "FastDeconvTranspose3d",
     "batch_share",
+    "calibrate",
     "convert",
     "fuse",
     "plan",

@@ -1,4 +1,4 @@
-"""Model in, model out: plan, convert, fuse and recalibrate whole models.
+"""Model in, model out: plan, convert, calibrate, fuse and recalibrate whole models.
 
 | file | content |
 |---|---|
@@ -6,6 +6,7 @@
 | convert.py | the copy that a plan describes |
 | batchnorm.py | classes of BatchNorm, and their affine map in evaluation |
 | tracing.py | which module's output enters which |
+| calibrate.py | weights rewritten so that training begins at the function of evaluation |
 | fuse.py | deconvolutions folded into plain layers |
 | recalibrate.py | running statistics averaged anew |
 """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 
 from ..whitening import Whitening, forward_hooks
 from .batchnorm import ChannelAffine, extra_modules, find_affine
+from .calibrate import calibrate as calibrate_layers
 from .fuse import copy_around
 from .plan import REPLACED, Row, plan
 
@@ -29,6 +30,8 @@ def convert(
     linear: bool = False,
     block_linear: int = 512,
     pretrained: bool = False,
+    calibrate: Iterable[Any] | None = None,
+    forward: Callable[[nn.Module, Any], object] | None = None,
     skip: Iterable[str] = (),
     **options: Any,
 ) -> nn.Module:
@@ -52,8 +55,8 @@ def convert(
 
     or becomes a ChannelAffine if no convolution can take it, or if some call may use the
     convolution without it. Outputs in evaluation stay the same.
-    NOTE: they change with the first training step, which whitens the input of each layer. The
-    weights are a starting point.
+    NOTE: without `calibrate` they change with the first training step, which whitens the input of
+    each layer. With it, training begins at nearly the same outputs, see `deconv.calibrate`.
 
     Args:
         model: any model; it is not changed.
@@ -65,6 +68,9 @@ def convert(
         linear: replace the last `nn.Linear` by a Delinear.
         block_linear: block of this Delinear, in features.
         pretrained: keep the outputs of the model in evaluation.
+        calibrate: batches of the training data, of which 10 are used; needs `pretrained`. Weights
+            are rewritten so that training keeps the outputs, too.
+        forward: runs a model on a batch of `calibrate`, unless the model takes its first tensor.
         skip: patterns of names of layers to leave alone, such as "*.se.*" or "layer4.*".
         options: further keywords of FastDeconv; Delinear gets those that it knows.
 
@@ -75,7 +81,8 @@ def convert(
     Raises:
         ValueError: nothing can be replaced, a layer is lazy and has no shape yet, a part of the
             model is wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard), an
-            option is out of range, or a pattern of `skip` matches no layer.
+            option is out of range, a pattern of `skip` matches no layer, or the model cannot be
+            calibrated.
         TypeError: an option is unknown.
 
     Example:
@@ -83,6 +90,8 @@ def convert(
         >>> [type(module).__name__ for module in convert(model)]
         ['FastDeconv', 'Identity', 'ReLU']
     """
+    if calibrate is not None and not pretrained:
+        raise ValueError("calibrate keeps what a model has learned: it needs pretrained=True")
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
     rows = plan(
         model,
@@ -106,6 +115,8 @@ def convert(
             memo[id(row.module)].__dict__.update(copy.deepcopy(hooks, memo))
     if not pretrained and any(row.layer is None and row.partner is None for row in replaced):
         _disable_inplace(converted)
+    if calibrate is not None:
+        calibrate_layers(converted, calibrate, forward=forward)
     return converted
 
 

@@ -62,7 +62,7 @@ def recalibrate(
         if isinstance(module, Whitening) and module.track_running_stats
     ]
     if not layers:
-        raise ValueError(f"{type(model).__name__} has no deconvolution layer to recalibrate")
+        raise ValueError(f"{type(model).__name__} has no deconvolution layer")
     if limit < 1:
         raise ValueError(f"limit must be at least 1 batch, got {limit}")
     flags = [(module, module.training) for module in model.modules()]
@@ -87,7 +87,7 @@ def recalibrate(
             if forward is not None:
                 forward(model, batch)
             else:
-                model(_find_input(batch).to(device))
+                model(find_input(batch).to(device))
             count += 1
             if count == limit:
                 break
@@ -101,11 +101,11 @@ def recalibrate(
                 for buffer, old in zip(layer.buffers(recurse=False), buffers, strict=True):
                     buffer.copy_(old)
     if not any(reached):
-        raise ValueError(f"there is no finite batch to recalibrate with, of {count} batches")
+        raise ValueError(f"there is no finite batch among {count} batches")
     return count
 
 
-def _find_input(batch: Any) -> torch.Tensor:
+def find_input(batch: Any) -> torch.Tensor:
     """Return the input of a batch, its first part.
 
     Raises:

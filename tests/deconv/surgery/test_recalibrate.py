@@ -69,8 +69,8 @@ def test_an_average_of_weights_is_served_well_again():
     ("model", "data", "options", "message"),
     [
         (nn.Linear(2, 2), batches(), {}, "Linear has no deconvolution layer"),
-        (network(), [], {}, "no finite batch to recalibrate with, of 0 batches"),
-        (network(), [batches(1)[0] / 0], {}, "no finite batch to recalibrate with, of 1 batches"),
+        (network(), [], {}, "no finite batch among 0 batches"),
+        (network(), [batches(1)[0] / 0], {}, "no finite batch among 1 batches"),
         (network(), batches(), {"limit": 0}, "limit must be at least 1 batch, got 0"),
     ],
 )
