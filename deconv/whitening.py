@@ -15,7 +15,7 @@ from torch import Tensor, distributed, nn
 from .freezing import Freezing, in_backward
 from .input_norm import InputNorm, NormalizedLayer
 from .ops.blocks import Blocks
-from .ops.covariance import centre_rows, mean_and_covariance
+from .ops.covariance import Statistics, centre_rows, mean_and_covariance
 from .ops.fold import fold
 from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt
 from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
@@ -100,8 +100,9 @@ class Whitening(Freezing):
             patches = sample(x, sampling)
             stats = mean_and_covariance(patches, blocks, axis, whitened)
             if share is not None:
-                reference = self.running_mean
+                reference = self.running_patch_mean()
                 stats = pool_statistics(stats, blocks, axis, whitened, reference, share.group)
+            stats = self.recentre(stats, blocks, axis)
             few_rows = share is None and self._has_few_rows(patches)
             rows = centre_rows(stats, patches, blocks) if few_rows else None
             whiten[axis] = inverse_sqrt(stats.cov, self.n_iter, self.root, self.eps, rows)
@@ -109,6 +110,10 @@ class Whitening(Freezing):
             means.append(stats.mean)
             x, whitened = stats.images, (axis, whiten[axis])
         return x, stats.patches, means[0], covs, whiten
+
+    def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
+        """Return the statistics about the mean that the layer subtracts, here their own."""
+        return stats
 
     def _check_dtype(self, x: Tensor) -> None:
         """Refuse an input that the layer of torch refuses, before its statistics count."""
@@ -189,14 +194,20 @@ class Whitening(Freezing):
         self.process_group = process_group
         like: Any = {"device": self.weight.device}
         like["dtype"] = torch.promote_types(self.weight.dtype, torch.float32)
-        buffers = {"running_mean": torch.zeros(blocks.groups * blocks.channels * mean_taps, **like)}
-        for axis in axes:
-            identity = torch.eye(blocks.side(axis), **like)
-            buffers[f"running_cov_{axis}"] = identity.repeat(blocks.matrices, 1, 1)
+        buffers = self.make_statistics(mean_taps, **like)
         buffers["num_batches_tracked"] = torch.tensor(0, device=self.weight.device)
         for name, value in buffers.items():
             self.register_buffer(name, value if track_running_stats else None)
         self.init_freeze(freeze, freeze_iter)
+
+    def make_statistics(self, mean_taps: int, **like: Any) -> dict[str, Tensor]:
+        """Return the running statistics before the first batch, by the names of their buffers."""
+        count = self.blocks.groups * self.blocks.channels * mean_taps
+        buffers = {"running_mean": torch.zeros(count, **like)}
+        for axis in self.axes:
+            identity = torch.eye(self.blocks.side(axis), **like)
+            buffers[f"running_cov_{axis}"] = identity.repeat(self.blocks.matrices, 1, 1)
+        return buffers
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:
@@ -230,6 +241,16 @@ class Whitening(Freezing):
         rows = patches.samples * self.blocks.sharing
         return newton and on_grid and 0 < 2 * rows < self.blocks.features
 
+    def running_patch_mean(self) -> Tensor | None:
+        """Return the running mean of patches, (C*T,), or None."""
+        return self.running_mean
+
+    def require_running_mean(self) -> Tensor:
+        """Return the running mean of patches, (C*T,), or raise ValueError."""
+        if (mean := self.running_patch_mean()) is None:
+            raise ValueError(f"{self} has no running statistics: no plain layer does what it does")
+        return mean
+
     def running_covariances(self) -> Matrices:
         """Return the running covariances by axis."""
         return {axis: getattr(self, f"running_cov_{axis}") for axis in self.axes}
@@ -243,15 +264,15 @@ class Whitening(Freezing):
         Raises:
             ValueError: there are no running statistics.
         """
-        if self.running_mean is None or self.num_batches_tracked is None:
-            raise ValueError(f"{self} has no running statistics: no plain layer does what it does")
+        mean = self.require_running_mean()
+        assert self.num_batches_tracked is not None
         seen, whiten = self.num_batches_tracked > 0, {}
         for axis, cov in self.running_covariances().items():
             cov = cov.to(torch.promote_types(cov.dtype, torch.float32))
             matrix = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
             identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
             whiten[axis] = torch.where(seen, matrix, identity)
-        return self.running_mean.clone(), whiten
+        return mean.clone(), whiten
 
     @torch.no_grad()
     def _update_running(
@@ -267,15 +288,19 @@ class Whitening(Freezing):
         if not (isinstance(count, int) and count):  # empty here, or perhaps on all ranks
             total = total / count
         usable = total < math.inf  # false for NaN and for a division by 0, too
-        step = mean.new_empty(())  # float64 in a float64 layer
-        if self.momentum is None:
-            torch.add(self.num_batches_tracked, 1, out=step).reciprocal_()
-        else:
-            torch.eq(self.num_batches_tracked, 0, out=step).clamp_(min=self.momentum)
+        step = self.batch_weight(mean)
         running = self.running_mean, *self.running_covariances().values()
         for old, new in zip(running, (mean, *covs.values()), strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
         self.num_batches_tracked += usable
+
+    def batch_weight(self, like: Tensor) -> Tensor:
+        """Return the weight of a batch in the running statistics, (), in the dtype of `like`."""
+        assert self.num_batches_tracked is not None
+        step = like.new_empty(())  # float64 in a float64 layer
+        if self.momentum is None:
+            return torch.add(self.num_batches_tracked, 1, out=step).reciprocal_()
+        return torch.eq(self.num_batches_tracked, 0, out=step).clamp_(min=self.momentum)
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:

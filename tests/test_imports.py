@@ -41,8 +41,10 @@ def allowed(path):
         layers = [f"deconv.{path.stem}" for path in (ROOT / "deconv").glob("*.py")]
         if folder == ["ops"]:
             return ["torch", "deconv.ops"]
+        if folder == ["published"]:
+            return ["torch", "deconv.ops", "deconv.published", *layers]
         if folder == ["surgery"] or file == "__init__":
-            return ["torch", "deconv.ops", "deconv.surgery", *layers]
+            return ["torch", "deconv.ops", "deconv.published", "deconv.surgery", *layers]
         return ["torch", "deconv.ops", *layers]
     if room == "models":
         more = {"factory": ["deconv"], "external": ["torchvision", "timm"]}

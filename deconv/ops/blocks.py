@@ -107,6 +107,16 @@ class Blocks:
             vectors = vectors.reshape([lengths[i] for i in layout.order]).permute(layout.inverse)
         return vectors.reshape(shape)
 
+    def pool(self, mean: Tensor) -> Tensor:
+        """Average a mean patch (groups * C*T,) over the blocks that share a matrix, (G * F,)."""
+        return self.to_vectors("joint", mean[None, :, None]).mean((0, 2))
+
+    def expand(self, pooled: Tensor) -> Tensor:
+        """Give all blocks that share a matrix the mean `pooled` (G * F,): (groups * C*T,)."""
+        maps = pooled.new_empty(1, self.groups * self.channels * self.taps, 1)
+        vectors = pooled[:, None].expand_as(self.to_vectors("joint", maps))
+        return self.from_vectors("joint", vectors, maps.shape).flatten()
+
     def _find_layout(self, axis: str) -> _Layout:
         """Name each dimension by a letter: r maps, g groups, n blocks, b channels, t taps, p."""
         lengths = {"g": self.groups, "n": self.count, "b": self.size, "t": self.taps}

@@ -157,6 +157,12 @@ def second_moment(maps: Tensor, axis: str, blocks: Blocks) -> Tensor:
     return outer_products(vectors, vectors, blocks.matrices, 1 / max(count, 1))
 
 
+def move_centre(stats: Statistics, mean: Tensor, axis: str, blocks: Blocks) -> Statistics:
+    """Return the statistics about another mean (C*T,), whose distance then counts as variance."""
+    offset = (stats.mean - mean)[None, :, None]
+    return stats._replace(mean=mean, cov=stats.cov + second_moment(offset, axis, blocks))
+
+
 def centre_rows(stats: Statistics, patches: Patches, blocks: Blocks) -> Tensor:
     """Return the centred vectors of F features, (G, rows, F), that the covariance consists of."""
     x, sampling = stats.images, patches.sampling

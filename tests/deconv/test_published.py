@@ -1,16 +1,296 @@
 """Published layers and their checkpoints."""
 
+import copy
+import pickle
+from functools import partial
+
 import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 import deconv
-from deconv import PUBLISHED, FastDeconv, whiteness
+from deconv import PUBLISHED, published, whiteness
 from deconv.ops.inverse_sqrt import inverse_sqrt
-from deconv.published import covariance_behind
+from deconv.published import covariance_behind, signals
+from tests.oracle import brute_force, images
+from tests.pairwise import loop_over
 
 ROOTS = "newton", "cholesky"  # that there were
+
+
+def root(cov, eps, n_iter):
+    """Return D by Newton-Schulz as published, scaled by the Frobenius norm."""
+    cov = cov + eps * torch.eye(len(cov)).to(cov)
+    Y, Z, identity = cov / cov.norm(), torch.eye(len(cov)).to(cov), torch.eye(len(cov)).to(cov)
+    for _ in range(n_iter):
+        T = (3 * identity - Z @ Y) / 2
+        Y, Z = Y @ T, T @ Z
+    return Z / cov.norm().sqrt()
+
+
+def find_rows(x, layer, step):
+    """Return the patches at every `step`-th position, (N, L, features), of images or signals."""
+    single = (1,) * (2 - len(layer.kernel_size))
+    kernel, stride, dilation = (
+        (*single, *getattr(layer, name)) for name in ("kernel_size", "stride", "dilation")
+    )
+    padding = (0,) * len(single) + layer.padding
+    stride = [step * s for s in stride]
+    x = x if x.dim() == 4 else x[:, :, None]
+    return F.unfold(x, kernel, dilation, padding, stride).mT
+
+
+def published_conv(x, layer, block, eps, n_iter, running=None, year=2020, step=3):
+    """Whiten every patch as published, then apply the weight; return y, mean and D of groups.
+
+    2020: the mean is that of pooled blocks. 2019: channels c mod G lose theirs before padding.
+    """
+    if year == 2019:
+        means = x.mean((0, 2, 3)).reshape(-1, block).mean(0) if running is None else running[0][0]
+        x = x - means.repeat(x.shape[1] // block)[:, None, None]
+    sampled, seen = (find_rows(x, layer, s).chunk(layer.groups, -1) for s in (step, 1))
+    out, stats = [], []
+    for g, weight in enumerate(layer.weight.flatten(1).chunk(layer.groups)):
+        features = block * layer.weight[0, 0].numel()
+        rows = sampled[g].flatten(0, 1).unflatten(1, (features, -1)).mT.flatten(0, 1)
+        mean = torch.zeros_like(rows[0]) if year == 2019 else rows.mean(0)
+        D = root((rows - mean).T @ (rows - mean) / len(rows), eps, n_iter)
+        if running is not None:
+            mean, D = (mean if year == 2019 else running[g][0]), running[g][1]
+        white = (seen[g].unflatten(2, (features, -1)).mT - mean) @ D.T  # N L blocks features
+        weight = weight.unflatten(1, (features, -1)).mT
+        out.append(torch.einsum("nlbf,obf->nol", white, weight))
+        stats.append((means if year == 2019 else mean, D))
+    bias = 0 if layer.bias is None else layer.bias[:, None]
+    return torch.cat(out, 1) + bias, stats
+
+
+def published_linear(x, layer, block, eps, n_iter, running=None):
+    """Whiten blocks of neighbouring features as published, then apply the weight."""
+    rows = x.reshape(-1, block)
+    mean = rows.mean(0)
+    D = root((rows - mean).T @ (rows - mean) / len(rows), eps, n_iter)
+    mean, D = running[0] if running is not None else (mean, D)
+    return F.linear(((rows - mean) @ D.T).reshape(x.shape), layer.weight, layer.bias), [(mean, D)]
+
+
+def follow_published(layer, oracle, batches):
+    """Compare values and gradients of five steps, then running statistics and evaluation."""
+    running, matrix = None, getattr(layer, "matrix_name", "running_deconv")
+    for x in batches:
+        x, again = x.clone().requires_grad_(), x.clone().requires_grad_()
+        expected, stats = oracle(again, layer)
+        y, factor = layer(x), torch.linspace(-1, 1, expected.numel()).reshape(expected.shape)
+        torch.testing.assert_close(y.reshape(expected.shape), expected)
+        expected_grads = torch.autograd.grad((expected * factor).sum(), [again, layer.weight])
+        grads = torch.autograd.grad((y.reshape(expected.shape) * factor).sum(), [x, layer.weight])
+        torch.testing.assert_close(grads, expected_grads)
+        if running is None:
+            running = [(torch.zeros_like(m), torch.eye(len(D)).to(D)) for m, D in stats]
+        running = [
+            tuple(0.9 * old + 0.1 * new.detach() for old, new in zip(*pair, strict=True))
+            for pair in zip(running, stats, strict=True)
+        ]
+    mean, D = torch.cat([mean for mean, _ in running]), torch.stack([D for _, D in running])
+    torch.testing.assert_close(layer.running_mean.flatten(), mean)
+    torch.testing.assert_close(getattr(layer, matrix), D.squeeze(0) if len(D) == 1 else D)
+    y = layer.eval()(batches[0])
+    expected, _ = oracle(batches[0], layer, running=running)
+    torch.testing.assert_close(y.reshape(expected.shape), expected)
+    torch.testing.assert_close(deconv.fuse(layer)(batches[0]), y)
+
+
+def doubles(channels, *size, count=6):
+    """Return five batches of correlated inputs with an offset, float64."""
+    if len(size) == 2:
+        return [images(count, channels, *size).double() for _ in range(5)]
+    x = [torch.randn(count, channels, *size, dtype=torch.float64) for _ in range(5)]
+    offsets = torch.arange(channels).reshape(-1, *(1,) * len(size))
+    return [batch + 0.7 * batch.roll(1, 1) + offsets for batch in x]
+
+
+NAMED = partial(published.FastDeconv, num_groups=16, eps=1e-2, n_iter=5, bias=True)
+CALLS_2020 = [  # call, its batches, block, eps, n_iter
+    (lambda: published.FastDeconv(3, 3, kernel_size=3, stride=1, padding=1), (3, 9, 9), 3),
+    (lambda: published.FastDeconv(8, 8, 3, padding=1), (8, 9, 9), 8),
+    (lambda: published.FastDeconv(8, 6, 3, padding=1, block=4), (8, 9, 9), 4),
+    (lambda: published.FastDeconv(12, 6, 3, 2, 1, block=8), (12, 9, 11), 4),  # gcd of 12 and 8
+    (lambda: published.FastDeconv(8, 6, 3, 1, 2, 2, 2, True, 1e-5, 5, 0.1, 64, 2), (8, 9, 9), 4),
+    (lambda: published.FastDeconv(6, 6, 1, bias=False), (6, 9, 9), 6),
+    (lambda: published.FastDeconv(3, 8, kernel_size=7, stride=2, padding=3), (3, 24, 24), 3),
+    (lambda: signals.FastDeconv(2, 4, 9), (2, 60), 2),
+    (lambda: signals.FastDeconv(4, 4, 5, 2, 2, block=2), (4, 60), 2),
+    (lambda: published.NormalizedDeconv(4, 4, 3, padding=1), (4, 9, 9), 4),
+]
+
+
+@loop_over("call, shape, block", CALLS_2020)
+def test_calls_of_2020_equal_the_published_layer(call, shape, block):
+    layer = call().double()
+    step, eps = layer.sampling_stride, 1e-5
+    oracle = partial(published_conv, block=block, eps=eps, n_iter=layer.n_iter, step=step)
+    follow_published(layer, oracle, doubles(*shape))
+
+
+@loop_over(
+    "call, block",
+    [
+        (lambda: published.Delinear(6, 4), 6),
+        (lambda: published.DeLinear(6, 4, False, 1e-5, 5, 0.1, 4), 2),
+        (lambda: published.NormalizedDelinear(6, 4, block=3), 3),
+    ],
+)
+def test_linear_calls_equal_the_published_layer(call, block):
+    layer = call().double()
+    oracle = partial(published_linear, block=block, eps=1e-5, n_iter=5)
+    follow_published(layer, oracle, doubles(6, count=40))
+
+
+@loop_over(
+    "call, channels, block",
+    [
+        (lambda: NAMED(3, 8, kernel_size=3, padding=1, sampling_stride=3), 3, 3),
+        (lambda: published.FastDeconv(8, 6, 3, 2, 1, 1, True, num_groups=4), 8, 4),
+        (lambda: published.FastDeconv2019(8, 6, 3, 1, 0, 2, False, 1e-2, 5, 0.1, 4, 3), 8, 4),
+    ],
+)
+def test_calls_of_2019_equal_the_published_layer(call, channels, block):
+    layer = call().double()
+    assert type(layer) is published.FastDeconv2019 and layer.eps == 1e-2
+    assert layer.running_mean.shape == (1, block, 1, 1)
+    oracle = partial(published_conv, block=block, eps=1e-2, n_iter=5, year=2019)
+    follow_published(layer, oracle, doubles(channels, 11, 11))
+
+
+def published_channels(x, layer, running=None):
+    """Whiten blocks of channels by their uncentred second moment, normalise the rest."""
+    B, n = layer.block, x.shape[1] // layer.block
+    pixels = x.reshape(len(x), x.shape[1], -1).mT  # N P C
+    first, rest = pixels[..., : n * B], pixels[..., n * B :]
+    some = x[..., ::3, ::3].flatten(2).mT if x.dim() == 4 else pixels
+    rows = some[..., : n * B].unflatten(-1, (B, n)).mT.flatten(0, 2)
+    mean, D = rows.mean(0), root(rows.T @ rows / len(rows), layer.eps, layer.n_iter)
+    stats = mean, D, rest.mean(), (rest - rest.mean()).square().mean()
+    mean, D, rest_mean, var = stats if running is None else running
+    white = ((first.unflatten(-1, (B, n)).mT - mean) @ D.T).mT.flatten(2)
+    rest = (rest - rest_mean) / (var + layer.eps).sqrt()
+    return torch.cat([white, rest], -1).mT.reshape(x.shape), stats
+
+
+@loop_over("shape", [(8, 9, 9), (10, 9, 9), (10,), (4, 7, 7)])
+def test_channel_deconv_equals_the_published_layer(shape):
+    layer, running = published.ChannelDeconv(4).double(), None
+    for x in doubles(*shape, count=40):
+        x = x.requires_grad_()
+        y, (expected, stats) = layer(x), published_channels(x, layer)
+        torch.testing.assert_close(y, expected)
+        factor = torch.linspace(-1, 1, y.numel()).reshape(y.shape)
+        torch.testing.assert_close(
+            *(torch.autograd.grad((each * factor).sum(), x) for each in (y, expected))
+        )
+        running = stats if running is None else running  # the first batch replaces 0 and I
+        running = [0.9 * old + 0.1 * new.detach() for old, new in zip(running, stats, strict=True)]
+    if shape[0] % 4:
+        names = ("running_mean1", "running_deconv", "running_mean2", "running_var")
+    else:
+        names = ("running_mean1", "running_deconv")
+    for name, value in zip(names, running, strict=False):
+        torch.testing.assert_close(getattr(layer, name).squeeze(), value.squeeze().detach())
+    running = [value.detach() for value in running]
+    torch.testing.assert_close(layer.eval()(x), published_channels(x, layer, running)[0])
+
+
+@loop_over("mode", [1, 2, 4])
+def test_deconv2d_is_the_mode_over_every_patch(mode):
+    layer = published.DeConv2d(8, 6, 3, 1, 1, 1, True, 1e-2, 15, 0.1, mode, 4).double()
+    x = doubles(8, 9, 9)[0]
+    torch.testing.assert_close(layer(x), brute_force(layer, x), rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match="mode must be 1, 2 or 4, got 3"):
+        published.DeConv2d(8, 6, 3, mode=3)
+
+
+@loop_over("make", [published.FastDeconv, published.NormalizedDeconv])
+def test_a_frozen_stem_estimates_and_then_keeps_its_statistics(make):
+    stem = make(3, 64, kernel_size=7, stride=2, padding=3, freeze=True, freeze_iter=2, n_iter=15)
+    stem = stem.double()
+    oracle = partial(published_conv, block=3, eps=1e-5, n_iter=15)
+    x = doubles(3, 24, 24)[0]
+    for _ in range(2):
+        expected, stats = oracle(x, stem)
+        torch.testing.assert_close(stem(x).flatten(2), expected)
+    weight = 0.1 + 0.9 * 0.1  # of two equal batches; the rest is mean 0 and D = I
+    mean, D = weight * stats[0][0], weight * stats[0][1] + (1 - weight) * torch.eye(147)
+    for _ in range(18):
+        expected, _ = oracle(x, stem, running=[(mean, D)])
+        torch.testing.assert_close(stem(x).flatten(2), expected)
+    torch.testing.assert_close(stem(x).flatten(2), oracle(x, stem)[0])
+
+
+@loop_over("norm_type", ["none", "l1norm", "layernorm"])
+def test_norm_types_scale_each_sample_before_whitening(norm_type):
+    calls = (
+        (lambda **more: published.NormalizedDeconv(4, 6, 3, padding=1, **more), (4, 9, 9)),
+        (lambda **more: published.NormalizedDelinear(6, 4, **more), (6,)),
+    )
+    for call, shape in calls:
+        layer, plain = call(norm_type=norm_type).double(), call().double()
+        plain.load_state_dict(layer.state_dict())
+        x = doubles(*shape, count=40)[0]
+        dims = tuple(range(1, x.dim()))
+        if norm_type == "l1norm":
+            scaled = x / (x.abs().mean(dims, keepdim=True) + 1e-5)
+        elif norm_type == "layernorm":
+            scaled = (x - x.mean(dims, keepdim=True)) / (x.std(dims, keepdim=True) + 1e-5)
+        else:
+            scaled = x
+        torch.testing.assert_close(layer(x), plain(scaled))
+        torch.testing.assert_close(deconv.fuse(layer.eval())(x), plain.eval()(scaled))
+    with pytest.raises(ValueError, match="norm_type must be one of .*, got 'l2'"):
+        published.NormalizedDeconv(4, 4, 3, norm_type="l2")
+
+
+@loop_over(
+    "make",
+    [
+        lambda: published.FastDeconv(4, 4, 3),
+        lambda: published.FastDeconv(4, 4, 3, num_groups=2),
+        lambda: published.NormalizedDelinear(4, 4),
+        lambda: signals.FastDeconv(4, 4, 3),
+    ],
+)
+def test_published_layers_are_copied_pickled_and_recalibrated(make):
+    layer = make()
+    x = torch.randn(8, 4, *(7,) * (layer.weight.dim() - 2))
+    layer(x)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert type(other) is type(layer)
+        torch.testing.assert_close(other.eval()(x), layer.eval()(x))
+    layer.reset_running_stats()
+    state = {name: value for name, value in make().state_dict().items() if "running" in name}
+    assert all(torch.equal(layer.state_dict()[name], value) for name, value in state.items())
+    assert deconv.recalibrate(layer, [x]) == 1
+    whitened = layer(x)
+    torch.testing.assert_close(layer.train()(x), whitened, rtol=1e-4, atol=1e-4)
+
+
+def test_calls_that_the_published_classes_cannot_take_are_refused():
+    with pytest.raises(ValueError, match=r"import FastDeconv from deconv.published.signals"):
+        published.FastDeconv(2, 4, 9)(torch.randn(3, 2, 60))
+    with pytest.raises(ValueError, match="at least 4 channels"):
+        published.ChannelDeconv(4)(torch.randn(8, 3))
+    for sizes in ((), (4, 4)):
+        with pytest.raises(ValueError, match="give one of block and num_groups"):
+            published.ChannelDeconv(**dict(zip(("block", "num_groups"), sizes, strict=False)))
+
+    with pytest.raises(ValueError, match="the layer of 2019 takes no input_norm, got 'l1'"):
+        published.FastDeconv(4, 4, 3, num_groups=2, input_norm="l1")
+
+    class Own(published.FastDeconv):
+        pass
+
+    with pytest.raises(TypeError, match="subclass FastDeconv2019"):
+        Own(4, 4, 3, num_groups=2)
 
 
 @pytest.mark.parametrize("root", ROOTS)
@@ -27,7 +307,7 @@ def test_covariance_behind_is_the_way_back_through_the_root(root, n_iter):
 
 def test_published_numerics_whiten_images_in_0_to_1_more():
     def median(n_iter, **options):
-        layer = FastDeconv(3, 8, 3, padding=1, n_iter=n_iter, **options)
+        layer = deconv.FastDeconv(3, 8, 3, padding=1, n_iter=n_iter, **options)
         layer(images)
         (row,) = whiteness(layer, images)
         return torch.linalg.eigvalsh(row.covariances[1]).median()

@@ -1,15 +1,11 @@
-"""The numerics of the published code, and conversion of its checkpoints."""
+"""Running statistics of published checkpoints, read for the layers of this package."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
 from .ops.inverse_sqrt import newton_schulz_response
 
-# Keywords of `FastDeconv` and `convert` with the numerics of the code of 2020.
-PUBLISHED: dict[str, Any] = {"eps": 1e-5, "block": 64, "root": "newton", "rows_per_feature": 0}
 STEPS = 500  # until the smallest eigenvalues, the slowest ones, have converged
 
 

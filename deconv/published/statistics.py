@@ -1,0 +1,104 @@
+"""Means and running statistics as the published layers have them."""
+
+from __future__ import annotations
+
+from math import gcd
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..ops.blocks import Blocks
+from ..ops.covariance import Statistics, move_centre
+from ..whitening import Matrices, Whitening
+
+# Keywords of `FastDeconv` and `convert` with the numerics of the code of 2020.
+PUBLISHED: dict[str, Any] = {"eps": 1e-5, "block": 64, "root": "newton", "rows_per_feature": 0}
+NORM_TYPES = {"none": "none", "l1norm": "l1", "layernorm": "layer"}
+MATRIX_NAMES = ("running_deconv", "running_cov_isqrt")
+
+
+class PublishedStatistics(Whitening):
+    """A layer with the statistics of the code of 2020.
+
+    Three differences from `Whitening` are needed for equality with the published code:
+    - The blocks of a layer share one mean. Their distances from this mean count as variance.
+    - Running averages are of D, not of the covariance.
+    - They begin at mean 0 and D = I, which the first batch does not replace.
+
+    Buffers: `running_mean` (F,) and `running_deconv` (F, F), or (groups * F,) and (groups, F, F)
+    with several groups. The state_dict has no others.
+    """
+
+    matrix_name = "running_deconv"
+
+    def make_statistics(self, mean_taps: int, **like: Any) -> dict[str, Tensor]:
+        groups, features = self.blocks.groups, self.blocks.features
+        identity = torch.eye(features, **like)
+        matrix = identity if groups == 1 else identity.repeat(groups, 1, 1)
+        return {"running_mean": torch.zeros(groups * features, **like), self.matrix_name: matrix}
+
+    def init_whitening(self, *args: Any, **options: Any) -> None:
+        super().init_whitening(*args, **options)
+        # Published state_dicts lack it. Only `recalibrate` reads it, which begins at 0.
+        self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
+
+    def running_covariances(self) -> Matrices:
+        """Return the running averages of D by axis, as views (G, F, F)."""
+        matrix = getattr(self, self.matrix_name)
+        return {"joint": matrix.view(-1, *matrix.shape[-2:])}
+
+    def running_patch_mean(self) -> Tensor | None:
+        return None if self.running_mean is None else self.blocks.expand(self.running_mean)
+
+    @torch.no_grad()
+    def running_whitening(self) -> tuple[Tensor, Matrices]:
+        mean = self.require_running_mean()
+        return mean, {axis: matrix.clone() for axis, matrix in self.running_covariances().items()}
+
+    def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
+        """Return the statistics about the mean of all blocks."""
+        if blocks.count == 1:
+            return stats
+        return move_centre(stats, blocks.expand(blocks.pool(stats.mean)), axis, blocks)
+
+    def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
+        """Return the same as `Whitening`, but in place of Cov what the running averages are of."""
+        x, count, mean, _, whiten = super().batch_whitening(x)
+        return x, count, mean, {"mean": self.blocks.pool(mean), **whiten}, whiten
+
+    def _update_running(
+        self, count: int | Tensor, mean: Tensor, covs: Matrices, bias: Tensor
+    ) -> None:
+        observed = dict(covs)
+        super()._update_running(count, observed.pop("mean"), observed, bias)
+
+    def batch_weight(self, like: Tensor) -> Tensor:
+        """Return the momentum, for the first batch, too."""
+        if self.momentum is None:
+            return super().batch_weight(like)
+        return like.new_full((), self.momentum)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load the matrix under either published name; a cycle of `freeze` begins anew."""
+        own = prefix + self.matrix_name
+        for other in MATRIX_NAMES:
+            if own not in state_dict and prefix + other in state_dict:
+                state_dict[own] = state_dict.pop(prefix + other)
+        if own in state_dict and self.freeze:
+            state_dict.setdefault(f"{prefix}freeze_steps", torch.tensor(0))
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def find_input_norm(norm_type: str) -> str:
+    """Return the `input_norm` of a published `norm_type`."""
+    if norm_type not in NORM_TYPES:
+        raise ValueError(f"norm_type must be one of {[*NORM_TYPES]}, got {norm_type!r}")
+    return NORM_TYPES[norm_type]
+
+
+def published_block(channels: int, block: int) -> int:
+    """Return the channels per block of the published code: a common divisor, or all channels."""
+    return channels if block >= channels else gcd(channels, block)
