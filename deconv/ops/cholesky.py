@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .matmul import frobenius_norm
+from .once import differentiable_once
 
 
 def inverse_cholesky(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
@@ -58,7 +58,7 @@ class _InverseCholesky(torch.autograd.Function):
         return inverse
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cov, norm, inverse = ctx.saved_tensors
         inner = torch.bmm(grad, inverse.mT).tril_()

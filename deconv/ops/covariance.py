@@ -7,10 +7,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .blocks import Blocks, transform_along
 from .matmul import outer_products
+from .once import differentiable_once
 from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
@@ -116,7 +116,7 @@ class _MeanAndCovariance(torch.autograd.Function):
         return x, centre, cov, *mean
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(
         ctx: Any,
         grad: Tensor | None,

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .matmul import frobenius_norm
+from .once import differentiable_once
 
 
 class Terms(NamedTuple):
@@ -115,7 +115,7 @@ class _Resolvents(torch.autograd.Function):
         return root
 
     @staticmethod
-    @once_differentiable
+    @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         root, scaled, norm, *resolvents = ctx.saved_tensors
         grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from torch import nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 from torch.utils.checkpoint import checkpoint
 
@@ -19,6 +20,7 @@ from deconv import (
     fuse,
     recalibrate,
 )
+from deconv.conv import ROOTS
 from tests.pairwise import loop_over
 
 FEW_ROWS = dict(block=2, rows_per_feature=1)  # some of the patches, see PatchSubset
@@ -171,3 +173,29 @@ def test_copies_do_the_same_and_share_nothing(name):
         with torch.no_grad():
             twin.weight.zero_()
         torch.testing.assert_close(layer(x), before, rtol=0, atol=0)
+
+
+@loop_over("root", ROOTS)
+def test_a_second_derivative_is_right_or_refused(root):
+    options = dict(root=root, rows_per_feature=0, dtype=torch.float64)
+    network = nn.Sequential(
+        FastDeconv(2, 3, 2, **options), nn.Tanh(), FastDeconv(3, 2, 2, **options)
+    )
+    x, step = torch.randn(3, 2, 4, 4, dtype=torch.float64), 1e-5
+
+    def slope(name, w):
+        loss = functional_call(network, {name: w}, (x,)).pow(2).sum()
+        return torch.autograd.grad(loss, w, create_graph=True)[0]
+
+    network(x)
+    for name, training in ("2.weight", True), ("0.weight", True), ("0.weight", False):
+        network.train(training)
+        w = network.get_parameter(name).detach().clone().requires_grad_()
+        along = torch.randn_like(w)
+        if training and name == "0.weight":
+            with pytest.raises(RuntimeError, match="once"):
+                torch.autograd.grad(slope(name, w), w, along)
+            continue
+        (found,) = torch.autograd.grad(slope(name, w), w, along)
+        expected = (slope(name, w + step * along) - slope(name, w - step * along)) / (2 * step)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-3)
