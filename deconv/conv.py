@@ -125,15 +125,14 @@ class Convolution(Whitening):
             freeze_iter=freeze_iter,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
         """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
-        if isinstance(x, fx.Proxy):
-            return record_call(self, x)
-        self.begin_forward()
+        if isinstance(input, fx.Proxy):
+            return record_call(self, input)
         padding = self.padding if self.padding_mode == "zeros" else 0
-        images, weight, bias = self.fold_whitening(self.prepare_input(x))
+        images, weight, bias = self.fold_whitening(self.prepare_input(input))
         y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)
-        return y if self._is_batch(x) else y.squeeze(0)
+        return y if self._is_batch(input) else y.squeeze(0)
 
     def _is_batch(self, x: Tensor) -> bool:
         """Return True if x has a batch dimension; torch takes one image without, too."""

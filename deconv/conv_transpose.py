@@ -77,16 +77,17 @@ class _Transposed(Convolution):
             output_padding = (output_padding,) * len(self.kernel_size)
         self.output_padding = tuple(output_padding)
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+    def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
-        if isinstance(x, fx.Proxy):
-            return record_call(self, x, output_size)
-        self.begin_forward()
+        if isinstance(input, fx.Proxy):
+            return record_call(self, input, output_size)
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
-        extra = self._output_padding(x, output_size, *sides, self.kernel_size, dims, self.dilation)
-        images, weight, bias = self.fold_whitening(self.prepare_input(x))
+        extra = self._output_padding(
+            input, output_size, *sides, self.kernel_size, dims, self.dilation
+        )
+        images, weight, bias = self.fold_whitening(self.prepare_input(input))
         y = self.convolve(images, weight, bias, *sides, extra, self.groups, self.dilation)
-        return y if self._is_batch(x) else y.squeeze(0)
+        return y if self._is_batch(input) else y.squeeze(0)
 
     def to_conv_layout(self, weight: Tensor) -> Tensor:
         """Convert (groups * C, out / groups, *kernel) to (out, C, *kernel), flipped, or back."""

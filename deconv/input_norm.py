@@ -39,7 +39,7 @@ class InputNorm(nn.Module):
 class NormalizedLayer(nn.Sequential):
     """A plain layer behind its `InputNorm`: the fused form of a layer with `input_norm`."""
 
-    def forward(self, x: Tensor, *args: Any) -> Tensor:
-        """Normalise x and pass it to the layer, with the layer's further arguments."""
+    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as in torch
+        """Normalise the input and pass it to the layer, with the layer's further arguments."""
         norm, layer = self
-        return layer(norm(x), *args)
+        return layer(norm(input), *args, **kwargs)

@@ -80,13 +80,12 @@ class Delinear(Whitening, nn.Linear):
             freeze_iter=freeze_iter,
         )
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
         """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
-        if isinstance(x, fx.Proxy):
-            return record_call(self, x)
-        self.begin_forward()
-        rows, weight, bias = self.fold_whitening(self.prepare_input(x))
-        return F.linear(rows.reshape(x.shape), weight, bias)
+        if isinstance(input, fx.Proxy):
+            return record_call(self, input)
+        rows, weight, bias = self.fold_whitening(self.prepare_input(input))
+        return F.linear(rows.reshape(input.shape), weight, bias)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         """Return x (..., C) as images of one pixel, (M, C, 1)."""

@@ -108,7 +108,7 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
     def make_hook(name: str) -> Callable[..., None]:
         def hook(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name not in rows:
-                rows[name] = _try_layer(name, layer, args[0] if args else kwargs["x"])
+                rows[name] = _try_layer(name, layer, args[0] if args else kwargs["input"])
 
         return hook
 
@@ -151,6 +151,8 @@ def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhitene
         x = layer.prepare_input(x)
         sampling, blocks = layer.choose_patches(x)
         patches = sample(x, sampling)
+        if not patches.samples:
+            raise ValueError("the batch has no patches")
         cov = mean_and_covariance(patches, blocks).cov.double()
         if layer.track_running_stats:
             _, whiten = layer.running_whitening()
@@ -182,11 +184,16 @@ def _join_axes(whiten: Matrices, blocks: Blocks) -> torch.Tensor:
     matrices = []
     for axis, matrix in whiten.items():
         if axis == "channel":
-            matrix = _kron(matrix, torch.eye(blocks.taps).to(matrix).expand(len(matrix), -1, -1))
+            matrix = _kron(matrix, _identities(blocks.taps, matrix))
         elif axis == "pixel":
-            matrix = _kron(torch.eye(blocks.size).to(matrix).expand(len(matrix), -1, -1), matrix)
+            matrix = _kron(_identities(blocks.size, matrix), matrix)
         matrices.append(matrix)
     return reduce(lambda joined, matrix: matrix @ joined, matrices)
+
+
+def _identities(side: int, like: torch.Tensor) -> torch.Tensor:
+    """Return (G, side, side), as many identities as there are matrices in `like`."""
+    return torch.eye(side, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
 
 
 def _kron(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:

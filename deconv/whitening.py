@@ -66,12 +66,15 @@ class Whitening(Freezing):
             x: (N, C, *size), from `prepare_input`.
 
         Raises:
-            ValueError: x has another dtype than the weight, outside autocast.
+            ValueError: x has another dtype than the weight, outside autocast; or torch.func
+                transforms a layer that whitens by its batch.
         """
         self._check_dtype(x)
+        self.begin_forward()
         with full_precision(x.device):
             if self.uses_running_stats:
                 return x, *self._fold(*self.running_whitening())
+            _refuse_transforms(self)
             x, count, mean, cov, whiten = self.batch_whitening(x)
             weight, bias = self._fold(mean, whiten)
             if self.track_running_stats and not in_backward():
@@ -351,7 +354,8 @@ class Whitening(Freezing):
         """
         rows, (mean, whiten) = self.to_conv_layout(self.weight), self.running_whitening()
         whiten = {axis: matrix.to(mean) for axis, matrix in whiten.items()}
-        single = torch.eye(rows[0].numel()).to(mean).reshape(-1, *rows.shape[1:])
+        single = torch.eye(rows[0].numel(), dtype=mean.dtype, device=mean.device)
+        single = single.reshape(-1, *rows.shape[1:])
         single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))
         return fold(single, None, mean, whiten, self.blocks)[0]
 
@@ -457,6 +461,15 @@ def record_call(layer: nn.Module, *args: Any) -> Any:
     """
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
+
+
+def _refuse_transforms(layer: nn.Module) -> None:
+    """Raise ValueError inside `vmap`, `grad` and the like of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise ValueError(
+            "torch.func transforms no statistics of a batch: call eval() on the model, or use "
+            f"torch.autograd.grad, for {layer}"
+        )
 
 
 def forward_hooks(module: nn.Module) -> dict[str, Any]:

@@ -38,9 +38,9 @@ class ChannelAffine(nn.Module):
         self.shift = nn.Parameter(shift, requires_grad)
         self.dims = dims
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in BatchNorm
         shape = (-1, *(1,) * self.dims)
-        return x * self.scale.reshape(shape) + self.shift.reshape(shape)
+        return input * self.scale.reshape(shape) + self.shift.reshape(shape)
 
     def fuse(self) -> nn.Module:
         """Return the map as a depthwise convolution with 1 x 1 kernels."""

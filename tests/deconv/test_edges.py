@@ -5,7 +5,7 @@ from copy import deepcopy
 import pytest
 import torch
 
-from deconv import Delinear, FastDeconv, FastDeconvTranspose2d
+from deconv import Delinear, FastDeconv, FastDeconvTranspose2d, whiteness
 from deconv.ops.inverse_sqrt import ROOTS
 from tests.pairwise import loop_over, pairwise
 
@@ -151,4 +151,8 @@ def test_momentum_none_averages_all_batches_as_batchnorm_does():
 def test_a_default_device_leaves_an_explicit_one_alone():
     with torch.device("meta"):
         layer = FastDeconv(3, 4, 3, device="cpu")
+        separable = FastDeconv(3, 4, 3, mode=1, device="cpu")
+        images = torch.rand(2, 3, 9, 9, device="cpu")
+        assert layer.whitening_kernels().device.type == "cpu"
+        assert not whiteness(separable, images)[0].error
     assert {value.device.type for value in layer.state_dict().values()} == {"cpu"}

@@ -110,6 +110,14 @@ def test_functional_call_in_training_uses_what_it_is_given():
     assert state["num_batches_tracked"] == 2
 
 
+def test_transforms_in_training_are_refused_with_the_way_out():
+    layer, x = make("joint")
+    layer.train()
+    for transformed in (vmap(layer), grad(lambda x: layer(x).sum())):
+        with pytest.raises(ValueError, match=r"eval\(\).* for FastDeconv\(4, 3"):
+            transformed(x)
+
+
 @loop_over("name", LAYERS)
 def test_without_running_statistics_evaluation_uses_the_batch(name):
     layer, x = make(name, track_running_stats=False)

@@ -113,7 +113,7 @@ def test_a_fused_layer_keeps_only_the_normalisation(kind, norm):
     torch.testing.assert_close(plain(x[0]), layer(x[0]))
     if layer.weight.dim() > 2 and layer.transposed:
         size = [2 * side for side in x.shape[2:]]
-        torch.testing.assert_close(plain(x, size), layer(x, size))
+        torch.testing.assert_close(plain(x, output_size=size), layer(x, size))
 
 
 def test_forward_hooks_of_a_fused_layer_see_the_raw_input():

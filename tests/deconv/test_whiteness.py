@@ -127,6 +127,7 @@ def test_a_layer_that_cannot_be_judged_is_reported_in_its_row():
     assert str(rows).endswith("\n0: RuntimeError: no patches")
     assert all(layer.sync_stats for layer in (model[0], model[2])) and "before/0" in rows.scalars()
     torch.testing.assert_close(dict(model.state_dict()), dict(kept), rtol=0, atol=0)
+    assert "no patches" in whiteness(FastDeconv(3, 4, 3), x[:0])[0].error
 
 
 def test_keywords_reach_a_layer():
@@ -136,6 +137,6 @@ def test_keywords_reach_a_layer():
             self.layer = FastDeconv(3, 4, 3)
 
         def forward(self, x):
-            return self.layer(x=x)
+            return self.layer(input=x)
 
     assert whiteness(Keyword(), torch.rand(9, 3, 8, 8))[0].patches > 0

@@ -101,6 +101,25 @@ def test_pretrained_folds_the_batchnorm_before_training_starts(bias, channels_la
     assert not torch.allclose(new.eval()[0](x), was)
 
 
+def test_layers_take_their_input_by_the_keyword_of_torch():
+    class Keywords(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm, self.conv = nn.BatchNorm2d(3), nn.Conv2d(3, 4, 3)
+            self.up, self.head = nn.ConvTranspose2d(4, 4, 2, 2), nn.Linear(4, 2)
+
+        def forward(self, x):
+            maps = self.up(input=self.conv(input=self.norm(input=x)), output_size=[15, 15])
+            return self.head(input=maps.mean((2, 3)))
+
+    model, x = Keywords().eval(), torch.randn(4, 3, 9, 9)
+    converted = convert(model, linear=True, pretrained=True)
+    assert type(converted.norm) is ChannelAffine
+    torch.testing.assert_close(converted(x), model(x))
+    converted.train()(x).sum().backward()
+    torch.testing.assert_close(fuse(converted.eval())(x), converted(x))
+
+
 def test_without_pretrained_the_weights_stay_as_they_are():
     model = randomize(pair(bias=True))
     new = convert(model)[0]
