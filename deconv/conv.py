@@ -129,6 +129,7 @@ class Convolution(Whitening):
         """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input)
+        self.begin_forward()
         padding = self.padding if self.padding_mode == "zeros" else 0
         images, weight, bias = self.fold_whitening(self.prepare_input(input))
         y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)

@@ -81,6 +81,7 @@ class _Transposed(Convolution):
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input, output_size)
+        self.begin_forward()
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
         extra = self._output_padding(
             input, output_size, *sides, self.kernel_size, dims, self.dilation

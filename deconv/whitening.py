@@ -70,7 +70,6 @@ class Whitening(Freezing):
                 transforms a layer that whitens by its batch.
         """
         self._check_dtype(x)
-        self.begin_forward()
         with full_precision(x.device):
             if self.uses_running_stats:
                 return x, *self._fold(*self.running_whitening())
