@@ -191,6 +191,13 @@ def messages(case, share):
     return forward, backward, sent(lambda: layer.eval()(x).sum().backward())
 
 
+def train_frozen(share):
+    """Run a step that estimates and a frozen one; return the messages of each, and values."""
+    layer = build("few patches", freeze=True, freeze_iter=1)
+    step = lambda x: loss(layer(x[share].requires_grad_()), share).backward()
+    return [sent(partial(step, x)) for x in batches(layer)], gradients(layer), buffers(layer)
+
+
 def messages_under_autocast(share):
     layer = build("mode 5, interleaved, shared").float()
     x = next(batches(layer))[share].float()
@@ -254,6 +261,7 @@ def experiments(share, rank):
             "train alone": train_alone(share),
             "messages alone": sent(lambda: train_alone(share)),
             "messages": {case: messages(case, share) for case in CASES},
+            "frozen": train_frozen(share),
             "messages under autocast": messages_under_autocast(share),
             "empty": unusable(lambda x: x[:0]),
             "poisoned": unusable(lambda x: poison(x)[share]),
@@ -323,6 +331,15 @@ WHOLE = slice(0, IMAGES)
 
 def total(parts):
     return {name: sum(part[name] for part in parts) for name in parts[0]}
+
+
+def test_frozen_steps_of_ranks_equal_one_with_the_whole_batch_and_send_nothing(found):
+    _, gradient, statistics = train_frozen(WHOLE)
+    estimated, frozen = zip(*(part["frozen"][0] for part in found), strict=True)
+    assert not any(frozen) and all(len(each) == 2 * (len(found) > 1) for each in estimated)
+    close(total([part["frozen"][1] for part in found]), gradient)
+    for part in found:
+        close(part["frozen"][2], statistics)
 
 
 def test_ranks_equal_one_with_the_whole_batch(found):
