@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from .ops.blocks import Blocks, make_blocks
 from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, PatchSubset, Sampling
-from .whitening import Whitening, record_call, require_positive
+from .recording import record_call
+from .whitening import Whitening, require_positive
 
 # Whitened axes by mode, in order. Modes 4 and 5 differ in the patches they sample.
 MODES: dict[int, tuple[str, ...]] = {

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from .conv import Convolution
 from .ops.patches import PatchGrid
-from .whitening import record_call
+from .recording import record_call
 
 
 class _Transposed(Convolution):

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from .ops.normalize import EPS, normalize_samples
+from .recording import record_call
 
 
 class InputNorm(nn.Module):
@@ -30,6 +31,8 @@ class InputNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x normalised."""
+        if isinstance(x, fx.Proxy):
+            return record_call(self, x)
         return normalize_samples(x, self.norm, self.dims, self.eps)
 
     def extra_repr(self) -> str:

@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
 from .ops.patches import PatchGrid, Sampling
-from .whitening import Whitening, record_call, require_positive
+from .recording import record_call
+from .whitening import Whitening, require_positive
 
 
 class Delinear(Whitening, nn.Linear):

@@ -453,15 +453,6 @@ def autocasts(device: torch.device) -> bool:
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
-def record_call(layer: nn.Module, *args: Any) -> Any:
-    """Record a call of the layer in the graph of `torch.fx`, as of any layer of torch.
-
-    The tracers of torch and torchvision ask for the module of a class, and would trace its forward.
-    """
-    tracer = args[0].tracer
-    return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})
-
-
 def _refuse_transforms(layer: nn.Module) -> None:
     """Raise ValueError inside `vmap`, `grad` and the like of torch.func."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():

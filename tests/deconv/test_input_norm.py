@@ -143,6 +143,11 @@ def test_export_for_any_batch_keeps_the_normalisation(norm, is_fused):
     torch.testing.assert_close(program.module()(x), network(x), rtol=1e-4, atol=1e-5)
 
 
+def test_a_fused_network_is_traced_by_fx():
+    network, x = fuse(make_network(input_norm="layer")), 7 * torch.rand(5, 3, 9, 9)
+    torch.testing.assert_close(torch.fx.symbolic_trace(network)(x), network(x))
+
+
 @pytest.mark.slow
 @loop_over("norm", NORMS)
 def test_onnx_keeps_the_normalisation(norm):

@@ -60,7 +60,8 @@ def test_all_visible_gpus_are_used(tmp_path):
 
 
 ROOTS = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
-KINDS = ["--mode 1", "--mode 3", *ROOTS, "--amp fp16"]
+FREEZE = "--freeze True --freeze-iter 1 --norm-type layernorm"  # a cycle has 10 steps
+KINDS = ["--mode 1", "--mode 3", *ROOTS, "--amp fp16", FREEZE, f"{FREEZE} --amp fp16"]
 
 
 @pytest.mark.parametrize("line", ["--deconv False", *KINDS])
