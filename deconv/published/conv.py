@@ -213,6 +213,9 @@ class NormalizedDeconv(FastDeconv):
         sync: take the batch statistics over all ranks (default False).
         options: as in `FastDeconv`.
 
+    NOTE (differs from the published code): "l1norm" averages all elements of a sample, not every
+    `sampling_stride`-th one.
+
     Source: Ye et al., AAAI 2022.
     """
 
@@ -243,6 +246,7 @@ class NormalizedDeconv(FastDeconv):
         whitening: Any = (eps, n_iter, momentum, block, sampling_stride, freeze, freeze_iter)
         options = {"input_norm": find_input_norm(norm_type), "sync_stats": sync, **options}
         super().__init__(in_channels, out_channels, *geometry, *whitening, **options)
+        self.input_norm_eps = eps
 
 
 class DeConv2d(layers.FastDeconv):

@@ -91,6 +91,7 @@ class NormalizedDelinear(Delinear):
         options = {"input_norm": find_input_norm(norm_type), "sync_stats": sync, **options}
         whitening: Any = (eps, n_iter, momentum, block)
         super().__init__(in_features, out_features, bias, *whitening, **options)
+        self.input_norm_eps = eps
 
 
 DeLinear = Delinear

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from deconv import Delinear, FastDeconv, convert, fuse, recalibrate, whiteness
+from deconv import Delinear, FastDeconv, convert, fuse, published, recalibrate, whiteness
 from deconv.input_norm import InputNorm, NormalizedLayer
 from deconv.ops.normalize import INPUT_NORMS, normalize_samples
 from deconv.surgery.plan import DECONVOLUTIONS
@@ -185,3 +185,15 @@ def test_an_unknown_norm_is_refused_by_name():
     ):
         with pytest.raises(ValueError, match=r"^input_norm must be one of .*, got ('l2'|1)$"):
             make()
+
+
+def test_published_layers_add_their_own_eps_to_the_divisor():
+    x = torch.randn(5, 4, 3, 3)
+    layer = published.NormalizedDeconv(4, 2, 1, eps=0.3, norm_type="layernorm")
+    centred = x - x.mean((1, 2, 3), keepdim=True)
+    expected = centred / (x.std((1, 2, 3), keepdim=True) + 0.3)
+    torch.testing.assert_close(layer.normalize_input(x), expected)
+    head = published.NormalizedDelinear(4, 2, eps=0.3, norm_type="l1norm")
+    row = x[:, :, 0, 0]
+    expected = row / (row.abs().mean(1, keepdim=True) + 0.3)
+    torch.testing.assert_close(head.normalize_input(row), expected)
