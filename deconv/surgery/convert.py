@@ -27,7 +27,7 @@ def convert(
     eps: float = 1e-2,
     n_iter: int = 5,
     bias: bool = True,
-    linear: bool = False,
+    linear: bool | Iterable[str] = True,
     block_linear: int = 512,
     pretrained: bool = False,
     calibrate: Iterable[Any] | None = None,
@@ -65,8 +65,10 @@ def convert(
         eps: added to the diagonal of each covariance, in units of variance.
         n_iter: Newton-Schulz steps, of each FastDeconv and of Delinear.
         bias: add a bias, initially 0, to convolutions without one if any BatchNorm is replaced.
-        linear: replace the last `nn.Linear` by a Delinear.
-        block_linear: block of this Delinear, in features.
+        linear: replace each `nn.Linear` that ends the model, such as a classifier, by a Delinear.
+            Nothing normalises its input any longer. Or patterns of the names of linear layers to
+            replace, such as ["fc"]; False for none.
+        block_linear: block of each Delinear, in features.
         pretrained: keep the outputs of the model in evaluation.
         calibrate: batches of the training data, of which 10 are used; needs `pretrained`. Weights
             are rewritten so that training keeps the outputs, too.

@@ -40,6 +40,8 @@ DECONVOLUTIONS: dict[type[nn.Module], type[Convolution]] = {
 _COMPUTING_NAMES = {"forward", "_conv_forward", "__call__", "__getattr__", "weight", "bias"}
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
+_KINDS = ("convolution", "norm", "linear layer", "TorchScript part")
+_LITTLE = 0.05  # share of the weights
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
 
 
@@ -56,6 +58,7 @@ class Row:
         layer: the replacement of a convolution or linear layer, on the meta device.
         partner: for a convolution, the BatchNorm that follows it and is folded into it; for a
             BatchNorm, that convolution.
+        ends_model: for a linear layer, the model returns its output.
         dims: for a BatchNorm, the number of spatial dimensions of its input.
     """
 
@@ -66,11 +69,12 @@ class Row:
     reason: str = ""
     layer: Any = field(default=None, repr=False)
     partner: nn.Module | None = field(default=None, repr=False)
+    ends_model: bool = field(default=False, repr=False)
     dims: int = field(default=2, repr=False)
 
 
 class Plan(tuple[Row, ...]):
-    """Rows of a plan; `str` formats them as a table."""
+    """Rows of a plan; `str` formats them as a table, with counts and an outlook."""
 
     __slots__ = ()
 
@@ -79,18 +83,65 @@ class Plan(tuple[Row, ...]):
         for row in self:
             kind = type(row.module).__name__
             lines.append((row.name or "(all)", kind, row.action, row.becomes, row.reason))
-        counts = [
-            f"{sum(row.action == action for row in self)} {action}"
-            for action in (REPLACED, KEPT, SKIPPED)
+        ends = filter(None, (self.count_kinds(), self.describe_outlook()))
+        return "\n".join((align(lines), *ends))
+
+    def count_kinds(self) -> str:
+        """Return the numbers of convolutions, norms and linear layers of each action."""
+        texts = []
+        for action in (REPLACED, KEPT, SKIPPED):
+            kinds = Counter(_name_kind(row.module) for row in self if row.action == action)
+            counts = [f"{kinds[kind]} {kind}{'s' * (kinds[kind] > 1)}" for kind in _KINDS]
+            if present := [count for count in counts if not count.startswith("0 ")]:
+                texts.append(f"{action}: {', '.join(present)}")
+        return "; ".join(texts)
+
+    def describe_outlook(self) -> str:
+        """Return one sentence on what limits the gain from deconvolution, or ""."""
+        convs = [row for row in self if _name_kind(row.module) == "convolution"]
+        norms = [row for row in self if _name_kind(row.module) == "norm"]
+        whiten = [
+            row for row in convs if row.layer is not None or isinstance(row.module, Whitening)
         ]
-        return f"{align(lines)}\n{', '.join(counts)}"
+        if not whiten:
+            return "No convolution is replaced, so there is nothing to gain." if convs else ""
+        lost = any(row.action == REPLACED for row in norms)
+        plain = [row.name for row in self if row.ends_model and row.layer is None]
+        if lost and plain:
+            return (
+                f"Whiten {' and '.join(plain)} as well, linear=True: no norm is left before it, "
+                "and training at learning rates such as 0.1 diverges."
+            )
+        sizes = {row.name: row.module.weight.numel() for row in self if row not in norms}
+        size = sum(sizes[row.name] for row in whiten)
+        of_convs, of_all = size / sum(sizes[row.name] for row in convs), size / sum(sizes.values())
+        if of_convs < 0.5:
+            return (
+                f"Convolutions with {1 - of_convs:.0%} of the weights stay, which limits the gain."
+            )
+        if of_all < _LITTLE:
+            return f"Convolutions hold {of_all:.1%} of the weights, which limits the gain."
+        if lost or not any(row.layer for row in whiten):
+            return ""
+        kinds = " and ".join(sorted({type(row.module).__name__ for row in norms}))
+        norm = f"{kinds} stays" if norms else "The model has no norm"
+        return f"{norm}: the cost of whitening comes on top, and larger learning rates may pay."
+
+
+def _name_kind(module: nn.Module) -> str:
+    """Return which of the kinds of layers that a plan counts apart a module is."""
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript part"
+    if isinstance(module, nn.Linear):
+        return "linear layer"
+    return "convolution" if isinstance(module, _ConvNd) else "norm"
 
 
 def plan(
     model: nn.Module,
     *,
     bias: bool = True,
-    linear: bool = False,
+    linear: bool | Iterable[str] = True,
     block_linear: int = 512,
     pretrained: bool = False,
     skip: Iterable[str] = (),
@@ -103,7 +154,7 @@ def plan(
     Args:
         model: any model.
         bias: as for `convert`, like all further arguments.
-        linear: replace the last linear layer.
+        linear: replace the linear layers that end the model, or those that match patterns.
         block_linear: block of its replacement, in features.
         pretrained: keep the outputs of the model in evaluation.
         skip: patterns of names of layers to leave alone.
@@ -121,16 +172,15 @@ def plan(
         layer  class        action    becomes                              reason
         0      Conv2d       replaced  FastDeconv, blocks of 3, with a bias
         1      BatchNorm2d  replaced  Identity                             follows 0
-        2 replaced, 0 kept, 0 skipped
+        replaced: 1 convolution, 1 norm
     """
     refuse_wrapped(model, "Convert")
     _refuse_unknown_options(options)
     layers = {name: module for name, module in model.named_modules() if _is_planned(module)}
-    skipped = _match_patterns(layers, skip)
+    skipped = _match_patterns(layers, skip, "skip")
     shared = signature(Delinear).parameters.keys() & options.keys() - {"block"}
     head_options = {"block": block_linear, **{name: options[name] for name in shared}}
-    linears = [module for module in layers.values() if type(module) is nn.Linear]
-    head = linears[-1] if linear and linears else None
+    named = {} if isinstance(linear, bool) else _match_patterns(layers, linear, "linear")
     for name, module in layers.items():
         if (linear or not isinstance(module, nn.Linear)) and _is_lazy(module):
             raise ValueError(
@@ -154,12 +204,23 @@ def plan(
             if row.action == REPLACED and (caller := flow.find_class_dependent_caller(module)):
                 row = Row(name, module, SKIPPED, reason=_explain_classes(caller))
         elif isinstance(module, nn.Linear):
-            row = _plan_linear(name, module, head_options if module is head else None)
+            row = Row(name, module, KEPT)  # until it is known whether a convolution is replaced
         elif not is_batchnorm(module):
-            row = Row(name, module, KEPT, reason="is not a BatchNorm")
+            row = Row(name, module, KEPT, reason=_explain_norm(module))
         else:
             continue
         rows[id(module)] = row
+    whitens = any(
+        isinstance(row.module, Convolution) or isinstance(row.layer, Convolution)
+        for row in rows.values()
+    )
+    for key, row in rows.items():
+        if isinstance(row.module, nn.Linear):
+            ends = flow.is_returned(row.module)
+            known = row.reason or row.name in named
+            reason = row.reason if known else _explain_linear(row.name, linear, ends, whitens)
+            row = replace(row, reason=reason) if reason else _plan_linear(row, head_options)
+            rows[key] = replace(row, ends_model=bool(ends))
     uses = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
     tied = {key for key, count in uses.items() if count > 1}
     batchnorms = _BatchNormPlanner(layers, rows, flow, tied, pretrained)
@@ -186,15 +247,17 @@ def _is_planned(module: nn.Module) -> bool:
     return isinstance(module, (_ConvNd, nn.Linear, *_OTHER_NORMS)) or is_batchnorm(module)
 
 
-def _match_patterns(layers: Iterable[str], patterns: Iterable[str]) -> dict[str, str]:
-    """Map the name of each layer that a pattern matches to the pattern."""
+def _match_patterns(
+    layers: Iterable[str], patterns: Iterable[str], argument: str
+) -> dict[str, str]:
+    """Map the name of each layer that a pattern of an argument matches to the pattern."""
     if isinstance(patterns, str):
-        raise ValueError(f"skip must be a list of patterns, got {patterns!r}")
+        raise ValueError(f"{argument} must be a list of patterns, got {patterns!r}")
     matches: dict[str, str] = {}
     for pattern in patterns:
         names = [name for name in layers if fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"skip: no layer of the model matches {pattern!r}")
+            raise ValueError(f"{argument}: no layer of the model matches {pattern!r}")
         matches |= dict.fromkeys(names, pattern)
     return matches
 
@@ -219,7 +282,7 @@ def _find_plain_class(conv: _ConvNd) -> type[nn.Module] | None:
 def _plan_convolution(name: str, conv: _ConvNd, options: Mapping[str, Any]) -> Row:
     plain = _find_plain_class(conv)
     if plain is None:
-        return Row(name, conv, SKIPPED, reason=f"there is no deconvolution for {_name_class(conv)}")
+        return Row(name, conv, SKIPPED, reason=_explain_class(conv, "a convolution"))
     if reason := _find_obstacle(conv):
         return Row(name, conv, SKIPPED, reason=reason)
     shape = (conv.in_channels, conv.out_channels, conv.kernel_size)
@@ -229,25 +292,29 @@ def _plan_convolution(name: str, conv: _ConvNd, options: Mapping[str, Any]) -> R
     return _replace(name, conv, make(*shape, **geometry, **options, **like))
 
 
-def _plan_linear(name: str, linear: nn.Linear, options: Mapping[str, Any] | None) -> Row:
-    if options is None:
-        return Row(name, linear, KEPT, reason="linear=True replaces the last linear layer only")
+def _plan_linear(row: Row, options: Mapping[str, Any]) -> Row:
+    linear = row.module
+    if type(linear) is not nn.Linear:
+        return replace(row, action=SKIPPED, reason=_explain_class(linear, "an nn.Linear"))
     if reason := _find_obstacle(linear):
-        return Row(name, linear, SKIPPED, reason=reason)
+        return replace(row, action=SKIPPED, reason=reason)
     shape = (linear.in_features, linear.out_features, linear.bias is not None)
     like = {"device": "meta", "dtype": linear.weight.dtype}
     make: Any = Delinear
-    return _replace(name, linear, make(*shape, **options, **like))
+    return _replace(row.name, linear, make(*shape, **options, **like))
 
 
 def _find_obstacle(module: _ConvNd | nn.Linear) -> str:
     """Return the reason why a layer of a supported class cannot be replaced, or ""."""
     if "weight" in vars(module) or "bias" in vars(module):  # set by a hook
-        return "a hook computes its weight or its bias"
+        return "a hook computes its weight or its bias: convert before you add it"
     if _COMPUTING_NAMES & vars(module).keys():
-        return "its forward was replaced"
+        return "its forward was replaced: convert before you replace it"
     if not module.weight.is_floating_point():
-        return f"only real numbers are whitened, not {module.weight.dtype}"
+        return (
+            f"only real numbers are whitened, not {module.weight.dtype}: give real and imaginary "
+            "parts channels of their own"
+        )
     return ""
 
 
@@ -305,13 +372,15 @@ class _BatchNormPlanner:
         if reason := self._find_dependency(name, norm):
             return Row(name, norm, KEPT, reason=reason)
         if not is_known_batchnorm(norm):
-            return Row(name, norm, SKIPPED, reason=f"forward of {_name_class(norm)} is not known")
+            reason = f"forward of {_name_class(norm)} is not known: put a BatchNorm of torch there"
+            return Row(name, norm, SKIPPED, reason=reason)
         source = self.flow.find_exclusive_source(norm)
         before = None if source is None or is_batchnorm(source) else self.rows.get(id(source))
         if before is not None and before.action != REPLACED:
             return Row(name, norm, KEPT, reason=f"follows {before.name}, which is {before.action}")
         if self.pretrained and find_affine(norm) is None:
-            return Row(name, norm, SKIPPED, reason="has no running statistics to fold")
+            reason = "has no running statistics to fold: pretrained=False replaces it"
+            return Row(name, norm, SKIPPED, reason=reason)
         rest = [type(module).__name__ for module in extra_modules(norm)]
         becomes = ", ".join(rest) or "Identity"
         if before is None:
@@ -327,7 +396,8 @@ class _BatchNormPlanner:
         if self.pretrained:
             return Row(name, norm, REPLACED, ", ".join(["ChannelAffine", *rest]), obstacle)
         if function := None if rest else self.flow.find_inplace_function(norm):
-            return Row(name, norm, SKIPPED, reason=f"{function} after it would overwrite its input")
+            reason = f"{function} after it would overwrite its input: call it out of place"
+            return Row(name, norm, SKIPPED, reason=reason)
         return Row(name, norm, REPLACED, becomes, reason)
 
     def _is_tied(self, module: nn.Module) -> bool:
@@ -338,11 +408,15 @@ class _BatchNormPlanner:
         """Return the reason why code of the model may depend on a BatchNorm, or ""."""
         owner = name.rpartition(".")[0]
         if owner in self.layers and self.layers[owner] is not norm:
-            return f"is a part of {owner or 'the model'}, {_name_class(self.layers[owner])}"
+            whole = f"{owner or 'the model'}, {_name_class(self.layers[owner])}"
+            return f"is a part of {whole}: put convolution and norm side by side"
         if (reader := self.flow.find_reader(norm)) is not None:
-            return f"{_name_class(reader)} reads its tensors by name"
+            return f"{_name_class(reader)} reads its tensors by name: let it call the layer"
         if (caller := self.flow.find_untraced_caller(norm)) is not None:
-            return f"{_explain_untraced(caller)}, so nothing is known of its input and output"
+            return (
+                f"{_explain_untraced(caller)}: if a replaced convolution precedes it, put an "
+                "nn.Identity there"
+            )
         if (caller := self.flow.find_class_dependent_caller(norm)) is not None:
             return _explain_classes(caller)
         return ""
@@ -360,14 +434,14 @@ class _BatchNormPlanner:
     def _find_whitener(self, norm: nn.Module) -> tuple[bool, str]:
         """Tell whether some deconvolution makes a BatchNorm redundant, and the reason."""
         if not self.whitens:
-            return False, "no layer of the model whitens"
+            return False, "no layer of the model whitens: see the convolutions"
         consumers = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
         after = [self.rows.get(id(layer)) for layer in consumers]
         if after and all(row is not None and row.layer is not None for row in after):
             return True, "the layers after it whiten"
         if self._sees_maps(norm):
             return True, "whitening replaces normalisation of maps"
-        return False, "may normalise vectors, which no layer after it whitens"
+        return False, "may normalise vectors: linear=[NAME] whitens a linear layer after it"
 
     def _sees_maps(self, norm: nn.Module) -> bool:
         """Tell maps from vectors, which BatchNorm1d and SyncBatchNorm also normalise."""
@@ -384,7 +458,35 @@ def _explain_untraced(module: nn.Module) -> str:
 
 
 def _explain_classes(module: nn.Module) -> str:
-    return f"forward of {_name_class(module)} depends on the classes of its layers"
+    return (
+        f"forward of {_name_class(module)} depends on the classes of its layers: let it go by names"
+    )
+
+
+def _explain_class(module: nn.Module, supported: str) -> str:
+    return (
+        f"there is no deconvolution for {_name_class(module)}: put {supported} of torch there first"
+    )
+
+
+def _explain_norm(norm: nn.Module) -> str:
+    if isinstance(norm, nn.LayerNorm):
+        return "normalises each sample by itself, which whitening does not replace"
+    return "only BatchNorm is replaced: build the model with BatchNorm first"
+
+
+def _explain_linear(
+    name: str, linear: bool | Iterable[str], ends: bool | None, whitens: bool
+) -> str:
+    """Return the reason why a linear layer that no pattern names is kept, or ""."""
+    remedy = f"linear={[name]} replaces it"
+    if linear is not True:
+        return remedy
+    if ends is None:
+        return f"its way to the output cannot be traced: {remedy}"
+    if not ends:
+        return f"does not end the model: {remedy}"
+    return "" if whitens else f"no convolution is replaced: {remedy} alone"
 
 
 def _add_biases(rows: dict[int, Row]) -> None:

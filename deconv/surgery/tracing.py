@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain, product
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ _RANK_PRESERVING_FUNCTIONS = {
 }
 _MAX_TRACES = 32  # of one forward
 _SYMBOL = object()  # stands for any value of an argument
+_EXAMPLE = torch.empty(0)
 # Products of two values, of which one gates the other.
 _GATES = {"mul", "imul", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
@@ -267,33 +269,10 @@ class Dataflow:
 
 
 class _Tracer(fx.Tracer):
-    """Trace one forward.
-
-    Args:
-        as_tensors: symbolic values pass for instances of `torch.Tensor`.
-    """
-
     proxy_buffer_attributes = True  # buffers that a forward reads are seen, as parameters are
-
-    def __init__(self, as_tensors: bool) -> None:
-        super().__init__()
-        self.kind = _TensorProxy if as_tensors else fx.Proxy
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return self.kind(node, self)
-
-    def create_arg(self, a: Any) -> Any:
-        return a.node if isinstance(a, fx.Proxy) else super().create_arg(a)
-
-
-class _TensorProxy(fx.Proxy):
-    """Symbolic value that `isinstance` takes for a tensor, by its `__class__`."""
-
-    __class__ = torch.Tensor  # type: ignore[assignment]
-    _is_param = False  # nor a Parameter
 
 
 def _is_traced(module: nn.Module) -> bool:
@@ -388,13 +367,39 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
         graph = _trace(owner, {p.name: value for p, value in given if value is not _SYMBOL})
         if graph is not None or not any(v is None and p.default is p.empty for p, v in given):
             graphs.append(graph)
-    others = [_trace(owner, as_tensors=True)]
+    forward = type(owner).forward
+    others = []
+    if isinstance(forward, FunctionType) and "isinstance" in _iter_names(forward.__code__):
+        others.append(_trace(_count_as_tensors(owner, forward)))
     plain = bool | str | float | None
     for name in read & {key for key, value in vars(owner).items() if isinstance(value, plain)}:
         probe = copy.copy(owner)
         setattr(probe, name, not getattr(owner, name))  # equals 0 or 1, and no text
         others.append(_trace(probe))
     return graphs + [graph for graph in others if graph is not None]
+
+
+def _iter_names(code: CodeType) -> Iterator[str]:
+    """Yield the global names and attributes that code uses, with the functions inside it."""
+    yield from code.co_names
+    for value in code.co_consts:
+        if isinstance(value, CodeType):
+            yield from _iter_names(value)
+
+
+def _count_as_tensors(owner: nn.Module, forward: FunctionType) -> nn.Module:
+    """Return the owner with a forward whose `isinstance` takes symbolic values for tensors."""
+    names = {**forward.__globals__, "isinstance": _is_instance}
+    given = (forward.__name__, forward.__defaults__, forward.__closure__)
+    own = FunctionType(forward.__code__, names, *given)
+    own.__kwdefaults__ = forward.__kwdefaults__
+    probe = copy.copy(owner)
+    probe.__class__ = type(type(owner).__name__, (type(owner),), {"forward": own})
+    return probe
+
+
+def _is_instance(value: Any, kinds: Any) -> bool:
+    return isinstance(_EXAMPLE if isinstance(value, fx.Proxy) else value, kinds)
 
 
 def _record_reads(probe: nn.Module, read: set[str]) -> None:
@@ -417,7 +422,6 @@ def _list_parameters(owner: nn.Module) -> list[inspect.Parameter]:
 def _trace(
     owner: nn.Module,
     arguments: Mapping[str, Any] | None = None,
-    as_tensors: bool = False,
     read: set[str] | None = None,
 ) -> fx.Graph | None:
     """Trace the owner's forward with constant arguments, the defaults unless given.
@@ -425,7 +429,6 @@ def _trace(
     Args:
         owner: the module.
         arguments: values by name; an argument without one is symbolic.
-        as_tensors: symbolic values pass for instances of `torch.Tensor`.
         read: receives the names of the attributes that the forward reads.
     """
     own_call = type(owner).__call__ is not nn.Module.__call__ and not isinstance(
@@ -442,7 +445,7 @@ def _trace(
             _record_reads(probe, read)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _Tracer(as_tensors).trace(probe, concrete_args=dict(arguments))
+            return _Tracer().trace(probe, concrete_args=dict(arguments))
     except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
 

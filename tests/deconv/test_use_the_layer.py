@@ -76,8 +76,13 @@ def test_a_section_runs(title, here):
 
 def test_the_table_of_the_plan_is_the_printed_one():
     printed = deconv.plan(
-        torchvision.models.resnet18(), mode=3, block=32, linear=True, skip=["layer4.*", "conv1"]
+        torchvision.models.resnet18(), mode=3, block=32, skip=["layer4.*", "conv1"]
     )
-    shown = re.search(r"```\n(layer .*?)```", TEXT, re.DOTALL)[1].splitlines()
+    first, last = re.search(
+        r"```\n(layer .*?)```\n\nand ends:\n\n```\n(.*?)```", TEXT, re.DOTALL
+    ).groups()
     lines = [line.split() for line in str(printed).splitlines()]
-    assert [line.split() for line in shown] == lines[: len(shown)]
+    shown = [line.split() for line in first.splitlines()]
+    assert shown == lines[: len(shown)]
+    shown = [line.split() for line in last.splitlines()]
+    assert shown == lines[-len(shown) :]

@@ -281,7 +281,7 @@ def test_activations_of_timm_are_kept():
 
 def test_what_is_learned_is_where_it_was():
     model, _ = build("resnet18")
-    new = convert(model, linear=True)
+    new = convert(model)
     weights = {name for name, _ in model.named_parameters() if "bn" not in name}
     weights = {name for name in weights if "downsample.1" not in name}
     theirs = dict(model.named_parameters())

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import re
 from contextlib import nullcontext
 
 import pytest
@@ -28,6 +29,7 @@ from tests.deconv.surgery.helpers import (
     reasons,
 )
 from tests.pairwise import loop_over, pairwise
+from util.data.embedded_sets import read_fashion_mini
 
 
 def test_a_pair_becomes_a_deconvolution_and_an_identity():
@@ -209,25 +211,78 @@ def test_the_plan_says_where_a_scale_is_tied_no_longer():
     assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
 
 
-def test_linear_replaces_the_last_linear_layer():
+def test_the_linear_layer_that_ends_the_model_is_replaced():
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(1), nn.Linear(4, 6), nn.Linear(6, 2))
-    kinds = [type(module) for module in convert(model, linear=True, block_linear=3)]
+    kinds = [type(module) for module in convert(model, block_linear=3)]
     assert kinds == [FastDeconv, nn.Flatten, nn.Linear, Delinear]
-    head = convert(model, linear=True, block_linear=3, eps=0.5, layout="contiguous")[-1]
+    head = convert(model, block_linear=3, eps=0.5, layout="contiguous")[-1]
     assert (head.block, head.eps, head.layout) == (3, 0.5, "contiguous")
     assert torch.equal(head.weight, model[-1].weight) and torch.equal(head.bias, model[-1].bias)
-    assert type(convert(model)[-1]) is nn.Linear
-    # Another class is not the layer that it seems, and the last one is taken before it.
-    model.append(nn.Sequential(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2)))
-    assert type(convert(model, linear=True)[3]) is Delinear
+    assert type(convert(model, linear=False)[-1]) is nn.Linear
+    named = convert(model, linear=["2"])
+    assert [type(module) for module in named[2:]] == [Delinear, nn.Linear]
+    model.append(nn.modules.linear.NonDynamicallyQuantizableLinear(2, 2))  # has code of its own
+    assert [actions(model)[name][0] for name in "234"] == ["kept", "kept", "skipped"]
+
+
+class Gated(nn.Module):
+    """A gate of the channels at the end, as a squeeze-excitation has it."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.gate = nn.Conv2d(3, 4, 1), nn.Linear(4, 4)
+
+    def forward(self, x):
+        x = self.conv(x)
+        return x * self.gate(x.mean((2, 3))).sigmoid()[..., None, None]
+
+
+class TwoHeads(nn.Module):
+    """A network that tells a policy and a value, and an output that only training needs."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+        self.policy = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Dropout(), nn.Linear(4, 2))
+        self.value, self.extra = nn.Linear(4, 1), nn.Linear(4, 1)
+
+    def forward(self, x):
+        x = self.body(x)
+        outputs = {"policy": self.policy(x).log_softmax(1), "value": 2 * self.value(x)[:, 0]}
+        return {**outputs, "extra": self.extra(x)} if self.training else outputs
+
+
+class Unseen(TwoHeads):
+    def forward(self, x):
+        return super().forward(x) if x.sum() > 0 else None
+
+
+@loop_over(
+    ("model", "replaced"),
+    [
+        (Gated(), []),
+        (TwoHeads(), ["policy.3", "value"]),
+        (Unseen(), []),
+        (nn.Sequential(nn.Linear(2, 12), nn.Unflatten(1, (3, 2, 2)), nn.Conv2d(3, 1, 1)), []),
+        (nn.Sequential(TwoHeads().body, nn.Linear(4, 2), nn.BatchNorm1d(2)), []),
+        (nn.Sequential(nn.Linear(2, 2)), []),
+    ],
+)
+def test_linear_layers_elsewhere_stay_and_can_be_named(model, replaced):
+    rows = [row for row in plan(model) if isinstance(row.module, nn.Linear)]
+    assert [row.name for row in rows if row.action == "replaced"] == replaced
+    for row in rows:
+        if row.action == "kept":
+            remedy = re.search(r"linear=(\[.*\]) replaces it", row.reason)[1]
+            assert type(convert(model, linear=eval(remedy)).get_submodule(row.name)) is Delinear
 
 
 def test_batchnorm_after_the_last_linear_layer_is_folded():
     model = randomize(nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Linear(6, 2)))
     model.insert(0, nn.Sequential(nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()))
-    assert actions(model, linear=True)["2"] == ("kept", "")
+    assert actions(model)["2"] == ("kept", "")
     shorter = model[:3]
-    new = convert(shorter, linear=True, pretrained=True)
+    new = convert(shorter, linear=["1"], pretrained=True)
     assert type(new[2]) is nn.Identity
     assert_kept(shorter, new, torch.randn(3, 4, 5, 5))
 
@@ -303,6 +358,8 @@ def test_converting_draws_no_random_numbers_and_pickles():
         (pair(), {"block": 0}, "block must be .*0"),
         (pair(), {"skip": ["layer5.*"]}, "skip: no layer of the model matches 'layer5.*'"),
         (pair(), {"skip": "0"}, "skip must be a list of patterns, got '0'"),
+        (pair(), {"linear": "0"}, "linear must be a list of patterns, got '0'"),
+        (pair(), {"linear": ["fc"]}, "linear: no layer of the model matches 'fc'"),
         (nn.DataParallel(pair()), {}, "the model is wrapped: DataParallel .*Convert .*'module'"),
     ],
 )
@@ -407,3 +464,43 @@ def test_fx_traces_a_converted_network_with_our_layers_as_leaves(train):
     torch.testing.assert_close(
         {n: b for n, b in graph.named_buffers() if n in statistics}, statistics, rtol=0, atol=0
     )
+
+
+def train(model, images, labels, batch=64, steps=12):
+    """Return the losses of SGD at learning rate 0.1 and momentum 0.9."""
+    optimizer = torch.optim.SGD(model.train().parameters(), lr=0.1, momentum=0.9)
+    losses = []
+    for step in range(steps):
+        chosen = torch.arange(step * batch, (step + 1) * batch) % len(images)
+        loss = F.cross_entropy(model(images[chosen]), labels[chosen])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def read_images(side):
+    """Return the images of Fashion-MNIST in this repository, in colour and standardised."""
+    (images, labels), _ = read_fashion_mini()
+    images = torch.from_numpy(images[:, None]).float().expand(-1, 3, -1, -1)
+    images = F.interpolate((images - images.mean()) / images.std(), size=(side, side))
+    return images, torch.from_numpy(labels).long()
+
+
+def test_a_network_converted_by_default_trains_at_the_recommended_rate():
+    torch.manual_seed(0)
+    network, (images, labels) = resnet18(num_classes=10), read_images(32)
+    losses = train(convert(network), images, labels)
+    assert max(losses) < 4 and sum(losses[-3:]) / 3 < 1.5, losses
+    diverging = train(convert(network, linear=False), images, labels, steps=6)
+    assert max(diverging) > 2 * max(losses)
+
+
+@pytest.mark.slow
+@loop_over("seed", range(3))
+def test_a_network_converted_by_default_trains_on_larger_images(seed):
+    torch.manual_seed(seed)
+    images, labels = read_images(64)
+    losses = train(convert(resnet18()), images, labels, steps=40)  # 1000 classes, as in the README
+    assert sum(losses[-5:]) / 5 < 1, losses

@@ -73,8 +73,12 @@ def test_batchnorm_of_vectors_stays_and_that_of_maps_goes():
             x = x.mean(2) + self.conv(x).mean(2)
             return self.head(self.vectors(x))
 
-    rows = {row.name: (row.action, row.reason) for row in plan(Both())}
-    assert rows["vectors"] == ("kept", "may normalise vectors, which no layer after it whitens")
+    rows = {row.name: (row.action, row.reason) for row in plan(Both(), linear=False)}
+    assert rows["vectors"] == (
+        "kept",
+        "may normalise vectors: linear=[NAME] whitens a linear layer after it",
+    )
+    assert {row.name: row.action for row in plan(Both())}["vectors"] == "replaced"
     assert rows["maps"][0] == "kept"  # its output goes past the convolution as well
     ordered = plan(nn.Sequential(nn.BatchNorm1d(4), nn.ReLU(), nn.Conv1d(4, 2, 3)))
     assert ordered[0].action == "replaced"
@@ -90,9 +94,9 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     model = nn.Sequential(*before, NORMS[dims](4), nn.Flatten(), nn.LazyLinear(2)).eval()
     model(make_maps(dims))
     nn.init.normal_(model[-3].running_mean)
-    row = next(row for row in plan(model) if isinstance(row.module, NORMS[dims]))
+    row = next(row for row in plan(model, linear=False) if isinstance(row.module, NORMS[dims]))
     assert (row.action, row.reason) == ("replaced", "whitening replaces normalisation of maps")
-    kept, x = convert(model, pretrained=True), make_maps(dims)
+    kept, x = convert(model, pretrained=True, linear=False), make_maps(dims)
     assert type(kept[-3]) is ChannelAffine
     torch.testing.assert_close(kept(x), model(x))
 
@@ -102,6 +106,6 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
 def test_a_batchnorm_that_sees_vectors_for_certain_stays(norm, last):
     pool = [nn.Conv2d(4, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten()]
     model = nn.Sequential(*pool, last(), nn.ReLU(), norm(4), nn.Linear(4, 2)).eval()
-    new, x = convert(model, pretrained=True), make_maps(2)
+    new, x = convert(model, pretrained=True, linear=False), make_maps(2)
     assert type(new[5]) is norm
     torch.testing.assert_close(new(x), model(x))

@@ -26,7 +26,9 @@ def test_an_inplace_function_keeps_the_batchnorm_before_it():
         def forward(self, x):
             return x + self.conv1(F.relu(self.bn1(x), inplace=True))
 
-    assert reasons(InPlace())["bn1"] == "skipped: relu after it would overwrite its input"
+    assert reasons(InPlace())["bn1"] == (
+        "skipped: relu after it would overwrite its input: call it out of place"
+    )
 
 
 class Own(nn.Conv2d):
@@ -123,8 +125,8 @@ class OwnNorm(nn.BatchNorm2d):
             {"pretrained": True},
             "skipped: has no running statistics to fold",
         ),
-        (nn.GroupNorm(2, 8), {}, "kept: is not a BatchNorm"),
-        (nn.InstanceNorm2d(8), {}, "kept: is not a BatchNorm"),
+        (nn.GroupNorm(2, 8), {}, "kept: only BatchNorm is replaced: build the model with"),
+        (nn.InstanceNorm2d(8), {}, "kept: only BatchNorm is replaced: build the model with"),
         (nn.BatchNorm2d(8), {"skip": ["1"]}, "skipped: matches the pattern '1' of skip"),
     ],
 )
@@ -162,16 +164,46 @@ def test_the_printed_plan_matches_what_convert_does():
         ["0.0", "Conv2d", "replaced"],
         ["0.1", "BatchNorm2d", "replaced"],
         ["1.0", "Own", "skipped"],
-        ["2", "Linear", "kept"],
+        ["2", "Linear", "replaced"],
     ]
     assert "FastDeconv, blocks of 2, with a bias" in lines[0]
-    assert counts == "2 replaced, 1 kept, 1 skipped"
+    assert counts == "replaced: 1 convolution, 1 norm, 1 linear layer; skipped: 1 convolution"
     new = convert(model, block=3)
     for row in rows:
         assert (type(new.get_submodule(row.name)) is not type(row.module)) == (
             row.action == "replaced"
         )
     assert "(all)" in str(plan(nn.Conv2d(1, 1, 1)))
+
+
+class Norms(nn.Sequential):
+    """Convolutions with a norm after each, and a classifier."""
+
+    def __init__(self, norm, classes=2):
+        layers = [nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+
+
+@loop_over(
+    ("model", "options", "outlook"),
+    [
+        (Norms(nn.BatchNorm2d), {}, "^$"),
+        (Norms(nn.BatchNorm2d), {"linear": False}, "^Whiten 8 as well, linear=True: .* diverges"),
+        (Norms(nn.BatchNorm2d), {"skip": ["8"]}, "^Whiten 8 as well"),
+        (Norms(lambda c: nn.GroupNorm(2, c)), {"linear": False}, "^GroupNorm stays"),
+        (Norms(nn.InstanceNorm2d), {}, "^InstanceNorm2d stays"),
+        (Norms(nn.Identity), {}, "^The model has no norm"),
+        (Norms(nn.Identity), {"skip": ["3"]}, "^Convolutions with 73% of the weights stay"),
+        (Norms(nn.BatchNorm2d, 5000), {}, "^Convolutions hold 1.9% of the weights, which limits"),
+        (Norms(nn.BatchNorm2d), {"skip": ["0", "3"]}, "^No convolution is replaced"),
+        (convert(Norms(nn.BatchNorm2d)), {}, "^$"),
+        (nn.Linear(2, 2), {}, "^$"),
+    ],
+)
+def test_a_plan_ends_in_what_there_is_to_gain(model, options, outlook):
+    rows = plan(model, **options)
+    assert re.search(outlook, rows.describe_outlook())
+    assert str(rows).endswith(rows.describe_outlook() or rows.count_kinds())
 
 
 def test_compiled_parts_are_refused():
