@@ -7,11 +7,12 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from models import (
     IMAGENET_ARCHITECTURES,
     build_imagenet_model,
+    calibrate,
     describe_imagenet_architectures,
     make_layers,
     model_hooks,
@@ -21,13 +22,17 @@ from util.cli.launch import start
 from util.cli.parser import Parser, str2bool
 from util.cli.script import Rules, Script
 from util.cli.settings import choose_layers
+from util.console import print_line
 from util.data.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader
 from util.errors import RunError
 from util.random_state import seed_everything
+from util.training.engine import enter_batch
 from util.training.hooks import ModelHooks
 from util.training.session import RunContext, evaluate_only, fit
+
+CALIBRATION_BATCHES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -47,6 +52,8 @@ def train(context: RunContext) -> None:
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks, max_batches=max_batches)
     else:
+        if flags.pretrained and flags.deconv:  # not after --resume, which excludes --pretrained
+            calibrate_weights(context, data[1], model, hooks)
         fit(context, data, model, hooks=hooks, max_batches=max_batches)
 
 
@@ -56,7 +63,8 @@ def build_script() -> Script:
     parser = Parser("main_imagenet.py", description, flags.IMAGENET_EXAMPLES)
     names = IMAGENET_ARCHITECTURES
     add = flags.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    text = "start from the pretrained weights of torchvision or timm"
+    text = "start from the pretrained weights of torchvision or timm; with --deconv, these are "
+    text += f"calibrated on the first {CALIBRATION_BATCHES} training batches"
     add("--pretrained", text, str2bool, False)
     flags.add_deconv_flags(parser, final_block=32)
     flags.add_imagenet_flags(parser)
@@ -113,6 +121,23 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
         raise RunError(f"--arch {flags.arch}: {error}") from error
     except OSError as error:
         raise RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error
+
+
+def calibrate_weights(
+    context: RunContext, loader: ImageLoader, model: nn.Module, hooks: ModelHooks
+) -> None:
+    """Let training begin at the outputs that the pretrained model has in evaluation."""
+    accelerator = context.build_accelerator()
+    accelerator.to_device(model)
+    loader.batch_sampler.set_epoch(1)
+
+    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
+        images, _ = accelerator.batch_to_device(*batch)
+        with enter_batch(hooks.batch_context, context.world, images):
+            model(images)
+
+    count = calibrate(model, loader, CALIBRATION_BATCHES, forward=forward)
+    print_line(f"pretrained weights calibrated on {count} training batches")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ CONTRIBUTING.md tells how to add a network.
 
 from __future__ import annotations
 
-from .factory import Layers, make_layers, model_hooks
+from .factory import Layers, calibrate, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
 from .registry import Architecture, init_weights
 from .small_images import ARCHITECTURES, build_model, describe_architectures
@@ -22,6 +22,7 @@ __all__ = [
     "Layers",
     "build_imagenet_model",
     "build_model",
+    "calibrate",
     "describe_architectures",
     "describe_imagenet_architectures",
     "init_weights",

@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
+from deconv import calibrate as calibrate  # passed on, since only this file imports deconv
 from deconv.freezing import advance_phase, find_phase, hold_phase
 
 Maker = Callable[..., nn.Module]

@@ -9,6 +9,7 @@ import signal
 import numpy as np
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import nn
 
@@ -88,6 +89,24 @@ def test_training_testing_and_resuming(images, tmp_path, capsys, line):
     state = load_checkpoint(checkpoint)["model"]
     whitened = any(name.endswith("running_cov_joint") for name in state)
     assert whitened == ("deconv" in line)
+
+
+def test_pretrained_weights_are_calibrated_at_the_start_and_not_again(
+    tmp_path, capsys, monkeypatch
+):
+    theirs = torchvision.models.resnet18()
+    for _ in range(2):
+        theirs(torch.randn(8, 3, 32, 32))
+    weights = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    line = f"--dummy --test-run True --test-iter 2 --lr .01 --run-dir {tmp_path / 'run'}"
+    said = "pretrained weights calibrated on 10 training batches"
+    run(f"{line} --pretrained --deconv True --epochs 1")
+    assert capsys.readouterr().out.count(said) == 1
+    run(f"--dummy --test-run True --test-iter 2 --resume {tmp_path / 'run'} --epochs 2")
+    assert summary(tmp_path / "run")["epochs"] == 2
+    run("--dummy --test-run True --test-iter 1 --pretrained --deconv True -e")
+    assert said not in capsys.readouterr().out
 
 
 def test_a_test_is_compiled_where_asked(images, tmp_path, monkeypatch):
