@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..whitening import Whitening, full_precision
 from .fuse import fuse
@@ -66,14 +66,12 @@ def calibrate(
     finally:
         for module, training in flags:
             module.training = training
-    layers: dict[Whitening, Any] = {
-        layer: plain.get_submodule(name)
-        for name, layer in model.named_modules()
-        if isinstance(layer, Whitening)
-    }
-    for layer, twin in layers.items():
+    layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Whitening)]
+    kept = [(layer, *layer._fold_running()) for _, layer in layers]
+    for name, layer in layers:
+        twin = plain.get_submodule(name)
         twin.register_forward_pre_hook(_make_observer(layer), with_kwargs=True)
-    device = next(iter(layers)).weight.device if layers else None
+    device = layers[0][1].weight.device if layers else None
 
     def run(_: nn.Module, batch: Any) -> None:
         if forward is not None:
@@ -82,8 +80,8 @@ def calibrate(
             plain(find_input(batch).to(device))
 
     count = recalibrate(model, batches, limit, forward=run)
-    for layer, twin in layers.items():
-        _undo_whitening(layer, twin.weight, twin.bias)
+    for layer, weight, bias in kept:
+        _undo_whitening(layer, weight, bias)
     return count
 
 
@@ -96,8 +94,8 @@ def _make_observer(layer: Whitening) -> Callable[..., None]:
     return observe
 
 
-def _undo_whitening(layer: Whitening, weight: nn.Parameter, bias: nn.Parameter) -> None:
-    """Rewrite the layer so that evaluation applies the given weight and bias."""
+def _undo_whitening(layer: Whitening, weight: Tensor, bias: Tensor) -> None:
+    """Rewrite the layer so that evaluation applies the given weight and bias to raw patches."""
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros_like(bias), layer.weight.requires_grad)
     layer.weight.copy_(weight)

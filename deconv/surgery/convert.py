@@ -94,6 +94,11 @@ def convert(
     """
     if calibrate is not None and not pretrained:
         raise ValueError("calibrate keeps what a model has learned: it needs pretrained=True")
+    if pretrained and options.get("input_norm", "none") != "none":
+        raise ValueError(
+            f"input_norm={options['input_norm']!r} changes the outputs that pretrained=True keeps: "
+            "leave one of them out"
+        )
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
     rows = plan(
         model,

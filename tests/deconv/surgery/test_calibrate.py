@@ -129,6 +129,17 @@ def test_a_trained_deconvolution_moves_to_other_statistics_without_a_change_of_o
     assert distance(model, old, data[0]) < distance(old, copy.deepcopy(old), data[0]) / 2
 
 
+@loop_over("options", [{"input_norm": "l1"}, {"freeze": True, "freeze_iter": 2}])
+def test_layers_with_a_normalisation_or_a_freeze_are_calibrated(options):
+    model = nn.Sequential(FastDeconv(4, 6, 3, **options), nn.ReLU(), FastDeconv(6, 2, 3))
+    for x in images(3):
+        model(x)
+    old, data = copy.deepcopy(model), [3 * x + 1 for x in images()]
+    assert calibrate(model, data) == 4
+    assert_kept(old, model, data[0])
+    assert distance(model, old, data[0]) < distance(old, copy.deepcopy(old), data[0]) / 2
+
+
 def test_a_layer_that_is_called_twice_undoes_the_mean_of_both_calls():
     layer = nn.Conv2d(4, 4, 3, padding=1)
     model = _Twice(nn.Sequential(layer, nn.BatchNorm2d(4))).eval()
@@ -174,6 +185,7 @@ def tied():
     ("model", "data", "options", "message"),
     [
         (pair(), images(), {"pretrained": False}, "calibrate .* needs pretrained=True"),
+        (pair(), images(), {"input_norm": "layer"}, "input_norm='layer' .* pretrained=True"),
         (pair(), [], {}, "no finite batch among 0 batches"),
         (pair(), [images(1)[0] * torch.nan], {}, "no finite batch among 1 batches"),
         (pair(), [images(1)[0][:0]], {}, "no finite batch among 1 batches"),
