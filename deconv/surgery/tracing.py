@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import operator
 import random
 import sys
 import warnings
@@ -339,7 +340,7 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
 
     A flag is true and false. Another optional argument has its default, and any value. A required
     argument after the first has any value, and is None if the forward takes None. Attributes that
-    are flags, texts, numbers or None get another value, one at a time, if the forward takes it.
+    are flags, texts, numbers or None get other values, one at a time, if the forward takes them.
     A module without convolutions and BatchNorms inside is traced once.
 
     Returns:
@@ -371,11 +372,11 @@ def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
     others = []
     if isinstance(forward, FunctionType) and "isinstance" in _iter_names(forward.__code__):
         others.append(_trace(_count_as_tensors(owner, forward)))
-    plain = bool | str | float | None
-    for name in read & {key for key, value in vars(owner).items() if isinstance(value, plain)}:
-        probe = copy.copy(owner)
-        setattr(probe, name, not getattr(owner, name))  # equals 0 or 1, and no text
-        others.append(_trace(probe))
+    for name in read.difference(dir(nn.Module)):
+        for value in _vary(inspect.getattr_static(owner, name, _SYMBOL)):
+            probe = copy.copy(owner)
+            setattr(probe, name, value)
+            others.append(_trace(probe))
     return graphs + [graph for graph in others if graph is not None]
 
 
@@ -400,6 +401,24 @@ def _count_as_tensors(owner: nn.Module, forward: FunctionType) -> nn.Module:
 
 def _is_instance(value: Any, kinds: Any) -> bool:
     return isinstance(_EXAMPLE if isinstance(value, fx.Proxy) else value, kinds)
+
+
+def _vary(value: object) -> Iterator[object]:
+    """Yield other values of an attribute: one that every test finds different, and one less."""
+    if isinstance(value, bool | None):
+        yield not value
+    elif isinstance(value, str | int | float):
+        kind: type[Any] = type(value)
+
+        def negate(test: Callable[..., bool]) -> Callable[..., bool]:
+            return lambda self, *other: not test(kind(self), *other)
+
+        names = ("__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__")
+        methods = {name: negate(getattr(operator, name)) for name in names}
+        methods["__bool__"] = negate(operator.truth)
+        yield type(kind.__name__, (kind,), {**methods, "__hash__": kind.__hash__})(value)
+        if isinstance(value, int):
+            yield value - 1  # a count of layers
 
 
 def _record_reads(probe: nn.Module, read: set[str]) -> None:
@@ -445,9 +464,27 @@ def _trace(
             _record_reads(probe, read)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return _Tracer().trace(probe, concrete_args=dict(arguments))
+            graph = _Tracer().trace(probe, concrete_args=dict(arguments))
+            _record_stored(probe, graph)
+            return graph
     except Exception:  # foreign code may raise anything when it meets symbolic values
         return None
+
+
+def _record_stored(probe: nn.Module, graph: fx.Graph) -> None:
+    """Record that other code may use the values that a forward has stored in attributes."""
+
+    def record(value: Any) -> Any:
+        if isinstance(value, fx.Proxy) and value.node.graph is graph:
+            with graph.inserting_before(graph.output_node()):
+                graph.call_function(_stored, (value.node,))
+        return value
+
+    fx.node.map_aggregate(list(vars(probe).values()), record)
+
+
+def _stored(value: Any) -> None:
+    """Stand in a graph for the code that uses a stored value."""
 
 
 def _format(graph: fx.Graph | None) -> str:

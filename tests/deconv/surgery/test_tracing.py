@@ -157,6 +157,46 @@ class ByOwnText(Pair):
         return self.norm(x) if self.kind == "batch" else x
 
 
+class ByOtherText(ByOwnText):
+    def forward(self, x):
+        return self.conv(x) if self.kind == "none" else self.norm(self.conv(x))
+
+
+class ByNumber(Pair):
+    stage = 7  # of the class
+
+    def forward(self, x):
+        return self.conv(x) if self.stage == 3 else self.norm(self.conv(x))
+
+
+class ByCount(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4))
+        self.depth = 2
+
+    def forward(self, x):
+        for i in range(self.depth):
+            x = self[i](x)
+        return x
+
+
+class Storing(Pair):
+    def forward(self, x):
+        self.taps = {"conv": [self.conv(x)]}
+        return self.norm(self.taps["conv"][0])
+
+
+class ReadingStored(nn.Module):
+    """Uses what its child stores in an attribute."""
+
+    def __init__(self):
+        super().__init__()
+        self.child = Storing()
+
+    def forward(self, x):
+        return self.child(x) + self.child.taps["conv"][0]
+
+
 class ByType(Pair):
     def forward(self, x):
         return self.conv(x) if isinstance(x, torch.Tensor) else self.norm(self.conv(x[0]))
@@ -206,6 +246,10 @@ def set_attributes(**values):
         (ByFlag, [lambda model, x: model(x, normalized=False)]),
         (ByOwnFlag, [set_attributes(normalized=False), set_attributes(normalized=True)]),
         (ByOwnText, [set_attributes(scale=2.0), set_attributes(kind="none")]),
+        (ByOtherText, [set_attributes(kind="none")]),
+        (ByNumber, [set_attributes(stage=3)]),
+        (ByCount, [set_attributes(depth=1)]),
+        (ReadingStored, []),
         (ByType, [lambda model, x: model([x])]),
         (ByNone, [lambda model, x: model(x, None), lambda model, x: model(x, 1)]),
         (WithKeyword, []),
