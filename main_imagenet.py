@@ -87,6 +87,8 @@ def own_rules(flags: Namespace) -> Rules:
     is_published = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     reason = f"does not apply to {flags.arch}: there are no weights for it"
     yield "pretrained", is_published or not flags.pretrained, reason
+    reason = "contradicts --pretrained, whose weights expect inputs that are not normalized"
+    yield "norm_type", flags.norm_type == "none" or not flags.pretrained, reason
     twin = f"{flags.arch.removesuffix('_bn')}d"
     twin = twin if twin in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
     has_own_layers = is_published and not flags.deconv

@@ -269,6 +269,10 @@ def test_a_folder_after_milestones_is_no_milestone():
         ("-a timm/resnet19x --dummy", "--arch timm/resnet19x: timm has no 'resnet19x'"),
         ("-a resnet18d --pretrained DIR", "--pretrained does not apply to resnet18d"),
         ("-e DIR", "-e needs --resume RUN or --pretrained"),
+        (
+            "-a resnet18 --pretrained --deconv True --norm-type l1norm DIR",
+            "--norm-type l1norm contradicts --pretrained",
+        ),
         ("--dummy DIR", "DIR DIR contradicts --dummy"),
         ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),
         ("--rank 1 DIR", "--rank 1 must be below --world-size 1"),
