@@ -14,8 +14,9 @@ from torch import nn
 from .ops.blocks import Blocks
 from .ops.covariance import mean_and_covariance
 from .ops.patches import sample
+from .ops.precision import full_precision
 from .table import align
-from .whitening import Matrices, Whitening, full_precision
+from .whitening import Matrices, Whitening
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from copy import copy
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -20,6 +19,7 @@ from .ops.fold import fold
 from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt
 from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
 from .ops.patches import Patches, PatchGrid, Sampling, sample
+from .ops.precision import autocasts, full_precision
 from .sync import BatchShare, GroupHandle, find_share, pool_statistics, require_group
 
 Matrices = dict[str, Tensor]  # (G, d, d) by axis
@@ -351,12 +351,14 @@ class Whitening(Freezing):
         Kernel n maps raw input to the n-th whitened feature of a patch. Features are numbered as in
         `weight.flatten(1)`, group by group.
         """
-        rows, (mean, whiten) = self.to_conv_layout(self.weight), self.running_whitening()
-        whiten = {axis: matrix.to(mean) for axis, matrix in whiten.items()}
-        single = torch.eye(rows[0].numel(), dtype=mean.dtype, device=mean.device)
-        single = single.reshape(-1, *rows.shape[1:])
-        single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))
-        return fold(single, None, mean, whiten, self.blocks)[0]
+        rows = self.to_conv_layout(self.weight)
+        with full_precision(rows.device):
+            mean, whiten = self.running_whitening()
+            whiten = {axis: matrix.to(mean) for axis, matrix in whiten.items()}
+            single = torch.eye(rows[0].numel(), dtype=mean.dtype, device=mean.device)
+            single = single.reshape(-1, *rows.shape[1:])
+            single = single.repeat(self.blocks.groups, *[1] * (rows.dim() - 1))
+            return fold(single, None, mean, whiten, self.blocks)[0]
 
     def _fuse_into(self, plain: nn.Module) -> nn.Module:
         """Return `plain` with the folded weight and bias, and this layer's mode and forward hooks.
@@ -438,19 +440,6 @@ def refuse_sharded(model: nn.Module, verb: str) -> None:
                 f"{name} is a DTensor, sharded by fully_shard or the like. {verb} the model before "
                 "it is sharded, or a plain model with its full state_dict"
             )
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Disable autocast where it is on: squares overflow in half precision.
-
-    An exported program with the context cannot be loaded again.
-    """
-    return torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
-
-
-def autocasts(device: torch.device) -> bool:
-    """Return True if autocast is on, which casts all floating-point types but float64."""
-    return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def _refuse_transforms(layer: nn.Module) -> None:

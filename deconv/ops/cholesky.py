@@ -16,6 +16,7 @@ from torch import Tensor
 
 from .matmul import frobenius_norm
 from .once import differentiable_once
+from .precision import in_full_products
 
 
 def inverse_cholesky(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
@@ -59,6 +60,7 @@ class _InverseCholesky(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
+    @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cov, norm, inverse = ctx.saved_tensors
         inner = torch.bmm(grad, inverse.mT).tril_()

@@ -12,6 +12,7 @@ from .blocks import Blocks, transform_along
 from .matmul import outer_products
 from .once import differentiable_once
 from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
+from .precision import in_full_products
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
 CPU_CHUNK, CHUNK = 4 << 20, 256 << 20
@@ -117,6 +118,7 @@ class _MeanAndCovariance(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
+    @in_full_products
     def backward(
         ctx: Any,
         grad: Tensor | None,

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
+from .matmul import multiply
 
 
 def fold(
@@ -41,5 +42,5 @@ def fold(
     mean = mean.reshape(groups, -1, 1)
     if mean.shape[1] != rows.shape[2]:
         mean = mean.repeat_interleave(blocks.taps, dim=1)
-    shift = (rows @ mean).flatten()
+    shift = multiply(rows, mean).flatten()
     return rows.reshape(weight.shape), -shift if bias is None else bias - shift

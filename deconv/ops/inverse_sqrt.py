@@ -5,11 +5,14 @@ Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from .cholesky import inverse_cholesky
-from .matmul import frobenius_norm
+from .matmul import frobenius_norm, multiply
+from .precision import rounds_compiled
 from .resolvent import inverse_sqrt_by_resolvents
 
 MAX_STEPS = 15  # Newton-Schulz steps that float32 supports
@@ -64,9 +67,13 @@ def inverse_sqrt(
         return inverse_cholesky(cov, n_iter, eps)
     if root == "resolvent":
         return inverse_sqrt_by_resolvents(cov, n_iter, eps)
+    newton: Callable[..., Tensor] = newton_schulz
+    source = cov
     if rows is not None and n_iter <= MAX_STEPS_FROM_ROWS:
-        return newton_schulz_from_rows(rows, eps, n_iter)
-    return newton_schulz(cov, n_iter, eps)
+        newton, source = newton_schulz_from_rows, rows
+    if rounds_compiled(cov.device):
+        return newton(source.double(), n_iter=n_iter, eps=eps).to(cov.dtype)
+    return newton(source, n_iter=n_iter, eps=eps)
 
 
 def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
@@ -80,9 +87,9 @@ def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
     Y = cov / norm
     Z = T = 1.5 * identity - 0.5 * Y
     for _ in range(n_iter - 1):
-        Y = Y @ T
-        T = torch.baddbmm(identity, Z, Y, beta=1.5, alpha=-0.5)
-        Z = T @ Z
+        Y = multiply(Y, T)
+        T = multiply(Z, Y, identity, beta=1.5, alpha=-0.5)
+        Z = multiply(T, Z)
     return Z * norm.rsqrt()
 
 
@@ -104,15 +111,16 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
         (G, F, F).
     """
     X = rows / rows.shape[1] ** 0.5
-    K = X @ X.mT
+    K = multiply(X, X.mT)
     diagonal = K.diagonal(dim1=-2, dim2=-1)
     largest = diagonal.detach().amax(-1)[:, None, None] + eps  # squares of variances overflow
     trace = (diagonal.sum(-1)[:, None, None] / largest) * (eps / largest)
     square = (K / largest).square().sum((-2, -1), keepdim=True)
     norm = largest * (X.shape[2] * (eps / largest) ** 2 + 2 * trace + square).sqrt()  # |A|_F
 
-    def multiply(p: Pair, q: Pair) -> Pair:
-        return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + p[1] @ K @ q[1]
+    def compose(p: Pair, q: Pair) -> Pair:
+        product = multiply(multiply(p[1], K), q[1])
+        return p[0] * q[0], p[0] * q[1] + q[0] * p[1] + product
 
     def damp(p: Pair) -> Pair:  # T = (3 I - P) / 2
         return 1.5 - 0.5 * p[0], -0.5 * p[1]
@@ -120,11 +128,11 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
     Y = eps / norm, torch.eye(K.shape[-1], dtype=K.dtype, device=K.device) / norm
     Z = T = damp(Y)
     for _ in range(n_iter - 1):
-        Y = multiply(Y, T)
-        T = damp(multiply(Z, Y))
-        Z = multiply(T, Z)
+        Y = compose(Y, T)
+        T = damp(compose(Z, Y))
+        Z = compose(T, Z)
     scale = norm.rsqrt()
-    product = X.mT @ (Z[1] * scale) @ X
+    product = multiply(multiply(X.mT, Z[1] * scale), X)
     identity = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
     return Z[0] * scale * identity + product
 

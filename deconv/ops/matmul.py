@@ -14,6 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .precision import in_full_products, is_raised
+
 WIDE = 64  # side of the matrices from which `CONVOLVES` applies
 
 
@@ -39,7 +41,7 @@ def transform(matrices: Tensor, maps: Tensor) -> Tensor:
     """
     if maps.shape[2] == 1:  # a view of the product, which no Function may return
         return _multiply_rows(matrices, maps)
-    differs = torch.is_grad_enabled() and matrices.requires_grad
+    differs = (torch.is_grad_enabled() and matrices.requires_grad) or _needs_function(maps)
     return (_Transform.apply if differs else _multiply)(matrices, maps)
 
 
@@ -68,6 +70,50 @@ def outer_products(left: Tensor, right: Tensor, groups: int, scale: float = 1.0)
     return (_OuterProducts.apply if differs else _sum_products)(left, right, groups, scale)
 
 
+def multiply(
+    left: Tensor, right: Tensor, base: Tensor | None = None, beta: float = 1.0, alpha: float = 1.0
+) -> Tensor:
+    """Return left @ right, or beta * base + alpha * left @ right for a constant base.
+
+    The gradient is as precise as the product, see `full_products`.
+    """
+    differs = _needs_function(left, right)
+    return (_Product.apply if differs else _compute_product)(left, right, base, beta, alpha)
+
+
+def _compute_product(
+    left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha: float
+) -> Tensor:
+    if base is None:
+        return left @ right
+    return torch.baddbmm(base, left, right, beta=beta, alpha=alpha)
+
+
+class _Product(torch.autograd.Function):
+    """Gradient of `multiply`, as that of torch."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha: float
+    ) -> Tensor:
+        ctx.save_for_backward(left, right)
+        ctx.alpha = alpha
+        return _compute_product(left, right, base, beta, alpha)
+
+    @staticmethod
+    @in_full_products
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        left, right = ctx.saved_tensors
+        to_left, to_right, *_ = ctx.needs_input_grad
+        return (
+            multiply(grad, right.mT) * ctx.alpha if to_left else None,
+            multiply(left.mT, grad) * ctx.alpha if to_right else None,
+            None,
+            None,
+            None,
+        )
+
+
 class _Transform(torch.autograd.Function):
     """Gradient of `transform` without a copy of the matrices per map.
 
@@ -81,6 +127,7 @@ class _Transform(torch.autograd.Function):
         return _multiply(matrices, maps)
 
     @staticmethod
+    @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
         matrices, maps = ctx.saved_tensors
         to_matrices, to_maps = ctx.needs_input_grad
@@ -100,6 +147,7 @@ class _OuterProducts(torch.autograd.Function):
         return _sum_products(left, right, groups, scale)
 
     @staticmethod
+    @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         left, right = ctx.saved_tensors
         to_left, to_right, *_ = ctx.needs_input_grad
@@ -125,7 +173,7 @@ def _multiply_rows(matrices: Tensor, maps: Tensor) -> Tensor:
     """Copy the vectors of each group into rows, and multiply them at once."""
     (groups, side, _), (count, _, length) = matrices.shape, maps.shape
     rows = maps.unflatten(1, (groups, side)).permute(1, 0, 3, 2).flatten(1, 2)  # G R*L d
-    rows = (rows @ matrices.mT).unflatten(1, (count, length))
+    rows = multiply(rows, matrices.mT).unflatten(1, (count, length))
     return rows.permute(1, 0, 3, 2).reshape(maps.shape)
 
 
@@ -142,6 +190,11 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     parts = [x.permute(1, 2, 0, 3).flatten(2) for x in parts]  # G d R*L
     return parts[0] @ parts[-1].mT * scale
+
+
+def _needs_function(*factors: Tensor) -> bool:
+    """Return True if a product needs a Function for the precision of its gradient."""
+    return is_raised() and torch.is_grad_enabled() and any(x.requires_grad for x in factors)
 
 
 def _suits_convolution(maps: Tensor, side: int) -> bool:

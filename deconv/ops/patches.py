@@ -12,6 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .matmul import multiply
+
 SMALL = 128  # pixels of an image up to which a product with a 0-1 matrix gathers fastest
 
 Slices = tuple[Any, ...]  # a slice per spatial dimension
@@ -300,7 +302,7 @@ def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
             patches *= mask
         return patches.reshape(shape)
     if selection:
-        return (x.to(dtype).flatten(2) @ selection[0]).reshape(shape)
+        return multiply(x.to(dtype).flatten(2), selection[0]).reshape(shape)
     patches = x.new_zeros(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
     for tap, where, under in sampling.split_taps(size):
         at, below = (..., *where), (..., *under)

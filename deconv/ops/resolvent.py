@@ -23,6 +23,7 @@ from torch import Tensor
 
 from .matmul import frobenius_norm
 from .once import differentiable_once
+from .precision import in_full_products
 
 
 class Terms(NamedTuple):
@@ -116,6 +117,7 @@ class _Resolvents(torch.autograd.Function):
 
     @staticmethod
     @differentiable_once
+    @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         root, scaled, norm, *resolvents = ctx.saved_tensors
         grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)

@@ -12,7 +12,7 @@ from ..ops.blocks import Blocks, make_blocks, transform_along
 from ..ops.covariance import mean_and_covariance, move_centre
 from ..ops.inverse_sqrt import inverse_sqrt
 from ..ops.patches import PatchGrid, sample
-from ..whitening import full_precision
+from ..ops.precision import full_precision
 
 
 class ChannelDeconv(nn.Module):

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..whitening import Whitening, full_precision
+from ..ops.precision import full_precision
+from ..whitening import Whitening
 from .fuse import fuse
 from .recalibrate import find_input, recalibrate
 

@@ -7,6 +7,7 @@ import torch
 
 import main
 from deconv import FastDeconv
+from deconv.ops.inverse_sqrt import ROOTS
 from util.tracking.logger import read_log
 
 pytestmark = pytest.mark.gpu
@@ -35,6 +36,28 @@ def test_a_layer_computes_as_on_the_cpu(mode):
         torch.testing.assert_close(buffer.cpu(), layer.get_buffer(name))
 
 
+@pytest.mark.parametrize("root", ROOTS)
+def test_products_in_tf32_change_no_bit_of_the_folded_weight(root):
+    x = torch.randn(64, 32, 9, 9, device="cuda")
+    x = torch.einsum("dc,nchw->ndhw", torch.randn(32, 32, device="cuda"), x)
+    values = []
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            torch.manual_seed(0)
+            layer = FastDeconv(32, 8, 3, n_iter=15, root=root, block=32).cuda()
+            given = x.clone().requires_grad_()
+            folded = layer.fold_whitening(given)
+            sum(value.square().sum() for value in folded).backward()
+            values.append([*folded, given.grad, layer.weight.grad, *layer.buffers()])
+        left, right = torch.randn(2, 256, 256, device="cuda")
+        assert (left @ right - left.double() @ right.double()).abs().max() > 1e-3  # TF32 is at work
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    for one, other in zip(*values, strict=True):  # sums of atomics differ in the last bits
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5 * other.abs().max().item())
+
+
 @pytest.mark.parametrize(
     "line", ["", "--amp bf16", "--amp fp16", "--channels-last", "-j 2 --amp bf16"]
 )
@@ -59,9 +82,9 @@ def test_all_visible_gpus_are_used(tmp_path):
     assert train("", tmp_path / "run")["processes"] == torch.cuda.device_count()
 
 
-ROOTS = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
+JOINT = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
 FREEZE = "--freeze True --freeze-iter 1 --norm-type layernorm"  # a cycle has 10 steps
-KINDS = ["--mode 1", "--mode 3", *ROOTS, "--amp fp16", FREEZE, f"{FREEZE} --amp fp16"]
+KINDS = ["--mode 1", "--mode 3", *JOINT, "--amp fp16", FREEZE, f"{FREEZE} --amp fp16"]
 
 
 @pytest.mark.parametrize("line", ["--deconv False", *KINDS])
