@@ -78,7 +78,7 @@ class Convolution(Whitening):
         dtype: torch.dtype | None = None,
     ) -> None:
         require_positive(in_channels=in_channels, out_channels=out_channels)
-        if mode not in MODES:
+        if mode not in MODES or isinstance(mode, bool):  # True equals 1
             raise ValueError(f"mode must be one of {list(MODES)}, got {mode!r}")
         if sampling_stride < 1 or sampling_stride % 1:
             raise ValueError(

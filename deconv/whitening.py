@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from copy import copy
-from typing import Any
+from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
 
 import torch
@@ -181,8 +181,13 @@ class Whitening(Freezing):
         """
         if not self.weight.is_floating_point():
             raise ValueError(f"dtype must be a real floating-point type, got {self.weight.dtype}")
-        if not 0 < eps < math.inf:
-            raise ValueError(f"eps must be above 0 and finite (units of variance), got {eps}")
+        flags = {"shared": blocks.shared, "sync_stats": sync_stats, "freeze": freeze}
+        flags["track_running_stats"] = track_running_stats
+        for name, flag in flags.items():
+            if not isinstance(flag, bool):  # "no" counts as True
+                raise ValueError(f"{name} must be True or False, got {flag!r}")
+        if not (isinstance(eps, SupportsFloat) and 0 < eps < math.inf):
+            raise ValueError(f"eps must be above 0 and finite (units of variance), got {eps!r}")
         if n_iter not in range(1, MAX_STEPS + 1):
             raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
         if momentum is not None and not 0 < momentum <= 1:

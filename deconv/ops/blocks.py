@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import NamedTuple
+from typing import NamedTuple, SupportsFloat
 
 from torch import Tensor
 
@@ -29,8 +29,8 @@ def divide_channels(channels: int, block: int) -> int:
     Raises:
         ValueError: `block` is below 1 or not whole.
     """
-    if block < 1 or block % 1:
-        raise ValueError(f"block must be a whole number of channels, at least 1, got {block}")
+    if not isinstance(block, SupportsFloat) or block < 1 or block % 1:
+        raise ValueError(f"block must be a whole number of channels, at least 1, got {block!r}")
     return next(size for size in range(int(min(block, channels)), 0, -1) if channels % size == 0)
 
 
