@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -78,6 +79,9 @@ def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | N
 
     The `process_group` of a layer precedes the group of `batch_share`. Both precede the group of
     the DistributedDataParallel that runs.
+
+    Raises:
+        RuntimeError: a DistributedDataParallel may run, but torch hides it.
     """
     group, images = process_group, None
     if _asked is not None:
@@ -87,6 +91,8 @@ def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | N
             return None
         group = _find_ddp_group()
         if group is None and _asked is None:
+            if reason := _explain_hidden_ddp():
+                raise RuntimeError(f"{reason}: give the layers a process_group or sync_stats=False")
             return None
     return BatchShare(group, images) if distributed.get_world_size(group) > 1 else None
 
@@ -100,10 +106,29 @@ def _find_ddp_group() -> distributed.ProcessGroup | None:
     if find_active is None:
         raise RuntimeError(
             f"torch {torch.__version__} does not tell which DistributedDataParallel runs: give the "
-            "layers a process_group, or sync_stats=False"
+            "layers a process_group or sync_stats=False"
         )
     ddp = find_active()
     return None if ddp is None else ddp.process_group
+
+
+def _explain_hidden_ddp() -> str:
+    """Return why a DistributedDataParallel may be out of sight, or "".
+
+    Compiled code calls this function only while it is compiled.
+    """
+    if distributed.get_world_size() == 1:
+        return ""
+    if torch._C._current_graph_task_id() != -1:  # in a backward
+        return "gradient checkpointing runs compiled layers again, without DistributedDataParallel"
+    compiler = sys.modules.get("torch._dynamo")
+    if compiler is not None and compiler.config.optimize_ddp == "python_reducer":
+        return 'optimize_ddp="python_reducer" hides DistributedDataParallel'
+    return ""
+
+
+# As `torch.compiler.assume_constant_result` does, which imports the compiler.
+_explain_hidden_ddp._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require_group(name: str, group: Any) -> None:

@@ -234,8 +234,8 @@ class Whitening(Freezing):
         """
         if not self.sync_stats:
             return None
-        if in_backward():
-            return _last_shares.get(self)
+        if in_backward() and self in _last_shares:
+            return _last_shares[self]
         share = find_share(self.process_group)
         if not torch.compiler.is_compiling():
             _last_shares[self] = share

@@ -156,7 +156,8 @@ def second_moment(maps: Tensor, axis: str, blocks: Blocks) -> Tensor:
     """Return mean v v^T, (G, d, d), of the vectors along an axis of maps (R, groups * C*T, P)."""
     vectors = blocks.to_vectors(axis, maps)
     count = vectors.shape[0] * vectors.shape[2]
-    return outer_products(vectors, vectors, blocks.matrices, 1 / max(count, 1))
+    same = vectors.view_as(vectors)  # Dynamo refuses one tensor as both arguments of a Function
+    return outer_products(vectors, same, blocks.matrices, 1 / max(count, 1))
 
 
 def move_centre(stats: Statistics, mean: Tensor, axis: str, blocks: Blocks) -> Statistics:

@@ -132,6 +132,19 @@ def checkpoint_under_ddp(share, reentrant):
     return summed(gradients(net)), buffers(net)
 
 
+def compile_under_ddp(share):
+    """Return gradients and buffers of a compiled layer, and the error of a checkpointed one."""
+    layer, again = build("mode 5, interleaved, shared"), build("mode 5, interleaved, shared")
+    x = next(batches(layer))[share].requires_grad_()
+    ddp = DistributedDataParallel(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+    loss(ddp(x), share).backward()
+    ddp = DistributedDataParallel(Checkpointed(torch.compile(again, backend="aot_eager"), True))
+    y = ddp(x)
+    with pytest.raises(RuntimeError) as error:
+        y.sum().backward()
+    return summed(gradients(layer)), buffers(layer), str(error.value)
+
+
 GROUPS = [0], [1, 2]  # of three ranks
 WAYS = ("process_group", "batch_share", "DDP")
 
@@ -253,6 +266,10 @@ def experiments(share, rank):
         "two forwards": two_forwards_under_ddp(share),
         "checkpoint": {how: checkpoint_under_ddp(share, how) for how in (False, True)},
     }
+    if share in pieces((5, 2)):
+        with pytest.MonkeyPatch.context() as patch:  # the compiler knows no other function
+            patch.setattr(distributed, "all_reduce", distributed.distributed_c10d.all_reduce)
+            outside["compiled"] = compile_under_ddp(share)
     if distributed.get_world_size() == 3:
         outside |= {"groups": train_in_groups(share, rank), "foreign": refuse_foreign_groups(rank)}
     with batch_share(share.start, IMAGES):
@@ -370,6 +387,15 @@ def test_checkpoints_under_ddp_run_again_with_the_ranks_of_their_forward(found):
             close(part["checkpoint"][how], (gradients(layer), buffers(layer)))
 
 
+def test_compiled_layers_share_under_ddp_and_refuse_to_be_run_again_without(spawned):
+    layer = build("mode 5, interleaved, shared")
+    loss(layer(next(batches(layer))), WHOLE).backward()
+    for part in spawned[5, 2]:
+        *values, error = part["compiled"]
+        close(values, [gradients(layer), buffers(layer)])
+        assert "checkpointing runs compiled layers again" in error
+
+
 def test_models_that_ranks_train_apart_do_not_mix(found):
     for part in found:
         close(part["apart"], part["alone"], rtol=0, atol=0)
@@ -471,7 +497,11 @@ def test_torch_without_distributed_is_one_rank(monkeypatch):
 
 def test_a_torch_that_does_not_tell_which_ddp_runs_is_refused(monkeypatch):
     monkeypatch.setattr(distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(distributed, "get_world_size", lambda group=None: 2)
     assert find_share(None) is None
+    hidden = torch._dynamo.config.patch(optimize_ddp="python_reducer")
+    with hidden, pytest.raises(RuntimeError, match="python_reducer"):
+        find_share(None)
     monkeypatch.delattr(DistributedDataParallel, "_get_active_ddp_module")
     with pytest.raises(RuntimeError, match="give the layers a process_group"):
         find_share(None)
