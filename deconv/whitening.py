@@ -11,6 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, distributed, nn
 
+from .dialects import read_published
 from .freezing import Freezing, in_backward
 from .input_norm import InputNorm, NormalizedLayer
 from .ops.blocks import Blocks
@@ -401,11 +402,36 @@ class Whitening(Freezing):
         self._widen_buffers(before)
         return self
 
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """Load as torch does, and keep the statistics at least float32 (`assign=True`)."""
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
+    ) -> None:
+        """Load as torch does, also published statistics, and keep them at least float32.
+
+        Statistics that the layer cannot equal are an error, without `strict`, too.
+        """
+        try:
+            self.read_statistics(state_dict, prefix)
+        except ValueError as error:
+            errors.append(f"{prefix[:-1] or 'the layer'} ({type(self).__name__}): {error}")
+        report = (strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *report)
         self._widen_buffers(self._buffers)
         self.read_freeze_steps()
+
+    def read_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Replace published running statistics in a state_dict by those of this layer.
+
+        Raises:
+            ValueError: the layer cannot equal the published one.
+        """
+        read_published(self, state_dict, prefix)
 
     def _widen_buffers(self, source: dict[str, Tensor | None]) -> None:
         """Replace half-precision buffers by those of `source` in float32."""

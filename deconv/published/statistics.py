@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..dialects import MATRIX_NAMES
 from ..ops.blocks import Blocks
 from ..ops.covariance import Statistics, move_centre
 from ..whitening import Matrices, Whitening
@@ -15,7 +16,6 @@ from ..whitening import Matrices, Whitening
 # Keywords of `FastDeconv` and `convert` with the numerics of the code of 2020.
 PUBLISHED: dict[str, Any] = {"eps": 1e-5, "block": 64, "root": "newton", "rows_per_feature": 0}
 NORM_TYPES = {"none": "none", "l1norm": "l1", "layernorm": "layer"}
-MATRIX_NAMES = ("running_deconv", "running_cov_isqrt")
 
 
 class PublishedStatistics(Whitening):
@@ -79,17 +79,27 @@ class PublishedStatistics(Whitening):
             return super().batch_weight(like)
         return like.new_full((), self.momentum)
 
-    def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
-    ) -> None:
-        """Load the matrix under either published name; a cycle of `freeze` begins anew."""
+    def read_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """Take the matrix under either published name; a cycle of `freeze` begins anew.
+
+        Raises:
+            ValueError: the statistics are of 2019 and the layer is not, or of no published layer.
+        """
         own = prefix + self.matrix_name
         for other in MATRIX_NAMES:
             if own not in state_dict and prefix + other in state_dict:
                 state_dict[own] = state_dict.pop(prefix + other)
         if own in state_dict and self.freeze:
             state_dict.setdefault(f"{prefix}freeze_steps", torch.tensor(0))
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        if f"{prefix}running_cov_joint" in state_dict:
+            raise ValueError("the checkpoint has running_cov_joint: load it into a layer of deconv")
+        for name in ("running_mean", self.matrix_name):
+            value, buffer = state_dict.get(prefix + name), getattr(self, name)
+            if value is not None and buffer is not None and value.shape != buffer.shape:
+                raise ValueError(
+                    f"{name} has shape {(*value.shape,)} in the checkpoint, {(*buffer.shape,)} "
+                    "here: block differs, or groups, or the year (num_groups is of 2019)"
+                )
 
 
 def find_input_norm(norm_type: str) -> str:
