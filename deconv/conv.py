@@ -130,7 +130,7 @@ class Convolution(Whitening):
         """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input)
-        self.begin_forward()
+        self.begin_forward(input)
         padding = self.padding if self.padding_mode == "zeros" else 0
         images, weight, bias = self.fold_whitening(self.prepare_input(input))
         y = self.convolve(images, weight, bias, self.stride, padding, self.dilation, self.groups)
@@ -154,9 +154,16 @@ class Convolution(Whitening):
             return x
         return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
 
+    def check_input(self, x: Tensor) -> Tensor:
+        """Check x as all layers do, and that images are no smaller than the kernel."""
+        images = super().check_input(x)
+        self.patch_grid(1).count(images.shape[2:])
+        return images
+
     def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
         """Return which patches of x the mode samples, and how their features form blocks."""
         if self.mode == 3:
+            self.patch_grid(1).count(x.shape[2:])  # refuses images smaller than the kernel
             unit = self.blocks.unit // self.blocks.taps
             return self._pixel_grid(), replace(self.blocks, taps=1, unit=unit)
         grid = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)

@@ -81,11 +81,11 @@ class _Transposed(Convolution):
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input, output_size)
-        self.begin_forward()
         dims, sides = len(self.kernel_size), (self.stride, self.padding)
         extra = self._output_padding(
             input, output_size, *sides, self.kernel_size, dims, self.dilation
         )
+        self.begin_forward(input)
         images, weight, bias = self.fold_whitening(self.prepare_input(input))
         y = self.convolve(images, weight, bias, *sides, extra, self.groups, self.dilation)
         return y if self._is_batch(input) else y.squeeze(0)

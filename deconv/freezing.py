@@ -53,10 +53,20 @@ class Freezing(nn.Module):
         """Return True if the next training forward uses the running statistics."""
         return self._steps % (10 * self.freeze_iter) >= self.freeze_iter
 
-    def begin_forward(self) -> None:
-        """Choose the phase of a training forward, and count the forward."""
+    def begin_forward(self, x: Tensor) -> None:
+        """Choose the phase of a training forward on x, and count the forward."""
         if self.freeze and self.training:
-            self._count_step()
+            self._count_accepted(x)
+
+    def check_input(self, x: Tensor) -> Tensor:
+        """Raise the error by which the layer refuses x, else return its images without numbers."""
+        raise NotImplementedError
+
+    @_disable_dynamo
+    def _count_accepted(self, x: Tensor) -> None:
+        """Count a forward, unless the layer refuses its input."""
+        self.check_input(x)
+        self._count_step()
 
     @_disable_dynamo
     def _count_step(self) -> None:

@@ -85,7 +85,7 @@ class Delinear(Whitening, nn.Linear):
         """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input)
-        self.begin_forward()
+        self.begin_forward(input)
         rows, weight, bias = self.fold_whitening(self.prepare_input(input))
         return F.linear(rows.reshape(input.shape), weight, bias)
 

@@ -129,6 +129,13 @@ class Whitening(Freezing):
             f"x.to({self.weight.dtype})"
         )
 
+    def check_input(self, x: Tensor) -> Tensor:
+        """Raise the error by which the layer refuses x, else return its images without numbers."""
+        self._check_dtype(x)
+        if not self.freezes_next:
+            _refuse_transforms(self)
+        return self.prepare_input(torch.empty(x.shape, dtype=x.dtype, device="meta"))
+
     def prepare_input(self, x: Tensor) -> Tensor:
         """Return the layer's input as (N, C, *size), checked, normalised and padded."""
         raise NotImplementedError

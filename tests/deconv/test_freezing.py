@@ -9,7 +9,15 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deconv import Delinear, FastDeconv, FastDeconvTranspose2d, convert, fuse, recalibrate
+from deconv import (
+    Delinear,
+    FastDeconv,
+    FastDeconvTranspose2d,
+    convert,
+    fuse,
+    published,
+    recalibrate,
+)
 from deconv.freezing import advance_phase, find_phase, hold_phase
 from tests.pairwise import loop_over
 
@@ -102,6 +110,33 @@ def test_every_copy_goes_on_in_the_same_phase(steps):
             assert other._steps == layer._steps
 
 
+def test_a_batch_that_is_refused_is_not_counted():
+    reflect = dict(padding=2, padding_mode="reflect")
+    refused = [
+        (make(), draw()[:, :2]),
+        (make(), draw().float()),
+        (make(input_norm="l1"), draw()[..., :0]),
+        (FastDeconv(3, 4, 5, freeze=True), torch.ones(2, 3, 4, 4)),
+        (FastDeconv(3, 4, 5, freeze=True, mode=3), torch.ones(2, 3, 4, 4)),
+        (FastDeconv(3, 4, 3, freeze=True, **reflect), torch.ones(2, 3, 2, 2)),
+        (FastDeconvTranspose2d(3, 4, 3, padding=3, freeze=True), torch.ones(2, 3, 2, 2)),
+        (make("linear"), draw("linear")[:, :2]),
+        (make("linear"), draw("linear").float()),
+        (published.FastDeconv(3, 4, 3, freeze=True), torch.ones(3, 6, 6)),
+    ]
+    for number, (layer, x) in enumerate(refused):
+        for steps in (0, layer.freeze_iter):  # a phase of the batch, and of running statistics
+            layer._steps, before = steps, copy.deepcopy(layer.state_dict())
+            with pytest.raises((ValueError, RuntimeError)):
+                layer(x)
+            assert layer._steps == steps, number
+            torch.testing.assert_close(dict(layer.state_dict()), dict(before), msg=f"{number}")
+    up = make("transposed")
+    with pytest.raises(ValueError, match="output size"):
+        up(draw(), output_size=[50, 50])
+    assert up.freeze_steps == up._steps == 0
+
+
 def test_a_reset_begins_a_cycle():
     layer = make()
     for _ in range(ITER + 1):
@@ -182,4 +217,4 @@ def test_bad_options_are_refused_by_name():
         Delinear(3, 4, freeze=True, track_running_stats=False)
     replica = make()._replicate_for_data_parallel()
     with pytest.raises(ValueError, match="DataParallel loses: use DistributedDataParallel"):
-        replica.begin_forward()
+        replica._count_step()

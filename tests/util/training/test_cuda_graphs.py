@@ -37,7 +37,7 @@ def record_captures(monkeypatch):
 
         def replay(images):
             layer.frozen = phase
-            with patch.object(Freezing, "begin_forward", lambda self: None):
+            with patch.object(Freezing, "begin_forward", lambda self, x: None):
                 return forward(images)
 
         return replay
