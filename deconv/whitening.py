@@ -427,6 +427,7 @@ class Whitening(Freezing):
             self.read_statistics(state_dict, prefix)
         except ValueError as error:
             errors.append(f"{prefix[:-1] or 'the layer'} ({type(self).__name__}): {error}")
+            return
         report = (strict, missing, unexpected, errors)
         super()._load_from_state_dict(state_dict, prefix, metadata, *report)
         self._widen_buffers(self._buffers)

@@ -1,0 +1,172 @@
+"""Convert a checkpoint of the published scripts into one that main.py tests and resumes.
+
+    python scripts/convert_checkpoint.py PUBLISHED.pth.tar OUT [FLAGS of main.py]
+    python scripts/convert_checkpoint.py vgg16.pth.tar RUN --dataset cifar10 --batch-size 128
+    python main.py --resume RUN -e
+
+OUT is a new folder. The flags describe the run: dataset, network, optimizer and length. Without
+flags the network has the published numerics: --deconv True --root newton --eps 1e-5 --num-groups 64
+--rows-per-feature 0, and the architecture of the checkpoint. Layers are matched in the order of the
+network. Each must have the shape of ours, and each statistic must be matched exactly, or the script
+ends with one line that names the layer. Nothing is written then. Files that may run code are
+refused.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import main as small_images
+from util.checkpoint.schema import HISTORY
+from util.checkpoint.store import save_checkpoint
+from util.cli.parser import report_errors
+from util.cli.settings import read_settings
+from util.distributed.world import World
+from util.errors import CheckpointError
+from util.random_state import seed_everything
+from util.training.optim import build_optimizer
+from util.training.resume import Progress, TrainingState
+from util.training.session import RunContext
+
+PUBLISHED = {
+    "deconv": ("--deconv", "True"),
+    "root": ("--root", "newton"),
+    "eps": ("--eps", "1e-5"),
+    "num_groups": ("--num-groups", "64"),
+    "rows_per_feature": ("--rows-per-feature", "0"),
+}
+# Networks whose layers are in the same order here and in the published code.
+IN_ORDER = ("vgg", "resnet")
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    words = list(sys.argv[1:] if argv is None else argv)
+    script = small_images.build_script()
+    parser = script.parser
+    parser.prog = "convert_checkpoint.py"
+    if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
+        print(__doc__)
+        parser.exit(0 if "--help" in words or "-h" in words else 2)
+    source, out, flags = Path(words[0]), Path(words[1]), words[2:]
+    with report_errors(parser, ValueError):
+        if out.exists():
+            raise ValueError(f"{out} exists already: name a new folder")
+        published = read_published(source)
+        typed = parser.parse_typed(flags)
+        for name, default in {**PUBLISHED, "arch": ("--arch", str(published["arch"]))}.items():
+            flags += [] if name in typed else default
+        settings, _ = read_settings(script, flags)
+        if not settings.arch.startswith(IN_ORDER):
+            raise ValueError(
+                f"{source}: arch {settings.arch} cannot be converted, only {' and '.join(IN_ORDER)}"
+            )
+        context = RunContext(settings, None, World(), torch.device("cpu"), None)
+        data = small_images.load_images(context)
+        seed_everything(settings.seed)
+        model = small_images.build_network(settings, data[0])
+        load_weights(source, published["state_dict"], model)
+        state = make_state(context, data, model, published)
+        out.mkdir(parents=True)
+        path = save_checkpoint(state, out)
+    print(f"{path}: epoch {state['epoch']}; test it with python main.py --resume {out} -e")
+
+
+def read_published(path: Path) -> dict[str, Any]:
+    """Return the content of a checkpoint of the published scripts, never executing its code."""
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error
+    except Exception as error:  # a foreign file may raise anything in the reader
+        reason = "damaged, or more than tensors and plain values, which may run code"
+        raise CheckpointError(f"{path}: refused: {reason}") from error
+    if type(saved) is not dict or not isinstance(saved.get("state_dict"), dict):
+        raise CheckpointError(f"{path}: not a checkpoint of the published scripts (no state_dict)")
+    if not all(type(k) is str and type(v) is Tensor for k, v in saved["state_dict"].items()):
+        raise CheckpointError(f"{path}: state_dict has more than tensors")
+    if type(saved.get("epoch")) is not int or type(saved.get("arch")) is not str:
+        raise CheckpointError(f"{path}: epoch or arch is missing")
+    return saved
+
+
+def load_weights(source: Path, state: dict[str, Tensor], model: nn.Module) -> None:
+    """Load published weights and statistics into the model, layer by layer in order."""
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        *names, tensor = [part for part in key.split(".") if part != "module"]
+        layers.setdefault(".".join(names), {})[tensor] = value
+    layers = {name: tensors for name, tensors in layers.items() if "weight" in tensors}
+    own: list[tuple[str, Any]] = [
+        (name, layer) for name, layer in model.named_modules() if hasattr(layer, "weight")
+    ]
+    if len(layers) != len(own):
+        raise ValueError(
+            f"{source}: the network has {len(layers)} layers with weights, "
+            f"the network of the flags {len(own)}"
+        )
+    renamed: dict[str, Tensor] = {}
+    for (name, tensors), (own_name, layer) in zip(layers.items(), own, strict=True):
+        if tensors["weight"].shape != layer.weight.shape:
+            raise ValueError(
+                f"{source}: {name}.weight has shape {(*tensors['weight'].shape,)}, "
+                f"{own_name}.weight of the flags {(*layer.weight.shape,)}"
+            )
+        renamed |= {f"{own_name}.{tensor}": value for tensor, value in tensors.items()}
+    try:
+        model.load_state_dict(renamed)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[1]  # the first of all
+        raise ValueError(f"{source}: {fault.strip()}") from error
+
+
+def make_state(
+    context: RunContext, data: Any, model: nn.Module, published: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the checkpoint of a run that stands where the published one stood."""
+    flags, (spec, train_loader, test_loader) = context.flags, data
+    epoch, steps = published["epoch"], len(train_loader)
+    best = float(published.get("best_acc", published.get("best_acc1", -math.inf)))
+    progress = Progress(epoch, epoch * steps, epoch * len(train_loader.dataset))
+    if epoch and math.isfinite(best):
+        progress.best_top1, progress.best_epoch = best, epoch
+    rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
+    optimizer = build_optimizer(flags.optimizer, model.parameters(), **rates)
+    loaders = train_loader, test_loader
+    training = TrainingState(
+        vars(flags), spec, loaders, model, optimizer, context.build_accelerator(), World(), progress
+    )
+    past = {"epoch": [*range(1, epoch + 1)], "step": [steps * n for n in range(1, epoch + 1)]}
+    history = {**dict.fromkeys(HISTORY, [math.nan] * epoch), **past}
+    state = training.capture()
+    if (momenta := find_momenta(published.get("optimizer"), model)) and flags.optimizer == "SGD":
+        state["optimizer"]["state"] = momenta
+    elif epoch:
+        print("the optimizer's state does not fit and is left out: momentum begins at 0")
+    return {**state, "history": history}
+
+
+def find_momenta(optimizer: Any, model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """Return the momentum of each parameter by its number; empty if not all of them fit."""
+    parameters = list(model.parameters())
+    try:
+        keys = [key for group in optimizer["param_groups"] for key in group["params"]]
+        momenta = [optimizer["state"][key]["momentum_buffer"] for key in keys]
+        shapes = [(momentum.shape, momentum.dtype) for momentum in momenta]
+    except (TypeError, KeyError, AttributeError):
+        return {}
+    if shapes != [(parameter.shape, parameter.dtype) for parameter in parameters]:
+        return {}
+    return {number: {"momentum_buffer": momentum} for number, momentum in enumerate(momenta)}
+
+
+if __name__ == "__main__":
+    main()
