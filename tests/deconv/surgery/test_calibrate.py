@@ -134,10 +134,10 @@ def test_layers_with_a_normalisation_or_a_freeze_are_calibrated(options):
     model = nn.Sequential(FastDeconv(4, 6, 3, **options), nn.ReLU(), FastDeconv(6, 2, 3))
     for x in images(3):
         model(x)
-    old, data = copy.deepcopy(model), [3 * x + 1 for x in images()]
-    assert calibrate(model, data) == 4
-    assert_kept(old, model, data[0])
-    assert distance(model, old, data[0]) < distance(old, copy.deepcopy(old), data[0]) / 2
+    old, x = copy.deepcopy(model).eval(), 3 * images(1)[0] + 1
+    calibrate(model, [x])
+    assert_kept(old, model, x)
+    torch.testing.assert_close(model.train()(x), old(x), rtol=1e-3, atol=1e-4)  # same mu and D
 
 
 def test_a_layer_that_is_called_twice_undoes_the_mean_of_both_calls():
