@@ -119,9 +119,10 @@ def check_unchanged(
             f"paths are not taken from a checkpoint, so give {parser.spelling['data']} again"
         )
     names = OF_NETWORK if flags.evaluate else parser.spelling.keys() - MAY_CHANGE
-    names = names & config.keys()  # a checkpoint lacks the flags that were added after it
+    names = names & (config.keys() | set(typed))
+    # A checkpoint lacks the flags that were added after it: its run used their defaults.
     before, now = (
         {parser.spelling[name]: settings[name] for name in parser.spelling if name in names}
-        for settings in (config, vars(flags))
+        for settings in ({**parser.defaults(), **config}, vars(flags))
     )
     check_compatible(before, now)

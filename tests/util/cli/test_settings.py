@@ -10,6 +10,7 @@ from util.cli.inherited import OF_THIS_MACHINE
 from util.cli.parser import mirror_url, path_name, rendezvous_url
 from util.cli.script import PRESETS
 from util.cli.settings import read_settings
+from util.errors import CheckpointError
 
 
 def read(line):
@@ -183,3 +184,16 @@ def test_how_a_step_is_computed_is_inherited(tmp_path):
     assert flags.channels_last and flags.compile
     flags, _ = read_settings(main.build_script(), [*line, "--compile", "False"])
     assert flags.channels_last and not flags.compile
+
+
+def test_a_flag_that_is_younger_than_the_checkpoint_had_its_default(tmp_path):
+    state = make_state()
+    state["config"] |= {"milestone": [0.5]}
+    line = ["--resume", str(save_checkpoint(state, tmp_path))]
+    read_settings(main.build_script(), [*line, "--norm-type", "none", "--freeze", "False"])
+    for typed in (["--norm-type", "layernorm"], ["-e", "--norm-type", "l1norm"]):
+        refusal = rf"{typed[-2]} is 'none' in the checkpoint, '{typed[-1]}' in this run"
+        with pytest.raises(CheckpointError, match=refusal):
+            read_settings(main.build_script(), [*line, *typed])
+    with pytest.raises(CheckpointError, match="--freeze is False in the checkpoint, True"):
+        read_settings(main.build_script(), [*line, "--freeze", "True"])
