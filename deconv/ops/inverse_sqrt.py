@@ -36,7 +36,7 @@ def inverse_sqrt(
     the iteration converges: quadratically near 1, while a small eigenvalue grows by 2.25 a step.
     Stopping after five steps multiplies a direction by at most 1.5^5 = 7.6 / sqrt(|A|_F).
     Directions under about 0.02 |A|_F are damped, not whitened. This soft floor is part of the
-    published regularisation: with an exact root at the same eps, training diverges.
+    published regularisation: networks learn less with an exact root at the same eps.
     All iterates are polynomials of A: they are symmetric and commute, and D is symmetric.
 
     Rounding errors in float32 grow with every step after convergence. Five steps are good to 1e-6.
