@@ -1,4 +1,4 @@
-"""Modules that remain of `input_norm` in a fused network."""
+"""Modules that apply `input_norm` in a fused model."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from .recording import record_call
 
 
 class InputNorm(nn.Module):
-    """Divide each sample by its own scale, see `normalize_samples`.
+    """Normalise each sample by its own statistics; see `normalize_samples`.
 
     Args:
         norm: "layer" or "l1".
-        dims: dimensions of a sample, channels included: 3 for images, 1 for rows of features.
+        dims: number of dimensions of a sample, channels included: 3 for images, 1 for vectors.
         eps: added to the scale (default 1e-5), in units of the input.
 
     Shape:
-        (*batch, *sample) -> the same.
+        (*batch, *sample) -> (*batch, *sample).
 
     Example:
         y = InputNorm("layer", dims=3)(torch.randn(8, 3, 32, 32))  # mean 0 per image
@@ -30,7 +30,7 @@ class InputNorm(nn.Module):
         self.norm, self.dims, self.eps = norm, dims, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return x normalised."""
+        """Return the normalised input."""
         if isinstance(x, fx.Proxy):
             return record_call(self, x)
         return normalize_samples(x, self.norm, self.dims, self.eps)
@@ -40,9 +40,9 @@ class InputNorm(nn.Module):
 
 
 class NormalizedLayer(nn.Sequential):
-    """A plain layer behind its `InputNorm`: the fused form of a layer with `input_norm`."""
+    """`InputNorm` followed by a plain layer: the fused form of a layer with `input_norm`."""
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # named as in torch
-        """Normalise the input and pass it to the layer, with the layer's further arguments."""
+        """Normalise the input and call the layer with it and the other arguments."""
         norm, layer = self
         return layer(norm(input), *args, **kwargs)

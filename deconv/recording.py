@@ -1,4 +1,4 @@
-"""Record modules of this package in graphs of `torch.fx`."""
+"""Record layers of this package in `torch.fx` graphs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from torch import nn
 
 
 def record_call(layer: nn.Module, *args: Any) -> Any:
-    """Record a call of the layer in the graph of `torch.fx`, as of any layer of torch.
+    """Record a call of the layer in a `torch.fx` graph as one node, as for layers of torch.
 
-    The tracers of torch and torchvision ask for the module of a class, and would trace its forward.
+    Tracers of torch and torchvision trace into a layer unless its class is defined in `torch.nn`.
     """
     tracer = args[0].tracer
     return tracer.create_proxy("call_module", tracer.path_of_module(layer), args, {})

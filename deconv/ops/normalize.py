@@ -1,4 +1,4 @@
-"""Normalise each sample of a batch by its own statistics (the follow-up paper, AAAI 2022)."""
+"""Normalise each sample of a batch by its own statistics (Ye et al., AAAI 2022)."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ EPS = 1e-5
 
 
 def normalize_samples(x: Tensor, norm: str, dims: int, eps: float = EPS) -> Tensor:
-    """Return each sample divided by its own scale, so that factors of a sample cancel.
+    """Divide each sample by its own scale, so that a positive factor of a sample cancels.
 
         layer    y = (x - mean(x)) / (std(x) + eps)
         l1       y = x / (mean |x| + eps)
 
-    Mean and unbiased standard deviation cover all elements of a sample. A sample of zeros stays 0.
+    Mean and unbiased standard deviation are over all elements of a sample. An all-zero sample stays
+    zero.
 
-    NOTE (differs from the published code): its "l1norm" averages a sample of the elements.
+    NOTE (differs from the published code): the published "l1norm" averages only every
+    `sampling_stride`-th element.
 
     Args:
         x: (*batch, *sample).
         norm: "layer" or "l1"; "none" returns x.
-        dims: dimensions of a sample, channels included: 3 for images, 1 for rows of features.
-        eps: added to the scale, in units of x. Scales far above `eps` cancel.
+        dims: number of dimensions of a sample, channels included: 3 for images, 1 for vectors.
+        eps: added to the scale (default 1e-5), in units of x. A scale far above `eps` cancels.
 
     Returns:
-        The shape and dtype of x, computed in at least float32.
+        (*batch, *sample) in the dtype of x, computed in at least float32.
 
     Example:
         y = normalize_samples(torch.randn(8, 3, 32, 32), "l1", dims=3)  # y[0].abs().mean() is 1
@@ -40,7 +42,7 @@ def normalize_samples(x: Tensor, norm: str, dims: int, eps: float = EPS) -> Tens
     if norm == "layer":
         wide = wide - wide.mean(sample, keepdim=True)
         freedom = max(math.prod(x.shape[-dims:]) - 1, 1)
-        # Unlike the root of a variance, this norm has a gradient at 0.
+        # The gradient of this norm is finite at 0; that of the root of a variance is not.
         scale = torch.linalg.vector_norm(wide, dim=sample, keepdim=True) / freedom**0.5
     else:
         scale = wide.abs().mean(sample, keepdim=True)

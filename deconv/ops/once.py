@@ -1,4 +1,4 @@
-"""Backward passes that refuse a second derivative instead of omitting a part of it."""
+"""Raise an error for second derivatives that autograd would compute wrongly."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Backward = Callable[..., Any]
 
 
 def differentiable_once(backward: Backward) -> Backward:
-    """Wrap the backward of a `torch.autograd.Function`: a second derivative through it raises.
+    """Make the backward of a `torch.autograd.Function` raise when it is differentiated.
 
-    NOTE: `once_differentiable` of torch raises only in `Tensor.backward`. `torch.autograd.grad`
-    skips its error, because no path leads from there to the given inputs: it returns a wrong value.
+    NOTE: torch's `once_differentiable` raises in `Tensor.backward` only. `torch.autograd.grad`
+    skips the error, because no path connects it to the given inputs, and returns a wrong value.
     """
 
     @wraps(backward)
@@ -29,17 +29,17 @@ def differentiable_once(backward: Backward) -> Backward:
         if not sources:
             return results
         single = isinstance(results, Tensor)
-        refused = (
-            _Refusal.apply(result, *sources) if isinstance(result, Tensor) else result
+        guarded = (
+            _RaiseInBackward.apply(result, *sources) if isinstance(result, Tensor) else result
             for result in ((results,) if single else results)
         )
-        return next(refused) if single else tuple(refused)
+        return next(guarded) if single else tuple(guarded)
 
     return differentiate
 
 
-class _Refusal(torch.autograd.Function):
-    """Identity of the first argument, whose gradient with respect to any argument raises."""
+class _RaiseInBackward(torch.autograd.Function):
+    """Return the first argument; raise in the backward pass to any argument."""
 
     @staticmethod
     def forward(ctx: Any, result: Tensor, *sources: Tensor) -> Tensor:
@@ -48,6 +48,6 @@ class _Refusal(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
         raise RuntimeError(
-            "a deconvolution layer in training is differentiable once with respect to its input, "
-            "and so are the layers before it: call eval() before create_graph=True"
+            "deconvolution layers in training mode, and the layers before them, support first "
+            "derivatives only: call eval() on the model before create_graph=True"
         )

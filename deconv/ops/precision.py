@@ -1,7 +1,8 @@
-"""Full float32 precision of all products, whatever precision torch is set to.
+"""Compute products in full float32 precision, whatever precision torch is set to.
 
-`torch.set_float32_matmul_precision("high")` and its relatives let a product round its factors to
-10 or 7 bits. Newton-Schulz multiplies such an error at every step: ten steps are lost.
+With `torch.set_float32_matmul_precision("high")` and similar settings, torch rounds the factors of
+a product to 10 or 7 bits. Newton-Schulz amplifies this error at every step. After ten steps its
+result is useless.
 """
 
 from __future__ import annotations
@@ -14,39 +15,39 @@ from typing import Any, TypeVar, cast
 
 import torch
 
-BACKENDS: Any = torch.backends  # mypy does not see all of its attributes
-# What torch may round: products on a GPU, products of oneDNN, convolutions of oneDNN.
+BACKENDS: Any = torch.backends  # mypy does not know all of its attributes
+# Settings of cuBLAS products, oneDNN products and oneDNN convolutions.
 SETTINGS = BACKENDS.cuda.matmul, BACKENDS.mkldnn.matmul, BACKENDS.mkldnn.conv
 REDUCED = ("tf32", "bf16")
-DEVICES = "cpu", "cuda"  # that the settings concern, and that have float64
+DEVICES = "cpu", "cuda"  # the settings apply to these devices, and both support float64
 Context = AbstractContextManager[Any]
 Method = TypeVar("Method", bound=Callable[..., Any])
 
-# The settings are global: the first context of all threads changes, the last one restores them.
+# The settings are global. Of all threads, the first context sets and the last one restores them.
 _lock = Lock()
 _contexts = 0
 _restore: Callable[[], None] = lambda: None
 
 
 def full_precision(device: torch.device) -> Context:
-    """Disable autocast where it is on, and compute products as in `full_products`.
+    """Return a context without autocast that computes products as `full_products` does.
 
-    Squares overflow in half precision. An exported program with a context of autocast cannot be
-    loaded again.
+    Squares overflow in half precision. Without autocast, nothing is entered: torch cannot load an
+    exported program that enters autocast.
     """
     off = torch.autocast(device.type, enabled=False) if autocasts(device) else nullcontext()
     return full_products(off)
 
 
 def autocasts(device: torch.device) -> bool:
-    """Return True if autocast is on, which casts all floating-point types but float64."""
+    """Return True if autocast is on; it casts every floating-point type except float64."""
     return device.type != "meta" and torch.is_autocast_enabled(device.type)
 
 
 def full_products(context: Context | None = None) -> Context:
-    """Enter `context`, and compute float32 products in full where torch is set to less.
+    """Extend `context` to compute float32 products in full precision.
 
-    Compiled code keeps the setting of torch, as no graph can change it.
+    Compiled code keeps the setting of torch, because a graph cannot change it.
     """
     context = context or nullcontext()
     if torch.compiler.is_compiling():
@@ -56,7 +57,7 @@ def full_products(context: Context | None = None) -> Context:
 
 
 def in_full_products(backward: Method) -> Method:
-    """Decorate the backward pass of a Function by `full_products`."""
+    """Run the backward pass of a Function inside `full_products`."""
 
     @wraps(backward)
     def decorated(*args: Any) -> Any:
@@ -67,27 +68,27 @@ def in_full_products(backward: Method) -> Method:
 
 
 def is_reduced() -> bool:
-    """Return True if torch may round the factors of some float32 products."""
+    """Return True if torch may round the factors of float32 products."""
     read = torch._C._get_fp32_precision_getter  # ten times faster than `fp32_precision`
     values = read("cuda", "matmul"), read("mkldnn", "matmul"), read("mkldnn", "conv")  # SETTINGS
     return any(value in REDUCED for value in values)
 
 
-# As `torch.compiler.assume_constant_result` does, which imports the compiler, in seconds.
+# `torch.compiler.assume_constant_result` does the same, but imports the compiler for seconds.
 is_reduced._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rounds_compiled(device: torch.device) -> bool:
-    """Return True in compiled code whose float32 products torch may round."""
+    """Return True while torch compiles code whose float32 products it may round."""
     compiles = torch.compiler.is_compiling() and not torch.compiler.is_exporting()
     return compiles and device.type in DEVICES and is_reduced()
 
 
 def is_raised() -> bool:
-    """Return True inside `full_products` where torch is set to less.
+    """Return True if `full_products` is active and overrides the setting of torch.
 
-    Gradients are computed outside: a product then needs a Function that enters the context again.
-    torch.func takes no such Function.
+    Autograd runs backward passes outside this context. A product then needs a Function whose
+    backward enters the context again. Transforms of torch.func do not support such a Function.
     """
     if torch.compiler.is_compiling() or not _contexts:
         return False
@@ -96,6 +97,7 @@ def is_raised() -> bool:
 
 @contextmanager
 def _hold(context: Context) -> Iterator[None]:
+    """Set full precision while any thread is inside this context."""
     global _contexts, _restore
     with _lock:
         if not _contexts:
@@ -112,12 +114,12 @@ def _hold(context: Context) -> Iterator[None]:
 
 
 def _raise_settings() -> Callable[[], None]:
-    """Set full precision, and return the function that restores the settings."""
-    before = [(setting, _find_own(setting)) for setting in SETTINGS]
+    """Set full precision and return a function that restores the settings."""
+    before = [(setting, _read_own_value(setting)) for setting in SETTINGS]
     for setting in SETTINGS:
         setting.fp32_precision = "ieee"
-    legacy = torch.get_float32_matmul_precision()  # raises for some of the other settings
-    torch.set_float32_matmul_precision("highest")  # TunableOp raises where the two disagree
+    legacy = torch.get_float32_matmul_precision()  # raises for some values of the other settings
+    torch.set_float32_matmul_precision("highest")  # TunableOp raises if old and new setting differ
 
     def restore() -> None:
         torch.set_float32_matmul_precision(legacy)
@@ -127,8 +129,8 @@ def _raise_settings() -> Callable[[], None]:
     return restore
 
 
-def _find_own(setting: Any) -> str:
-    """Return the value of a setting, or "none" where it inherits the value."""
+def _read_own_value(setting: Any) -> str:
+    """Return the value of a setting, or "none" if the setting inherits its value."""
     value = setting.fp32_precision
     setting.fp32_precision = "none"
     return "none" if setting.fp32_precision == value else value
