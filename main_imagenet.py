@@ -52,7 +52,7 @@ def train(context: RunContext) -> None:
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks, max_batches=max_batches)
     else:
-        if flags.pretrained and flags.deconv:  # not after --resume, which excludes --pretrained
+        if flags.pretrained and flags.deconv and not flags.resume:
             calibrate_weights(context, data[1], model, hooks)
         fit(context, data, model, hooks=hooks, max_batches=max_batches)
 
@@ -82,13 +82,14 @@ def own_rules(flags: Namespace) -> Rules:
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained or not flags.evaluate
     yield "evaluate", known, "needs --resume RUN or --pretrained"
-    both = flags.pretrained and flags.resume
-    yield "pretrained", not both, "contradicts --resume, which brings its own weights"
     is_published = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     reason = f"does not apply to {flags.arch}: there are no weights for it"
     yield "pretrained", is_published or not flags.pretrained, reason
     reason = "contradicts --pretrained, whose weights expect inputs that are not normalized"
     yield "norm_type", flags.norm_type == "none" or not flags.pretrained, reason
+    calibrated = flags.pretrained and flags.deconv
+    reason = "contradicts --pretrained, which calibrates the bias of each deconvolution"
+    yield "bias", flags.bias or not calibrated, reason
     twin = f"{flags.arch.removesuffix('_bn')}d"
     twin = twin if twin in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"
     has_own_layers = is_published and not flags.deconv
@@ -117,6 +118,7 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
             num_classes=spec.num_classes,
             image_size=spec.image_size,
             pretrained=flags.pretrained,
+            download=not (flags.pretrained and flags.resume),
             dropout_rate=flags.dropout_rate,
         )
     except ValueError as error:  # an image size or number of classes that the model cannot have

@@ -30,7 +30,7 @@ def list_torchvision() -> dict[str, Architecture]:
 
 def _make_torchvision_entry(name: str) -> Architecture:
     sized = ("image_size",) if name.startswith(("vit", "maxvit")) else ()
-    build, options = partial(_build_torchvision, name=name), ("pretrained", *sized)
+    build, options = partial(_build_torchvision, name=name), ("pretrained", "download", *sized)
     min_size = TORCHVISION_MIN_SIZES.get(name, MIN_IMAGE_SIZE)
     return Architecture(build, f"torchvision's {name}", options, min_size, init=None)
 
@@ -39,7 +39,9 @@ def make_timm_entry(arch: str) -> Architecture:
     """Return the entry of timm/NAME."""
     name = arch.removeprefix(TIMM)
     build = partial(_build_timm, name=name)
-    return Architecture(build, f"timm's {name}", ("pretrained", "image_size"), init=None)
+    return Architecture(
+        build, f"timm's {name}", ("pretrained", "download", "image_size"), init=None
+    )
 
 
 def _build_torchvision(
@@ -49,17 +51,18 @@ def _build_torchvision(
     num_classes: int,
     image_size: int | None = None,
     pretrained: bool = False,
+    download: bool = True,
 ) -> nn.Module:
     """Build a network of torchvision without auxiliary heads."""
     _check(name, layers, num_classes, pretrained)
     options: dict[str, object] = {"num_classes": num_classes}
-    if name in AUXILIARY and not pretrained:
+    if name in AUXILIARY and not (pretrained and download):
         options["init_weights"] = True  # the default, which warns unless given
     if image_size is not None:
         square = {"input_size": (image_size, image_size)}
         options |= square if name.startswith("maxvit") else {"image_size": image_size}
     try:
-        model = get_model(name, weights="DEFAULT" if pretrained else None, **options)
+        model = get_model(name, weights="DEFAULT" if pretrained and download else None, **options)
     except (AssertionError, ValueError) as error:
         if image_size is None:
             raise
@@ -71,7 +74,13 @@ def _build_torchvision(
 
 
 def _build_timm(
-    layers: Layers, *, name: str, num_classes: int, image_size: int, pretrained: bool = False
+    layers: Layers,
+    *,
+    name: str,
+    num_classes: int,
+    image_size: int,
+    pretrained: bool = False,
+    download: bool = True,
 ) -> nn.Module:
     """Build a network of timm, for `image_size` if it needs to know."""
     _check(f"{TIMM}{name}", layers, num_classes, pretrained)
@@ -86,7 +95,7 @@ def _build_timm(
     sized = config is not None and config.fixed_input_size
     options = {"img_size": image_size} if sized else {}
     try:
-        model = timm.create_model(name, pretrained, num_classes=num_classes, **options)
+        model = timm.create_model(name, pretrained and download, num_classes=num_classes, **options)
     except (AssertionError, RuntimeError, TypeError) as error:
         reason = str(error).splitlines()[0]  # the size does not fit, or there are no weights
         raise ValueError(f"timm cannot build {name}: {reason}") from error

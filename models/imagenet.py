@@ -72,6 +72,7 @@ def build_imagenet_model(
     num_classes: int = PRETRAINED_CLASSES,
     image_size: int = 224,
     pretrained: bool = False,
+    download: bool = True,
     dropout_rate: float | None = None,
 ) -> nn.Module:
     """Build a network that maps (N, 3, H, W) to (N, num_classes).
@@ -85,6 +86,7 @@ def build_imagenet_model(
             size, all others any size from their `min_image_size`.
         pretrained: start from the weights of torchvision or timm, which are downloaded once. Only
             for their networks with 1000 classes; deconvolution folds the BatchNorm in.
+        download: False builds the network of `pretrained` for the weights of a checkpoint.
         dropout_rate: probability of dropping a feature between linear layers, for vgg11d and vgg16d
             only; None: 0.5.
 
@@ -103,7 +105,11 @@ def build_imagenet_model(
         arch,
         layers,
         image_size=image_size,
-        optional={"pretrained": (pretrained, False), "dropout_rate": (dropout_rate, None)},
+        optional={
+            "pretrained": (pretrained, False),
+            "download": (download, True),
+            "dropout_rate": (dropout_rate, None),
+        },
         num_classes=num_classes,
     )
 

@@ -58,7 +58,7 @@ def load_network(place: str) -> TrainedNetwork:
     built = script.build_script()
     check_config(built, saved["config"], file)
     config = {name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE}
-    flags = Namespace(**{**built.parser.defaults(), **config})
+    flags = Namespace(**{**built.parser.defaults(), **config, "resume": file})
     spec = DataSpec(**saved["spec"])
     network = script.build_network(flags, spec)
     restore_model(saved, network, file=file, spec=spec)

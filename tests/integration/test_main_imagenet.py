@@ -103,8 +103,12 @@ def test_pretrained_weights_are_calibrated_at_the_start_and_not_again(
     said = "pretrained weights calibrated on 10 training batches"
     run(f"{line} --pretrained --deconv True --epochs 1")
     assert capsys.readouterr().out.count(said) == 1
-    run(f"--dummy --test-run True --test-iter 2 --resume {tmp_path / 'run'} --epochs 2")
+    run(f"{line} --pretrained --deconv True --epochs 2 --resume auto")
     assert summary(tmp_path / "run")["epochs"] == 2
+    with pytest.raises(SystemExit):
+        run(f"{line} --pretrained False --epochs 3 --resume auto")
+    output, errors = capsys.readouterr()
+    assert said not in output and "pretrained" in errors
     run("--dummy --test-run True --test-iter 1 --pretrained --deconv True -e")
     assert said not in capsys.readouterr().out
 
@@ -272,6 +276,10 @@ def test_a_folder_after_milestones_is_no_milestone():
         (
             "-a resnet18 --pretrained --deconv True --norm-type l1norm DIR",
             "--norm-type l1norm contradicts --pretrained",
+        ),
+        (
+            "-a resnet18 --pretrained --deconv True --bias False DIR",
+            "--bias False contradicts --pretrained",
         ),
         ("--dummy DIR", "DIR DIR contradicts --dummy"),
         ("--test-iter 3 DIR", "--test-iter 3 needs --test-run True"),

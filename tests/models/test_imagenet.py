@@ -240,6 +240,16 @@ def test_pretrained_weights_are_folded_in(monkeypatch):
         )
 
 
+def test_a_checkpoint_of_a_pretrained_network_fits_the_network_that_is_built_without_download():
+    def names(**options):
+        with torch.device("meta"):
+            return build("densenet121", deconv=True, **options).state_dict().keys()
+
+    untrained, rebuilt = names(), names(pretrained=True, download=False)
+    assert {"features.norm0.scale", "features.denseblock1.denselayer1.norm1.scale"} & rebuilt
+    assert rebuilt - untrained, "the case has an affine map per channel"
+
+
 @pytest.mark.parametrize("deconv", [False, True])
 def test_timms_networks_are_known_by_name(deconv):
     pytest.importorskip("timm")

@@ -19,7 +19,7 @@ from util.errors import CheckpointError, describe
 OF_THIS_MACHINE = {
     *("resume", "run_dir", "data", "data_url", "out"),
     *("use_gpu", "gpu", "start_epoch"),
-    *("evaluate", "pretrained"),
+    "evaluate",
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
@@ -32,7 +32,7 @@ OF_NETWORK = {
     *("dataset", "loss"),
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
-    *("root", "rows_per_feature", "norm_type", "freeze", "freeze_iter"),
+    *("root", "rows_per_feature", "norm_type", "freeze", "freeze_iter", "pretrained"),
 }
 
 
