@@ -1,4 +1,4 @@
-"""Running statistics of published checkpoints, read for the layers of this package."""
+"""Convert running statistics of published checkpoints for the layers of this package."""
 
 from __future__ import annotations
 
@@ -10,31 +10,34 @@ from torch import Tensor
 from .ops.blocks import Blocks
 from .ops.inverse_sqrt import newton_schulz, newton_schulz_response
 
-MATRIX_NAMES = ("running_deconv", "running_cov_isqrt")  # D, of 2019 and 2020, and of the follow-up
-HALVINGS = 45  # of the intervals that hold eigenvalues and their norm
-TOLERANCE = 1e-5  # accepted error of D, relative to its norm
+# Buffers that hold D: of the code of 2019 and 2020, and of the follow-up.
+MATRIX_NAMES = ("running_deconv", "running_cov_isqrt")
+HALVINGS = 45  # bisection steps for eigenvalues and for their norm
+TOLERANCE = 1e-5  # accepted error of D, relative to its Frobenius norm
 
 
 def read_published(layer: Any, state: dict[str, Any], prefix: str) -> None:
-    """Replace published running statistics in `state` by those of a layer that whitens.
+    """Replace published running statistics in `state` by those of a `Whitening` layer.
 
-    The evaluation of the layer then equals the published one.
+    In evaluation, the layer then computes the output of the published layer.
 
     Args:
-        layer: a `Whitening`.
-        state: state_dict with the buffers `running_mean` and `running_deconv`, or
-            `running_cov_isqrt`, at `prefix`; changed in place. Without them nothing happens.
-        prefix: name of the layer in `state`, with a dot at its end.
+        layer: the `Whitening` that loads `state`.
+        state: state_dict, changed in place. It has the published buffers `running_mean` and
+            `running_deconv`, or `running_cov_isqrt`, at `prefix`. Without a matrix, the function
+            returns at once.
+        prefix: name of the layer in `state`, with a trailing dot.
 
     Raises:
-        ValueError: the layer cannot equal the published one; the message says how it could.
+        ValueError: the layer cannot reproduce the published statistics. The message names the
+            remedy.
     """
     name = next((name for name in MATRIX_NAMES if prefix + name in state), None)
     if name is None:
         return
     whiten, mean = state[prefix + name], state.get(f"{prefix}running_mean")
     if mean is None:
-        raise ValueError(f"there is {name} but no running_mean")
+        raise ValueError(f"the checkpoint has {name} but no running_mean: load both")
     _check_layer(layer, tuple(whiten.shape), name)
     mean = _find_patch_mean(layer, mean)
     whiten = whiten.reshape(-1, *whiten.shape[-2:])
@@ -43,9 +46,9 @@ def read_published(layer: Any, state: dict[str, Any], prefix: str) -> None:
     error = ((again - whiten).norm() / whiten.norm()).item()
     if not error <= TOLERANCE:
         raise ValueError(
-            f"no covariance gives {name} within {TOLERANCE} after n_iter={layer.n_iter} steps with "
+            f"no covariance gives {name} within {TOLERANCE} for n_iter={layer.n_iter} and "
             f"eps={layer.eps} (error {error:.1g}): construct the layer with the published values, "
-            "or use deconv.published, which keeps the matrix itself"
+            "or use the layer of deconv.published, which stores D itself"
         )
     del state[prefix + name]
     state[f"{prefix}running_mean"], state[f"{prefix}running_cov_joint"] = mean, cov
@@ -55,7 +58,7 @@ def read_published(layer: Any, state: dict[str, Any], prefix: str) -> None:
 
 
 def _check_layer(layer: Any, shape: tuple[int, ...], name: str) -> None:
-    """Refuse a layer whose options differ from those of the published one, by the shape of D."""
+    """Raise ValueError if the options of the layer do not fit a published D of this shape."""
     blocks: Blocks = layer.blocks
     layout = "contiguous" if hasattr(layer, "in_features") else "interleaved"
     wanted: dict[str, Any] = {"root": "newton", "track_running_stats": True}
@@ -73,43 +76,44 @@ def _check_layer(layer: Any, shape: tuple[int, ...], name: str) -> None:
     groups = () if blocks.groups == 1 else (blocks.groups,)
     if shape != (*groups, blocks.features, blocks.features):
         raise ValueError(
-            f"published {name} has shape {shape}, which no layer with {blocks.groups} groups of "
-            f"{blocks.channels} channels and {blocks.taps} taps has"
+            f"published {name} has shape {shape}, which does not fit a layer with "
+            f"{blocks.groups} groups of {blocks.channels} channels and {blocks.taps} taps"
         )
 
 
 def _find_patch_mean(layer: Any, mean: Tensor) -> Tensor:
-    """Return a published mean for each feature of a patch, (groups * C*T,)."""
+    """Expand a published mean to every feature of a patch, (groups * C*T,)."""
     blocks: Blocks = layer.blocks
-    if mean.shape == (1, blocks.size, 1, 1):  # of channels c mod G, before padding
+    if mean.shape == (1, blocks.size, 1, 1):  # of 2019: one mean per channel modulo G
         if layer.padding_mode == "zeros" and any(layer._reversed_padding_repeated_twice):
             raise ValueError(
-                f"the running_mean of 2019 was subtracted before zero padding, padding is "
+                f"the code of 2019 subtracts running_mean before zero padding, and padding is "
                 f"{layer.padding}: use deconv.published.FastDeconv2019"
             )
         return mean.flatten().repeat(blocks.count).repeat_interleave(blocks.taps)
     if mean.shape != (blocks.groups * blocks.features,):
         raise ValueError(
-            f"published running_mean has shape {(*mean.shape,)}, "
-            f"not ({blocks.groups * blocks.features},)"
+            f"published running_mean has shape {(*mean.shape,)}, the layer needs "
+            f"({blocks.groups * blocks.features},): check block and groups"
         )
     return blocks.expand(mean)
 
 
 def covariance_behind(whiten: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
-    """Return the covariance whose root by Newton-Schulz is `whiten`.
+    """Return the covariance from which Newton-Schulz computes `whiten`.
 
-    An eigenvalue l of A = Cov + eps I has the root d = f(l / |A|) / sqrt(|A|), and f decreases.
-    Bisection finds l / |A| for a norm |A|, and the norm for which these ratios have norm 1. Means
-    of several roots may need ratios a little below 0, where f goes on.
+    Newton-Schulz maps an eigenvalue l of A = Cov + eps I to d = f(l / |A|) / sqrt(|A|), with f
+    decreasing. An inner bisection finds l / |A| for a given norm |A|. An outer bisection finds the
+    norm at which these ratios have norm 1. The mean of several D may need ratios slightly below 0,
+    where f is still decreasing.
 
     Args:
-        whiten: (G, F, F), from `newton_schulz`, or an average of such matrices.
-        n_iter: number of steps.
-        eps: added to the diagonal, in units of variance.
+        whiten: D, (G, F, F), from `newton_schulz`, or an average of such matrices.
+        n_iter: number of Newton-Schulz steps.
+        eps: added to the diagonal (default 0), in units of variance.
 
     Returns:
-        (G, F, F), float64. Its root differs from `whiten` if no covariance has this root.
+        (G, F, F), float64. If no covariance leads to `whiten`, the result leads to another matrix.
 
     Example:
         >>> covariance_behind(newton_schulz(cov, 5, 1e-2), 5, 1e-2)  # cov

@@ -1,17 +1,18 @@
-"""The published layers by their names and signatures, built on the layers of this package.
+"""Layers of the published code, with its names, signatures and numerics.
 
     from deconv.published import ChannelDeconv, DeConv2d, DeLinear, Delinear, FastDeconv
     from deconv.published import NormalizedDeconv, NormalizedDelinear
     from deconv.published.signals import FastDeconv    # for signals (N, C, L)
 
-Code that copied the published layers changes one import line. Values, gradients, running statistics
-and state_dict equal those of the published layers, so that checkpoints load in both directions. The
-modules of the package `deconv` are the better layers where nothing published must be matched.
+Code that copied the published layers changes one import line. Outputs, gradients, running
+statistics and state_dict equal those of the published layers. Checkpoints load in both directions.
+New models should use the layers of `deconv`, which take less time at equal accuracy.
 
-`PUBLISHED` holds the keywords with which `deconv.FastDeconv` and `convert` use these numerics.
+`PUBLISHED` contains the keywords that select the published numerics in `deconv.FastDeconv` and
+`convert`.
 
-Source: Ye et al., Network Deconvolution, ICLR 2020. The code of 2019 and 2020, and of the follow-up
-(Ye et al., AAAI 2022), differ in signatures and in running statistics.
+Source: Ye et al., Network Deconvolution, ICLR 2020, and the follow-up, Ye et al., AAAI 2022. The
+code of 2019, of 2020 and of the follow-up differ in signatures and running statistics.
 """
 
 from ..dialects import covariance_behind

@@ -1,4 +1,4 @@
-"""The published whitening of channels as a layer of its own."""
+"""Published layer that whitens channels and has no weight."""
 
 from __future__ import annotations
 
@@ -16,38 +16,41 @@ from ..ops.precision import full_precision
 
 
 class ChannelDeconv(nn.Module):
-    """Whiten the channels of each pixel; the layer has no weight.
+    """Whiten the channels of each pixel, without a weight.
 
         y = D (x - mu),    D ~ (mean x x^T + eps I)^(-1/2)
 
-    As published, the second moment is uncentred although the mean is subtracted: the output of
-    channels with a mean is not white. Channels form blocks that share mu and D, channel c as
-    feature c // n of block c mod n. Channels beyond a multiple of `block` share one mean and one
-    variance, by which they are normalised.
+    As published, D comes from the uncentred second moment, although the mean is subtracted.
+    The output is therefore not white if the channels have a mean.
 
-    `fuse` leaves the layer as it is. `recalibrate` and `whiteness` pass over it. Each rank has its
-    own statistics.
+    Channels form n blocks that share mu and D: channel c is feature c // n of block c mod n.
+    Channels beyond the last multiple of `block` are normalised by one common mean and variance.
+
+    `fuse` keeps the layer. `recalibrate` and `whiteness` skip it. Each rank has its own statistics.
 
     Buffers: `running_mean1` (B, 1), `running_deconv` (B, B), `running_mean2` and `running_var`
-    (1, 1), `num_batches_tracked`. The first batch replaces the initial values.
+    (1, 1), and `num_batches_tracked`. The first batch replaces the initial values.
 
     Args:
-        block: channels whitened together, B.
+        block: number of channels whitened together, B.
         eps: added to the diagonal of the second moment (default 1e-2), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics (default 0.1).
-        sampling_stride: distance of sampled pixels (default 3).
+        sampling_stride: distance of sampled pixels (default 3), in pixels.
         num_groups: name of `block` in the code of 2019.
 
     Shape:
-        (N, C) or (N, C, *size) with C of at least `block` -> the same.
+        (N, C) or (N, C, *size), with C of at least `block`. The output has the shape of the input.
 
     Raises:
-        ValueError: the input has fewer channels than a block; not one of `block` and `num_groups`.
+        ValueError: `block` and `num_groups` are both given or both missing, or the input has fewer
+            channels than a block.
 
     Example:
         norm = ChannelDeconv(16)
         y = norm(torch.randn(8, 64, 32, 32))  # (8, 64, 32, 32)
+
+    Source: the published code of Ye et al., Network Deconvolution, ICLR 2020.
     """
 
     running_mean1: Tensor
@@ -79,11 +82,11 @@ class ChannelDeconv(nn.Module):
         self.register_buffer("num_batches_tracked", torch.tensor(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Whiten the channels of x by its own statistics, in evaluation by the running ones."""
+        """Whiten the channels of x by batch statistics; in evaluation, by running statistics."""
         if x.dim() < 2 or x.shape[1] < self.block:
             raise ValueError(
-                f"input must be (N, C, ...) with at least {self.block} channels, a block, "
-                f"got shape {(*x.shape,)}"
+                f"input must be (N, C, ...) with at least {self.block} channels (block), "
+                f"got shape {(*x.shape,)}: choose a smaller block"
             )
         with full_precision(x.device):
             images = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -94,7 +97,7 @@ class ChannelDeconv(nn.Module):
             if self.training:
                 mean, whiten = self._whiten_batch(first, blocks)
                 rest_mean = rest.mean()
-                rest_var = (rest - rest_mean).square().mean()  # NaN for no channels, as the mean
+                rest_var = (rest - rest_mean).square().mean()  # NaN without channels
                 if not in_backward():
                     self._update_running(mean, whiten, rest_mean, rest_var)
             else:
@@ -107,7 +110,7 @@ class ChannelDeconv(nn.Module):
         return y.reshape(x.shape).to(x.dtype)
 
     def _whiten_batch(self, images: Tensor, blocks: Blocks) -> tuple[Tensor, Tensor]:
-        """Return the mean (B,) and D (1, B, B) of sampled pixels."""
+        """Return mu (B,) and D (1, B, B) of the sampled pixels."""
         dims = images.dim() - 2
         grid = PatchGrid((1,) * dims, (self.sampling_stride,) * dims, (1,) * dims, (0, 0) * dims)
         stats = mean_and_covariance(sample(images, grid), blocks)
@@ -128,7 +131,7 @@ class ChannelDeconv(nn.Module):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load statistics of any shape with as many numbers."""
+        """Load a state_dict; reshape statistics whose number of elements fits."""
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and buffer is not None and value.numel() == buffer.numel():

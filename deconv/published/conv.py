@@ -1,4 +1,4 @@
-"""The published convolutions: of 2020, of 2019, and of the follow-up."""
+"""Convolutions of the published code of 2020, of 2019 and of the follow-up."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Size = int | tuple[int, ...]
 
 
 class _FastDeconv(PublishedStatistics, layers.Convolution):
-    """The signature of 2020, in any number of dimensions, see `FastDeconv`."""
+    """Convolution with the signature of 2020, in any number of dimensions; see `FastDeconv`."""
 
     def __init__(
         self,
@@ -39,7 +39,7 @@ class _FastDeconv(PublishedStatistics, layers.Convolution):
         **options: Any,
     ) -> None:
         if "num_groups" in options:
-            raise TypeError("num_groups is of the code of 2019: subclass FastDeconv2019")
+            raise TypeError("num_groups belongs to the code of 2019: subclass FastDeconv2019")
         if groups == 1:
             block = published_block(in_channels, block)
         else:
@@ -67,37 +67,39 @@ class _FastDeconv(PublishedStatistics, layers.Convolution):
 
 
 class FastDeconv(_FastDeconv, layers.FastDeconv):
-    """The published FastDeconv, for images (N, C, H, W).
+    """Published convolution of 2020 for images (N, C, H, W).
 
-    The keyword `num_groups` makes a `FastDeconv2019`. Positional calls of 2019 cannot be told from
-    those of 2020, which this class takes: import `FastDeconv2019 as FastDeconv` for those.
+    With the keyword `num_groups`, the constructor returns a `FastDeconv2019`. Positional arguments
+    have the order of 2020. For positional calls of 2019, import `FastDeconv2019 as FastDeconv`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
-            `torch.nn.Conv2d`. Without a bias, unlike there, the mean is still subtracted.
+            `torch.nn.Conv2d`. With bias=False, the layer still subtracts the mean.
         eps: added to the diagonal of the covariance (default 1e-5), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics (default 0.1).
-        block: channels whitened together (default 64): all of fewer channels, or else the greatest
-            common divisor of `block` and the channels. A group of several is one block.
+        block: maximum number of channels whitened together (default 64). Fewer channels form one
+            block. More form blocks of the greatest common divisor of `block` and the channels.
+            With groups > 1, each group is one block.
         sampling_stride: distance of sampled patches (default 3), in output pixels.
-        freeze, freeze_iter: as in `deconv.FastDeconv`.
+        freeze, freeze_iter: as in `deconv.FastDeconv` (defaults False and 100).
         options: further keywords of `deconv.FastDeconv`. As published, `sync_stats` is False by
             default: each rank has its own statistics.
 
     Shape:
-        (N, C, H, W). Signals (N, C, L) belong to `FastDeconv` of `deconv.published.signals`: the
-        weight has the shape of the kernel before it sees any input.
+        (N, C_in, H, W) -> (N, C_out, H_out, W_out), as in `torch.nn.Conv2d`. For signals
+        (N, C, L), use `FastDeconv` of `deconv.published.signals`.
 
     Raises:
         ValueError: an argument is out of range, or the input has another shape.
+        TypeError: a subclass passes `num_groups`, which needs `FastDeconv2019`.
 
     Example:
         stem = FastDeconv(3, 64, kernel_size=7, stride=2, padding=3, n_iter=15)
         y = stem(torch.randn(8, 3, 32, 32))  # (8, 64, 16, 16)
 
-    Source: Ye et al., Network Deconvolution, ICLR 2020; `PublishedStatistics` lists differences
-    from `deconv.FastDeconv`.
+    Source: Ye et al., Network Deconvolution, ICLR 2020, Algorithm 1. `PublishedStatistics` lists
+    the differences from `deconv.FastDeconv`.
     """
 
     def __new__(cls, *args: Any, **options: Any) -> FastDeconv:
@@ -114,27 +116,36 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
 
 
 class FastDeconv1d(_FastDeconv, layers.FastDeconv1d):
-    """The published `FastDeconv` for signals (N, C, L); `deconv.published.signals` has it, too."""
+    """Published convolution of 2020 for signals (N, C, L); see `FastDeconv`."""
 
 
 class FastDeconv2019(FastDeconv):
-    """The FastDeconv of 2019, with its positional order.
+    """Published convolution of 2019 for images (N, C, H, W), with its positional order.
 
-    Three differences from 2020 are needed for equality:
-    - Channels c with equal c mod G share a mean, over all pixels.
-    - It is subtracted before zero padding, as if the padding were the mean. Blocks are not centred.
-    - Running means have shape (1, G, 1, 1).
+    The layer differs from `FastDeconv` as the code of 2019 differs from that of 2020:
+    - Channels with equal c mod G share one mean over all pixels.
+    - The layer subtracts this mean before zero padding, so padded pixels equal the mean. It does
+      not centre patches.
+    - `running_mean` has the shape (1, G, 1, 1).
 
     Args:
-        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `FastDeconv`;
-            there are no groups.
+        in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in `FastDeconv`.
+            The code of 2019 has no groups.
         eps: added to the diagonal of the covariance (default 1e-2), in units of variance.
         n_iter, momentum, sampling_stride: as in `FastDeconv`.
-        num_groups: G, channels whitened together (default 16), like `block` of `FastDeconv`.
-        options: as in `FastDeconv`.
+        num_groups: G, channels whitened together (default 16), as `block` of `FastDeconv`.
+        options: as in `FastDeconv`, without `sync_stats`, `process_group` and `input_norm`.
+
+    Shape:
+        As in `FastDeconv`.
+
+    Raises:
+        ValueError: an argument is out of range, or an option does not exist in 2019.
 
     Example:
         layer = FastDeconv(64, 128, 3, padding=1, num_groups=16, eps=1e-2)  # a FastDeconv2019
+
+    Source: the published code of Ye et al., Network Deconvolution, of 2019.
     """
 
     def __init__(
@@ -155,7 +166,9 @@ class FastDeconv2019(FastDeconv):
     ) -> None:
         for name in ("sync_stats", "process_group", "input_norm"):
             if options.get(name, "none") not in ("none", None, False):
-                raise ValueError(f"the layer of 2019 takes no {name}, got {options[name]!r}")
+                raise ValueError(
+                    f"the layer of 2019 takes no {name}, got {options[name]!r}: omit {name}"
+                )
         geometry: Any = (stride, padding, dilation, 1, bias)
         whitening: Any = (eps, n_iter, momentum, num_groups, sampling_stride)
         super().__init__(in_channels, out_channels, kernel_size, *geometry, *whitening, **options)
@@ -165,7 +178,7 @@ class FastDeconv2019(FastDeconv):
         return {**buffers, "running_mean": torch.zeros(1, self.blocks.size, 1, 1, **like)}
 
     def fold_whitening(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Subtract the running mean, where it is used; `batch_whitening` subtracts its own."""
+        """Subtract the running mean if it is used; `batch_whitening` subtracts the batch mean."""
         if self.uses_running_stats:
             x = x - self._running_channel_mean().to(x.dtype)
         return super().fold_whitening(x)
@@ -178,11 +191,11 @@ class FastDeconv2019(FastDeconv):
         return x, count, zero, {**observed, "mean": pooled}, whiten
 
     def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
-        """Return the statistics about 0: the input has lost its mean already."""
+        """Return the statistics about 0, since the mean is already subtracted from the input."""
         return move_centre(stats, torch.zeros_like(stats.mean), axis, blocks)
 
     def running_patch_mean(self) -> Tensor | None:
-        """Return 0, the mean of the centred input."""
+        """Return zeros, the mean of the centred input, (C*T,)."""
         if self.running_mean is None:
             return None
         return self.running_mean.new_zeros(self.in_channels * self.blocks.taps)
@@ -192,7 +205,7 @@ class FastDeconv2019(FastDeconv):
         return self.running_mean.repeat(1, self.blocks.count, 1, 1)
 
     def fuse(self) -> nn.Module:
-        """Return a depthwise convolution that subtracts the mean, and the plain convolution."""
+        """Return a depthwise convolution that subtracts the mean, then the plain convolution."""
         plain = super().fuse()
         like: Any = {"device": self.weight.device, "dtype": self.weight.dtype}
         centre = nn.Conv2d(self.in_channels, self.in_channels, 1, groups=self.in_channels, **like)
@@ -204,17 +217,28 @@ class FastDeconv2019(FastDeconv):
 
 
 class NormalizedDeconv(FastDeconv):
-    """The layer of the follow-up: `FastDeconv`, `norm_type` and `sync`.
+    """Convolution of the follow-up: `FastDeconv` with `norm_type` and `sync`.
 
     Args:
         in_channels to freeze_iter: as in `FastDeconv`.
-        norm_type: normalisation of each sample, "none" (default), "l1norm" or "layernorm", as
-            `input_norm` of `deconv.FastDeconv`.
-        sync: take the batch statistics over all ranks (default False).
+        norm_type: normalisation of each sample: "none" (default), "l1norm" or "layernorm". It is
+            `input_norm` of `deconv.FastDeconv`, with `eps` added to the divisor.
+        sync: share the batch statistics between ranks (default False), as `sync_stats` of
+            `deconv.FastDeconv`.
         options: as in `FastDeconv`.
 
+    Shape:
+        As in `FastDeconv`.
+
+    Raises:
+        ValueError: an argument is out of range, or the input has another shape.
+
+    Example:
+        layer = NormalizedDeconv(64, 128, 3, padding=1, norm_type="layernorm")
+        y = layer(torch.randn(8, 64, 32, 32))  # (8, 128, 32, 32)
+
     NOTE (differs from the published code): "l1norm" averages all elements of a sample, not every
-    `sampling_stride`-th one.
+    `sampling_stride`-th element.
 
     Source: Ye et al., AAAI 2022.
     """
@@ -250,9 +274,9 @@ class NormalizedDeconv(FastDeconv):
 
 
 class DeConv2d(layers.FastDeconv):
-    """The DeConv2d of 2019: every patch, whitened as `mode` says.
+    """Published DeConv2d of 2019, which takes statistics of every patch.
 
-    Means, covariances and running statistics are those of `deconv.FastDeconv`.
+    Running statistics and state_dict are those of `deconv.FastDeconv`.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, bias: as in
@@ -261,14 +285,20 @@ class DeConv2d(layers.FastDeconv):
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics (default 0.1).
         mode: 1 (channels, then pixels), 2 (pixels) or 4 (jointly, default).
-        num_groups: channels whitened together (default 16), like `block` of `FastDeconv`.
-        options: further keywords of `deconv.FastDeconv`.
+        num_groups: channels whitened together (default 16), as `block` of `FastDeconv`.
+        options: further keywords of `deconv.FastDeconv`. `sync_stats` is False by default.
+
+    Shape:
+        As in `torch.nn.Conv2d`.
 
     Raises:
         ValueError: an argument is out of range.
 
     Example:
         layer = DeConv2d(64, 128, 3, padding=1, mode=1)
+        y = layer(torch.randn(8, 64, 32, 32))  # (8, 128, 32, 32)
+
+    Source: the published code of Ye et al., Network Deconvolution, of 2019.
     """
 
     def __init__(

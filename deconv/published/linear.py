@@ -1,4 +1,4 @@
-"""The published linear layers: of 2020, and of the follow-up."""
+"""Linear layers of the published code of 2020 and of the follow-up."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ from .statistics import PublishedStatistics, find_input_norm, published_block
 
 
 class Delinear(PublishedStatistics, layers.Delinear):
-    """The published Delinear, also under the name DeLinear.
+    """Published linear layer of 2020; `DeLinear` is the same class.
 
     Args:
-        in_features, out_features, bias: as in `torch.nn.Linear`. Without a bias, unlike there, the
-            mean is still subtracted.
+        in_features, out_features, bias: as in `torch.nn.Linear`. With bias=False, the layer still
+            subtracts the mean.
         eps: added to the diagonal of the covariance (default 1e-5), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics (default 0.1).
-        block: neighbouring features whitened together (default 512): all of fewer features, or else
-            the greatest common divisor of `block` and the features.
+        block: maximum number of neighbouring features whitened together (default 512). Fewer
+            features form one block. More form blocks of the greatest common divisor of `block` and
+            the features.
         options: further keywords of `deconv.Delinear`. As published, `sync_stats` is False by
             default: each rank has its own statistics.
 
@@ -32,8 +33,8 @@ class Delinear(PublishedStatistics, layers.Delinear):
         head = Delinear(512, 10)
         logits = head(torch.randn(128, 512))  # (128, 10)
 
-    Source: Ye et al., Network Deconvolution, ICLR 2020; `PublishedStatistics` lists differences
-    from `deconv.Delinear`.
+    Source: Ye et al., Network Deconvolution, ICLR 2020, section 3.1. `PublishedStatistics` lists
+    the differences from `deconv.Delinear`.
     """
 
     def __init__(
@@ -61,14 +62,25 @@ class Delinear(PublishedStatistics, layers.Delinear):
 
 
 class NormalizedDelinear(Delinear):
-    """The linear layer of the follow-up: `Delinear`, `norm_type` and `sync`.
+    """Linear layer of the follow-up: `Delinear` with `norm_type` and `sync`.
 
     Args:
         in_features to block: as in `Delinear`.
-        norm_type: normalisation of each row, "none" (default), "l1norm" or "layernorm", as
-            `input_norm` of `deconv.FastDeconv`.
-        sync: take the batch statistics over all ranks (default False).
+        norm_type: normalisation of each row: "none" (default), "l1norm" or "layernorm". It is
+            `input_norm` of `deconv.Delinear`, with `eps` added to the divisor.
+        sync: share the batch statistics between ranks (default False), as `sync_stats` of
+            `deconv.Delinear`.
         options: as in `Delinear`.
+
+    Shape:
+        (..., in_features) -> (..., out_features).
+
+    Raises:
+        ValueError: an argument is out of range, or the input has another number of features.
+
+    Example:
+        head = NormalizedDelinear(512, 10, norm_type="l1norm")
+        logits = head(torch.randn(128, 512))  # (128, 10)
 
     Source: Ye et al., AAAI 2022.
     """

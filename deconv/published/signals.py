@@ -1,4 +1,4 @@
-"""The published layers for signals (N, C, L): `FastDeconv` is the 1-d layer, under its name.
+"""Published layers for signals (N, C, L); `FastDeconv` is the 1-d convolution.
 
 from deconv.published.signals import ChannelDeconv, Delinear, FastDeconv
 """

@@ -1,4 +1,4 @@
-"""Means and running statistics as the published layers have them."""
+"""Means and running statistics of the published layers."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from ..ops.blocks import Blocks
 from ..ops.covariance import Statistics, move_centre
 from ..whitening import Matrices, Whitening
 
-# Keywords of `FastDeconv` and `convert` with the numerics of the code of 2020.
+# Keywords that select the numerics of the code of 2020 in `FastDeconv` and `convert`.
 PUBLISHED: dict[str, Any] = {"eps": 1e-5, "block": 64, "root": "newton", "rows_per_feature": 0}
 NORM_TYPES = {"none": "none", "l1norm": "l1", "layernorm": "layer"}
 
 
 class PublishedStatistics(Whitening):
-    """A layer with the statistics of the code of 2020.
+    """Base class of layers with the statistics of the code of 2020.
 
-    Three differences from `Whitening` are needed for equality with the published code:
-    - The blocks of a layer share one mean. Their distances from this mean count as variance.
-    - Running averages are of D, not of the covariance.
-    - They begin at mean 0 and D = I, which the first batch does not replace.
+    Statistics differ from those of `Whitening` in three points:
+    - All blocks share one mean. The distance of a block's own mean from it counts as variance.
+    - The layer averages D over batches, not the covariance.
+    - Running averages begin at mean 0 and D = I. The first batch does not replace these values.
 
-    Buffers: `running_mean` (F,) and `running_deconv` (F, F), or (groups * F,) and (groups, F, F)
-    with several groups. The state_dict has no others.
+    Buffers: `running_mean` (F,) and `running_deconv` (F, F); with several groups, (groups * F,) and
+    (groups, F, F). With `freeze`, the state_dict also contains `freeze_steps`.
     """
 
     matrix_name = "running_deconv"
@@ -40,11 +40,11 @@ class PublishedStatistics(Whitening):
 
     def init_whitening(self, *args: Any, **options: Any) -> None:
         super().init_whitening(*args, **options)
-        # Published state_dicts lack it. Only `recalibrate` reads it, which begins at 0.
+        # Published state_dicts lack this buffer. Only `recalibrate` needs it, and starts at 0.
         self.register_buffer("num_batches_tracked", self.num_batches_tracked, persistent=False)
 
     def running_covariances(self) -> Matrices:
-        """Return the running averages of D by axis, as views (G, F, F)."""
+        """Return the running averages of D, which this layer keeps, by axis: views (G, F, F)."""
         matrix = getattr(self, self.matrix_name)
         return {"joint": matrix.view(-1, *matrix.shape[-2:])}
 
@@ -57,13 +57,13 @@ class PublishedStatistics(Whitening):
         return mean, {axis: matrix.clone() for axis, matrix in self.running_covariances().items()}
 
     def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
-        """Return the statistics about the mean of all blocks."""
+        """Return the statistics about the mean that all blocks share."""
         if blocks.count == 1:
             return stats
         return move_centre(stats, blocks.expand(blocks.pool(stats.mean)), axis, blocks)
 
     def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
-        """Return the same as `Whitening`, but in place of Cov what the running averages are of."""
+        """Return as `Whitening` does, with the shared mean and D in place of the covariance."""
         x, count, mean, _, whiten = super().batch_whitening(x)
         return x, count, mean, {"mean": self.blocks.pool(mean), **whiten}, whiten
 
@@ -74,16 +74,16 @@ class PublishedStatistics(Whitening):
         super()._update_running(count, observed.pop("mean"), observed, bias)
 
     def batch_weight(self, like: Tensor) -> Tensor:
-        """Return the momentum, for the first batch, too."""
+        """Return the momentum, for the first batch as well."""
         if self.momentum is None:
             return super().batch_weight(like)
         return like.new_full((), self.momentum)
 
     def read_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Take the matrix under either published name; a cycle of `freeze` begins anew.
+        """Read D under either published name; restart the cycle of `freeze` if it has no counter.
 
         Raises:
-            ValueError: the statistics are of 2019 and the layer is not, or of no published layer.
+            ValueError: the statistics belong to a layer of `deconv`, or their shapes differ.
         """
         own = prefix + self.matrix_name
         for other in MATRIX_NAMES:
@@ -98,17 +98,17 @@ class PublishedStatistics(Whitening):
             if value is not None and buffer is not None and value.shape != buffer.shape:
                 raise ValueError(
                     f"{name} has shape {(*value.shape,)} in the checkpoint, {(*buffer.shape,)} "
-                    "here: block differs, or groups, or the year (num_groups is of 2019)"
+                    "in the layer: match block and groups, or use FastDeconv2019 (num_groups)"
                 )
 
 
 def find_input_norm(norm_type: str) -> str:
-    """Return the `input_norm` of a published `norm_type`."""
+    """Return the `input_norm` that equals a published `norm_type`."""
     if norm_type not in NORM_TYPES:
         raise ValueError(f"norm_type must be one of {[*NORM_TYPES]}, got {norm_type!r}")
     return NORM_TYPES[norm_type]
 
 
 def published_block(channels: int, block: int) -> int:
-    """Return the channels per block of the published code: a common divisor, or all channels."""
+    """Return the channels per block in the published code: all, or their gcd with `block`."""
     return channels if block >= channels else gcd(channels, block)
