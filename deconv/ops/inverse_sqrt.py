@@ -68,12 +68,12 @@ def inverse_sqrt(
     if root == "resolvent":
         return inverse_sqrt_by_resolvents(cov, n_iter, eps)
     newton: Callable[..., Tensor] = newton_schulz
-    source = cov
+    sources: tuple[Tensor, ...] = (cov,)
     if rows is not None and n_iter <= MAX_STEPS_FROM_ROWS:
-        newton, source = newton_schulz_from_rows, rows
+        newton, sources = newton_schulz_from_rows, (rows, cov)
     if rounds_compiled(cov.device):
-        return newton(source.double(), n_iter=n_iter, eps=eps).to(cov.dtype)
-    return newton(source, n_iter=n_iter, eps=eps)
+        sources = tuple(source.double() for source in sources)
+    return newton(*sources, n_iter=n_iter, eps=eps).to(cov.dtype)
 
 
 def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
@@ -93,7 +93,7 @@ def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:
     return Z * norm.rsqrt()
 
 
-def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
+def newton_schulz_from_rows(rows: Tensor, cov: Tensor, eps: float, n_iter: int) -> Tensor:
     """Run the iteration for A = X^T X + eps I, X = rows / sqrt(M), on the M x M side.
 
     Every polynomial of A has the form c I + X^T H X. A product of two needs only K = X X^T:
@@ -104,6 +104,7 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
 
     Args:
         rows: (G, M, F), centred, float32 or float64. Cheaper than `newton_schulz` for 2 M < F.
+        cov: (G, F, F), the mean square of `rows`, for its scale: D is NaN if `cov` overflows.
         eps: added to the diagonal, in units of variance; above 0.
         n_iter: steps, at least 1.
 
@@ -112,9 +113,9 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
     """
     X = rows / rows.shape[1] ** 0.5
     K = multiply(X, X.mT)
-    diagonal = K.diagonal(dim1=-2, dim2=-1)
-    largest = diagonal.detach().amax(-1)[:, None, None] + eps  # squares of variances overflow
-    trace = (diagonal.sum(-1)[:, None, None] / largest) * (eps / largest)
+    variances = cov.detach().diagonal(dim1=-2, dim2=-1)
+    largest = variances.amax(-1)[:, None, None] + eps  # squares of variances overflow
+    trace = K.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None] / largest * (eps / largest)
     square = (K / largest).square().sum((-2, -1), keepdim=True)
     norm = largest * (X.shape[2] * (eps / largest) ** 2 + 2 * trace + square).sqrt()  # |A|_F
 
@@ -132,7 +133,7 @@ def newton_schulz_from_rows(rows: Tensor, eps: float, n_iter: int) -> Tensor:
         T = damp(compose(Z, Y))
         Z = compose(T, Z)
     scale = norm.rsqrt()
-    product = multiply(multiply(X.mT, Z[1] * scale), X)
+    product = multiply(multiply(X.mT, Z[1]), X * scale)  # Z[1] * scale would underflow
     identity = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
     return Z[0] * scale * identity + product
 

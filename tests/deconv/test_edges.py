@@ -74,6 +74,13 @@ def test_squares_beyond_float32_leave_running_statistics_alone(mode):
         assert all(torch.equal(after[name], buffer) for name, buffer in before.items())
 
 
+def test_a_covariance_that_overflows_over_few_rows_leaves_running_statistics_alone():
+    layer = Delinear(512, 6)
+    for scale in (1e18, 2e18, 4e18, 8e18):  # squares of the rows overflow later
+        layer(scale * torch.randn(64, 512))
+        assert all(buffer.isfinite().all() for buffer in layer.buffers()), scale
+
+
 # Patches of 2 x 2 pixels at every sixth pixel: most pixels enter no patch, or the mean alone.
 SAMPLINGS = {
     "grid": dict(rows_per_feature=0),
@@ -110,12 +117,12 @@ def test_no_pixel_anywhere_gets_what_is_not_finite_into_running_statistics(poiso
     assert layer.num_batches_tracked > before["num_batches_tracked"]
 
 
-@pytest.mark.parametrize("root", ROOTS)
-def test_variances_whose_squares_overflow_whiten_as_in_float64(root):
-    layer, x = FastDeconv(4, 6, 3, root=root), 1e10 * torch.randn(8, 4, 9, 9)
+@loop_over(("root", "scale"), [(root, scale) for root in ROOTS for scale in (1e10, 1e16)])
+def test_variances_whose_squares_overflow_whiten_as_in_float64(root, scale):
+    layer, x = FastDeconv(4, 6, 3, root=root), scale * torch.randn(8, 4, 9, 9)
     exact = deepcopy(layer).double()
     torch.testing.assert_close(layer(x), exact(x.double()).float(), rtol=1e-4, atol=1e-4)
-    head, x = Delinear(64, 6), 1e10 * torch.randn(8, 64)  # fewer rows than features
+    head, x = Delinear(64, 6), scale * torch.randn(8, 64)  # fewer rows than features
     exact = deepcopy(head).double()
     torch.testing.assert_close(head(x), exact(x.double()).float(), rtol=1e-4, atol=1e-4)
 
