@@ -27,9 +27,9 @@ MODES: dict[int, tuple[str, ...]] = {
 
 
 class Convolution(Whitening):
-    """Convolution in any number of dimensions, see `FastDeconv`.
+    """Base class of deconvolutions in any number of dimensions; see `FastDeconv`.
 
-    A subclass names `plain`, the class of torch it replaces, and `convolve`, its function.
+    A subclass defines `plain`, the class of torch that it replaces, and `convolve`, its function.
     """
 
     plain: Callable[..., nn.Module]
@@ -127,7 +127,7 @@ class Convolution(Whitening):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
-        """Whiten the patches of x and apply the kernel, by one convolution with folded weight."""
+        """Whiten the patches and apply the kernel, as one convolution with a folded weight."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input)
         self.begin_forward(input)
@@ -137,11 +137,11 @@ class Convolution(Whitening):
         return y if self._is_batch(input) else y.squeeze(0)
 
     def _is_batch(self, x: Tensor) -> bool:
-        """Return True if x has a batch dimension; torch takes one image without, too."""
+        """Return True if x has a batch dimension; torch also accepts a single image without it."""
         return x.dim() == len(self.kernel_size) + 2
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Return x as (N, C, *size), normalised, with padding other than zeros filled in."""
+        """Return x as (N, C, *size), normalised and, unless padding_mode is "zeros", padded."""
         dims = len(self.kernel_size)
         if x.dim() not in (dims + 1, dims + 2) or x.shape[-1 - dims] != self.in_channels:
             raise ValueError(
@@ -155,15 +155,15 @@ class Convolution(Whitening):
         return F.pad(x, self._reversed_padding_repeated_twice, self.padding_mode)
 
     def check_input(self, x: Tensor) -> Tensor:
-        """Check x as all layers do, and that images are no smaller than the kernel."""
+        """Return the prepared input on the meta device; also refuse images below kernel size."""
         images = super().check_input(x)
         self.patch_grid(1).count(images.shape[2:])
         return images
 
     def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
-        """Return which patches of x the mode samples, and how their features form blocks."""
+        """Return the patches of x that the mode samples, and the blocks of their features."""
         if self.mode == 3:
-            self.patch_grid(1).count(x.shape[2:])  # refuses images smaller than the kernel
+            self.patch_grid(1).count(x.shape[2:])  # raises for images smaller than the kernel
             unit = self.blocks.unit // self.blocks.taps
             return self._pixel_grid(), replace(self.blocks, taps=1, unit=unit)
         grid = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)
@@ -172,21 +172,21 @@ class Convolution(Whitening):
         return self.subsample(x, grid), self.blocks
 
     def patch_grid(self, step: int) -> PatchGrid:
-        """Return the grid of every `step`-th patch that the kernel sees, in each direction."""
+        """Return the grid of every `step`-th patch of the convolution in each direction."""
         stride, padding = tuple(step * s for s in self.stride), (0, 0) * len(self.stride)
         if self.padding_mode == "zeros":
             padding = tuple(self._reversed_padding_repeated_twice)
         return PatchGrid(self.kernel_size, stride, self.dilation, padding)
 
     def _pixel_grid(self) -> PatchGrid:
-        """Return the grid of single pixels, without padding, which would pull their mean to 0."""
+        """Return the grid of single pixels, without padding, which would bias their mean to 0."""
         one, step = (1,) * len(self.stride), (self.sampling_stride,) * len(self.stride)
         return PatchGrid(one, step, one, (0, 0) * len(one))
 
     def subsample(self, x: Tensor, grid: PatchGrid) -> Sampling:
-        """Return so few patches that a matrix has about `rows_per_feature` rows per feature.
+        """Return enough patches for about `rows_per_feature` rows per feature of each matrix.
 
-        All ranks that share sample the patches that one rank with the whole batch would.
+        Ranks that share statistics sample the patches that one rank with the whole batch would.
         """
         share = self.find_share()
         first, total = (0, len(x)) if share is None else share.locate(len(x))
@@ -198,10 +198,12 @@ class Convolution(Whitening):
     def fuse(self) -> nn.Module:
         """Return the plain convolution that equals this layer in evaluation.
 
-        Of a layer in training mode, the convolution is in training mode, too.
+        The convolution has the training flag of the layer. With `input_norm`, an `InputNorm`
+        precedes it.
 
         Raises:
-            ValueError: a hook computes the weight or the bias, or there are no running statistics.
+            ValueError: a hook computes the weight or the bias, there are no running statistics, or
+                the layer is sharded.
         """
         shape = (self.in_channels, self.out_channels, self.kernel_size)
         return self._fuse_into(self.plain(*shape, **find_geometry(self), device="meta"))
@@ -215,81 +217,82 @@ class Convolution(Whitening):
 
 
 def find_geometry(conv: Any) -> dict[str, Any]:
-    """Return the arguments of a convolution of torch or ours, except its shape and its bias."""
+    """Return the arguments of a convolution or deconvolution, without its shape and bias."""
     names = ["stride", "padding", "dilation", "groups", "padding_mode"]
     names += ["output_padding"] if conv.transposed else []
     return {name: getattr(conv, name) for name in names}
 
 
 class FastDeconv(Convolution, nn.Conv2d):
-    """2-d convolution that whitens the patches its kernel sees. Replaces Conv2d and BatchNorm2d.
+    """2-d convolution that whitens its input patches; it replaces Conv2d and BatchNorm2d.
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ (Cov(x) + eps I)^(-1/2)
 
     In training, mu and D come from the batch, and gradients flow through both. For evaluation the
-    layer keeps running averages of mu and of the covariance: it then equals a plain convolution.
+    layer keeps running averages of mu and of the covariance. It then equals a plain convolution.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, dilation, groups, bias: as in
-            `torch.nn.Conv2d`. Each group of a grouped convolution is whitened by itself.
+            `torch.nn.Conv2d`. Each group of a grouped convolution is whitened separately.
         padding_mode: as in `torch.nn.Conv2d`. "reflect", "replicate" and "circular" pad the input
             before its patches are whitened.
-        mode: what is whitened (default 5).
+        mode: axes that are whitened, and patches that are sampled (default 5).
             1: channels, then pixels (separable). 2: pixels. 3: channels.
             4: channels and pixels jointly, over every patch.
             5: channels and pixels jointly, over sampled patches.
-        block: channels whitened together, B (default 16). The C channels of a group form blocks of
-            the largest divisor of C up to `block`.
+        block: maximum number of channels whitened together (default 16). The C channels of a group
+            form blocks of B channels, with B the largest divisor of C up to `block`.
         eps: added to the diagonal of the covariance (default 1e-2), in units of variance.
         n_iter: Newton-Schulz steps, 1 to 15 (default 5).
         momentum: weight of a batch in the running statistics, in (0, 1] (default 0.1). None: the
             mean of all batches, as in BatchNorm.
         sampling_stride: distance of sampled patches (default 3), in output pixels. Mode 3 samples
             input pixels at this distance, mode 4 every patch.
-        rows_per_feature: rows of the covariance per feature (default 24), in modes 1, 2 and 5. The
-            layer takes as many of the patches at `sampling_stride` as this number needs, at least
-            one per image. A patch has one row per block that shares the matrix. 0: all patches at
-            `sampling_stride`, as published. The mean always covers all of these patches.
+        rows_per_feature: rows per feature for the covariance (default 24), in modes 1, 2 and 5. The
+            layer takes as many patches at `sampling_stride` as give this number, at least one per
+            image. A patch has one row per block that shares the matrix. 0: all patches at
+            `sampling_stride`, as published. The mean is over all patches at `sampling_stride`.
         root: algorithm that computes D (default "cholesky"), see `inverse_sqrt`.
             "newton": `n_iter` steps of Newton-Schulz, as published.
-            "resolvent": the same within 0.75 %, from one matrix inverse for `n_iter` up to 5.
+            "resolvent": equal to "newton" within 0.75 %, from one inverse for `n_iter` up to 5.
             "cholesky": the inverse Cholesky factor, with the soft floor of `n_iter` steps.
         layout: assignment of features to blocks, "contiguous" or "interleaved" (default), see
             `Blocks`.
-        shared: the blocks of a group share one D (default True), as published.
-        sync_stats: share the batch statistics between ranks (default True), inside
-            DistributedDataParallel or where `process_group` or `batch_share` asks for it. N ranks
-            then equal one with the whole batch, also with unequal or empty shares, see
-            `batch_share`. All of them must run the layer equally often and start from equal
-            buffers. A layer sends one message forward and one backward (mode 1: two), of
-            1 + 2 C T + G d^2 numbers: T taps (1 in mode 3), G matrices of side d. Ranks may hold
-            images of different size: each weighs by its images times their patches. Evaluation with
-            running statistics sends none. False: never share.
-        process_group: ranks that share in every batch, for models outside of
-            DistributedDataParallel (fully_shard, say). A rank waits for ever if another one does
-            not run the layer. None (default): the group of the DistributedDataParallel whose
-            forward runs; without one, each rank has its own statistics.
-        track_running_stats: keep running statistics (default True). Otherwise evaluation whitens by
-            its batch, and `fuse` raises.
-        input_norm: normalisation of each sample by itself, before its patches are whitened
-            (default "none"), see `normalize_samples`. Scales of samples then cancel, and `fuse`
-            leaves an `InputNorm` before the plain layer.
+        shared: all blocks of a group share one D (default True), as published.
+        sync_stats: share batch statistics between ranks (default True). False: never share. Ranks
+            share inside DistributedDataParallel, with a `process_group` and in `batch_share`. N
+            ranks then compute the step of one rank with the whole batch. Ranks without images
+            participate as well; for unequal parts of the batch, see `batch_share`. Image sizes may
+            differ: the weight of a rank is its number of images times their patches. All ranks must
+            run the layer equally often and start from equal buffers. A layer sends one message in
+            the forward and one in the backward (mode 1: two each). A message has 1 + 2 C T + G d^2
+            numbers, for T taps (1 in mode 3) and G matrices of side d. Evaluation with running
+            statistics sends no message.
+        process_group: ranks that always share, for models outside DistributedDataParallel, such as
+            models under fully_shard. Every rank must run the layer; the others wait otherwise.
+            None (default): the ranks of the active DistributedDataParallel. Without one, each rank
+            has its own statistics.
+        track_running_stats: keep running statistics (default True). If False, evaluation uses batch
+            statistics, and `fuse` raises ValueError.
+        input_norm: normalisation of each sample by its own statistics, before whitening (default
+            "none"), see `normalize_samples`. A positive factor of a sample then cancels. `fuse`
+            puts an `InputNorm` before the plain layer.
             "layer": subtract the mean of all C * H * W elements, divide by their standard
             deviation. "l1": divide by their mean absolute value. 1e-5 is added to each divisor.
-        freeze: alternate in training (default False), as published for the first layer of a
-            network. `freeze_iter` forwards whiten by their batch. The next 9 * `freeze_iter`
-            whiten by the running statistics, without a gradient through them: such batches do not
-            enter the statistics, and ranks send no message. Each forward in training mode counts;
-            the buffer `freeze_steps` holds the count.
-        freeze_iter: forwards of estimation in a cycle of 10 * `freeze_iter` (default 100).
+        freeze: alternate between batch and running statistics in training (default False), as
+            published for the first layer of a network. `freeze_iter` forwards use batch statistics.
+            The next 9 * `freeze_iter` forwards use running statistics, without a gradient through
+            them. Such batches do not update the statistics, and ranks send no message. The buffer
+            `freeze_steps` counts the forwards in training mode.
+        freeze_iter: forwards with batch statistics in a cycle of 10 * `freeze_iter` (default 100).
         device, dtype: of the parameters, as in `torch.nn.Conv2d`.
 
     Shape:
-        (N, C, H, W) or (C, H, W), as in `torch.nn.Conv2d`. N = 0 leaves the statistics unchanged.
+        (N, C, H, W) or (C, H, W), as in `torch.nn.Conv2d`. N = 0 does not change the statistics.
 
     Raises:
-        ValueError: an argument is out of range; the input has another number of channels, or is
-            smaller than the kernel.
+        ValueError: an argument is out of range, the input has another number of channels or another
+            dtype, or it is smaller than the kernel.
 
     Example:
         layer = FastDeconv(64, 128, 3, padding=1)
@@ -297,7 +300,8 @@ class FastDeconv(Convolution, nn.Conv2d):
 
     Source: Ye et al., Network Deconvolution, ICLR 2020, section 3, Algorithm 1.
 
-    NOTE (differs from the published code): its later cycles estimate for one forward more.
+    NOTE (differs from the published code): with `freeze`, later cycles of the published code have
+    one more forward with batch statistics.
     """
 
     plain, convolve = nn.Conv2d, staticmethod(F.conv2d)

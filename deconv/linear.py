@@ -82,7 +82,7 @@ class Delinear(Whitening, nn.Linear):
         )
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
-        """Whiten the rows of x and apply the weight, by one linear layer with folded weight."""
+        """Whiten the rows and apply the weight, as one linear layer with a folded weight."""
         if isinstance(input, fx.Proxy):
             return record_call(self, input)
         self.begin_forward(input)
@@ -90,7 +90,7 @@ class Delinear(Whitening, nn.Linear):
         return F.linear(rows.reshape(input.shape), weight, bias)
 
     def prepare_input(self, x: Tensor) -> Tensor:
-        """Return x (..., C) as images of one pixel, (M, C, 1)."""
+        """Return x (..., C), normalised, as images of one pixel, (M, C, 1)."""
         if x.shape[-1:] != (self.in_features,):
             raise ValueError(
                 f"input must have {self.in_features} features, got shape {(*x.shape,)}"

@@ -1,4 +1,4 @@
-"""Statistics that the ranks of a process group share."""
+"""Share batch statistics between the ranks of a process group."""
 
 from __future__ import annotations
 
@@ -16,81 +16,81 @@ from .ops.covariance import Statistics, second_moment
 
 
 class BatchShare(NamedTuple):
-    """Ranks that share the statistics of a forward, and this rank's part of their batch.
+    """Ranks that share the statistics of a forward, and this rank's images in their batch.
 
     Args:
-        group: the ranks; None: all.
-        images: index of this rank's first image in the batch of all these ranks, and their number
-            of images; None: every rank holds equally many.
+        group: process group of the ranks; None: all ranks.
+        images: index of this rank's first image in the shared batch, and the number of images in
+            the shared batch. None: all ranks have equally many images.
     """
 
     group: distributed.ProcessGroup | None
     images: tuple[int, int] | None = None
 
     def locate(self, count: int) -> tuple[int, int]:
-        """Return the index of the first of this rank's `count` images, and the total count."""
+        """Return the index of this rank's first image and the number of images of all ranks."""
         if self.images is not None:
             return self.images
         rank, size = distributed.get_rank(self.group), distributed.get_world_size(self.group)
         return rank * count, size * count
 
 
-_asked: BatchShare | None = None  # set by `batch_share`
+_requested: BatchShare | None = None  # set by `batch_share`
 
 
 @contextmanager
 def batch_share(
     first: int, total: int, group: distributed.ProcessGroup | None = None
 ) -> Iterator[None]:
-    """Share statistics over ranks, and tell which images of their batch this rank holds.
+    """Share batch statistics between ranks and set this rank's position in the shared batch.
 
-    Layers inside this context also share where no DistributedDataParallel runs. A layer with a
+    Layers inside this context share without DistributedDataParallel as well. A layer with a
     `process_group` shares over its own group.
 
-    With few patches per image, the positions depend on the image's index in the batch of all ranks.
-    By default a layer assumes that all ranks hold as many images as its own. Shares of the last
-    batch of an epoch may differ. Without the indices the statistics of unequal shares still cover
-    all ranks, but other patches than one rank with the whole batch would sample.
+    With few patches per image, the sampled positions depend on the image's index in the shared
+    batch. Outside this context, a layer assumes that all ranks have equally many images. The last
+    batch of an epoch may be divided unequally. The statistics then still cover all ranks, but not
+    the patches that one rank with the whole batch would sample.
 
     Args:
-        first: index of this rank's first image in the batch of all ranks.
-        total: number of images in that batch.
-        group: ranks that share (default None: the group of the DistributedDataParallel that runs,
-            else all ranks). All of them must run the layers, or the others wait for ever.
+        first: index of this rank's first image in the shared batch.
+        total: number of images in the shared batch.
+        group: ranks that share. None (default): the group of the active DistributedDataParallel, or
+            else all ranks. Every rank of the group must run the layers; the others wait otherwise.
 
     Raises:
-        ValueError: this rank is not in the group.
+        ValueError: this rank is not in `group`.
 
     Example:
         with batch_share(first=64 * rank, total=64 * world_size):
             loss = criterion(model(images), labels)
     """
-    global _asked
+    global _requested
     require_group("group", group)
-    previous, _asked = _asked, BatchShare(group, (first, total))
+    previous, _requested = _requested, BatchShare(group, (first, total))
     try:
         yield
     finally:
-        _asked = previous
+        _requested = previous
 
 
 def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | None:
-    """Return the ranks that share the statistics of a forward that runs now; None for one rank.
+    """Return the ranks that share the statistics of the current forward; None for this rank alone.
 
-    The `process_group` of a layer precedes the group of `batch_share`. Both precede the group of
-    the DistributedDataParallel that runs.
+    The `process_group` of a layer takes precedence over the group of `batch_share`. Both take
+    precedence over the group of the active DistributedDataParallel.
 
     Raises:
-        RuntimeError: a DistributedDataParallel may run, but torch hides it.
+        RuntimeError: torch does not reveal whether a DistributedDataParallel is active.
     """
     group, images = process_group, None
-    if _asked is not None:
-        group, images = process_group or _asked.group, _asked.images
+    if _requested is not None:
+        group, images = process_group or _requested.group, _requested.images
     if group is None:
         if not (distributed.is_available() and distributed.is_initialized()):
             return None
         group = _find_ddp_group()
-        if group is None and _asked is None:
+        if group is None and _requested is None:
             if reason := _explain_hidden_ddp():
                 raise RuntimeError(f"{reason}: give the layers a process_group or sync_stats=False")
             return None
@@ -98,50 +98,51 @@ def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | N
 
 
 def _find_ddp_group() -> distributed.ProcessGroup | None:
-    """Return the process group of the DistributedDataParallel whose forward runs.
+    """Return the process group of the active DistributedDataParallel, or None.
 
-    Only a private method of torch knows. Its absence must not end sharing silently.
+    Torch has no public function for it. If the private one is missing, sharing must not stop
+    silently.
     """
     find_active = getattr(DistributedDataParallel, "_get_active_ddp_module", None)
     if find_active is None:
         raise RuntimeError(
-            f"torch {torch.__version__} does not tell which DistributedDataParallel runs: give the "
-            "layers a process_group or sync_stats=False"
+            f"torch {torch.__version__} does not reveal the active DistributedDataParallel: give "
+            "the layers a process_group or sync_stats=False"
         )
     ddp = find_active()
     return None if ddp is None else ddp.process_group
 
 
 def _explain_hidden_ddp() -> str:
-    """Return why a DistributedDataParallel may be out of sight, or "".
+    """Return the reason why an active DistributedDataParallel may be undetected, or "".
 
-    Compiled code calls this function only while it is compiled.
+    Compiled code evaluates this function once, at compile time.
     """
     if distributed.get_world_size() == 1:
         return ""
     if torch._C._current_graph_task_id() != -1:  # in a backward
-        return "gradient checkpointing runs compiled layers again, without DistributedDataParallel"
+        return "activation checkpointing recomputes compiled layers outside DistributedDataParallel"
     compiler = sys.modules.get("torch._dynamo")
     if compiler is not None and compiler.config.optimize_ddp == "python_reducer":
         return 'optimize_ddp="python_reducer" hides DistributedDataParallel'
     return ""
 
 
-# As `torch.compiler.assume_constant_result` does, which imports the compiler.
+# `torch.compiler.assume_constant_result` does the same, but imports the compiler.
 _explain_hidden_ddp._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def require_group(name: str, group: Any) -> None:
-    """Raise ValueError unless `group` is None or a process group that holds this rank."""
+    """Raise ValueError unless `group` is None or a process group that contains this rank."""
     if group is not None and not isinstance(group, distributed.ProcessGroup):
         raise ValueError(
-            f"{name} must be a process group that holds this rank, or None, got {group!r} "
-            "(new_group returns a number on the ranks that it leaves out)"
+            f"{name} must be None or a process group that contains this rank, got {group!r}: "
+            "new_group returns a number on ranks outside the group"
         )
 
 
 class GroupHandle:
-    """Process group of a layer, the same for deep copies of the layer. Torch copies no group."""
+    """Process group that deep copies of a layer share, since torch cannot copy a group."""
 
     def __init__(self, group: distributed.ProcessGroup) -> None:
         self.group = group
@@ -166,20 +167,21 @@ def pool_statistics(
 ) -> Statistics:
     """Return the statistics over the patches of all ranks of `group`, in one message.
 
-    Second moments about a common point add up. The running mean is such a point. The batch mean
-    lies close to it, so that subtracting the shift between the two cancels few digits. (Before the
-    first batch the running mean is 0, and an offset of hundreds of standard deviations cancels.)
+    Second moments about a common point add up. The running mean is such a point. The batch mean is
+    close to it, so the correction for their difference cancels few digits. (The running mean is 0
+    before the first batch. An offset of hundreds of standard deviations then cancels many digits.)
 
-    Each rank weighs by its images times the positions of its grid, however few it samples. The
-    length of the message depends on the layer alone, as ranks may hold images of different size.
+    The weight of a rank is its number of images times the positions of its grid, however few it
+    samples. The message length depends on the layer alone, because image sizes may differ between
+    ranks.
 
     Args:
         stats: statistics of this rank.
         blocks: the view of a patch as blocks.
         axis: as in `mean_and_covariance`.
         whitened: as in `mean_and_covariance`.
-        reference: (C*T,), equal on all ranks; None for 0.
-        group: the ranks; None: all.
+        reference: the common point, (C*T,), equal on all ranks; None: 0.
+        group: the ranks; None: all ranks.
     """
     centre = stats.centre
     reference = torch.zeros_like(centre) if reference is None else reference
@@ -198,21 +200,21 @@ def average_over_ranks(
 ) -> tuple[Tensor, ...]:
     """Return weighted averages over all ranks of `group`, in one message.
 
-    Every rank sends M * [1, means]. The sum is divided by its first element. A rank without
-    patches has weight 0 but must take part, as in every collective operation.
+    Each rank sends M * [1, means]. The sum is divided by its first element. A rank without patches
+    has weight 0 but must participate, as in every collective operation.
 
     The gradient is that of the sum of all ranks' losses, in one message of the same size. Summed
-    over ranks, parameter gradients equal those of one rank with all patches. (DDP averages them:
-    they then belong to the average loss.)
+    over ranks, parameter gradients equal those of one rank with all patches. (DDP averages
+    gradients over ranks. They are then the gradients of the average loss.)
 
     Args:
         count: M, patches of this rank.
         means: averages over the patches of this rank, of equal shapes on all ranks; finite for
             M = 0.
-        group: the ranks (default None: all).
+        group: the ranks (default None: all ranks).
 
     Returns:
-        M of all ranks, (), and the averages over their patches, 0 for no patches at all.
+        M of all ranks, (), and the averages over their patches; 0 if no rank has patches.
     """
     parts = [mean.flatten() for mean in (means[0].new_ones(()), *means)]
     message = _SumOverRanks.apply(count * torch.cat(parts), group)
@@ -230,7 +232,7 @@ class _SumOverRanks(torch.autograd.Function):
         ctx.group = group
         total = x.clone(memory_format=torch.contiguous_format)
         distributed.all_reduce(total, group=group)
-        return total.view_as(total)  # compiled code loses the gradient of a tensor written in place
+        return total.view_as(total)  # compiled code loses the gradient of an in-place result
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:

@@ -38,8 +38,8 @@ class Whitening(Freezing):
 
     Buffers: `running_mean` (C*T,), for every whitened axis `running_cov_<axis>` (G, d, d), and
     `num_batches_tracked`. They stay float32 in half-precision models. The first batch replaces the
-    initial values. A layer that has seen no batch acts as the plain layer: mean 0 and D = I.
-    With `freeze` there is a counter more, see `Freezing`.
+    initial values. A layer without a batch acts as the plain layer: mean 0 and D = I.
+    `freeze` adds the buffer `freeze_steps`, see `Freezing`.
 
     NOTE (differs from the published code): running averages are of covariances, not of D, as
     BatchNorm averages variances. While covariances move, the mean of their roots whitens less well
@@ -67,8 +67,8 @@ class Whitening(Freezing):
             x: (N, C, *size), from `prepare_input`.
 
         Raises:
-            ValueError: x has another dtype than the weight, outside autocast; or torch.func
-                transforms a layer that whitens by its batch.
+            ValueError: the dtypes of x and weight differ outside autocast, or torch.func transforms
+                a layer that uses batch statistics.
         """
         self._check_dtype(x)
         with full_precision(x.device):
@@ -83,7 +83,7 @@ class Whitening(Freezing):
 
     @property
     def uses_running_stats(self) -> bool:
-        """Return True if this forward whitens by the running statistics, not by its batch."""
+        """Return True if this forward uses the running statistics, not those of its batch."""
         if self.training:
             return self.freeze and self.frozen
         return self.track_running_stats
@@ -91,7 +91,7 @@ class Whitening(Freezing):
     def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
         """Return x, the number of patches, mu (C*T,), and Cov and D of the batch by axis.
 
-        Mode 1 has two axes: the second one sees patches that the first has whitened.
+        Mode 1 has two axes. Patches whitened along the first axis are whitened along the second.
         """
         sampling, blocks = self.choose_patches(x)
         means: list[Tensor] = []
@@ -115,22 +115,22 @@ class Whitening(Freezing):
         return x, stats.patches, means[0], covs, whiten
 
     def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
-        """Return the statistics about the mean that the layer subtracts, here their own."""
+        """Return the statistics about the mean that the layer subtracts: unchanged here."""
         return stats
 
     def _check_dtype(self, x: Tensor) -> None:
-        """Refuse an input that the layer of torch refuses, before its statistics count."""
+        """Raise ValueError for a dtype that torch's layer refuses, before statistics change."""
         kinds = {x.dtype, self.weight.dtype}
         casts = x.is_floating_point() and torch.float64 not in kinds and autocasts(x.device)
         if len(kinds) == 1 or casts:
             return
         raise ValueError(
-            f"input is {x.dtype} and the layer is {self.weight.dtype}: convert one, as in "
-            f"x.to({self.weight.dtype})"
+            f"input is {x.dtype} and the layer is {self.weight.dtype}: convert one of them, for "
+            f"example by x.to({self.weight.dtype})"
         )
 
     def check_input(self, x: Tensor) -> Tensor:
-        """Raise the error by which the layer refuses x, else return its images without numbers."""
+        """Return the prepared input on the meta device; raise ValueError if x is invalid."""
         self._check_dtype(x)
         if not self.freezes_next:
             _refuse_transforms(self)
@@ -141,11 +141,11 @@ class Whitening(Freezing):
         raise NotImplementedError
 
     def normalize_input(self, x: Tensor) -> Tensor:
-        """Normalise each sample of the layer's input by itself, as `input_norm` says."""
+        """Normalise each sample of the input by its own statistics, as set by `input_norm`."""
         return normalize_samples(x, self.input_norm, self.sample_dims, self.input_norm_eps)
 
     def choose_patches(self, x: Tensor) -> tuple[Sampling, Blocks]:
-        """Return which patches of a prepared input the mode samples, and their blocks."""
+        """Return the patches of a prepared input that the mode samples, and their blocks."""
         raise NotImplementedError
 
     def to_conv_layout(self, weight: Tensor) -> Tensor:
@@ -171,18 +171,18 @@ class Whitening(Freezing):
         """Check the options that all layers share, and register the buffers.
 
         Args:
-            axes: what is whitened, in order: "joint", "channel" or "pixel".
+            axes: axes to whiten, in order: "joint", "channel" or "pixel".
             blocks: the view of the layer's features.
-            mean_taps: taps that have a mean of their own, 1 or T.
-            eps: as in `FastDeconv`, like all that follow.
+            mean_taps: number of taps with a separate mean, 1 or T.
+            eps: as in `FastDeconv`, like all further arguments.
             n_iter: Newton-Schulz steps.
             momentum: weight of a batch in the running statistics; None: the mean of all batches.
             sync_stats: share the batch statistics between ranks.
-            process_group: the ranks; None: those of DistributedDataParallel.
+            process_group: ranks that share; None: those of the active DistributedDataParallel.
             track_running_stats: keep running statistics.
-            input_norm: normalisation of each sample before all else.
-            freeze: train on the running statistics for nine tenths of the steps.
-            freeze_iter: steps of estimation in a cycle.
+            input_norm: normalisation of each sample before patches are taken.
+            freeze: use running statistics in nine tenths of the training steps.
+            freeze_iter: steps with batch statistics in a cycle.
 
         Raises:
             ValueError: an option is out of range.
@@ -216,7 +216,7 @@ class Whitening(Freezing):
         self.init_freeze(freeze, freeze_iter)
 
     def make_statistics(self, mean_taps: int, **like: Any) -> dict[str, Tensor]:
-        """Return the running statistics before the first batch, by the names of their buffers."""
+        """Return the initial running statistics by buffer name."""
         count = self.blocks.groups * self.blocks.channels * mean_taps
         buffers = {"running_mean": torch.zeros(count, **like)}
         for axis in self.axes:
@@ -226,7 +226,7 @@ class Whitening(Freezing):
 
     @property
     def process_group(self) -> distributed.ProcessGroup | None:
-        """Return the ranks that always share their statistics; None: see `FastDeconv`."""
+        """Return the group over which the layer shares statistics; None: see `FastDeconv`."""
         return None if self._group is None else self._group.group
 
     @process_group.setter
@@ -237,8 +237,8 @@ class Whitening(Freezing):
     def find_share(self) -> BatchShare | None:
         """Return the ranks that share the batch statistics; None for this rank alone.
 
-        Gradient checkpointing runs the forward again, outside of any DistributedDataParallel: the
-        ranks are those of the layer's last forward.
+        Activation checkpointing recomputes the forward outside DistributedDataParallel. The ranks
+        are then those of the layer's last forward.
         """
         if not self.sync_stats:
             return None
@@ -263,7 +263,7 @@ class Whitening(Freezing):
     def require_running_mean(self) -> Tensor:
         """Return the running mean of patches, (C*T,), or raise ValueError."""
         if (mean := self.running_patch_mean()) is None:
-            raise ValueError(f"{self} has no running statistics: no plain layer does what it does")
+            raise ValueError(f"{self} has no running statistics: set track_running_stats=True")
         return mean
 
     def running_covariances(self) -> Matrices:
@@ -272,7 +272,7 @@ class Whitening(Freezing):
 
     @torch.no_grad()
     def running_whitening(self) -> tuple[Tensor, Matrices]:
-        """Return mu and D of the running statistics, as copies that outlast their update.
+        """Return mu and D of the running statistics, as copies independent of the buffers.
 
         D is not cached: no version counter reports every edit of a buffer.
 
@@ -319,9 +319,9 @@ class Whitening(Freezing):
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """Forget all batches: mean 0 and D = I, and the next batch replaces them.
+        """Reset the running statistics to mean 0 and D = I, which the next batch replaces.
 
-        The cycle of `freeze` begins anew, with an estimation.
+        The cycle of `freeze` restarts with batch statistics.
         """
         if self.running_mean is None or self.num_batches_tracked is None:
             return
@@ -349,7 +349,7 @@ class Whitening(Freezing):
 
     @torch.no_grad()
     def _fold_running(self) -> tuple[Tensor, Tensor]:
-        """Return weight and bias of the plain layer that equals this one in evaluation."""
+        """Return weight and bias of the plain layer that equals this layer in evaluation."""
         with full_precision(self.weight.device):
             return self._fold(*self.running_whitening())
 
@@ -376,7 +376,7 @@ class Whitening(Freezing):
     def _fuse_into(self, plain: nn.Module) -> nn.Module:
         """Return `plain` with the folded weight and bias, and this layer's mode and forward hooks.
 
-        With `input_norm`, the normalisation precedes it.
+        With `input_norm`, return a `NormalizedLayer` that contains `plain`.
 
         Raises:
             ValueError: a hook computes the weight or the bias, or the layer is sharded.
@@ -384,8 +384,8 @@ class Whitening(Freezing):
         refuse_sharded(self, "Fuse")
         if {"weight", "bias"} & vars(self).keys():
             raise ValueError(
-                f"a hook computes weight or bias of {self}: make them permanent first "
-                "(prune.remove, remove_weight_norm)"
+                f"a hook computes weight or bias of {self}: remove the hook first "
+                "(prune.remove, remove_weight_norm), which makes them permanent"
             )
         weight, bias = self._fold_running()
         with torch.no_grad():
@@ -419,9 +419,9 @@ class Whitening(Freezing):
         unexpected: list[str],
         errors: list[str],
     ) -> None:
-        """Load as torch does, also published statistics, and keep them at least float32.
+        """Load a state_dict, published ones included, and keep statistics at least float32.
 
-        Statistics that the layer cannot equal are an error, without `strict`, too.
+        Published statistics that the layer cannot reproduce are an error with strict=False, too.
         """
         try:
             self.read_statistics(state_dict, prefix)
@@ -434,10 +434,10 @@ class Whitening(Freezing):
         self.read_freeze_steps()
 
     def read_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """Replace published running statistics in a state_dict by those of this layer.
+        """Convert published running statistics in a state_dict to those of this layer.
 
         Raises:
-            ValueError: the layer cannot equal the published one.
+            ValueError: the layer cannot reproduce the published statistics.
         """
         read_published(self, state_dict, prefix)
 
@@ -465,28 +465,28 @@ class Whitening(Freezing):
 
 
 def require_positive(**counts: int) -> None:
-    """Raise ValueError for a count below 1, by name."""
+    """Raise ValueError that names the first count below 1."""
     for name, count in counts.items():
         if not count >= 1:
             raise ValueError(f"{name} must be at least 1, got {count}")
 
 
 def refuse_sharded(model: nn.Module, verb: str) -> None:
-    """Raise ValueError if a parameter is sharded; `verb` begins the advice."""
+    """Raise ValueError if a parameter is sharded; `verb` starts the remedy."""
     for name, parameter in model.named_parameters():
         if type(parameter).__name__ == "DTensor":
             raise ValueError(
-                f"{name} is a DTensor, sharded by fully_shard or the like. {verb} the model before "
-                "it is sharded, or a plain model with its full state_dict"
+                f"{name} is a DTensor, sharded by fully_shard or similar. {verb} the model before "
+                "sharding, or a plain model with the full state_dict"
             )
 
 
 def _refuse_transforms(layer: nn.Module) -> None:
-    """Raise ValueError inside `vmap`, `grad` and the like of torch.func."""
+    """Raise ValueError inside a transform of torch.func, such as `vmap` or `grad`."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         raise ValueError(
-            "torch.func transforms no statistics of a batch: call eval() on the model, or use "
-            f"torch.autograd.grad, for {layer}"
+            "batch statistics do not support torch.func: call eval() on the model, or use "
+            f"torch.autograd.grad instead, for {layer}"
         )
 
 
