@@ -89,7 +89,7 @@ def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | N
     if group is None:
         if not (distributed.is_available() and distributed.is_initialized()):
             return None
-        group = _find_ddp_group()
+        group = find_ddp_group()
         if group is None and _requested is None:
             if reason := _explain_hidden_ddp():
                 raise RuntimeError(f"{reason}: give the layers a process_group or sync_stats=False")
@@ -97,7 +97,7 @@ def find_share(process_group: distributed.ProcessGroup | None) -> BatchShare | N
     return BatchShare(group, images) if distributed.get_world_size(group) > 1 else None
 
 
-def _find_ddp_group() -> distributed.ProcessGroup | None:
+def find_ddp_group() -> distributed.ProcessGroup | None:
     """Return the process group of the active DistributedDataParallel, or None.
 
     Torch has no public function for it. If the private one is missing, sharing must not stop

@@ -2,7 +2,6 @@
 
     from deconv.published import ChannelDeconv, DeConv2d, DeLinear, Delinear, FastDeconv
     from deconv.published import NormalizedDeconv, NormalizedDelinear
-    from deconv.published.signals import FastDeconv    # for signals (N, C, L)
 
 Code that copied the published layers changes one import line. Outputs, gradients, running
 statistics and state_dict equal those of the published layers. Checkpoints load in both directions.

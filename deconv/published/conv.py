@@ -8,9 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import conv as layers
-from ..ops.blocks import Blocks
+from ..ops.blocks import Blocks, make_blocks
 from ..ops.covariance import Statistics, move_centre
-from ..whitening import Matrices
+from ..sync import find_ddp_group
+from ..whitening import Matrices, refuse_sharded
 from .statistics import PublishedStatistics, find_input_norm, published_block
 
 Size = int | tuple[int, ...]
@@ -18,6 +19,8 @@ Size = int | tuple[int, ...]
 
 class _FastDeconv(PublishedStatistics, layers.Convolution):
     """Convolution with the signature of 2020, in any number of dimensions; see `FastDeconv`."""
+
+    open_dims = False  # the first input decides between images and signals
 
     def __init__(
         self,
@@ -64,10 +67,21 @@ class _FastDeconv(PublishedStatistics, layers.Convolution):
             freeze_iter=freeze_iter,
             **{"sync_stats": False, **options},
         )
+        sizes = (kernel_size, stride, padding, dilation)
+        if type(self) is FastDeconv and all(isinstance(size, int | str) for size in sizes):
+            self.open_dims = True
 
 
 class FastDeconv(_FastDeconv, layers.FastDeconv):
-    """Published convolution of 2020 for images (N, C, H, W).
+    """Published convolution of 2020 for images (N, C, H, W) and signals (N, C, L).
+
+    The first input, or the first loaded weight, decides. A layer whose sizes are all integers and
+    that meets a signal first becomes a `FastDeconv1d`. Its parameters stay the same objects, so
+    that an optimizer made before trains them. They take the values of a new 1-d layer. A kernel
+    (k,) makes a `FastDeconv1d` at once.
+
+    Import `FastDeconv1d as FastDeconv` where the 1-d weight is needed before the first signal: to
+    initialise it, for DistributedDataParallel, for a subclass.
 
     With the keyword `num_groups`, the constructor returns a `FastDeconv2019`. Positional arguments
     have the order of 2020. For positional calls of 2019, import `FastDeconv2019 as FastDeconv`.
@@ -87,11 +101,12 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
             default: each rank has its own statistics.
 
     Shape:
-        (N, C_in, H, W) -> (N, C_out, H_out, W_out), as in `torch.nn.Conv2d`. For signals
-        (N, C, L), use `FastDeconv` of `deconv.published.signals`.
+        (N, C_in, H, W) -> (N, C_out, H_out, W_out), as in `torch.nn.Conv2d`; or
+        (N, C_in, L) -> (N, C_out, L_out), as in `torch.nn.Conv1d`.
 
     Raises:
-        ValueError: an argument is out of range, or the input has another shape.
+        ValueError: an argument is out of range; the input has another shape; signals come to a
+            layer that can no longer become 1-d.
         TypeError: a subclass passes `num_groups`, which needs `FastDeconv2019`.
 
     Example:
@@ -102,17 +117,100 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
     the differences from `deconv.FastDeconv`.
     """
 
-    def __new__(cls, *args: Any, **options: Any) -> FastDeconv:
+    def __new__(cls, *args: Any, **options: Any) -> Any:
+        kernel = options.get("kernel_size", args[2] if len(args) > 2 else None)
+        if cls is FastDeconv and isinstance(kernel, tuple | list) and len(kernel) == 1:
+            return FastDeconv1d(*args, **options)
         kind = FastDeconv2019 if cls is FastDeconv and "num_groups" in options else cls
         return super().__new__(kind)
+
+    def forward(self, input: Tensor) -> Tensor:  # named as in torch
+        """Apply the layer; the first input decides between images and signals."""
+        if self.open_dims and isinstance(input, Tensor):
+            if input.dim() == 3:
+                self._refuse_signals(input)
+                self._become_1d()
+                return self.forward(input)  # of FastDeconv1d
+            if not torch.compiler.is_compiling():  # compiled code would be compiled again
+                self.open_dims = False
+        return super().forward(input)
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        self._writes = self._count_writes()
+
+    def _count_writes(self) -> int:
+        """Return how often the parameters have been written in place."""
+        counted = (p for p in self.parameters() if not p.is_inference())
+        return sum(parameter._version for parameter in counted)
 
     def prepare_input(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             raise ValueError(
                 f"input must be images (N, C, H, W), got shape {(*x.shape,)}: for signals "
-                "(N, C, L), import FastDeconv from deconv.published.signals"
+                "(N, C, L), import FastDeconv1d as FastDeconv; for one image, add a batch dimension"
             )
         return super().prepare_input(x)
+
+    def _refuse_signals(self, x: Tensor) -> None:
+        """Raise ValueError if a layer without a past cannot become 1-d for the signals x."""
+        if x.shape[1] != self.in_channels:
+            raise ValueError(
+                f"input must be images (N, {self.in_channels}, H, W) or signals "
+                f"(N, {self.in_channels}, L), got shape {(*x.shape,)}"
+            )
+        refuse_sharded(self, "Run a batch through")
+        if torch.compiler.is_compiling():
+            reason = "torch.compile compiles it"
+        elif getattr(self, "_is_replica", False):
+            reason = "DataParallel copies it"
+        elif find_ddp_group() is not None:
+            reason = "DistributedDataParallel holds its 2-d weight"
+        elif self._count_writes() > self._writes:
+            reason = "its 2-d weight or bias has been written"
+        else:
+            return
+        raise ValueError(
+            f"the layer cannot become 1-d for signals of shape {(*x.shape,)}, since {reason}: "
+            "import FastDeconv1d as FastDeconv"
+        )
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _become_1d(self) -> None:
+        """Become a FastDeconv1d, with the same parameter objects.
+
+        The first column of a new 2-d weight of side k, times sqrt(k), is distributed as a new 1-d
+        weight. No random number is drawn: checkpointing repeats the forward without it.
+        """
+        side = self.kernel_size[0]
+        self.weight.data = side**0.5 * self.weight.detach()[..., 0]
+        if self.bias is not None:
+            self.bias.mul_(side**0.5)
+        for name in ("kernel_size", "stride", "padding", "dilation", "output_padding"):
+            size = getattr(self, name)
+            setattr(self, name, size if isinstance(size, str) else size[:1])
+        self._reversed_padding_repeated_twice = self._reversed_padding_repeated_twice[:2]
+        self.__class__, self.open_dims, self.sample_dims = FastDeconv1d, False, 2  # type: ignore
+        channels = self.in_channels // self.groups
+        blocks = (self.groups, channels, self.block, side, self.layout, self.shared)
+        self.blocks = make_blocks(*blocks, joint=True)
+        if self.running_mean is not None:
+            like: Any = {"device": self.running_mean.device, "dtype": self.running_mean.dtype}
+            for name, value in self.make_statistics(side, **like).items():
+                setattr(self, name, value)
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """Load as other layers; the first weight decides between images and signals."""
+        weight = state_dict.get(f"{prefix}weight")
+        if self.open_dims and isinstance(weight, Tensor):
+            self.open_dims = False
+            if weight.dim() == 3:
+                self._become_1d()
+                return self._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        return super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
 
 class FastDeconv1d(_FastDeconv, layers.FastDeconv1d):

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 import deconv
 from deconv import PUBLISHED, published, whiteness
 from deconv.ops.inverse_sqrt import inverse_sqrt
-from deconv.published import covariance_behind, signals
+from deconv.published import covariance_behind
 from tests.oracle import brute_force, images
 from tests.pairwise import loop_over
 
@@ -117,8 +117,10 @@ CALLS_2020 = [  # call, its batches, block, eps, n_iter
     (lambda: published.FastDeconv(8, 6, 3, 1, 2, 2, 2, True, 1e-5, 5, 0.1, 64, 2), (8, 9, 9), 4),
     (lambda: published.FastDeconv(6, 6, 1, bias=False), (6, 9, 9), 6),
     (lambda: published.FastDeconv(3, 8, kernel_size=7, stride=2, padding=3), (3, 24, 24), 3),
-    (lambda: signals.FastDeconv(2, 4, 9), (2, 60), 2),
-    (lambda: signals.FastDeconv(4, 4, 5, 2, 2, block=2), (4, 60), 2),
+    (lambda: published.FastDeconv(2, 4, 9), (2, 60), 2),
+    (lambda: published.FastDeconv(4, 4, 5, 2, 2, block=2), (4, 60), 2),
+    (lambda: published.FastDeconv(4, 4, (5,)), (4, 60), 4),
+    (lambda: published.FastDeconv1d(4, 6, 3, padding=1, groups=2), (4, 60), 2),
     (lambda: published.NormalizedDeconv(4, 4, 3, padding=1), (4, 9, 9), 4),
 ]
 
@@ -126,6 +128,9 @@ CALLS_2020 = [  # call, its batches, block, eps, n_iter
 @loop_over("call, shape, block", CALLS_2020)
 def test_calls_of_2020_equal_the_published_layer(call, shape, block):
     layer = call().double()
+    if len(shape) == 2:
+        layer.eval()(doubles(*shape)[0])  # the first signal decides, without statistics
+        assert type(layer.train()) is published.FastDeconv1d
     step, eps = layer.sampling_stride, 1e-5
     oracle = partial(published_conv, block=block, eps=eps, n_iter=layer.n_iter, step=step)
     follow_published(layer, oracle, doubles(*shape))
@@ -254,7 +259,7 @@ def test_norm_types_scale_each_sample_before_whitening(norm_type):
         lambda: published.FastDeconv(4, 4, 3),
         lambda: published.FastDeconv(4, 4, 3, num_groups=2),
         lambda: published.NormalizedDelinear(4, 4),
-        lambda: signals.FastDeconv(4, 4, 3),
+        lambda: published.FastDeconv(4, 4, (3,)),
     ],
 )
 def test_published_layers_are_copied_pickled_and_recalibrated(make):
@@ -273,8 +278,6 @@ def test_published_layers_are_copied_pickled_and_recalibrated(make):
 
 
 def test_calls_that_the_published_classes_cannot_take_are_refused():
-    with pytest.raises(ValueError, match=r"import FastDeconv from deconv.published.signals"):
-        published.FastDeconv(2, 4, 9)(torch.randn(3, 2, 60))
     with pytest.raises(ValueError, match="at least 4 channels"):
         published.ChannelDeconv(4)(torch.randn(8, 3))
     for sizes in ((), (4, 4)):
@@ -289,6 +292,80 @@ def test_calls_that_the_published_classes_cannot_take_are_refused():
 
     with pytest.raises(TypeError, match="subclass FastDeconv2019"):
         Own(4, 4, 3, num_groups=2)
+
+
+LAYERS_1D = [
+    {},
+    dict(stride=2, padding=3, dilation=2),
+    dict(groups=2, bias=False),
+    dict(padding=2, padding_mode="reflect", block=2, freeze=True, freeze_iter=1),
+    dict(padding="same", track_running_stats=False),
+]
+
+
+@loop_over("options", LAYERS_1D)
+def test_a_layer_that_meets_signals_first_becomes_the_1d_layer(options):
+    layer, other = (published.FastDeconv(4, 6, 5, **options) for _ in range(2))
+    copied, weight = copy.deepcopy(layer), layer.weight
+    optimizer = torch.optim.SGD(layer.parameters(), 0.1)
+    x = torch.randn(8, 4, 60)
+    state = torch.get_rng_state()
+    layer(x)
+    assert torch.equal(state, torch.get_rng_state())  # checkpointing repeats the forward
+    expected = published.FastDeconv1d(4, 6, 5, **options)
+    for one_d in (layer, other, copied):
+        one_d.load_state_dict(layer.state_dict() if one_d is other else expected.state_dict())
+        assert type(one_d) is published.FastDeconv1d and repr(one_d) == repr(expected)
+    other.load_state_dict(expected.state_dict())
+    values = {name: value for name, value in vars(expected).items() if name[0] != "_"}
+    assert values.items() <= vars(other).items()
+    for _ in range(3):
+        x = torch.randn(8, 4, 60)
+        assert torch.equal(other(x), expected(x))
+    optimizer.zero_grad()
+    layer(x).square().mean().backward()
+    optimizer.step()
+    assert layer.weight is weight and not torch.equal(layer.weight, expected.weight)
+    for again in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
+        assert torch.equal(again.eval()(x), layer.eval()(x))
+        layer.train()
+
+
+def test_the_weight_for_signals_is_distributed_as_that_of_a_new_1d_layer():
+    layer, expected = published.FastDeconv(64, 64, 9), published.FastDeconv1d(64, 64, 9)
+    layer(torch.randn(2, 64, 30))
+    assert layer.weight.std().item() == pytest.approx(expected.weight.std().item(), rel=0.02)
+    for new, old in ((layer.weight, expected.weight), (layer.bias, expected.bias)):
+        assert new.abs().max().item() == pytest.approx(old.abs().max().item(), rel=0.1)
+
+
+def test_layers_with_a_past_refuse_to_become_1d():
+    signal, image = torch.randn(8, 4, 60), torch.randn(8, 4, 9, 9)
+
+    def refuse(match, x=signal, prepare=lambda layer: None, call=published.FastDeconv):
+        layer = call(4, 6, 3)
+        prepare(layer)
+        with pytest.raises(ValueError, match=match):
+            layer(x)
+
+    refuse("must be images .* import FastDeconv1d", prepare=lambda layer: layer(image))
+    refuse("images .N, 4, H, W. or signals .N, 4, L.", x=signal.mT)
+    refuse("has been written", prepare=lambda layer: nn.init.ones_(layer.weight))
+    refuse("must be images", call=published.NormalizedDeconv)
+    refuse("must be images", call=partial(published.FastDeconv, stride=(1, 1)))
+    layer = published.FastDeconv(4, 6, 3)
+    y = torch.compile(layer, backend="eager")(signal)  # the compiler leaves out the first signal
+    torch.testing.assert_close(layer(signal), y)
+
+    layer = published.FastDeconv(4, 6, 3)
+    layer.load_state_dict(published.FastDeconv(4, 6, 3).state_dict())
+    with pytest.raises(ValueError, match="must be images"):
+        layer(signal)
+    layer = published.FastDeconv(4, 6, 3)
+    layer.reset_parameters()
+    layer(signal)
+    with pytest.raises(ValueError, match="4 channels and 1 dimensions of pixels"):
+        layer(image)
 
 
 @loop_over("n_iter", [1, 5, 15])
@@ -364,7 +441,7 @@ PAIRS = [  # published layer, layer of deconv, shape of a sample
         (8, 9, 9),
     ),
     (
-        lambda: signals.FastDeconv(4, 6, 5, padding=2),
+        lambda: published.FastDeconv1d(4, 6, 5, padding=2),
         lambda: deconv.FastDeconv1d(4, 6, 5, padding=2, **CONV),
         (4, 40),
     ),
