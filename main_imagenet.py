@@ -63,8 +63,10 @@ def build_script() -> Script:
     parser = Parser("main_imagenet.py", description, flags.IMAGENET_EXAMPLES)
     names = IMAGENET_ARCHITECTURES
     add = flags.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    text = "start from the pretrained weights of torchvision or timm; with --deconv, these are "
-    text += f"calibrated on the first {CALIBRATION_BATCHES} training batches"
+    text = (
+        "start from the pretrained weights of torchvision or timm; with --deconv True, calibrate "
+    )
+    text += f"them on the first {CALIBRATION_BATCHES} training batches"
     add("--pretrained", text, str2bool, False)
     flags.add_deconv_flags(parser, final_block=32)
     flags.add_imagenet_flags(parser)
@@ -130,7 +132,7 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
 def calibrate_weights(
     context: RunContext, loader: ImageLoader, model: nn.Module, hooks: ModelHooks
 ) -> None:
-    """Let training begin at the outputs that the pretrained model has in evaluation."""
+    """Calibrate a model so that training starts at its pretrained evaluation outputs."""
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
     loader.batch_sampler.set_epoch(1)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
-from deconv import calibrate as calibrate  # passed on, since only this file imports deconv
+from deconv import calibrate as calibrate  # re-exported: only this file imports deconv
 from deconv.freezing import advance_phase, find_phase, hold_phase
 
 Maker = Callable[..., nn.Module]
@@ -109,8 +109,8 @@ def make_layers(
         sampling_stride: of the sampled patches, in input pixels.
         batchnorm: False omits BatchNorm without deconv; deconvolution never has any.
         stem_iter: Newton-Schulz steps of the first layer; None: `n_iter`.
-        freeze: the first layer trains on its running statistics in cycles.
-        freeze_iter: steps of estimation in such a cycle.
+        freeze: the first layer alternates between batch and running statistics in training.
+        freeze_iter: steps with batch statistics in a cycle of 10 * freeze_iter.
         root: algorithm of the inverse square root. The methods set their own.
         rows_per_feature: minimum of sampled patches per feature. The methods set their own.
         **layer_options: further keywords of FastDeconv; Delinear gets those that it knows.
@@ -176,7 +176,7 @@ def _keep(model: nn.Module, *, pretrained: bool) -> nn.Module:
 
 
 def _convert(stem: Options, model: nn.Module, *, pretrained: bool, **options: Any) -> nn.Module:
-    """Convert a network of another library to deconvolution; `stem` is for its first layer."""
+    """Convert a network of another library; `stem` has the options of its first layer."""
     model = convert(model, pretrained=pretrained, **options)
     first = next(m for m in model.modules() if isinstance(m, FastDeconv))
     first.n_iter = stem["n_iter"]

@@ -4,12 +4,13 @@
     python scripts/convert_checkpoint.py vgg16.pth.tar RUN --dataset cifar10 --batch-size 128
     python main.py --resume RUN -e
 
-OUT is a new folder. The flags describe the run: dataset, network, optimizer and length. Without
-flags the network has the published numerics: --deconv True --root newton --eps 1e-5 --num-groups 64
---rows-per-feature 0, and the architecture of the checkpoint. Layers are matched in the order of the
-network. Each must have the shape of ours, and each statistic must be matched exactly, or the script
-ends with one line that names the layer. Nothing is written then. Files that may run code are
-refused.
+OUT is a new folder. The flags set dataset, network, optimizer and length of the run. By default the
+network has the architecture of the checkpoint and the published numerics: --deconv True --root
+newton --eps 1e-5 --num-groups 64 --rows-per-feature 0.
+
+Layers are matched in order. The script refuses a checkpoint if a shape differs or a statistic
+cannot be reproduced. It then names the layer and writes nothing. It also refuses files that may
+execute code.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ PUBLISHED = {
     "num_groups": ("--num-groups", "64"),
     "rows_per_feature": ("--rows-per-feature", "0"),
 }
-# Networks whose layers are in the same order here and in the published code.
+# Architectures whose layers have the same order here and in the published code.
 IN_ORDER = ("vgg", "resnet")
 
 
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     source, out, flags = Path(words[0]), Path(words[1]), words[2:]
     with report_errors(parser, ValueError):
         if out.exists():
-            raise ValueError(f"{out} exists already: name a new folder")
+            raise ValueError(f"{out} already exists: choose a new folder for OUT")
         published = read_published(source)
         typed = parser.parse_typed(flags)
         for name, default in {**PUBLISHED, "arch": ("--arch", str(published["arch"]))}.items():
@@ -81,20 +82,20 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def read_published(path: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint of the published scripts, never executing its code."""
+    """Load a checkpoint of the published scripts without executing code in it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may raise anything in the reader
-        reason = "damaged, or more than tensors and plain values, which may run code"
+        reason = "damaged, or it contains more than tensors and plain values, which may run code"
         raise CheckpointError(f"{path}: refused: {reason}") from error
     if type(saved) is not dict or not isinstance(saved.get("state_dict"), dict):
         raise CheckpointError(f"{path}: not a checkpoint of the published scripts (no state_dict)")
     if not all(type(k) is str and type(v) is Tensor for k, v in saved["state_dict"].items()):
-        raise CheckpointError(f"{path}: state_dict has more than tensors")
+        raise CheckpointError(f"{path}: state_dict has entries that are not tensors")
     if type(saved.get("epoch")) is not int or type(saved.get("arch")) is not str:
-        raise CheckpointError(f"{path}: epoch or arch is missing")
+        raise CheckpointError(f"{path}: epoch (int) or arch (str) is missing")
     return saved
 
 
@@ -110,28 +111,28 @@ def load_weights(source: Path, state: dict[str, Tensor], model: nn.Module) -> No
     ]
     if len(layers) != len(own):
         raise ValueError(
-            f"{source}: the network has {len(layers)} layers with weights, "
-            f"the network of the flags {len(own)}"
+            f"{source}: the network has {len(layers)} layers with weights, the network of the "
+            f"flags {len(own)}: check --arch and --dataset"
         )
     renamed: dict[str, Tensor] = {}
     for (name, tensors), (own_name, layer) in zip(layers.items(), own, strict=True):
         if tensors["weight"].shape != layer.weight.shape:
             raise ValueError(
                 f"{source}: {name}.weight has shape {(*tensors['weight'].shape,)}, "
-                f"{own_name}.weight of the flags {(*layer.weight.shape,)}"
+                f"{own_name}.weight of the flags {(*layer.weight.shape,)}: check --arch"
             )
         renamed |= {f"{own_name}.{tensor}": value for tensor, value in tensors.items()}
     try:
         model.load_state_dict(renamed)
     except RuntimeError as error:
-        fault = str(error).splitlines()[1]  # the first of all
+        fault = str(error).splitlines()[1]  # report the first of all errors
         raise ValueError(f"{source}: {fault.strip()}") from error
 
 
 def make_state(
     context: RunContext, data: Any, model: nn.Module, published: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the checkpoint of a run that stands where the published one stood."""
+    """Return the checkpoint of a run that continues at the epoch of the published checkpoint."""
     flags, (spec, train_loader, test_loader) = context.flags, data
     epoch, steps = published["epoch"], len(train_loader)
     best = float(published.get("best_acc", published.get("best_acc1", -math.inf)))
@@ -150,12 +151,12 @@ def make_state(
     if (momenta := find_momenta(published.get("optimizer"), model)) and flags.optimizer == "SGD":
         state["optimizer"]["state"] = momenta
     elif epoch:
-        print("the optimizer's state does not fit and is left out: momentum begins at 0")
+        print("optimizer state omitted, because it does not fit the network: momentum starts at 0")
     return {**state, "history": history}
 
 
 def find_momenta(optimizer: Any, model: nn.Module) -> dict[int, dict[str, Tensor]]:
-    """Return the momentum of each parameter by its number; empty if not all of them fit."""
+    """Return the momentum buffer of each parameter by index, or {} unless all of them fit."""
     parameters = list(model.parameters())
     try:
         keys = [key for group in optimizer["param_groups"] for key in group["params"]]

@@ -1,4 +1,4 @@
-"""Rewrite weights so that training begins at the function of a model in evaluation."""
+"""Rewrite weights so that training starts at the outputs of a model in evaluation."""
 
 from __future__ import annotations
 
@@ -23,37 +23,41 @@ def calibrate(
     *,
     forward: Callable[[nn.Module, Any], object] | None = None,
 ) -> int:
-    """Let training begin where a model stands in evaluation, by rewriting its deconvolutions.
+    """Rewrite the deconvolutions of a model so that training starts at its evaluation outputs.
 
-    Evaluation applies W and b to raw patches. The layer takes mu and D of some batches as running
-    statistics, and the weight and bias that undo them:
+    In evaluation, a layer applies a folded weight W and bias b to raw patches x. Calibration
+    estimates mu and D from some batches and stores them as running statistics. The new weight and
+    bias undo the whitening:
 
         W <- W D^-1,    b <- b + W mu,    so that W D^-1 D (x - mu) + b + W mu = W x + b
 
-    Outputs in evaluation stay the same. In training mu and D of the batch stand in for those of
-    all batches, and outputs are nearly the same.
+    Outputs in evaluation stay the same. In training, the layer uses mu and D of the current batch,
+    which are close to the stored ones. Outputs are therefore nearly the same.
 
-    One pass over the batches serves all layers. Its layers work as in evaluation, where their
-    inputs depend on no layer's whitening. mu and Cov are plain means over all finite batches, or
-    over all calls if a forward calls a layer several times. A layer that no finite batch reaches
-    stays as it is. A layer without a bias gets one, which follows its weight. An error leaves the
-    model as it was.
+    One pass over the batches calibrates all layers. The forward runs the model in evaluation, so
+    inputs of a layer do not depend on the whitening of other layers. mu and Cov are plain means
+    over all finite batches. If a forward calls a layer several times, each call counts as a batch.
+
+    A layer without a finite batch does not change. A layer without a bias gets one, with the
+    `requires_grad` of its weight. After an error the model is unchanged.
 
     Args:
-        model: a model of `convert(..., pretrained=True)`, or any with deconvolutions; it changes.
-        batches: (N, ...) inputs as in training, of its batch size, or tuples that start with them,
-            as loaders yield. They are moved to the device of the model.
-        limit: maximum number of batches.
-        forward: runs a model on a batch of any kind, which it also moves to the device.
+        model: output of `convert(..., pretrained=True)`, or any model with deconvolutions. It is
+            changed in place.
+        batches: batches with the size and augmentation of training: inputs (N, ...), or tuples that
+            start with inputs. They are moved to the device of the model.
+        limit: maximum number of batches (default 10).
+        forward: function of (model, batch) that moves a batch to the device and runs the model
+            (default: call the model with the first tensor of the batch).
 
     Returns:
         The number of batches used.
 
     Raises:
-        ValueError: there is no deconvolution layer or no finite batch, `limit` is below 1, a layer
-            has no running statistics or shares its weight or bias with another layer, a part of the
-            model is wrapped or sharded, or a hook computes a layer's weight.
-        TypeError: a batch is of another kind, and there is no `forward`.
+        ValueError: there is no deconvolution layer or no finite batch; `limit` is below 1; a layer
+            has no running statistics, or shares its weight or bias with another layer; a part of
+            the model is wrapped or sharded; or a hook computes the weight of a layer.
+        TypeError: a batch contains no tensor where expected, and `forward` is None.
 
     Example:
         >>> model = convert(nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8)), pretrained=True)
@@ -87,7 +91,7 @@ def calibrate(
 
 
 def _make_observer(layer: Whitening) -> Callable[..., None]:
-    """Return a hook that shows the layer the input of its plain twin."""
+    """Return a hook of a fused layer that passes its input to the original layer."""
 
     def observe(_: nn.Module, args: Any, kwargs: Any) -> None:
         layer.forward(*args, **kwargs)  # in training mode, and without the hooks of the layer
@@ -96,7 +100,7 @@ def _make_observer(layer: Whitening) -> Callable[..., None]:
 
 
 def _undo_whitening(layer: Whitening, weight: Tensor, bias: Tensor) -> None:
-    """Rewrite the layer so that evaluation applies the given weight and bias to raw patches."""
+    """Rewrite the layer so that evaluation applies `weight` and `bias` to raw patches."""
     if layer.bias is None:
         layer.bias = nn.Parameter(torch.zeros_like(bias), layer.weight.requires_grad)
     layer.weight.copy_(weight)
@@ -111,7 +115,7 @@ def _undo_whitening(layer: Whitening, weight: Tensor, bias: Tensor) -> None:
 
 
 def _refuse_shared_parameters(model: nn.Module) -> None:
-    """Raise ValueError if a deconvolution shares a parameter: it cannot undo two whitenings."""
+    """Raise ValueError if a deconvolution shares a parameter with another layer."""
     owners: dict[int, str] = {}
     whitened = set[int]()
     for name, module in model.named_modules():
@@ -121,6 +125,6 @@ def _refuse_shared_parameters(model: nn.Module) -> None:
                 whitened.add(id(parameter))
             if other != name and id(parameter) in whitened:
                 raise ValueError(
-                    f"{name} shares its {key} with {other}, so no {key} can undo the whitening of "
-                    f"both: convert with skip={[other, name]}"
+                    f"{name} shares its {key} with {other}, and one {key} cannot undo two "
+                    f"whitenings: convert with skip={[other, name]}"
                 )

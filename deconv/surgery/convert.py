@@ -38,54 +38,55 @@ def convert(
     """Return a copy of a model with deconvolution in place of convolutions and BatchNorm.
 
     Each convolution of torch becomes the deconvolution of its kind, with the same weight and bias.
-    Each BatchNorm becomes an Identity; the activation inside timm's BatchNormAct2d remains.
-    `plan` lists beforehand what happens to each layer, and why.
+    Each BatchNorm becomes an Identity. The activation inside timm's BatchNormAct2d remains. `plan`
+    lists the treatment of each layer and the reason.
 
-    A BatchNorm stays next to a convolution that stays. It also stays where the forward that calls
-    it cannot be traced by `torch.fx`, reads its tensors by name or asks for the class of layers.
-    Layers that share a module or a weight still share it. Forward hooks of replaced layers move to
-    their replacements.
+    A BatchNorm next to a convolution that is kept is kept as well. It is also kept if the forward
+    that calls it cannot be traced by `torch.fx`, reads its tensors by name or checks the class of
+    layers. Layers that share a module or a weight still share it. Forward hooks of replaced layers
+    move to their replacements.
 
-    Without `pretrained`, activations of a model with BatchNorm before convolutions no longer work
-    in place: an Identity passes its own input on, which the model may use elsewhere.
+    Without `pretrained`, activations become inplace=False unless each replaced BatchNorm is paired
+    with a convolution before it. An Identity returns its input, which the model may use elsewhere.
 
     With `pretrained`, each BatchNorm is folded into the convolution before it,
 
         weight * scale, (bias - running_mean) * scale + shift
 
-    or becomes a ChannelAffine if no convolution can take it, or if some call may use the
-    convolution without it. Outputs in evaluation stay the same.
-    NOTE: without `calibrate` they change with the first training step, which whitens the input of
-    each layer. With it, training begins at nearly the same outputs, see `deconv.calibrate`.
+    or becomes a ChannelAffine if it cannot be folded, for example because the convolution may have
+    another use. Outputs in evaluation stay the same.
+    NOTE: without `calibrate`, outputs change in training mode, where each layer whitens its input.
+    With `calibrate`, training starts at nearly the same outputs, see `deconv.calibrate`.
 
     Args:
         model: any model; it is not changed.
-        mode: of each FastDeconv, 1 to 5.
-        block: channels that each FastDeconv whitens together.
-        eps: added to the diagonal of each covariance, in units of variance.
-        n_iter: Newton-Schulz steps, of each FastDeconv and of Delinear.
-        bias: add a bias, initially 0, to convolutions without one if any BatchNorm is replaced.
-        linear: replace each `nn.Linear` that ends the model, such as a classifier, by a Delinear.
-            Nothing normalises its input any longer. Or patterns of the names of linear layers to
-            replace, such as ["fc"]; False for none.
-        block_linear: block of each Delinear, in features.
-        pretrained: keep the outputs of the model in evaluation.
-        calibrate: batches of the training data, of which 10 are used; needs `pretrained`. Weights
-            are rewritten so that training keeps the outputs, too.
-        forward: runs a model on a batch of `calibrate`, unless the model takes its first tensor.
-        skip: patterns of names of layers to leave alone, such as "*.se.*" or "layer4.*".
-        options: further keywords of FastDeconv; Delinear gets those that it knows.
+        mode: mode of each FastDeconv, 1 to 5 (default 5).
+        block: maximum number of channels that a FastDeconv whitens together (default 16).
+        eps: added to the diagonal of each covariance (default 1e-2), in units of variance.
+        n_iter: Newton-Schulz steps of each layer, 1 to 15 (default 5).
+        bias: if any BatchNorm is replaced, add a zero bias to convolutions without one (default
+            True).
+        linear: True (default) replaces each `nn.Linear` that ends the model, such as a classifier,
+            by a Delinear, because its input is no longer normalised. A list of name patterns, such
+            as ["fc"], replaces those linear layers. False replaces none.
+        block_linear: maximum number of features that a Delinear whitens together (default 512).
+        pretrained: keep the outputs of the model in evaluation (default False).
+        calibrate: training batches, of which the first 10 are used (default None); it needs
+            `pretrained`. Weights are rewritten so that training starts at these outputs, too.
+        forward: function of (model, batch) that runs the model on a batch of `calibrate` (default:
+            call the model with the first tensor of the batch).
+        skip: name patterns of layers to keep, such as "*.se.*" or "layer4.*" (default: none).
+        options: further keywords of FastDeconv; Delinear gets those that it has.
 
     Returns:
         The copy. New layers keep the device, dtype, memory format, `requires_grad` and training
-        flag of the layers that they replace. A new bias follows its weight.
+        flag of the layers that they replace. A new bias has the `requires_grad` of its weight.
 
     Raises:
-        ValueError: nothing can be replaced, a layer is lazy and has no shape yet, a part of the
-            model is wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard), an
-            option is out of range, a pattern of `skip` matches no layer, or the model cannot be
-            calibrated.
-        TypeError: an option is unknown.
+        ValueError: nothing can be replaced; a lazy layer has no shape yet; a part of the model is
+            wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard); an option is
+            out of range; a pattern matches no layer; or the model cannot be calibrated.
+        TypeError: an option is unknown, or a batch of `calibrate` needs `forward`.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU())
@@ -93,11 +94,11 @@ def convert(
         ['FastDeconv', 'Identity', 'ReLU']
     """
     if calibrate is not None and not pretrained:
-        raise ValueError("calibrate keeps what a model has learned: it needs pretrained=True")
+        raise ValueError("calibrate keeps the outputs of a trained model: it needs pretrained=True")
     if pretrained and options.get("input_norm", "none") != "none":
         raise ValueError(
             f"input_norm={options['input_norm']!r} changes the outputs that pretrained=True keeps: "
-            "leave one of them out"
+            "omit one of them"
         )
     options |= {"mode": mode, "block": block, "eps": eps, "n_iter": n_iter}
     rows = plan(

@@ -41,7 +41,7 @@ _COMPUTING_NAMES = {"forward", "_conv_forward", "__call__", "__getattr__", "weig
 
 REPLACED, KEPT, SKIPPED = "replaced", "kept", "skipped"
 _KINDS = ("convolution", "norm", "linear layer", "TorchScript part")
-_LITTLE = 0.05  # share of the weights
+_SMALL_SHARE = 0.05  # of all weights, below which whitening has little effect
 _OTHER_NORMS = (nn.LayerNorm, nn.GroupNorm, nn.LocalResponseNorm, _NormBase)
 
 
@@ -52,13 +52,13 @@ class Row:
     Args:
         name: the first name of the layer in the model, "" for the model itself.
         module: the layer.
-        action: "replaced", "kept" (there is nothing to do) or "skipped" (an obstacle prevents it).
-        becomes: the replacement, in words.
-        reason: the reason for the action, in words.
+        action: "replaced", "kept" (no replacement is due) or "skipped" (an obstacle prevents it).
+        becomes: description of the replacement.
+        reason: reason for the action, with a remedy if there is one.
         layer: the replacement of a convolution or linear layer, on the meta device.
         partner: for a convolution, the BatchNorm that follows it and is folded into it; for a
             BatchNorm, that convolution.
-        ends_model: for a linear layer, the model returns its output.
+        ends_model: for a linear layer, True if the model returns its output.
         dims: for a BatchNorm, the number of spatial dimensions of its input.
     """
 
@@ -74,7 +74,7 @@ class Row:
 
 
 class Plan(tuple[Row, ...]):
-    """Rows of a plan; `str` formats them as a table, with counts and an outlook."""
+    """Rows of a plan; `str` formats them as a table, with counts and the expected gain."""
 
     __slots__ = ()
 
@@ -87,7 +87,7 @@ class Plan(tuple[Row, ...]):
         return "\n".join((align(lines), *ends))
 
     def count_kinds(self) -> str:
-        """Return the numbers of convolutions, norms and linear layers of each action."""
+        """Return the number of convolutions, norms and linear layers per action."""
         texts = []
         for action in (REPLACED, KEPT, SKIPPED):
             kinds = Counter(_name_kind(row.module) for row in self if row.action == action)
@@ -97,20 +97,20 @@ class Plan(tuple[Row, ...]):
         return "; ".join(texts)
 
     def describe_outlook(self) -> str:
-        """Return one sentence on what limits the gain from deconvolution, or ""."""
+        """Return one sentence on the limits of the expected gain, or ""."""
         convs = [row for row in self if _name_kind(row.module) == "convolution"]
         norms = [row for row in self if _name_kind(row.module) == "norm"]
         whiten = [
             row for row in convs if row.layer is not None or isinstance(row.module, Whitening)
         ]
         if not whiten:
-            return "No convolution is replaced, so there is nothing to gain." if convs else ""
+            return "No convolution is replaced, so no gain is expected." if convs else ""
         lost = any(row.action == REPLACED for row in norms)
         plain = [row.name for row in self if row.ends_model and row.layer is None]
         if lost and plain:
             return (
-                f"Whiten {' and '.join(plain)} as well, linear=True: no norm is left before it, "
-                "and training at learning rates such as 0.1 diverges."
+                f"Whiten {' and '.join(plain)} as well, linear=True: without a norm before it, "
+                "training at learning rates such as 0.1 diverges."
             )
         sizes = {row.name: row.module.weight.numel() for row in self if row not in norms}
         size = sum(sizes[row.name] for row in whiten)
@@ -119,17 +119,17 @@ class Plan(tuple[Row, ...]):
             return (
                 f"Convolutions with {1 - of_convs:.0%} of the weights stay, which limits the gain."
             )
-        if of_all < _LITTLE:
-            return f"Convolutions hold {of_all:.1%} of the weights, which limits the gain."
+        if of_all < _SMALL_SHARE:
+            return f"Convolutions have {of_all:.1%} of the weights, which limits the gain."
         if lost or not any(row.layer for row in whiten):
             return ""
         kinds = " and ".join(sorted({type(row.module).__name__ for row in norms}))
         norm = f"{kinds} stays" if norms else "The model has no norm"
-        return f"{norm}: the cost of whitening comes on top, and larger learning rates may pay."
+        return f"{norm}: whitening adds to its cost, and larger learning rates may help."
 
 
 def _name_kind(module: nn.Module) -> str:
-    """Return which of the kinds of layers that a plan counts apart a module is."""
+    """Return the kind of a module, one of _KINDS, under which a plan counts it."""
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript part"
     if isinstance(module, nn.Linear):
@@ -149,22 +149,23 @@ def plan(
 ) -> Plan:
     """Plan how `convert` treats each convolution, normalisation and linear layer of a model.
 
-    The model does not change, nor does the random state: a copy of the model is traced.
+    Model and random state do not change, because a copy of the model is traced.
 
     Args:
         model: any model.
-        bias: as for `convert`, like all further arguments.
-        linear: replace the linear layers that end the model, or those that match patterns.
-        block_linear: block of its replacement, in features.
-        pretrained: keep the outputs of the model in evaluation.
-        skip: patterns of names of layers to leave alone.
+        bias: as in `convert`, like all further arguments (default True).
+        linear: replace the linear layers that end the model (default True), or those whose names
+            match a list of patterns.
+        block_linear: maximum number of features that a Delinear whitens together (default 512).
+        pretrained: keep the outputs of the model in evaluation (default False).
+        skip: name patterns of layers to keep (default: none).
         **options: further keywords of FastDeconv.
 
     Returns:
         One row per layer, in the order of the model. The tuple prints as a table.
 
     Raises:
-        ValueError, TypeError: as `convert`; a plan that replaces nothing is no error.
+        ValueError, TypeError: as `convert`. A plan without a replacement is not an error.
 
     Example:
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8))
@@ -204,7 +205,7 @@ def plan(
             if row.action == REPLACED and (caller := flow.find_class_dependent_caller(module)):
                 row = Row(name, module, SKIPPED, reason=_explain_classes(caller))
         elif isinstance(module, nn.Linear):
-            row = Row(name, module, KEPT)  # until it is known whether a convolution is replaced
+            row = Row(name, module, KEPT)  # planned below, after all convolutions
         elif not is_batchnorm(module):
             row = Row(name, module, KEPT, reason=_explain_norm(module))
         else:
@@ -241,8 +242,8 @@ def _refuse_unknown_options(options: Mapping[str, object]) -> None:
 
 
 def _is_planned(module: nn.Module) -> bool:
-    """Tell whether a plan has a row for the module."""
-    if isinstance(module, torch.jit.ScriptModule):  # its class does not tell what it is
+    """Return True if a plan has a row for the module."""
+    if isinstance(module, torch.jit.ScriptModule):  # its class hides the kind of layer
         return next(module.parameters(recurse=False), None) is not None
     return isinstance(module, (_ConvNd, nn.Linear, *_OTHER_NORMS)) or is_batchnorm(module)
 
@@ -250,26 +251,29 @@ def _is_planned(module: nn.Module) -> bool:
 def _match_patterns(
     layers: Iterable[str], patterns: Iterable[str], argument: str
 ) -> dict[str, str]:
-    """Map the name of each layer that a pattern of an argument matches to the pattern."""
+    """Map the name of each layer that a pattern matches to this pattern."""
     if isinstance(patterns, str):
         raise ValueError(f"{argument} must be a list of patterns, got {patterns!r}")
     matches: dict[str, str] = {}
     for pattern in patterns:
         names = [name for name in layers if fnmatchcase(name, pattern)]
         if not names:
-            raise ValueError(f"{argument}: no layer of the model matches {pattern!r}")
+            raise ValueError(
+                f"{argument}: no layer of the model matches {pattern!r}; print(deconv.plan(model)) "
+                "lists the names"
+            )
         matches |= dict.fromkeys(names, pattern)
     return matches
 
 
 def _is_lazy(module: nn.Module) -> bool:
-    """Tell whether the first batch will set the shape of a layer."""
+    """Return True if the first batch will set the shape of a layer."""
     tensors: Iterable[Any] = (*module.parameters(recurse=False), *module.buffers(recurse=False))
     return any(map(nn.parameter.is_lazy, tensors))
 
 
 def _find_plain_class(conv: _ConvNd) -> type[nn.Module] | None:
-    """Return the convolution of torch that a layer computes; None if it has code of its own."""
+    """Return the convolution of torch that a layer computes; None if the class overrides it."""
     kinds = type(conv).__mro__
     plain = next((kind for kind in kinds if kind in DECONVOLUTIONS), None)
     if plain is None or type(conv) is plain:
@@ -307,13 +311,13 @@ def _plan_linear(row: Row, options: Mapping[str, Any]) -> Row:
 def _find_obstacle(module: _ConvNd | nn.Linear) -> str:
     """Return the reason why a layer of a supported class cannot be replaced, or ""."""
     if "weight" in vars(module) or "bias" in vars(module):  # set by a hook
-        return "a hook computes its weight or its bias: convert before you add it"
+        return "a hook computes its weight or bias: convert the model before adding the hook"
     if _COMPUTING_NAMES & vars(module).keys():
-        return "its forward was replaced: convert before you replace it"
+        return "its forward was replaced: convert the model before replacing the forward"
     if not module.weight.is_floating_point():
         return (
-            f"only real numbers are whitened, not {module.weight.dtype}: give real and imaginary "
-            "parts channels of their own"
+            f"whitening needs real numbers, not {module.weight.dtype}: use separate channels for "
+            "real and imaginary parts"
         )
     return ""
 
@@ -324,7 +328,7 @@ def _replace(name: str, module: nn.Module, layer: Whitening) -> Row:
 
 
 def _name_class(module: nn.Module) -> str:
-    """Return the name of the class, with its module unless that is torch's own."""
+    """Return the name of the class, with its module unless the class is of torch."""
     kind = type(module)
     if kind.__module__.startswith("torch.nn."):
         return kind.__name__
@@ -339,7 +343,7 @@ class _BatchNormPlanner:
         rows: their rows, by id of the layer; `plan` adds to them.
         flow: the dataflow of the model.
         tied: ids of the parameters that several modules share.
-        pretrained: keep the function that each BatchNorm computes in evaluation.
+        pretrained: keep the outputs of each BatchNorm in evaluation.
     """
 
     def __init__(
@@ -355,7 +359,7 @@ class _BatchNormPlanner:
         self.whitens = any(
             row.layer is not None or isinstance(row.module, Whitening) for row in rows.values()
         )
-        # SyncBatchNorm is one class for images of all dimensions: use those of the convolutions.
+        # SyncBatchNorm has one class for all dimensions: take the dimensions of the convolutions.
         seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
         self.sync_dims = seen.pop() if len(seen) == 1 else 2
 
@@ -363,7 +367,7 @@ class _BatchNormPlanner:
         """Add the row of a BatchNorm, and pair it with the convolution that it is folded into."""
         row = self._plan(name, norm)
         if self.pretrained and row.action == REPLACED and self._is_tied(norm):
-            row = replace(row, reason=f"{row.reason}; its weight is tied no longer")
+            row = replace(row, reason=f"{row.reason}; its weight is no longer tied")
         self.rows[id(norm)] = replace(row, dims=count_dims(norm, self.sync_dims))
         if row.partner is not None:
             self.rows[id(row.partner)] = replace(self.rows[id(row.partner)], partner=norm)
@@ -372,20 +376,20 @@ class _BatchNormPlanner:
         if reason := self._find_dependency(name, norm):
             return Row(name, norm, KEPT, reason=reason)
         if not is_known_batchnorm(norm):
-            reason = f"forward of {_name_class(norm)} is not known: put a BatchNorm of torch there"
+            reason = f"forward of {_name_class(norm)} is not known: use a BatchNorm of torch"
             return Row(name, norm, SKIPPED, reason=reason)
         source = self.flow.find_exclusive_source(norm)
         before = None if source is None or is_batchnorm(source) else self.rows.get(id(source))
         if before is not None and before.action != REPLACED:
             return Row(name, norm, KEPT, reason=f"follows {before.name}, which is {before.action}")
         if self.pretrained and find_affine(norm) is None:
-            reason = "has no running statistics to fold: pretrained=False replaces it"
+            reason = "has no running statistics to fold: replaced with pretrained=False"
             return Row(name, norm, SKIPPED, reason=reason)
         rest = [type(module).__name__ for module in extra_modules(norm)]
         becomes = ", ".join(rest) or "Identity"
         if before is None:
             redundant, reason = self._find_whitener(norm)
-            obstacle = "no convolution before it can take it in"
+            obstacle = "cannot be folded into a convolution before it"
         elif obstacle := self._find_other_use(norm, before):
             redundant, reason = True, f"follows {before.name}"
         else:
@@ -396,12 +400,12 @@ class _BatchNormPlanner:
         if self.pretrained:
             return Row(name, norm, REPLACED, ", ".join(["ChannelAffine", *rest]), obstacle)
         if function := None if rest else self.flow.find_inplace_function(norm):
-            reason = f"{function} after it would overwrite its input: call it out of place"
+            reason = f"{function} would overwrite its input in place: call it out of place"
             return Row(name, norm, SKIPPED, reason=reason)
         return Row(name, norm, REPLACED, becomes, reason)
 
     def _is_tied(self, module: nn.Module) -> bool:
-        """Tell whether a module shares a parameter with another one."""
+        """Return True if a module shares a parameter with another module."""
         return any(id(parameter) in self.tied for parameter in module.parameters())
 
     def _find_dependency(self, name: str, norm: nn.Module) -> str:
@@ -409,32 +413,32 @@ class _BatchNormPlanner:
         owner = name.rpartition(".")[0]
         if owner in self.layers and self.layers[owner] is not norm:
             whole = f"{owner or 'the model'}, {_name_class(self.layers[owner])}"
-            return f"is a part of {whole}: put convolution and norm side by side"
+            return f"is a part of {whole}: make convolution and norm separate layers"
         if (reader := self.flow.find_reader(norm)) is not None:
-            return f"{_name_class(reader)} reads its tensors by name: let it call the layer"
+            return f"{_name_class(reader)} reads its tensors by name: call the layer instead"
         if (caller := self.flow.find_untraced_caller(norm)) is not None:
             return (
-                f"{_explain_untraced(caller)}: if a replaced convolution precedes it, put an "
-                "nn.Identity there"
+                f"{_explain_untraced(caller)}: if a replaced convolution precedes the norm, "
+                "replace the norm by nn.Identity"
             )
         if (caller := self.flow.find_class_dependent_caller(norm)) is not None:
             return _explain_classes(caller)
         return ""
 
     def _find_other_use(self, norm: nn.Module, before: Row) -> str:
-        """Return the reason why a convolution may have other uses than the BatchNorm, or ""."""
+        """Return the reason why code besides the BatchNorm may use a convolution, or ""."""
         if self._is_tied(before.module):
             return f"{before.name} shares its weight, which stays tied"
         if (ancestor := self.flow.find_untraced_ancestor(norm, before.module)) is not None:
             return f"{_explain_untraced(ancestor)}, so {before.name} may have other uses"
         if (caller := self.flow.find_branching_caller(norm, before.module)) is not None:
-            return f"forward of {_name_class(caller)} may use {before.name} without it"
+            return f"forward of {_name_class(caller)} may use {before.name} without the norm"
         return ""
 
     def _find_whitener(self, norm: nn.Module) -> tuple[bool, str]:
-        """Tell whether some deconvolution makes a BatchNorm redundant, and the reason."""
+        """Return True if a deconvolution makes a BatchNorm redundant, and the reason."""
         if not self.whitens:
-            return False, "no layer of the model whitens: see the convolutions"
+            return False, "no layer of the model whitens: see the rows of the convolutions"
         consumers = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
         after = [self.rows.get(id(layer)) for layer in consumers]
         if after and all(row is not None and row.layer is not None for row in after):
@@ -444,7 +448,7 @@ class _BatchNormPlanner:
         return False, "may normalise vectors: linear=[NAME] whitens a linear layer after it"
 
     def _sees_maps(self, norm: nn.Module) -> bool:
-        """Tell maps from vectors, which BatchNorm1d and SyncBatchNorm also normalise."""
+        """Return True if the input has spatial dimensions, not only features."""
         origin = self.flow.find_origin(norm)
         if isinstance(norm, nn.BatchNorm1d):
             return isinstance(origin, _ConvNd)
@@ -459,19 +463,18 @@ def _explain_untraced(module: nn.Module) -> str:
 
 def _explain_classes(module: nn.Module) -> str:
     return (
-        f"forward of {_name_class(module)} depends on the classes of its layers: let it go by names"
+        f"forward of {_name_class(module)} depends on the classes of its layers: "
+        "select the layers by name"
     )
 
 
 def _explain_class(module: nn.Module, supported: str) -> str:
-    return (
-        f"there is no deconvolution for {_name_class(module)}: put {supported} of torch there first"
-    )
+    return f"there is no deconvolution for {_name_class(module)}: use {supported} of torch instead"
 
 
 def _explain_norm(norm: nn.Module) -> str:
     if isinstance(norm, nn.LayerNorm):
-        return "normalises each sample by itself, which whitening does not replace"
+        return "normalises each sample separately, which whitening does not replace"
     return "only BatchNorm is replaced: build the model with BatchNorm first"
 
 
@@ -483,7 +486,7 @@ def _explain_linear(
     if linear is not True:
         return remedy
     if ends is None:
-        return f"its way to the output cannot be traced: {remedy}"
+        return f"its path to the output cannot be traced: {remedy}"
     if not ends:
         return f"does not end the model: {remedy}"
     return "" if whitens else f"no convolution is replaced: {remedy} alone"

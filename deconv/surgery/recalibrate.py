@@ -28,10 +28,10 @@ def recalibrate(
     Other layers work as in evaluation; dropout, for example, drops nothing. A layer that no finite
     batch reaches keeps its statistics. An error leaves all statistics as they were.
 
-    With several ranks, batches count as in training. Inside DistributedDataParallel, with a
-    `process_group` and in `batch_share` they are shared: all ranks must call with equally many. A
-    rank alone would wait for ever. Other models average the batches of their own rank. A model that
-    `fully_shard` has sharded needs all ranks in any case.
+    With several ranks, layers share statistics as in training: inside DistributedDataParallel, with
+    a `process_group` and in `batch_share`. All ranks must then call this function with equally many
+    batches; a single rank would wait forever. Without sharing, each rank averages over its own
+    batches. A model sharded by `fully_shard` needs all ranks in any case.
 
     Args:
         model: a model whose forward takes a batch; training flags are restored afterwards.
@@ -79,7 +79,7 @@ def recalibrate(
     model.eval()
     try:
         for layer in layers:
-            layer.freeze = False  # each batch is estimated, and none is a step of the cycle
+            layer.freeze = False  # every batch updates the statistics, and none counts as a step
             layer.reset_running_stats()
         for batch in batches:
             for layer in layers:

@@ -21,26 +21,26 @@ from torch.nn.modules.conv import _ConvNd
 from .batchnorm import is_batchnorm, is_known_batchnorm
 from .fuse import copy_around
 
-# Files of torch.nn, and functions, that keep the number of dimensions of their input.
+# Files of torch.nn, and functions, whose output has as many dimensions as their input.
 _RANK_PRESERVING_LAYERS = {"activation", "batchnorm", "dropout", "padding", "pooling"}
 _RANK_PRESERVING_FUNCTIONS = {
     *("dropout", "elu", "gelu", "leaky_relu", "relu", "relu_", "silu", "tanh")
 }
 _MAX_TRACES = 32  # of one forward
-_SYMBOL = object()  # stands for any value of an argument
+_SYMBOL = object()  # marks an argument that is traced with a symbolic value
 _EXAMPLE = torch.empty(0)
 # Products of two values, of which one gates the other.
 _GATES = {"mul", "imul", "matmul", "bmm", "einsum", "scaled_dot_product_attention"}
 
 
 class Dataflow:
-    """Calls between the modules of a network: whose output enters whose input.
+    """Graph of the calls between the modules of a network.
 
-    `torch.fx` traces the forward of each module by itself; the modules that it calls are opaque and
-    nothing is computed. Some forwards cannot be traced, for example those that branch on a value or
-    on a shape. Nothing is known of the modules that such a forward calls, see `find_untraced`.
+    `torch.fx` traces the forward of each module separately. Called modules are opaque, and nothing
+    is computed. A forward cannot be traced if it branches on a value or a shape, for example.
+    The calls of such a forward are unknown, see `find_untraced_caller`.
 
-    The traces run on a copy of the model, since forwards may change buffers and attributes.
+    Traces run on a copy of the model, because forwards may change buffers and attributes.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -73,7 +73,7 @@ class Dataflow:
                     self._record_class_dependence(owner, graphs[0], is_replaced)
 
     def _record_calls(self, owner: nn.Module, graph: fx.Graph | None) -> None:
-        """Record the calls of the owner's forward with the defaults of all optional arguments."""
+        """Record the calls of the owner's forward with default arguments."""
         caller = self._find_original(owner)
         if graph is None:
             self._untraced_callers |= {
@@ -90,9 +90,9 @@ class Dataflow:
     def _record_branches(
         self, owner: nn.Module, graphs: list[fx.Graph | None], reached: set[nn.Module]
     ) -> None:
-        """Record the modules that are used in another way with other arguments or attributes.
+        """Record modules that the owner may use differently with other arguments or attributes.
 
-        A layer with parameters or buffers that no trace reaches is a sign of another path.
+        If no trace reaches a layer with parameters or buffers, another path must exist.
         """
         if graphs[0] is None:
             return
@@ -116,7 +116,7 @@ class Dataflow:
         for module in called - set(_iter_called(owner, graphs[0])):
             self._branching_callers[id(self._find_original(module))] = caller
         for node in chain.from_iterable(graph.nodes for graph in graphs if graph is not None):
-            if node.op == "get_attr" and "." in node.target:  # a tensor, used without its module
+            if node.op == "get_attr" and "." in node.target:  # of an uncalled module
                 module = owner.get_submodule(node.target.rpartition(".")[0])
                 self._readers[id(self._find_original(module))] = caller
 
@@ -126,7 +126,7 @@ class Dataflow:
         graph: fx.Graph | None,
         is_replaced: Callable[[nn.Module], bool],
     ) -> None:
-        """Record the replaced modules of a forward whose path depends on their classes."""
+        """Record the replaced modules of a forward that depends on their classes."""
         if graph is None:
             return
         caller = self._find_original(owner)
@@ -136,43 +136,42 @@ class Dataflow:
             self._class_dependent_callers |= {id(module): caller for module in replaced}
 
     def _find_original(self, module: nn.Module) -> nn.Module:
-        """Return the module of the model that a module of the copy stands for."""
+        """Return the module of the model that corresponds to a module of the copy."""
         return self._originals.get(id(module), module)
 
     def find_untraced_caller(self, module: nn.Module) -> nn.Module | None:
-        """Return the module that calls this one in a forward that cannot be traced, if any."""
+        """Return the module whose untraced forward calls this module, or None."""
         return self._untraced_callers.get(id(module))
 
     def find_untraced_ancestor(self, *modules: nn.Module) -> nn.Module | None:
-        """Return an ancestor of any of the modules whose forward cannot be traced, if any.
+        """Return an ancestor of the modules whose forward cannot be traced, or None.
 
-        Such a forward may call modules at any depth, in addition to the calls that traces show.
+        Such a forward may call modules at any depth, in addition to the traced calls.
         """
         ancestors = (self._untraced_ancestors.get(id(module)) for module in modules)
         return next((ancestor for ancestor in ancestors if ancestor is not None), None)
 
     def find_branching_caller(self, *modules: nn.Module) -> nn.Module | None:
-        """Return a module that may call any of the modules in another way than its trace, if any.
+        """Return a module that may call the modules differently than in its trace, or None.
 
-        Its forward has arguments or attributes that decide, or layers that its trace does not
-        reach.
+        The calls of its forward depend on arguments or attributes, or the trace misses a layer.
         """
         callers = (self._branching_callers.get(id(module)) for module in modules)
         return next((caller for caller in callers if caller is not None), None)
 
     def find_class_dependent_caller(self, module: nn.Module) -> nn.Module | None:
-        """Return the module that calls this one in a forward that asks for classes, if any."""
+        """Return the module that calls this module in a class-dependent forward, or None."""
         return self._class_dependent_callers.get(id(module))
 
     def find_reader(self, module: nn.Module) -> nn.Module | None:
-        """Return a module whose traced forward uses tensors of this one by name, if any."""
+        """Return a module whose traced forward reads tensors of this module by name, or None."""
         return self._readers.get(id(module))
 
     def find_exclusive_source(self, module: nn.Module) -> nn.Module | None:
-        """Return the module whose output enters this one and nothing else.
+        """Return the module whose output is used by this module only, or None.
 
-        Both are called exactly once, and no hook stands between them. For a Sequential, its last
-        module is returned. None: there is no such module.
+        Both modules are called exactly once, and no hook runs between them. If a Sequential
+        precedes, the result is its last module.
         """
         call = self._find_call(module)
         if call is None or len(call.all_input_nodes) != 1 or module._forward_pre_hooks:
@@ -190,7 +189,7 @@ class Dataflow:
         return None
 
     def find_origin(self, module: nn.Module) -> nn.Module | None:
-        """Return the module that set the number of dimensions of this one's input, if traced."""
+        """Return the module that set the number of dimensions of this module's input, or None."""
         call = self._find_call(module)
         while call is not None and len(call.all_input_nodes) == 1:
             call = call.all_input_nodes[0]
@@ -205,9 +204,9 @@ class Dataflow:
     def find_consumers(
         self, module: nn.Module, kinds: tuple[type[nn.Module], ...]
     ) -> list[nn.Module]:
-        """Return the first modules of some kinds on every path of this one's output.
+        """Return the first modules of the given classes on all paths of this module's output.
 
-        The list is empty where a path leaves the calling forward without meeting one.
+        The list is empty if any path reaches the output of the calling forward without one.
         """
         consumers: list[nn.Module] = []
         calls, seen = [self._find_call(module)], set[fx.Node]()
@@ -224,10 +223,10 @@ class Dataflow:
         return consumers
 
     def is_returned(self, module: nn.Module) -> bool | None:
-        """Tell whether the model returns this one's output, and neither weights nor gates it.
+        """Return True if the model returns this module's output, without further weights or gates.
 
-        The output may pass functions and modules without parameters. None: some forward on its way
-        cannot be traced, or calls it another number of times than once.
+        The output may pass functions and modules without parameters. The result is None if a
+        forward on the path cannot be traced, or does not call the module exactly once.
         """
         while module is not self._model:
             call = self._find_call(module)
@@ -237,7 +236,7 @@ class Dataflow:
         return True
 
     def _is_returned_by_caller(self, call: fx.Node) -> bool:
-        """Tell whether the calling forward returns the output of a call as `is_returned` says."""
+        """Return True if the calling forward returns the output of a call, see `is_returned`."""
         calls, seen = [call], set[fx.Node]()
         while calls:
             for user in calls.pop().users.keys() - seen:
@@ -253,7 +252,7 @@ class Dataflow:
         return any(user.op == "output" for user in seen)
 
     def find_inplace_function(self, module: nn.Module) -> str | None:
-        """Return the name of a function that works in place on this module's output, if any."""
+        """Return the name of a function that changes this module's output in place, or None."""
         call = self._find_call(module)
         for user in call.users if call is not None else ():
             name = getattr(user.target, "__name__", str(user.target))
@@ -263,28 +262,28 @@ class Dataflow:
         return None
 
     def _find_call(self, module: nn.Module) -> fx.Node | None:
-        """Return the only call of the module; None if it may have another number of calls."""
+        """Return the call of the module; None unless it is called exactly once."""
         calls = self._calls.get(id(module), [])
         unsure = id(module) in self._untraced_callers or id(module) in self._readers
         return calls[0] if len(calls) == 1 and not unsure else None
 
 
 class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True  # buffers that a forward reads are seen, as parameters are
+    proxy_buffer_attributes = True  # record reads of buffers, as of parameters
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return True
 
 
 def _is_traced(module: nn.Module) -> bool:
-    """Tell whether the module has a forward that calls other modules and is not known."""
+    """Return True if the module has a forward of its own that calls other modules."""
     calls = next(module.children(), None) is not None and _defines_forward(module)
     return calls and not (is_batchnorm(module) and is_known_batchnorm(module))
 
 
 @contextmanager
 def _keep_global_state() -> Iterator[None]:
-    """Restore the random state of Python, numpy and torch, and the gradient mode, afterwards."""
+    """Restore the random state of Python, numpy and torch, and the gradient mode, on exit."""
     numpy = sys.modules.get("numpy")
     state = random.getstate(), numpy and numpy.random.get_state()
     accelerator = torch.get_device_module()  # torch.cpu without one
@@ -305,7 +304,7 @@ def _keep_global_state() -> Iterator[None]:
 
 @torch.no_grad()
 def _copy_to_trace(model: nn.Module) -> nn.Module:
-    """Copy a model, in evaluation mode. `copy.deepcopy` cannot copy a FakeTensor."""
+    """Copy a model in evaluation mode, also with FakeTensors, which deepcopy cannot copy."""
     copies: dict[int, Any] = {id(buffer): buffer.clone() for buffer in model.buffers()}
     for parameter in model.parameters():
         if not nn.parameter.is_lazy(parameter):
@@ -317,7 +316,7 @@ def _copy_to_trace(model: nn.Module) -> nn.Module:
 
 
 def _is_convolution(module: nn.Module) -> bool:
-    """Tell whether a module is a convolution of torch or of a subclass."""
+    """Return True if a module is a convolution of torch or of a subclass."""
     return isinstance(module, _ConvNd)
 
 
@@ -336,12 +335,13 @@ def _replace_classes(model: nn.Module, is_replaced: Callable[[nn.Module], bool])
 
 
 def _trace_variants(owner: nn.Module) -> list[fx.Graph | None]:
-    """Trace the owner's forward, and again with other arguments and attributes.
+    """Trace the owner's forward with default arguments, then with other arguments and attributes.
 
-    A flag is true and false. Another optional argument has its default, and any value. A required
-    argument after the first has any value, and is None if the forward takes None. Attributes that
-    are flags, texts, numbers or None get other values, one at a time, if the forward takes them.
-    A module without convolutions and BatchNorms inside is traced once.
+    A flag is traced as True and as False. Other optional arguments are traced with the default and
+    symbolically. Required arguments after the first are traced symbolically, and with None if the
+    forward accepts None. Attributes that are flags, strings, numbers or None get other values, one
+    at a time, if the forward accepts them. A module without convolutions and BatchNorms inside is
+    traced only once.
 
     Returns:
         The trace with default arguments first; None for each trace that fails.
@@ -389,7 +389,7 @@ def _iter_names(code: CodeType) -> Iterator[str]:
 
 
 def _count_as_tensors(owner: nn.Module, forward: FunctionType) -> nn.Module:
-    """Return the owner with a forward whose `isinstance` takes symbolic values for tensors."""
+    """Return a copy of the owner in whose forward `isinstance` treats proxies as tensors."""
     names = {**forward.__globals__, "isinstance": _is_instance}
     given = (forward.__name__, forward.__defaults__, forward.__closure__)
     own = FunctionType(forward.__code__, names, *given)
@@ -404,7 +404,7 @@ def _is_instance(value: Any, kinds: Any) -> bool:
 
 
 def _vary(value: object) -> Iterator[object]:
-    """Yield other values of an attribute: one that every test finds different, and one less."""
+    """Yield other values of an attribute: one that inverts comparisons, and a smaller integer."""
     if isinstance(value, bool | None):
         yield not value
     elif isinstance(value, str | int | float):
@@ -422,7 +422,7 @@ def _vary(value: object) -> Iterator[object]:
 
 
 def _record_reads(probe: nn.Module, read: set[str]) -> None:
-    """Let a module add the name of each attribute that its forward reads."""
+    """Make a module record the name of each attribute that its forward reads."""
 
     def get(self: nn.Module, name: str) -> Any:
         read.add(name)
@@ -447,7 +447,7 @@ def _trace(
 
     Args:
         owner: the module.
-        arguments: values by name; an argument without one is symbolic.
+        arguments: values by name; other arguments are symbolic. None: the defaults.
         read: receives the names of the attributes that the forward reads.
     """
     own_call = type(owner).__call__ is not nn.Module.__call__ and not isinstance(
@@ -472,7 +472,7 @@ def _trace(
 
 
 def _record_stored(probe: nn.Module, graph: fx.Graph) -> None:
-    """Record that other code may use the values that a forward has stored in attributes."""
+    """Record a use of each value that the forward stores in an attribute, for other code."""
 
     def record(value: Any) -> Any:
         if isinstance(value, fx.Proxy) and value.node.graph is graph:
@@ -484,11 +484,11 @@ def _record_stored(probe: nn.Module, graph: fx.Graph) -> None:
 
 
 def _stored(value: Any) -> None:
-    """Stand in a graph for the code that uses a stored value."""
+    """Represent, in a graph, other code that uses a stored value."""
 
 
 def _format(graph: fx.Graph | None) -> str:
-    """Return a text that is equal for equal graphs."""
+    """Return a string that is equal for equal graphs."""
     nodes = graph.nodes if graph is not None else ()
     return "\n".join(f"{n.op} {n.target} {n.args} {n.kwargs}" for n in nodes)
 
@@ -503,7 +503,7 @@ def _iter_called(owner: nn.Module, graph: fx.Graph | None) -> Iterator[nn.Module
 def _find_reached(
     root: nn.Module, traces: Mapping[nn.Module, list[fx.Graph | None]]
 ) -> set[nn.Module]:
-    """Return the modules that the root calls, directly or not, for some arguments."""
+    """Return the modules that the root calls, directly or indirectly, in any trace."""
     reached, todo = set[nn.Module](), [root]
     while todo:
         owner = todo.pop()
@@ -516,7 +516,7 @@ def _find_reached(
 
 
 def _keeps_edge(graph: fx.Graph, source: str, sink: str) -> bool:
-    """Tell whether a trace feeds the sink by the source alone and once, or calls neither."""
+    """Return True if a trace passes source to sink exclusively and once, or calls neither."""
     sources, sinks = (
         [node for node in graph.nodes if f"{node.target}.".startswith(f"{name}.")]
         for name in (source, sink)
@@ -527,7 +527,7 @@ def _keeps_edge(graph: fx.Graph, source: str, sink: str) -> bool:
 
 
 def _defines_forward(module: nn.Module) -> bool:
-    """Tell modules from mere containers, such as ModuleList, whose parent calls their children."""
+    """Return False for containers such as ModuleList, whose parent calls their children."""
     return getattr(type(module), "forward", None) is not nn.Module.forward  # torch.jit has none
 
 
@@ -540,14 +540,14 @@ def _iter_callees(owner: nn.Module) -> Iterator[nn.Module]:
 
 
 def _find_last(module: nn.Module | None) -> nn.Module | None:
-    """Return the module whose output a Sequential returns; None for any other module."""
+    """Return the last module of a Sequential; None for any other module."""
     if module is None or getattr(type(module), "forward", None) is not nn.Sequential.forward:
         return None
     return next(reversed(list(module.children())), None)
 
 
 def _preserves_rank(call: fx.Node, module: nn.Module | None) -> bool:
-    """Tell whether the output of a call has as many dimensions as its input."""
+    """Return True if the output of a call has as many dimensions as its input."""
     if module is not None:
         package, _, file = type(module).__module__.rpartition(".")
         return package == "torch.nn.modules" and file in _RANK_PRESERVING_LAYERS

@@ -4,10 +4,9 @@
     python scripts/bench/launches.py --arch vgg11 resnet18 --mode 5 3
     python scripts/bench/launches.py --by-layer --option root=newton
 
-Networks run on the meta device in float32, without loss and optimizer. Every operator that is not a
-view or an allocation counts; operators that launch several kernels count as such. A call of a
-library, such as cuSOLVER's Cholesky factor, counts as one. A row of --by-layer includes the
-gradient of the layer's input.
+Networks run on the meta device in float32, without loss and optimizer. Each operator counts as the
+number of kernels that it launches; views and allocations count 0. A call of a library, such as the
+Cholesky factor of cuSOLVER, counts 1. Rows of --by-layer include the gradient of the layer's input.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ from util.cli.parser import Parser
 
 aten = torch.ops.aten
 
-# Operators without a kernel that are no views.
+# Operators besides views that launch no kernel.
 NO_KERNEL = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty}
 NO_KERNEL |= {aten.promote_types}
-# Fill and copy; fill and diagonal; copy and product (aten/src/ATen/native: PadNd.cpp,
+# Fill and copy; fill and diagonal; copy and product (in aten/src/ATen/native: PadNd.cpp,
 # cuda/TensorFactories.cu, cuda/Blas.cpp).
 TWO_KERNELS = {aten.constant_pad_nd, aten.eye, aten.baddbmm}
 # Columns of the tables.
@@ -60,18 +59,18 @@ def make_parser() -> Parser:
     steps.add_case_flags(parser)
     parser.set_defaults(dtype=["float32"])
     add = parser.add_group("table")
-    add("--by-layer", "a row for each layer of deconvolution", action="store_true")
+    add("--by-layer", "print one row per deconvolution layer", action="store_true")
     return parser
 
 
 def count_networks(case: steps.Case, flags: Namespace) -> Iterator[list[int]]:
-    """Yield one row: the launches of the network with BatchNorm, then with deconvolution."""
+    """Yield one row: launches of the network with BatchNorm, then with deconvolution."""
     networks, shape = [steps.build(case, kind, flags) for kind in KINDS], image_shape(case, flags)
     yield [*chain(*(count_launches(network, shape, input_grad=False) for network in networks))]
 
 
 def count_layers(case: steps.Case, flags: Namespace) -> Iterator[list[str | int]]:
-    """Yield a row for each deconvolution layer, in the order of the forward."""
+    """Yield one row per deconvolution layer, in the order of the forward."""
     network = steps.build(case, steps.OURS, flags).to("meta")
     inputs: dict[nn.Module, tuple[int, ...]] = {}
 
@@ -96,15 +95,15 @@ def kernels(func: Any, args: tuple[Any, ...], result: Any) -> int:
     operator = func.overloadpacket
     if func.is_view or operator in NO_KERNEL:
         return 0
-    if operator is aten.convolution:  # cuDNN's has no bias, which is added after it
+    if operator is aten.convolution:  # cuDNN adds the bias in a second kernel
         return 1 if args[2] is None else 2
-    if operator is aten.convolution_backward:  # one for each gradient
+    if operator is aten.convolution_backward:  # one kernel per gradient
         return sum(tensor is not None for tensor in result)
     return 2 if operator in TWO_KERNELS else 1
 
 
 class Launches(TorchDispatchMode):
-    """A dispatch mode that counts kernels."""
+    """Dispatch mode that counts kernel launches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -121,10 +120,10 @@ class Launches(TorchDispatchMode):
 def count_launches(
     layer: nn.Module, shape: tuple[int, ...], *, input_grad: bool = True
 ) -> tuple[int, int]:
-    """Count the kernels of a training forward and of its backward, on the meta device."""
+    """Count the kernel launches of a training forward and its backward, on the meta device."""
     layer = deepcopy(layer).to("meta").train()
     x = torch.empty(shape, device="meta", requires_grad=input_grad)
-    layer(x)  # makes what later steps reuse
+    layer(x)  # fills caches that later steps reuse
     with Launches() as forward:
         out = layer(x)
     grad = torch.empty_like(out)

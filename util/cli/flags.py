@@ -251,13 +251,13 @@ def add_advanced_flags(parser: Parser) -> None:
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))
     text = "use one whitening matrix for all blocks of a layer; False: one for each block"
     add("--share-blocks", text, str2bool, True)
-    text = """normalize each image by itself at the input of every layer that whitens: layernorm, by
-        mean and standard deviation; l1norm, by the mean absolute value"""
+    text = """normalize each image by its own statistics before every layer that whitens: layernorm,
+        mean and standard deviation; l1norm, mean absolute value"""
     add("--norm-type", text, None, "none", choices=("none", "layernorm", "l1norm"))
-    text = """first layer: estimate statistics for --freeze-iter steps, then train on the running
-        statistics for 9 times as many, in turn"""
+    text = """first layer: alternate between batch statistics for --freeze-iter steps and running
+        statistics for 9 times as many"""
     add("--freeze", text, str2bool, False)
-    add("--freeze-iter", "steps of estimation in a cycle of --freeze", bounded_int(1), 100)
+    add("--freeze-iter", "steps with batch statistics in a cycle of --freeze", bounded_int(1), 100)
     text = "compute statistics over the batch of all devices; False: each device over its own part"
     add("--sync-stats", text, str2bool, True)
 

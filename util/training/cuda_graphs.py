@@ -16,13 +16,13 @@ class GraphedModel(nn.Module):
 
     Without graphs, each launch of whitening's many small kernels takes longer than the kernel.
 
-    A graph has one control flow: each phase of the model has a graph of its own, captured before
-    the first step that needs it. A replay runs no Python, so `hooks.advance` counts it.
+    A graph has a fixed control flow. Each phase of the model has its own graph, which is captured
+    before the first step in this phase. A replay runs no Python code, so `hooks.advance` counts it.
 
     Args:
         model: on its GPU. A capture leaves buffers, phase and random state unchanged.
         images: a full batch of any content; later batches are copied into its memory.
-        hooks: `phase`, `advance` and `hold` of the model.
+        hooks: hooks of the model; `phase`, `advance` and `hold` are used.
 
     Raises:
         RunError: the model cannot be captured, for example because it waits for the GPU.
@@ -51,7 +51,7 @@ class GraphedModel(nn.Module):
         return logits
 
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
-        """Return the next step of the model as a graph that runs in the memory of `images`."""
+        """Capture the next step of the model as a graph whose input memory is `images`."""
         # The capture replaces `forward` of the wrapper; `model` keeps its own for other batches.
         step = nn.Sequential(self.model).train()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
@@ -60,7 +60,7 @@ class GraphedModel(nn.Module):
         try:
             with (
                 torch.random.fork_rng([device] if images.is_cuda else []),
-                torch.autocast(kind, *precision, cache_enabled=False),  # a capture needs no cache
+                torch.autocast(kind, *precision, cache_enabled=False),  # no capture with cache
                 self.hooks.hold(),
             ):
                 graph = torch.cuda.make_graphed_callables(step, (images,))

@@ -162,7 +162,7 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
 def enter_batch(
     batch_context: BatchContext | None, world: World, images: Tensor
 ) -> AbstractContextManager[None]:
-    """Return the context of a training forward on this rank's `images` of a batch."""
+    """Return the context of a training forward on `images`, this rank's part of a batch."""
     if batch_context is None or world.size == 1:
         return nullcontext()
     return batch_context(*world.batch_offset(len(images), images.device))

@@ -17,11 +17,11 @@ class ModelHooks:
 
     Attributes:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
-            context of a training step's forward. None: no context.
+            context of a training forward. None: no context.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
-        phase: model -> a key of the control flow of its next training forward.
-        advance: counts a training forward that a CUDA graph has replayed.
-        hold: makes a context whose forwards keep the phase and are not counted.
+        phase: model -> key that identifies the control flow of its next training forward.
+        advance: model -> None; counts a training forward that a CUDA graph has replayed.
+        hold: () -> context in which forwards keep the phase and are not counted.
         diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
     """
 

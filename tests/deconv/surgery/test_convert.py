@@ -206,7 +206,7 @@ def test_the_plan_says_where_a_scale_is_tied_no_longer():
     model[3].weight = model[1].weight
     assert (
         reasons(model, pretrained=True)["1"]
-        == "replaced: folded into 0; its weight is tied no longer"
+        == "replaced: folded into 0; its weight is no longer tied"
     )
     assert_kept(model, convert(model, pretrained=True), torch.randn(2, 4, 5, 5))
 
