@@ -20,7 +20,7 @@ Size = int | tuple[int, ...]
 class _FastDeconv(PublishedStatistics, layers.Convolution):
     """Convolution with the signature of 2020, in any number of dimensions; see `FastDeconv`."""
 
-    open_dims = False  # the first input decides between images and signals
+    open_dims = False  # True until the first input selects images or signals
 
     def __init__(
         self,
@@ -75,13 +75,13 @@ class _FastDeconv(PublishedStatistics, layers.Convolution):
 class FastDeconv(_FastDeconv, layers.FastDeconv):
     """Published convolution of 2020 for images (N, C, H, W) and signals (N, C, L).
 
-    The first input, or the first loaded weight, decides. A layer whose sizes are all integers and
-    that meets a signal first becomes a `FastDeconv1d`. Its parameters stay the same objects, so
-    that an optimizer made before trains them. They take the values of a new 1-d layer. A kernel
-    (k,) makes a `FastDeconv1d` at once.
+    The first input or loaded weight selects the number of dimensions. If it is a signal, a layer
+    whose sizes are all integers becomes a `FastDeconv1d`. The parameters keep their identity, so an
+    existing optimizer trains them. Their values become those of a new 1-d layer. With a kernel size
+    (k,), the constructor returns a `FastDeconv1d`.
 
-    Import `FastDeconv1d as FastDeconv` where the 1-d weight is needed before the first signal: to
-    initialise it, for DistributedDataParallel, for a subclass.
+    Import `FastDeconv1d as FastDeconv` if the 1-d weight is needed before the first signal: for an
+    initialisation, for DistributedDataParallel or for a subclass.
 
     With the keyword `num_groups`, the constructor returns a `FastDeconv2019`. Positional arguments
     have the order of 2020. For positional calls of 2019, import `FastDeconv2019 as FastDeconv`.
@@ -105,8 +105,8 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         (N, C_in, L) -> (N, C_out, L_out), as in `torch.nn.Conv1d`.
 
     Raises:
-        ValueError: an argument is out of range; the input has another shape; signals come to a
-            layer that can no longer become 1-d.
+        ValueError: an argument is out of range, the input has another shape, or the input is a
+            signal and the layer can no longer become 1-d.
         TypeError: a subclass passes `num_groups`, which needs `FastDeconv2019`.
 
     Example:
@@ -125,13 +125,13 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         return super().__new__(kind)
 
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
-        """Apply the layer; the first input decides between images and signals."""
+        """Apply the layer; the first input selects images or signals."""
         if self.open_dims and isinstance(input, Tensor):
             if input.dim() == 3:
                 self._refuse_signals(input)
                 self._become_1d()
                 return self.forward(input)  # of FastDeconv1d
-            if not torch.compiler.is_compiling():  # compiled code would be compiled again
+            if not torch.compiler.is_compiling():  # the write would recompile the code
                 self.open_dims = False
         return super().forward(input)
 
@@ -140,7 +140,7 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         self._writes = self._count_writes()
 
     def _count_writes(self) -> int:
-        """Return how often the parameters have been written in place."""
+        """Return the number of in-place writes to the parameters."""
         counted = (p for p in self.parameters() if not p.is_inference())
         return sum(parameter._version for parameter in counted)
 
@@ -153,7 +153,7 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         return super().prepare_input(x)
 
     def _refuse_signals(self, x: Tensor) -> None:
-        """Raise ValueError if a layer without a past cannot become 1-d for the signals x."""
+        """Raise ValueError if the layer cannot become 1-d for the signals x."""
         if x.shape[1] != self.in_channels:
             raise ValueError(
                 f"input must be images (N, {self.in_channels}, H, W) or signals "
@@ -161,27 +161,28 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
             )
         refuse_sharded(self, "Run a batch through")
         if torch.compiler.is_compiling():
-            reason = "torch.compile compiles it"
+            reason = "it runs in torch.compile"
         elif getattr(self, "_is_replica", False):
-            reason = "DataParallel copies it"
+            reason = "it is a replica of DataParallel"
         elif find_ddp_group() is not None:
-            reason = "DistributedDataParallel holds its 2-d weight"
+            reason = "DistributedDataParallel has registered its 2-d weight"
         elif self._count_writes() > self._writes:
-            reason = "its 2-d weight or bias has been written"
+            reason = "its 2-d weight or bias was changed"
         else:
             return
         raise ValueError(
-            f"the layer cannot become 1-d for signals of shape {(*x.shape,)}, since {reason}: "
+            f"the layer cannot become 1-d for signals of shape {(*x.shape,)}, because {reason}: "
             "import FastDeconv1d as FastDeconv"
         )
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _become_1d(self) -> None:
-        """Become a FastDeconv1d, with the same parameter objects.
+        """Become a FastDeconv1d with the same parameter objects.
 
-        The first column of a new 2-d weight of side k, times sqrt(k), is distributed as a new 1-d
-        weight. No random number is drawn: checkpointing repeats the forward without it.
+        The first column of a new 2-d weight of side k, times sqrt(k), has the distribution of a new
+        1-d weight. No random numbers are drawn, because activation checkpointing recomputes the
+        forward without this step.
         """
         side = self.kernel_size[0]
         self.weight.data = side**0.5 * self.weight.detach()[..., 0]
@@ -203,7 +204,7 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
     def _load_from_state_dict(
         self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
     ) -> None:
-        """Load as other layers; the first weight decides between images and signals."""
+        """Load a state_dict; the first weight selects images or signals."""
         weight = state_dict.get(f"{prefix}weight")
         if self.open_dims and isinstance(weight, Tensor):
             self.open_dims = False

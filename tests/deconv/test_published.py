@@ -350,7 +350,7 @@ def test_layers_with_a_past_refuse_to_become_1d():
 
     refuse("must be images .* import FastDeconv1d", prepare=lambda layer: layer(image))
     refuse("images .N, 4, H, W. or signals .N, 4, L.", x=signal.mT)
-    refuse("has been written", prepare=lambda layer: nn.init.ones_(layer.weight))
+    refuse("bias was changed", prepare=lambda layer: nn.init.ones_(layer.weight))
     refuse("must be images", call=published.NormalizedDeconv)
     refuse("must be images", call=partial(published.FastDeconv, stride=(1, 1)))
     layer = published.FastDeconv(4, 6, 3)

@@ -95,7 +95,7 @@ def test_lazy_layers_are_refused_until_a_batch_gives_their_shape(layers, name, o
         (parametrizations.weight_norm(nn.Conv2d(4, 8, 1)), "no deconvolution for .*Parametrized"),
         (nn.Conv2d(4, 8, 1, dtype=torch.complex64), "needs real numbers, not torch.complex64"),
         (torch.ao.nn.qat.Conv2d(4, 8, 1, qconfig=default_qat_qconfig), r"torch\.ao\.nn\.qat"),
-        (prune.identity(nn.Conv2d(4, 8, 1), "weight"), "a hook computes its weight or its bias"),
+        (prune.identity(nn.Conv2d(4, 8, 1), "weight"), "a hook computes its weight or bias"),
     ],
 )
 def test_an_unsupported_convolution_keeps_its_batchnorm(conv, reason):
