@@ -8,11 +8,11 @@
     up = FastDeconvTranspose2d(128, 64, 4, stride=2, padding=1)    # also 1d and 3d
     model = convert(resnet18())                 # replaces these layers in any model
     print(plan(resnet18()))                     # lists what `convert` does to each layer
-    convert(trained, pretrained=True, calibrate=loader)    # training begins where `trained` stands
+    convert(trained, pretrained=True, calibrate=loader)    # keeps the outputs of a trained model
     recalibrate(model, loader)                  # computes the running statistics anew
     print(whiteness(model, images))             # correlation before and after whitening, by layer
     served = fuse(model.eval())                 # a trained model as plain Conv2d and Linear layers
-    conv = FastDeconv(3, 64, 3, **PUBLISHED)    # numerics of the published code; `convert`, too
+    conv = FastDeconv(3, 64, 3, **PUBLISHED)    # with the numerics of the published code
 
 A convolution sees patches x_p. Neighbouring pixels and channels of a patch are strongly correlated.
 This correlation acts like a blur that gradient descent must undo. Whitening removes it, in four
@@ -26,7 +26,7 @@ steps (Algorithm 1 of the paper):
 
 No feature map is whitened: one ordinary convolution runs with the folded weight and bias. In
 evaluation mu and Cov are running averages, and the layer equals a plain convolution. Inside
-DistributedDataParallel, or where `process_group` asks for it, they cover the patches of all ranks.
+DistributedDataParallel, or with a `process_group`, they are over the patches of all ranks.
 `Whitening.fold_whitening` in whitening.py runs the four steps for every kind of layer.
 
 | symbol | shape or unit | meaning | name in the code |

@@ -1,16 +1,17 @@
-"""Fine-tune a network trained with BatchNorm: as it is, and converted to deconvolution.
+"""Fine-tune a network trained with BatchNorm, unchanged and converted to deconvolution.
 
     python scripts/paper/fine_tuning.py --data DIR --arch vgg11
     python scripts/paper/fine_tuning.py --data DIR --arch timm/mobilenetv3_small_100 --image-size 64
 
-1. BatchNorm trains for --begin steps, once.
-2. Each arm goes on for --steps steps at each rate --lr with the first seed: BatchNorm, the
-   converted network, and the converted and calibrated one.
-3. Each arm at its best rate goes on with the other seeds.
+1. Train the network with BatchNorm for --begin steps, once.
+2. Fine-tune each arm for --steps steps at each rate of --lr with the first seed. The arms are
+   BatchNorm, the converted network, and the converted and calibrated network.
+3. Fine-tune each arm at its best rate with the other seeds.
 
-DIR holds images as train/CLASS/* and test/CLASS/*. Rates fall by a cosine; SGD has momentum 0.9 and
-weight decay 5e-4. The loss at the start is the mean over ten training batches, in training mode. A
-finished training in --out is not repeated. --plot draws the losses of the first seed.
+DIR contains images as train/CLASS/* and test/CLASS/*. The optimizer is SGD with momentum 0.9,
+weight decay 5e-4 and a cosine schedule. The loss at the start is the mean over ten training
+batches, in training mode. Finished trainings in --out are reused. --plot draws the losses of the
+first seed.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ ARMS = {
     "converted": "deconvolution, converted",
     "calibrated": "deconvolution, converted and calibrated",
 }
-START_BATCHES = 10  # whose loss is that of the start
-SMOOTHED = 10  # steps of the plot that one point averages
+START_BATCHES = 10  # batches of the loss at the start
+SMOOTHED = 10  # steps that one point of the plot averages
 
 Result = dict[str, Any]  # of one training
 Batches = Iterator[tuple[Tensor, Tensor]]
@@ -63,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 class Study:
-    """Trainings of one network, which are made or read from the folder --out."""
+    """Trainings of one network, with results cached in the folder --out."""
 
     def __init__(self, flags: Namespace) -> None:
         self.flags = flags
@@ -71,7 +72,7 @@ class Study:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def run_arm(self, arm: str) -> dict[float, list[Result]]:
-        """Return the results of an arm by rate: all seeds at the best rate, one at the others."""
+        """Return the results of an arm by rate: all seeds at the best rate, one seed elsewhere."""
         first, *others = self.flags.seeds
         results = {lr: [self.fine_tune(arm, lr, first)] for lr in self.flags.lr}
         best = find_best(results)
@@ -79,7 +80,7 @@ class Study:
         return results
 
     def begin(self) -> Result:
-        """Train with BatchNorm from scratch, and keep the weights."""
+        """Train with BatchNorm from scratch and save the weights."""
         flags = self.flags
 
         def run() -> Result:
@@ -96,7 +97,7 @@ class Study:
         return self.folder / f"begin-lr{self.flags.begin_lr:g}-steps{self.flags.begin}.pt"
 
     def fine_tune(self, arm: str, lr: float, seed: int) -> Result:
-        """Train an arm from the kept weights on."""
+        """Fine-tune an arm from the saved weights."""
         begin, flags = self.begin(), self.flags
 
         def run() -> Result:
@@ -124,7 +125,7 @@ class Study:
         return build_loaders("folder", flags.data, options, cache_dir=Path(flags.out))[1:]
 
     def remember(self, name: str, run: Callable[[], Result]) -> Result:
-        """Return the result in the file of this name, or make it."""
+        """Return the cached result of this name, or run the training and cache its result."""
         file = self.folder / f"{name}.json"
         if not file.exists():
             result = run()
@@ -142,7 +143,7 @@ def build_network(flags: Namespace) -> nn.Module:
 
 
 def iterate(loader: ImageLoader, first_epoch: int = 1) -> Batches:
-    """Yield the batches of all epochs from the first on, without short ones at their ends."""
+    """Yield the full batches of all epochs from `first_epoch` on."""
     for epoch in count(first_epoch):
         loader.batch_sampler.set_epoch(epoch)
         for images, targets in loader:
@@ -170,7 +171,7 @@ def train(
 
 @torch.no_grad()
 def measure_start(network: nn.Module, loader: ImageLoader) -> float:
-    """Return the mean training-mode loss on images that calibration has not seen; keep buffers."""
+    """Return the mean training-mode loss on batches not used by calibration; restore buffers."""
     kept = [(buffer, buffer.clone()) for buffer in network.buffers()]
     network.train()
     batches = islice(iterate(loader, first_epoch=1000), START_BATCHES)
@@ -196,7 +197,7 @@ def find_best(results: dict[float, list[Result]]) -> float:
 def format_results(
     results: dict[str, dict[float, list[Result]]], begin: float, flags: Namespace
 ) -> str:
-    """Return a Markdown table, a row per arm, and the accuracy before fine-tuning."""
+    """Return a Markdown table with one row per arm, and the accuracy before fine-tuning."""
     header = ["network", "layers", "loss at the start", "top-1 (%) by lr", "best lr"]
     header += [f"top-1 (%) after {flags.steps} steps", "mean (%)"]
     rows = []
