@@ -90,7 +90,7 @@ def own_rules(flags: Namespace) -> Rules:
     reason = "contradicts --pretrained, whose weights expect inputs that are not normalized"
     yield "norm_type", flags.norm_type == "none" or not flags.pretrained, reason
     calibrated = flags.pretrained and flags.deconv
-    reason = "contradicts --pretrained, which calibrates the bias of each deconvolution"
+    reason = "contradicts --pretrained, whose calibration needs the bias of each deconvolution"
     yield "bias", flags.bias or not calibrated, reason
     twin = f"{flags.arch.removesuffix('_bn')}d"
     twin = twin if twin in IMAGENET_ARCHITECTURES else "one of `--arch help` that ends in d"

@@ -193,7 +193,7 @@ def _join_axes(whiten: Matrices, blocks: Blocks) -> torch.Tensor:
 
 
 def _identities(side: int, like: torch.Tensor) -> torch.Tensor:
-    """Return (G, side, side), as many identities as there are matrices in `like`."""
+    """Return identities (G, side, side), one per matrix of `like`."""
     return torch.eye(side, dtype=like.dtype, device=like.device).expand(len(like), -1, -1)
 
 

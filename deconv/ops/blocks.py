@@ -112,7 +112,7 @@ class Blocks:
         return self.to_vectors("joint", mean[None, :, None]).mean((0, 2))
 
     def expand(self, pooled: Tensor) -> Tensor:
-        """Give all blocks that share a matrix the mean `pooled` (G * F,): (groups * C*T,)."""
+        """Repeat the mean `pooled` (G * F,) for all blocks that share a matrix, (groups * C*T,)."""
         maps = pooled.new_empty(1, self.groups * self.channels * self.taps, 1)
         vectors = pooled[:, None].expand_as(self.to_vectors("joint", maps))
         return self.from_vectors("joint", vectors, maps.shape).flatten()

@@ -156,12 +156,12 @@ def second_moment(maps: Tensor, axis: str, blocks: Blocks) -> Tensor:
     """Return mean v v^T, (G, d, d), of the vectors along an axis of maps (R, groups * C*T, P)."""
     vectors = blocks.to_vectors(axis, maps)
     count = vectors.shape[0] * vectors.shape[2]
-    same = vectors.view_as(vectors)  # Dynamo refuses one tensor as both arguments of a Function
+    same = vectors.view_as(vectors)  # Dynamo rejects one tensor as two arguments of a Function
     return outer_products(vectors, same, blocks.matrices, 1 / max(count, 1))
 
 
 def move_centre(stats: Statistics, mean: Tensor, axis: str, blocks: Blocks) -> Statistics:
-    """Return the statistics about another mean (C*T,), whose distance then counts as variance."""
+    """Return the statistics about another mean (C*T,); its distance counts as variance."""
     offset = (stats.mean - mean)[None, :, None]
     return stats._replace(mean=mean, cov=stats.cov + second_moment(offset, axis, blocks))
 

@@ -16,7 +16,7 @@ from .precision import rounds_compiled
 from .resolvent import inverse_sqrt_by_resolvents
 
 MAX_STEPS = 15  # Newton-Schulz steps that float32 supports
-MAX_STEPS_FROM_ROWS = 6  # beyond, errors of `newton_schulz_from_rows` triple a step in float32
+MAX_STEPS_FROM_ROWS = 6  # float32 errors of `newton_schulz_from_rows` triple with each further step
 ROOTS = ("newton", "resolvent", "cholesky")
 Pair = tuple[Tensor, Tensor]
 

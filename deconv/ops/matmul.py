@@ -75,7 +75,7 @@ def multiply(
 ) -> Tensor:
     """Return left @ right, or beta * base + alpha * left @ right for a constant base.
 
-    The gradient is as precise as the product, see `full_products`.
+    Its gradient has the precision of the product, see `full_products`.
     """
     differs = _needs_function(left, right)
     return (_Product.apply if differs else _compute_product)(left, right, base, beta, alpha)
@@ -90,7 +90,7 @@ def _compute_product(
 
 
 class _Product(torch.autograd.Function):
-    """Gradient of `multiply`, as that of torch."""
+    """Product whose gradient is computed in the precision of `full_products`."""
 
     @staticmethod
     def forward(

@@ -32,9 +32,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Each FastDeconv becomes the convolution of torch of its kind, each Delinear an `nn.Linear`, with
     W D as weight and b - W D mu as bias; mu and D are the running statistics. Each ChannelAffine of
-    `convert` becomes a depthwise 1 x 1 convolution. An `InputNorm` precedes the plain layer of a
-    layer with `input_norm`, in a `NormalizedLayer`. Outputs equal those of `model.eval()` up to
-    rounding.
+    `convert` becomes a depthwise 1 x 1 convolution. A layer with `input_norm` becomes a
+    `NormalizedLayer`: an `InputNorm`, then the plain layer. Outputs equal those of `model.eval()`
+    up to rounding.
 
     Layers that share a module still share it. Forward hooks of replaced layers are kept, since they
     may change outputs; their backward and state_dict hooks are dropped.

@@ -60,7 +60,8 @@ class GraphedModel(nn.Module):
         try:
             with (
                 torch.random.fork_rng([device] if images.is_cuda else []),
-                torch.autocast(kind, *precision, cache_enabled=False),  # no capture with cache
+                # A capture needs autocast without its cache.
+                torch.autocast(kind, *precision, cache_enabled=False),
                 self.hooks.hold(),
             ):
                 graph = torch.cuda.make_graphed_callables(step, (images,))
