@@ -291,8 +291,8 @@ class FastDeconv(Convolution, nn.Conv2d):
         (N, C, H, W) or (C, H, W), as in `torch.nn.Conv2d`. N = 0 does not change the statistics.
 
     Raises:
-        ValueError: an argument is out of range, the input has another number of channels or another
-            dtype, or it is smaller than the kernel.
+        ValueError: an argument is out of range, or the input has another number of channels,
+            another dtype or a size below the kernel.
 
     Example:
         layer = FastDeconv(64, 128, 3, padding=1)

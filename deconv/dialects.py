@@ -10,7 +10,7 @@ from torch import Tensor
 from .ops.blocks import Blocks
 from .ops.inverse_sqrt import newton_schulz, newton_schulz_response
 
-# Buffers that hold D: of the code of 2019 and 2020, and of the follow-up.
+# Buffers of D in the code of 2019 and 2020, and in the follow-up.
 MATRIX_NAMES = ("running_deconv", "running_cov_isqrt")
 HALVINGS = 45  # bisection steps for eigenvalues and for their norm
 TOLERANCE = 1e-5  # accepted error of D, relative to its Frobenius norm

@@ -38,7 +38,7 @@ class LayerWhiteness:
             eigenvalue of Cov + eps I below 1.5^(-2 n_iter) of its norm. They stay small.
         spectrum: eigenvalues of all matrices, (G, F), ascending, in units of variance.
         covariances: of the patches before and after, (G, F, F) each, on the model's device.
-        error: the reason why the layer cannot be judged, or "". All metrics are then NaN.
+        error: the reason why the layer cannot be measured, or "". All metrics are then NaN.
     """
 
     name: str
@@ -90,7 +90,7 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
 
     Returns:
         One row per layer that ran, in the order of the model. Metrics of a layer with non-finite
-        input are NaN. So are those of a layer that cannot be judged; `error` says why.
+        input are NaN. A layer that cannot be measured has NaN as well, and `error` is the reason.
 
     Example:
         >>> layer = FastDeconv(3, 8, 3)

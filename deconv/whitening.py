@@ -400,7 +400,7 @@ class Whitening(Freezing):
         return plain.train(self.training)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        """Apply `to`, `half` and the like, but keep the statistics at least float32.
+        """Apply a conversion such as `to` or `half`, but keep the statistics at least float32.
 
         Variances overflow in half precision, and their averages stop moving.
         """
@@ -421,7 +421,7 @@ class Whitening(Freezing):
     ) -> None:
         """Load a state_dict, published ones included, and keep statistics at least float32.
 
-        Published statistics that the layer cannot reproduce are an error with strict=False, too.
+        Published statistics that the layer cannot reproduce are an error even with strict=False.
         """
         try:
             self.read_statistics(state_dict, prefix)

@@ -2,7 +2,7 @@
 
 Per group of channels, a convolution sees vectors of C*T features: C channels, each at the T taps of
 the kernel, channel-major as in `weight.flatten(1)`. One covariance of all features would be too
-large. They form C / B blocks of F = B*T features, and each block is whitened by itself (Ye et al.,
+large. They form C / B blocks of F = B*T features, and each block is whitened separately (Ye et al.,
 ICLR 2020, section 3.3). Patches and weights share this view, so folding needs no indices.
 """
 
@@ -39,7 +39,7 @@ class Blocks:
     """The blocks of `groups` x `channels` x `taps` features.
 
     Args:
-        groups: convolution groups; each is whitened by itself.
+        groups: convolution groups; each is whitened separately.
         channels: channels of one group, C.
         size: channels of one block, B; divides `channels`.
         taps: kernel positions, T (1 where single pixels are whitened).

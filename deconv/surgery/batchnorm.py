@@ -56,7 +56,7 @@ class ChannelAffine(nn.Module):
 
 
 def is_batchnorm(module: nn.Module) -> bool:
-    """Tell whether a module is a BatchNorm of any library, frozen ones included."""
+    """Return True if a module is a BatchNorm of any library, frozen ones included."""
     frozen = any(kind.__name__ in _FROZEN for kind in type(module).__mro__)
     return isinstance(module, _BatchNorm) or frozen
 
@@ -71,7 +71,7 @@ def count_dims(module: nn.Module, sync_dims: int = 2) -> int:
 
 
 def is_known_batchnorm(module: nn.Module) -> bool:
-    """Tell whether a BatchNorm computes its affine map and `extra_modules`, and nothing else."""
+    """Return True if a BatchNorm computes only its affine map and `extra_modules`."""
     return _find_forward_class(module) in _KNOWN and "forward" not in vars(module)
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from ..whitening import Whitening, forward_hooks, refuse_sharded
 from .batchnorm import ChannelAffine
 
-# Classes that are set up for the very layers of the model inside, and the attribute that holds it.
+# Wrapper classes that depend on the layers of the wrapped model, and the attribute of that model.
 # They are given by name, since importing them takes longer than importing this package.
 _WRAPPERS = {
     "DataParallel": "module",
