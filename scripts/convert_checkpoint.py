@@ -63,6 +63,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             raise ValueError(f"{out} already exists: choose a new folder for OUT")
         published = read_published(source)
         typed = parser.parse_typed(flags)
+        if unfit := {"resume", "evaluate"} & {*typed}:
+            raise ValueError(f"--{min(unfit)} is for main.py, after the conversion")
         for name, default in {**PUBLISHED, "arch": ("--arch", str(published["arch"]))}.items():
             flags += [] if name in typed else default
         settings, _ = read_settings(script, flags)
@@ -85,7 +87,7 @@ def read_published(path: Path) -> dict[str, Any]:
     """Load a checkpoint of the published scripts without executing code in it."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
         raise CheckpointError(f"{path}: {error.strerror or error}") from error
     except Exception as error:  # a foreign file may raise anything in the reader
         reason = "damaged, or it contains more than tensors and plain values, which may run code"

@@ -99,10 +99,16 @@ class Foreign:
         ({}, "--arch vgg13", "has 9 layers with weights, the network of the flags 11"),
         ({}, "--num-groups 16", "published running_deconv needs a layer with block=64"),
         ({}, "--dataset nowhere", "--dataset"),
+        ({}, "--resume elsewhere", "--resume is for main.py"),
+        ({}, "-e", "--evaluate is for main.py"),
+        (None, "", "refused: damaged"),
     ],
 )
 def test_what_cannot_be_converted_is_refused(changes, flags, message, trained, tmp_path, capsys):
-    source, out = save(tmp_path / "published.pth.tar", *trained, **changes), tmp_path / "run"
+    path, out = tmp_path / "published.pth.tar", tmp_path / "run"
+    source = save(path, *trained, **(changes or {}))
+    if changes is None:
+        path.write_bytes(path.read_bytes()[:5000])
     words = FLAGS.split() if "dataset" not in flags else []
     with pytest.raises(SystemExit) as stop:
         convert_checkpoint.main([source, str(out), *words, *flags.split()])
