@@ -106,11 +106,13 @@ class Plan(tuple[Row, ...]):
         if not whiten:
             return "No convolution is replaced, so no gain is expected." if convs else ""
         lost = any(row.action == REPLACED for row in norms)
-        plain = [row.name for row in self if row.ends_model and row.layer is None]
+        plain = [row for row in self if row.ends_model and row.layer is None]
         if lost and plain:
+            foreign = any(type(row.module) is not nn.Linear for row in plain)
+            remedy = "as an nn.Linear of torch" if foreign else "linear=True"
             return (
-                f"Whiten {' and '.join(plain)} as well, linear=True: without a norm before it, "
-                "training at learning rates such as 0.1 diverges."
+                f"Whiten {' and '.join(row.name for row in plain)} as well, {remedy}: "
+                "without a norm before it, training at learning rates such as 0.1 diverges."
             )
         sizes = {row.name: row.module.weight.numel() for row in self if row not in norms}
         size = sum(sizes[row.name] for row in whiten)

@@ -176,12 +176,19 @@ def test_the_printed_plan_matches_what_convert_does():
     assert "(all)" in str(plan(nn.Conv2d(1, 1, 1)))
 
 
+class ForeignLinear(nn.Linear):
+    """A linear layer with a forward of its own, as the classifiers of timm."""
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight, self.bias)
+
+
 class Norms(nn.Sequential):
     """Convolutions with a norm after each, and a classifier."""
 
-    def __init__(self, norm, classes=2):
+    def __init__(self, norm, classes=2, linear=nn.Linear):
         layers = [nn.Conv2d(3, 8, 3), norm(8), nn.ReLU(), nn.Conv2d(8, 8, 3), norm(8), nn.ReLU()]
-        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes))
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear(8, classes))
 
 
 @loop_over(
@@ -190,6 +197,11 @@ class Norms(nn.Sequential):
         (Norms(nn.BatchNorm2d), {}, "^$"),
         (Norms(nn.BatchNorm2d), {"linear": False}, "^Whiten 8 as well, linear=True: .* diverges"),
         (Norms(nn.BatchNorm2d), {"skip": ["8"]}, "^Whiten 8 as well"),
+        (
+            Norms(nn.BatchNorm2d, 2, ForeignLinear),
+            {},
+            "^Whiten 8 as well, as an nn.Linear of torch",
+        ),
         (Norms(lambda c: nn.GroupNorm(2, c)), {"linear": False}, "^GroupNorm stays"),
         (Norms(nn.InstanceNorm2d), {}, "^InstanceNorm2d stays"),
         (Norms(nn.Identity), {}, "^The model has no norm"),
