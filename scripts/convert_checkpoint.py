@@ -1,23 +1,30 @@
-"""Convert a checkpoint of the published scripts into one that main.py tests and resumes.
+"""Convert a checkpoint of the published scripts into one that our scripts test and resume.
 
     python scripts/convert_checkpoint.py PUBLISHED.pth.tar OUT [FLAGS of main.py]
     python scripts/convert_checkpoint.py vgg16.pth.tar RUN --dataset cifar10 --batch-size 128
     python main.py --resume RUN -e
 
-OUT is a new folder. The flags set dataset, network, optimizer and length of the run. By default the
-network has the architecture of the checkpoint and the published numerics: --deconv True --root
-newton --eps 1e-5 --num-groups 64 --rows-per-feature 0.
+    python scripts/convert_checkpoint.py PUBLISHED.pth.tar OUT DIR [FLAGS of main_imagenet.py]
+    python main_imagenet.py --resume OUT -e DIR
 
-Layers are matched in order. The script refuses a checkpoint if a shape differs or a statistic
-cannot be reproduced. It then names the layer and writes nothing. It also refuses files that may
-execute code.
+OUT is a new folder. The flags set dataset, optimizer and length of the run. By default the network
+is that of the checkpoint, with the published numerics: --root newton --eps 1e-5 --num-groups 64
+--rows-per-feature 0, and the published --stem-iter and --freeze. A checkpoint with best_acc1 is one
+of the ImageNet script; DIR holds train/ and val/.
+
+Layers are matched by name, or in the known order of vgg, resnet, preact, senet and densenet. The
+script refuses a checkpoint if a shape differs or a statistic cannot be reproduced. It then names
+the layer and writes nothing. It also refuses files that may execute code.
 """
 
 from __future__ import annotations
 
 import math
+import shlex
+import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +34,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import main as small_images
+import main_imagenet as large_images
+from scripts.published_networks import MOMENTUM, Layers, find_flags, read_layers, translate
 from util.checkpoint.schema import HISTORY
 from util.checkpoint.store import save_checkpoint
 from util.cli.parser import report_errors
@@ -38,49 +47,45 @@ from util.training.optim import build_optimizer
 from util.training.resume import Progress, TrainingState
 from util.training.session import RunContext
 
-PUBLISHED = {
-    "deconv": ("--deconv", "True"),
-    "root": ("--root", "newton"),
-    "eps": ("--eps", "1e-5"),
-    "num_groups": ("--num-groups", "64"),
-    "rows_per_feature": ("--rows-per-feature", "0"),
-}
-# Architectures whose layers have the same order here and in the published code.
-IN_ORDER = ("vgg", "resnet")
-
 
 def main(argv: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if argv is None else argv)
-    script = small_images.build_script()
-    parser = script.parser
+    parser = small_images.build_script().parser
     parser.prog = "convert_checkpoint.py"
     if len(words) < 2 or words[0].startswith("-") or words[1].startswith("-"):
         print(__doc__)
         parser.exit(0 if "--help" in words or "-h" in words else 2)
     source, out, flags = Path(words[0]), Path(words[1]), words[2:]
-    with report_errors(parser, ValueError):
+    with report_errors(parser):
         if out.exists():
-            raise ValueError(f"{out} already exists: choose a new folder for OUT")
+            raise CheckpointError(f"{out} already exists: choose a new folder for OUT")
         published = read_published(source)
-        typed = parser.parse_typed(flags)
-        if unfit := {"resume", "evaluate"} & {*typed}:
-            raise ValueError(f"--{min(unfit)} is for main.py, after the conversion")
-        for name, default in {**PUBLISHED, "arch": ("--arch", str(published["arch"]))}.items():
+    script = large_images if "best_acc1" in published else small_images
+    built = script.build_script()
+    built.parser.prog = parser.prog
+    with report_errors(built.parser, ValueError):
+        layers = read_layers(published["state_dict"], published.get("optimizer"))
+        typed = built.parser.parse_typed(flags)
+        if unfit := {"resume", "evaluate", "pretrained"} & {*typed}:
+            raise ValueError(f"--{min(unfit)} is for {script.__name__}.py, after the conversion")
+        arch = typed.get("arch", published["arch"])
+        with name_file(source):
+            found = {"arch": ("--arch", arch), **find_flags(arch, layers)}
+        for name, default in found.items():
             flags += [] if name in typed else default
-        settings, _ = read_settings(script, flags)
-        if not settings.arch.startswith(IN_ORDER):
-            raise ValueError(
-                f"{source}: arch {settings.arch} cannot be converted, only {' and '.join(IN_ORDER)}"
-            )
+        settings, _ = read_settings(built, flags)
         context = RunContext(settings, None, World(), torch.device("cpu"), None)
-        data = small_images.load_images(context)
+        data = script.load_images(context)
         seed_everything(settings.seed)
-        model = small_images.build_network(settings, data[0])
-        load_weights(source, published["state_dict"], model)
-        state = make_state(context, data, model, published)
-        out.mkdir(parents=True)
-        path = save_checkpoint(state, out)
-    print(f"{path}: epoch {state['epoch']}; test it with python main.py --resume {out} -e")
+        model = script.build_network(settings, data[0])
+        with name_file(source):
+            momenta = load_weights(arch, layers, model)
+        state = make_state(context, data, model, published, momenta)
+        save_new(state, out)
+    words = [f"{script.__name__}.py", "--resume", str(out), "-e"]
+    words += [settings.data] if script is large_images and settings.data else []
+    command = f"python {shlex.join(words)}"
+    print(f"{out}: epoch {state['epoch']}; test it with {command}")
 
 
 def read_published(path: Path) -> dict[str, Any]:
@@ -101,38 +106,44 @@ def read_published(path: Path) -> dict[str, Any]:
     return saved
 
 
-def load_weights(source: Path, state: dict[str, Tensor], model: nn.Module) -> None:
-    """Load published weights and statistics into the model, layer by layer in order."""
-    layers: dict[str, dict[str, Tensor]] = {}
-    for key, value in state.items():
-        *names, tensor = [part for part in key.split(".") if part != "module"]
-        layers.setdefault(".".join(names), {})[tensor] = value
-    layers = {name: tensors for name, tensors in layers.items() if "weight" in tensors}
-    own: list[tuple[str, Any]] = [
-        (name, layer) for name, layer in model.named_modules() if hasattr(layer, "weight")
-    ]
-    if len(layers) != len(own):
-        raise ValueError(
-            f"{source}: the network has {len(layers)} layers with weights, the network of the "
-            f"flags {len(own)}: check --arch and --dataset"
-        )
-    renamed: dict[str, Tensor] = {}
-    for (name, tensors), (own_name, layer) in zip(layers.items(), own, strict=True):
-        if tensors["weight"].shape != layer.weight.shape:
-            raise ValueError(
-                f"{source}: {name}.weight has shape {(*tensors['weight'].shape,)}, "
-                f"{own_name}.weight of the flags {(*layer.weight.shape,)}: check --arch"
-            )
-        renamed |= {f"{own_name}.{tensor}": value for tensor, value in tensors.items()}
+@contextmanager
+def name_file(source: Path) -> Iterator[None]:
+    """Report what does not fit as an error of the file, in one line."""
     try:
-        model.load_state_dict(renamed)
-    except RuntimeError as error:
-        fault = str(error).splitlines()[1]  # report the first of all errors
-        raise ValueError(f"{source}: {fault.strip()}") from error
+        yield
+    except (ValueError, RuntimeError, LookupError) as error:
+        lines = str(error).splitlines()  # PyTorch lists the faults below a headline
+        raise CheckpointError(f"{source}: {lines[min(1, len(lines) - 1)].strip()}") from error
+
+
+def load_weights(arch: str, layers: Layers, model: nn.Module) -> dict[int, dict[str, Tensor]]:
+    """Load published weights and statistics; return the momenta by number of the parameter.
+
+    The momenta are empty if one is missing.
+    """
+    translated, folded = translate(arch, layers, model)
+    for name in folded:
+        print(f"{name}: folded into weights; outputs are equal, but training goes on without it")
+    momenta, state = {}, {}
+    for key, value in translated.items():
+        name, _, tensor = key.rpartition(".")
+        if tensor.startswith(MOMENTUM):
+            momenta[f"{name}.{tensor.removeprefix(MOMENTUM)}"] = value
+        else:
+            state[key] = value
+    model.load_state_dict(state)
+    parameters = [name for name, _ in model.named_parameters()]
+    if any(name not in momenta for name in parameters):
+        return {}
+    return {i: {"momentum_buffer": momenta[name]} for i, name in enumerate(parameters)}
 
 
 def make_state(
-    context: RunContext, data: Any, model: nn.Module, published: dict[str, Any]
+    context: RunContext,
+    data: Any,
+    model: nn.Module,
+    published: dict[str, Any],
+    momenta: dict[int, dict[str, Tensor]],
 ) -> dict[str, Any]:
     """Return the checkpoint of a run that continues at the epoch of the published checkpoint."""
     flags, (spec, train_loader, test_loader) = context.flags, data
@@ -150,25 +161,21 @@ def make_state(
     past = {"epoch": [*range(1, epoch + 1)], "step": [steps * n for n in range(1, epoch + 1)]}
     history = {**dict.fromkeys(HISTORY, [math.nan] * epoch), **past}
     state = training.capture()
-    if (momenta := find_momenta(published.get("optimizer"), model)) and flags.optimizer == "SGD":
+    if momenta and flags.optimizer == "SGD":
         state["optimizer"]["state"] = momenta
     elif epoch:
         print("optimizer state omitted, because it does not fit the network: momentum starts at 0")
     return {**state, "history": history}
 
 
-def find_momenta(optimizer: Any, model: nn.Module) -> dict[int, dict[str, Tensor]]:
-    """Return the momentum buffer of each parameter by index, or {} unless all of them fit."""
-    parameters = list(model.parameters())
+def save_new(state: dict[str, Any], out: Path) -> None:
+    """Write a checkpoint into a new folder; after an error there is no folder."""
+    out.mkdir(parents=True)
     try:
-        keys = [key for group in optimizer["param_groups"] for key in group["params"]]
-        momenta = [optimizer["state"][key]["momentum_buffer"] for key in keys]
-        shapes = [(momentum.shape, momentum.dtype) for momentum in momenta]
-    except (TypeError, KeyError, AttributeError):
-        return {}
-    if shapes != [(parameter.shape, parameter.dtype) for parameter in parameters]:
-        return {}
-    return {number: {"momentum_buffer": momentum} for number, momentum in enumerate(momenta)}
+        save_checkpoint(state, out)
+    except BaseException:
+        shutil.rmtree(out)
+        raise
 
 
 if __name__ == "__main__":

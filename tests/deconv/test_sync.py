@@ -13,7 +13,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from deconv import Delinear, FastDeconv, batch_share, convert, recalibrate
+from deconv import Delinear, FastDeconv, batch_share, convert, published, recalibrate
 from deconv.sync import find_share
 from tests.pairwise import loop_over
 
@@ -78,6 +78,11 @@ def train(layer, share, forward=None):
         loss(outputs[-1], share).backward()
     by_image = [y.detach() for y in outputs] + [x.grad for x in inputs]
     return by_image, gradients(layer), buffers(layer)
+
+
+def train_published(share):
+    torch.manual_seed(0)
+    return train(published.NormalizedDeconv(4, 6, 3, block=2, sync=True).double(), share)
 
 
 def train_alone(share):
@@ -277,6 +282,7 @@ def experiments(share, rank):
     with batch_share(share.start, IMAGES):
         return outside | {
             "train": {case: train(build(case), share) for case in CASES},
+            "train published": train_published(share),
             "train alone": train_alone(share),
             "messages alone": sent(lambda: train_alone(share)),
             "messages": {case: messages(case, share) for case in CASES},
@@ -371,6 +377,16 @@ def test_ranks_equal_one_with_the_whole_batch(found):
         expect(total([part[1] for part in parts]), gradient)
         for part in parts:
             expect(part[2], statistics)
+
+
+def test_ranks_of_the_published_layer_with_sync_equal_one_with_the_whole_batch(found):
+    by_image, gradient, statistics = train_published(WHOLE)
+    parts = [part["train published"] for part in found]
+    together = [torch.cat(shares) for shares in zip(*(part[0] for part in parts), strict=True)]
+    close(together, by_image)
+    close(total([part[1] for part in parts]), gradient)
+    for part in parts:
+        close(part[2], statistics)
 
 
 def test_two_forwards_and_one_backward_under_ddp_equal_one_process(found):
