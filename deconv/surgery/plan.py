@@ -108,7 +108,7 @@ class Plan(tuple[Row, ...]):
         lost = any(row.action == REPLACED for row in norms)
         plain = [row for row in self if row.ends_model and row.layer is None]
         if lost and plain:
-            foreign = any(type(row.module) is not nn.Linear for row in plain)
+            foreign = any(not _is_plain_linear(row.module) for row in plain)
             remedy = "as an nn.Linear of torch" if foreign else "linear=True"
             return (
                 f"Whiten {' and '.join(row.name for row in plain)} as well, {remedy}: "
@@ -300,7 +300,7 @@ def _plan_convolution(name: str, conv: _ConvNd, options: Mapping[str, Any]) -> R
 
 def _plan_linear(row: Row, options: Mapping[str, Any]) -> Row:
     linear = row.module
-    if type(linear) is not nn.Linear:
+    if not _is_plain_linear(linear):
         return replace(row, action=SKIPPED, reason=_explain_class(linear, "an nn.Linear"))
     if reason := _find_obstacle(linear):
         return replace(row, action=SKIPPED, reason=reason)
@@ -308,6 +308,12 @@ def _plan_linear(row: Row, options: Mapping[str, Any]) -> Row:
     like = {"device": "meta", "dtype": linear.weight.dtype}
     make: Any = Delinear
     return _replace(row.name, linear, make(*shape, **options, **like))
+
+
+def _is_plain_linear(module: nn.Module) -> bool:
+    """Return True for the linear layer of torch, or of timm, whose forward is the same."""
+    kind = type(module)
+    return kind is nn.Linear or (kind.__module__, kind.__name__) == ("timm.layers.linear", "Linear")
 
 
 def _find_obstacle(module: _ConvNd | nn.Linear) -> str:

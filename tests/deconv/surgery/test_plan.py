@@ -9,7 +9,7 @@ from torch.ao.quantization import default_qat_qconfig
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, prune
 
-from deconv import FastDeconv3d, convert, plan
+from deconv import Delinear, FastDeconv3d, convert, plan
 from tests.deconv.surgery.helpers import (
     PreActivation,
     actions,
@@ -177,10 +177,19 @@ def test_the_printed_plan_matches_what_convert_does():
 
 
 class ForeignLinear(nn.Linear):
-    """A linear layer with a forward of its own, as the classifiers of timm."""
+    """A linear layer with a forward of its own."""
 
     def forward(self, x):
         return nn.functional.linear(x, self.weight, self.bias)
+
+
+def test_classifiers_of_timm_are_whitened():
+    linear = pytest.importorskip("timm.layers.linear").Linear
+    model = Norms(nn.BatchNorm2d, 3, linear)
+    model(torch.randn(8, 3, 8, 8))
+    new, images = convert(model, pretrained=True), torch.randn(2, 3, 8, 8)
+    assert type(new[-1]) is Delinear
+    torch.testing.assert_close(new.eval()(images), model.eval()(images), rtol=1e-4, atol=1e-5)
 
 
 class Norms(nn.Sequential):
