@@ -8,6 +8,11 @@ differ. Each difference is undone such that the outputs in evaluation stay the s
 - A BatchNorm behind a deconvolution, in shortcuts for ImageNet, is folded into the convolution.
 - A bias before a BatchNorm is subtracted from its mean.
 - The DenseNets for small images put the new channels of a layer first, ours put them last.
+
+Two differences remain, and these checkpoints are refused. A DenseNet for small images whitens its
+channels in another order. A published layer whose channels the block does not divide takes their
+greatest common divisor, 32 of 96 with blocks of 64, where ours takes 48: this concerns DenseNets,
+which are converted if they were trained with blocks of 32, by --num-groups 32.
 """
 
 from __future__ import annotations
@@ -33,11 +38,11 @@ PUBLISHED = {
     "num_groups": ("--num-groups", "64"),
     "rows_per_feature": ("--rows-per-feature", "0"),
 }
-# Newton-Schulz steps of a first layer that is frozen in turn, on colour images.
+# Newton-Schulz steps of the first layer in networks that freeze it, on colour images.
 STEM_ITER = {"vgg": 15, "preact": 10, "senet": 15, "large": 15}
 
 # Family -> the first part of each layer's name, then all other parts, in the order of our networks.
-# Numbers count up. Without a channel_deconv or deconv1 nothing stands before the linear layer.
+# Numbers count up.
 _STAGES = "conv1 bn1 layer1 layer2 layer3 layer4 deconv1 linear fc"
 _DENSE = "conv1 dense1 trans1 dense2 trans2 dense3 trans3 dense4 bn channel_deconv linear"
 _DENSE_FEATURES = "conv0 norm0 denseblock1 transition1 denseblock2 transition2 denseblock3"
@@ -70,7 +75,7 @@ def read_layers(state: dict[str, Tensor], optimizer: Any) -> Layers:
             if type(value) is Tensor and value.shape == layers[name][tensor].shape:
                 layers[name][f"{MOMENTUM}{tensor}"] = value
     except (TypeError, KeyError, AttributeError, ValueError):
-        pass  # of another optimizer; the momentum of all layers or of some is missing
+        pass  # the state of another optimizer: no momenta
     return layers
 
 
@@ -165,7 +170,7 @@ def _sort_layers(family: str, layers: Layers) -> Layers:
 
 
 def _undo_differences(family: str, layers: Layers) -> tuple[Layers, list[str]]:
-    """Merge layers that our network has not, and sort channels; return names of folded layers."""
+    """Merge layers that our network lacks, and sort channels; return the names of folded layers."""
     merged: Layers = {}
     folded, pending, previous = [], {}, ""
     for name, found in layers.items():
