@@ -52,7 +52,7 @@ def built(tmp_path_factory):
     pytest.importorskip("build")
     source, folder = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("dist")
     for name in run("git", "ls-files", "-co", "--exclude-standard", cwd=ROOT).splitlines():
-        if (ROOT / name).exists():
+        if (ROOT / name).is_file():
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(ROOT / name, source / name)
     command = ("build", "--no-isolation", "--outdir", str(folder), str(source))
