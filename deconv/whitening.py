@@ -17,7 +17,7 @@ from .input_norm import InputNorm, NormalizedLayer
 from .ops.blocks import Blocks
 from .ops.covariance import Statistics, centre_rows, mean_and_covariance
 from .ops.fold import fold
-from .ops.inverse_sqrt import MAX_STEPS, inverse_sqrt
+from .ops.inverse_sqrt import MAX_STEPS, MAX_STEPS_FROM_ROWS, inverse_sqrt
 from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
 from .ops.patches import Patches, PatchGrid, Sampling, sample
 from .ops.precision import autocasts, full_precision
@@ -252,9 +252,10 @@ class Whitening(Freezing):
     def _has_few_rows(self, patches: Patches) -> bool:
         """Return True if Newton-Schulz is cheaper from rows than from the covariance."""
         newton = self.axes == ("joint",) and self.root == "newton"
+        few_steps = self.n_iter <= MAX_STEPS_FROM_ROWS
         on_grid = isinstance(patches.sampling, PatchGrid)
         rows = patches.samples * self.blocks.sharing
-        return newton and on_grid and 0 < 2 * rows < self.blocks.features
+        return newton and few_steps and on_grid and 0 < 2 * rows < self.blocks.features
 
     def running_patch_mean(self) -> Tensor | None:
         """Return the running mean of patches, (C*T,), or None."""

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+import deconv.whitening
 from deconv import Delinear, FastDeconv
-from deconv.ops.inverse_sqrt import inverse_sqrt
+from deconv.ops.inverse_sqrt import MAX_STEPS_FROM_ROWS, inverse_sqrt
 
 
 @pytest.fixture(autouse=True)
@@ -36,6 +37,16 @@ def test_few_rows_leave_the_covariance_that_many_do():
     few, many = Delinear(40, 2, block=40), Delinear(40, 2, block=40)
     few(x), many(x.repeat(12, 1))
     torch.testing.assert_close(few.running_cov_joint, many.running_cov_joint)
+
+
+def test_rows_are_gathered_only_for_a_root_that_uses_them(monkeypatch):
+    gathered, gather = [], deconv.whitening.centre_rows
+    monkeypatch.setattr(
+        deconv.whitening, "centre_rows", lambda *args: gathered.append(args) or gather(*args)
+    )
+    for n_iter in (MAX_STEPS_FROM_ROWS, MAX_STEPS_FROM_ROWS + 1):
+        Delinear(40, 2, n_iter=n_iter)(torch.randn(7, 40))
+    assert len(gathered) == 1
 
 
 def test_input_of_other_features_is_refused_before_it_counts():
