@@ -126,6 +126,8 @@ class Convolution(Whitening):
             freeze_iter=freeze_iter,
         )
 
+    __init__.__qualname__ = "FastDeconv.__init__"  # shown in TypeErrors about its arguments
+
     def forward(self, input: Tensor) -> Tensor:  # named as in torch
         """Whiten the patches and apply the kernel, as one convolution with a folded weight."""
         if isinstance(input, fx.Proxy):

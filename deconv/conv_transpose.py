@@ -77,6 +77,8 @@ class _Transposed(Convolution):
             output_padding = (output_padding,) * len(self.kernel_size)
         self.output_padding = tuple(output_padding)
 
+    __init__.__qualname__ = "FastDeconvTranspose.__init__"  # shown in TypeErrors
+
     def forward(self, input: Tensor, output_size: list[int] | None = None) -> Tensor:
         """Whiten the patches of x and apply the kernel, by one transposed convolution."""
         if isinstance(input, fx.Proxy):

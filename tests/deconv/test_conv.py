@@ -346,10 +346,12 @@ def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
 
 
 @loop_over("name", [name for name in deconv.__all__ if name.startswith("FastDeconv")])
-def test_unknown_arguments_are_named(name):
+def test_unknown_and_missing_arguments_are_named_with_the_layer(name):
     kind = getattr(deconv, name)
-    with pytest.raises(TypeError, match=r"Convolution.__init__\(\) got .*'bloc'"):
+    with pytest.raises(TypeError, match=r"FastDeconv.*__init__\(\) got .*'bloc'"):
         kind(4, 8, 3, bloc=2)
+    with pytest.raises(TypeError, match=r"FastDeconv.*__init__\(\) missing .*'kernel_size'"):
+        kind(4, 8)
     assert kind(4, 8, 3, block=2, device="meta", dtype=torch.float32).weight.is_meta
 
 

@@ -5,6 +5,7 @@ import math
 import os
 import subprocess
 import sys
+import threading
 from functools import partial
 from pathlib import Path
 
@@ -225,6 +226,15 @@ def test_console_has_a_line_per_epoch_and_with_msg_one_per_batch(tmp_path, capsy
     assert len([line for line in out.splitlines() if line.startswith("epoch 1 batch ")]) == 12
     assert len([line for line in out.splitlines() if line.startswith("epoch 1/1 ")]) == 1
     assert err == ""  # no bar where there is no terminal
+
+
+def test_a_run_in_a_thread_takes_no_signals(tmp_path):
+    """Python refuses signal handlers outside the main thread."""
+    line = f"--dataset digits --arch simple_v2 --max-steps 1 -j 1 {QUIET} --run-dir {tmp_path}"
+    thread = threading.Thread(target=main.main, args=(line.split(),))
+    thread.start()
+    thread.join()
+    assert (tmp_path / "summary.json").exists()
 
 
 def test_same_seed_same_result_and_another_seed_another(tmp_path):

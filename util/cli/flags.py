@@ -215,7 +215,7 @@ def add_output_flags(parser: Parser) -> None:
     add = parser.add_group("output")
     text = """write runs to DIR/<dataset>-<arch>-<kind>/<time>/ and cached dataset statistics to
         DIR"""
-    default = "./runs, or the parent of the run's folder"
+    default = "./runs, or the folder above those of the resumed run or of --run-dir"
     add("--out", text, path_name, None, default, metavar="DIR")
     add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
     text = """folder of a run to continue from its newest checkpoint, up to --epochs in total, or a

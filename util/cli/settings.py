@@ -10,6 +10,7 @@ from typing import Any
 from util.cli.flag_rules import find_fault
 from util.cli.inherited import check_unchanged, inherit_flags, load_saved
 from util.cli.script import PRESETS, Script
+from util.tracking.run_dir import find_out
 
 
 def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[str, Any] | None]:
@@ -56,7 +57,7 @@ def resolve_flags(flags: Namespace, typed: Collection[str], script: Script) -> N
         flags.bias = has_method or not flags.batchnorm
     if flags.out is None:
         run_dir = flags.run_dir or (flags.resume and Path(flags.resume).resolve().parent)
-        flags.out = str(Path(run_dir).parent) if run_dir else "./runs"
+        flags.out = str(find_out(Path(run_dir))) if run_dir else "./runs"
 
 
 def choose_layers(flags: Namespace) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from util.lock import LockHeld, take_lock
 from util.tracking.logger import BATCH_LOG_NAME
 
 LOCK_NAME = ".lock"
+STAMP = r"\d{8}-\d{6}(-\d+)?"  # name of a folder that `_create_stamped` makes
 
 
 def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
@@ -60,6 +62,11 @@ def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[st
     except LockHeld as owner:
         raise RunError(f"{run_dir}: {owner} writes a run here; choose another folder") from owner
     return run_dir, lock
+
+
+def find_out(run_dir: Path) -> Path:
+    """Return the --out of a run: the folder above name/<time>, or the parent of a --run-dir."""
+    return run_dir.parent.parent if re.fullmatch(STAMP, run_dir.name) else run_dir.parent
 
 
 def _create_stamped(parent: Path, suffix: int = 0) -> Path:

@@ -21,6 +21,7 @@ from util.tracking.logger import RunLogger
 from util.tracking.provenance import write_record
 from util.tracking.run_dir import check_unchanged, copy_previous_run, open_run_dir
 from util.training.metrics import Metrics, average_rows, peak_memory_mb
+from util.training.optim import milestone_steps
 from util.training.resume import Plan, TrainingState
 
 SKIPPED_NAME = "skipped.txt"
@@ -64,6 +65,11 @@ class Recorder:
             f"{name}, {self._constants['parameters']:,} parameters, {self._constants['device']}"
             f"{f' in {ranks} processes' if ranks > 1 else ''}, in {self.run_dir}"
         )
+        train, test = (len(loader.dataset) for loader in state.loaders)
+        print_line(
+            f"{train:,} training and {test:,} test images of {state.spec.num_classes:,} classes, "
+            f"{flags.optimizer} with lr {flags.lr:g}, {_describe_schedule(flags, plan)}"
+        )
         self.logger = RunLogger(
             self.run_dir,
             tensorboard=flags.tensorboardX,
@@ -106,7 +112,7 @@ class Recorder:
                 f"epoch {progress.epoch:{len(str(self.plan.epochs))}}/{self.plan.epochs}"
                 f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"
                 f"  test loss {test['loss']:.4f} top1 {test['top1']:5.2f}% top5 {test['top5']:.2f}%"
-                f"  lr {train['lr']:.2g}  {train['seconds'] + test['seconds']:.1f} s"
+                f"  last lr {train['lr']:.2g}  {train['seconds'] + test['seconds']:.1f} s"
             )
             memory = peak_memory_mb(self.state.accelerator.device)
             self.logger.summary({**self._constants, **progress.summary(), "peak_memory_mb": memory})
@@ -210,6 +216,19 @@ def _describe_layers(flags: Namespace) -> str:
     if getattr(flags, "method", None) is not None:
         return f"method{flags.method}"
     return f"deconv-mode{flags.mode}" if flags.deconv else "bn" if flags.batchnorm else "plain"
+
+
+def _describe_schedule(flags: Namespace, plan: Plan) -> str:
+    """Return the course of the learning rate in a few words."""
+    drop = f"times {flags.multistep_gamma:g}"
+    if flags.lr_scheduler == "cosine":
+        course = f"cosine to 0 at step {plan.total_steps}"
+    elif flags.lr_scheduler == "multistep":
+        drops = milestone_steps(flags.milestone, plan.total_steps, plan.epoch_steps)
+        course = f"{drop} at step {' and '.join(map(str, drops))}"
+    else:
+        course = f"{drop} every {flags.scheduler_step_size} epochs"
+    return f"{course}, {flags.warmup_epochs:g} epochs of warmup" if flags.warmup_epochs else course
 
 
 def _first_filters(model: nn.Module) -> tuple[Tensor | None, Tensor | None]:

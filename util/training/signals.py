@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
@@ -24,8 +25,12 @@ def never_stop() -> int:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turn the first signal within the block into a stop request; the next SIGINT kills.
 
-    SIGHUP stays ignored where it is ignored, as below nohup.
+    SIGHUP stays ignored where it is ignored, as below nohup. Python handles signals in the main
+    thread alone: in another thread no signal is a stop request.
     """
+    if threading.current_thread() is not threading.main_thread():
+        yield never_stop
+        return
     received, owner = 0, os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:

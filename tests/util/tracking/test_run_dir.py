@@ -8,13 +8,26 @@ from tests.states import make_state
 from util.checkpoint.store import load_checkpoint, save_checkpoint
 from util.errors import CheckpointError, RunError
 from util.tracking import run_dir as run_dir_module
-from util.tracking.run_dir import check_unchanged, copy_previous_run, find_run_dir, open_run_dir
+from util.tracking.run_dir import (
+    check_unchanged,
+    copy_previous_run,
+    find_out,
+    find_run_dir,
+    open_run_dir,
+)
 
 
 def test_runs_of_one_second_get_folders_of_their_own(tmp_path):
     folders = {open_run_dir(None, str(tmp_path), "digits-vgg11-bn")[0] for _ in range(3)}
     assert len(folders) == 3
     assert all(folder.is_dir() and folder.parent.name == "digits-vgg11-bn" for folder in folders)
+
+
+def test_a_resumed_run_finds_the_cached_statistics_where_it_has_written_them(tmp_path):
+    folder = tmp_path / "digits-vgg11-bn"
+    folders = {open_run_dir(None, str(tmp_path), folder.name)[0] for _ in range(2)}
+    assert {find_out(path) for path in folders} == {tmp_path}  # one name ends in -1
+    assert find_out(folder / "run") == folder
 
 
 def test_a_folder_that_holds_a_run_is_taken_for_its_own_continuation_only(tmp_path):

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from tests.pairwise import loop_over
 from tests.states import make_training
 from util.tracking.logger import read_log
 from util.training.metrics import EpochMetrics
@@ -16,8 +17,8 @@ METRICS = {"loss": 0.5, "top1": 60.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0}
 TRAIN = {**METRICS, "steps": 2, "images": 8}
 
 
-def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None):
-    flags = Namespace(
+def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None, **changes):
+    flags = dict(
         out=str(tmp_path),
         resume=None,
         print_freq=print_freq,
@@ -29,7 +30,15 @@ def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None):
         method=None,
         deconv=False,
         batchnorm=True,
+        optimizer="SGD",
+        lr=0.1,
+        lr_scheduler="cosine",
+        milestone=[0.4],
+        multistep_gamma=0.2,
+        scheduler_step_size=30,
+        warmup_epochs=0.0,
     )
+    flags = Namespace(**flags | changes)
     training = make_training(model or nn.Linear(2, 2))
     plan = Plan(2, 2 * epochs, 1)
     return Recorder(flags, None, tmp_path / "run", training, plan)
@@ -89,15 +98,32 @@ def test_with_msg_every_batch_is_a_line(tmp_path, capsys):
     assert capsys.readouterr().out == "epoch 1 batch 1  loss 0.5000  top1 60.00%  lr 0.1\n"
 
 
+@loop_over(
+    ("changes", "schedule"),
+    [
+        ({}, "cosine to 0 at step 20"),
+        ({"lr_scheduler": "multistep"}, "times 0.2 at step 8 and 16"),
+        (
+            {"lr_scheduler": "step", "warmup_epochs": 0.5},
+            "times 0.2 every 30 epochs, 0.5 epochs of warmup",
+        ),
+    ],
+)
+def test_the_start_names_images_classes_and_learning_rate(tmp_path, capsys, changes, schedule):
+    open_recorder(tmp_path, **changes).close()
+    start = "20 training and 20 test images of 2 classes, SGD with lr 0.1, "
+    assert capsys.readouterr().out.splitlines()[1] == start + schedule
+
+
 def test_an_epoch_is_a_line_and_the_end_names_the_best_epoch_and_the_folder(tmp_path, capsys):
     recorder = open_recorder(tmp_path)
     run_epoch(recorder)
     recorder.finished()
     recorder.close()
-    _, epoch, end = capsys.readouterr().out.splitlines()
+    _, _, epoch, end = capsys.readouterr().out.splitlines()
     assert epoch == (
         "epoch  1/10  train loss 0.5000 top1 60.00%  test loss 0.5000 top1 60.00% top5 90.00%"
-        "  lr 0.1  4.0 s"
+        "  last lr 0.1  4.0 s"
     )
     best = "best test top1 60.00% in epoch 1"
     assert end == f"finished 2 steps in 4.0 s, {best}: {tmp_path / 'run'}"
