@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import copy
 from typing import Any, SupportsFloat
 from weakref import WeakKeyDictionary
@@ -422,10 +422,12 @@ class Whitening(Freezing):
     ) -> None:
         """Load a state_dict, published ones included, and keep statistics at least float32.
 
-        Published statistics that the layer cannot reproduce are an error even with strict=False.
+        Statistics that the layer cannot reproduce, or that are incomplete, are an error even with
+        strict=False.
         """
         try:
             self.read_statistics(state_dict, prefix)
+            require_all_statistics(self, state_dict, prefix)
         except ValueError as error:
             errors.append(f"{prefix[:-1] or 'the layer'} ({type(self).__name__}): {error}")
             return
@@ -462,6 +464,20 @@ class Whitening(Freezing):
             + ("" if self.track_running_stats else ", track_running_stats=False")
             + ("" if self.input_norm == "none" else f", input_norm={self.input_norm}")
             + (f", freeze=True, freeze_iter={self.freeze_iter}" if self.freeze else "")
+        )
+
+
+def require_all_statistics(layer: nn.Module, state_dict: Mapping[str, Any], prefix: str) -> None:
+    """Raise ValueError if a state_dict contains some running statistics of a layer, but not all."""
+    names = [
+        name for name, buffer in layer.named_buffers(recurse=False) if name.startswith("running_")
+    ]
+    missing = [name for name in names if prefix + name not in state_dict]
+    if missing and len(missing) < len(names):
+        found = ", ".join(name for name in names if name not in missing)
+        raise ValueError(
+            f"the checkpoint has {found} without {', '.join(missing)}: load all running "
+            "statistics, or remove them all"
         )
 
 

@@ -13,6 +13,7 @@ from ..ops.covariance import mean_and_covariance, move_centre
 from ..ops.inverse_sqrt import inverse_sqrt
 from ..ops.patches import PatchGrid, sample
 from ..ops.precision import full_precision
+from ..whitening import require_all_statistics
 
 
 class ChannelDeconv(nn.Module):
@@ -129,14 +130,30 @@ class ChannelDeconv(nn.Module):
         self.num_batches_tracked += 1
 
     def _load_from_state_dict(
-        self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        metadata: dict[str, Any],
+        strict: bool,
+        missing: list[str],
+        unexpected: list[str],
+        errors: list[str],
     ) -> None:
-        """Load a state_dict; reshape statistics whose number of elements fits."""
+        """Load a state_dict; reshape statistics whose number of elements fits.
+
+        Incomplete statistics are an error even with strict=False.
+        """
+        try:
+            require_all_statistics(self, state_dict, prefix)
+        except ValueError as error:
+            errors.append(f"{prefix[:-1] or 'the layer'} (ChannelDeconv): {error}")
+            return
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and buffer is not None and value.numel() == buffer.numel():
                 state_dict[prefix + name] = value.reshape(buffer.shape)
-        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+        report = (strict, missing, unexpected, errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, *report)
 
     def extra_repr(self) -> str:
         return f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"

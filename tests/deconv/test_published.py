@@ -536,6 +536,27 @@ def test_published_checkpoints_that_a_layer_cannot_equal_are_refused(old, new, r
             new().load_state_dict(dict(state), strict=strict)
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        published.FastDeconv(4, 6, 3),
+        published.FastDeconv2019(4, 6, 3, num_groups=4),
+        published.ChannelDeconv(4),
+        deconv.FastDeconv(4, 6, 3),
+        deconv.Delinear(4, 6),
+    ],
+    ids=lambda layer: f"{type(layer).__module__}.{type(layer).__name__}",
+)
+def test_incomplete_running_statistics_are_refused_without_strict_too(layer):
+    for lost in [name for name in layer.state_dict() if name.startswith("running_")]:
+        state = layer.state_dict()
+        del state[lost]
+        with pytest.raises(RuntimeError, match=f"without {lost}|no running_mean"):
+            layer.load_state_dict(state, strict=False)
+    weights = {name: p for name, p in layer.state_dict().items() if "running" not in name}
+    layer.load_state_dict(weights, strict=False)
+
+
 def test_published_statistics_load_under_either_name_and_into_a_frozen_layer():
     state = train(published.FastDeconv(4, 6, 3), doubles(4, 9, 9)).state_dict()
     other = published.NormalizedDeconv(4, 6, 3, freeze=True)
