@@ -10,6 +10,7 @@ import numpy as np
 
 from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, channel_statistics, make_split
+from util.data.preprocessing import describe_preprocessing
 
 DIGITS_TEST = 360  # of 1797 images, a fifth of every class
 DIGIT_NAMES = tuple("0123456789")
@@ -34,7 +35,8 @@ class EmbeddedSet:
 
     def load(self, name: str, image_size: int) -> tuple[DataSpec, Split, Split]:
         """Return the splits at `image_size`, with channel statistics of the training images."""
-        train, test = (make_split(*part, image_size) for part in self.read())
+        preprocessing = describe_preprocessing(name, image_size)
+        train, test = (make_split(*part, preprocessing) for part in self.read())
         mean, std = channel_statistics(train.source)
         return DataSpec(name, len(mean), image_size, self.classes, mean, std), train, test
 

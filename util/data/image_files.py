@@ -20,8 +20,8 @@ from util.errors import BadImage, DataError
 # Some images of ImageNet have a corrupt EXIF header and sound pixels.
 warnings.filterwarnings("ignore", "((Possibly c)|C)orrupt EXIF data", UserWarning)
 
-# (RGB image of any size, image_size, epoch, index) -> (image_size, image_size)
-Transform = Callable[[Image.Image, int, int, int], Image.Image]
+# (image of any size, epoch, index) -> square image of the size of `ImageFiles`
+Transform = Callable[[Image.Image, int, int], Image.Image]
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,10 @@ class ImageFiles:
     Attributes:
         paths: of the files, as text or as bytes.
         image_size: side of the returned images, in pixels.
-        transform: resize_whole, centre_crop, or random_crop with a seed.
+        transform: a `Preprocessing`, or random_crop with a size and a seed.
         skip: True reports bad images in `Pixels.bad`. False raises.
         min_size: a large JPEG may be decoded at a fraction of its size, at least `min_size` pixels.
+        colour: "RGB" or "L" (grey).
     """
 
     paths: Sequence[str] | np.ndarray
@@ -41,6 +42,7 @@ class ImageFiles:
     transform: Transform
     skip: bool = False
     min_size: int | None = None
+    colour: str = "RGB"
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -52,7 +54,8 @@ class ImageFiles:
             BadImage: a file cannot be decoded, and `skip` is False.
             DataError: a file cannot be read.
         """
-        images = torch.empty(len(index), 3, self.image_size, self.image_size, dtype=torch.uint8)
+        shape = len(index), len(self.colour), self.image_size, self.image_size  # N C H W
+        images = torch.empty(shape, dtype=torch.uint8)
         count, bad = 0, {}
         for e, i in zip(epoch.tolist(), index.tolist(), strict=True):
             path = os.fsdecode(self.paths[i])
@@ -63,7 +66,8 @@ class ImageFiles:
                     raise
                 bad[i] = path
                 continue
-            image = self.transform(image, self.image_size, e, i)
+            image = image if image.mode == self.colour else image.convert(self.colour)
+            image = self.transform(image, e, i)
             images[count] = functional.pil_to_tensor(image)
             count += 1
         return Pixels(images[:count], bad)
@@ -101,19 +105,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def resize_whole(image: Image.Image, image_size: int, epoch: int, index: int) -> Image.Image:
-    """Resize the whole image; the aspect may change."""
-    return image.resize((image_size, image_size), Image.Resampling.BILINEAR)
-
-
-def centre_crop(image: Image.Image, image_size: int, epoch: int, index: int) -> Image.Image:
-    """Resize the shorter side to 256/224 of `image_size`, then crop the centre."""
-    image = functional.resize(image, [round(image_size / 224 * 256)])
-    return functional.center_crop(image, [image_size])
-
-
 def random_crop(
-    image: Image.Image, image_size: int, epoch: int, index: int, *, seed: int
+    image: Image.Image, epoch: int, index: int, *, image_size: int, seed: int
 ) -> Image.Image:
     """Crop a box of 8 to 100 % of the image and resize the box, see `random_box`."""
     box = random_box(*image.size, seed, epoch, index)

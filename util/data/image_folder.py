@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.image_files import ImageFiles, Transform, resize_whole
+from util.data.image_files import ImageFiles, Transform
 from util.data.images import DataSpec, Split, Statistics, channel_statistics, load_into_memory
 from util.data.loader import LoaderOptions
+from util.data.preprocessing import describe_preprocessing
 from util.errors import DataError
 from util.files import atomic_write
 
@@ -47,9 +48,10 @@ def load_folder(
     """
     listings = list_splits(root, ("train",), ("test", "val"))
     image_size, threads = options.image_size, max(1, options.num_workers)
-    splits = []
+    preprocessing, splits = describe_preprocessing("folder", image_size), []
     for listing in listings:
-        source, targets = open_split(listing, options, resize_whole, min_size=2 * image_size)
+        min_size = preprocessing.min_size
+        source, targets = open_split(listing, options, preprocessing, min_size=min_size)
         splits.append(Split(load_into_memory(source, threads), targets))
     cache = cache_dir / f"channel-statistics-{digest_files(listings[0], image_size)}.json"
     statistics = read_statistics(cache)

@@ -10,10 +10,11 @@ import numpy as np
 import torch
 
 from util.data.augment import Augmentation
-from util.data.image_files import centre_crop, random_crop
+from util.data.image_files import random_crop
 from util.data.image_folder import list_splits, open_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, LoaderOptions
+from util.data.preprocessing import describe_preprocessing
 from util.data.sampler import random_words
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of the training images of ImageNet
@@ -43,11 +44,13 @@ def build_imagenet_loaders(
     splits = [("val", "test")] if test_only else [("train",), ("val", "test")]
     *train_listings, test_listing = list_splits(root, *splits)
     spec = DataSpec("imagenet", 3, options.image_size, tuple(test_listing.classes), MEAN, STD)
-    split = open_split(test_listing, options, centre_crop)
+    preprocessing = describe_preprocessing(spec.name, spec.image_size)
+    split = open_split(test_listing, options, preprocessing)
     test = ImageLoader(spec, split, options, train=False)
     if test_only:
         return spec, None, test
-    split = open_split(train_listings[0], options, partial(random_crop, seed=options.seed))
+    crop = partial(random_crop, image_size=options.image_size, seed=options.seed)
+    split = open_split(train_listings[0], options, crop)
     flip = Augmentation(flip=True)
     return spec, ImageLoader(spec, split, options, train=True, augmentation=flip), test
 

@@ -11,9 +11,9 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional
 
 from util.console import progress_bar
+from util.data.preprocessing import Preprocessing
 from util.errors import DataError
 
 MEMORY_BUDGET = 2**30  # bytes of uint8 pixels that a split may hold in memory
@@ -83,12 +83,12 @@ def is_good(index: np.ndarray, bad: dict[int, str]) -> np.ndarray:
 class InMemory:
     """Images in memory, (size, C, H, W) uint8. The rows of `bad` images are undefined.
 
-    With `image_size`, a read resizes the square images (bilinear, antialiased).
+    With `preprocessing`, a read resizes the images.
     """
 
     images: Tensor
     bad: dict[int, str] = field(default_factory=dict)
-    image_size: int | None = None
+    preprocessing: Preprocessing | None = None
 
     def __len__(self) -> int:
         return len(self.images)
@@ -96,8 +96,8 @@ class InMemory:
     def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
         good = is_good(index, self.bad)
         images = self.images[torch.from_numpy(index[good])]
-        if self.image_size is not None:
-            images = functional.resize(images, [self.image_size] * 2, antialias=True)
+        if self.preprocessing is not None:
+            images = self.preprocessing(images)
         return Pixels(images, {i: self.bad[i] for i in index[~good].tolist()})
 
 
@@ -149,21 +149,21 @@ def channel_statistics(source: Source, threads: int = 1) -> Statistics:
 
 
 def make_split(
-    data: np.ndarray | Tensor, targets: np.ndarray | Tensor | list[int], image_size: int
+    data: np.ndarray | Tensor,
+    targets: np.ndarray | Tensor | list[int],
+    preprocessing: Preprocessing,
 ) -> Split:
-    """Return images in memory, at `image_size`, and their targets (N,).
+    """Return images in memory, at the size of the network's input, and their targets (N,).
 
-    Images are uint8 (N, H, W), (N, H, W, 3) or (N, C, H, W). Images of 28 x 28 pixels are first
-    padded to 32 with black. Images of another size than `image_size` are resized.
+    Images are uint8 (N, H, W), (N, H, W, 3) or (N, C, H, W). Images of another size are
+    preprocessed.
     """
     images = torch.as_tensor(data)
     if images.ndim == 3:
         images = images[:, None]
     elif images.shape[-1] == 3:
         images = images.permute(0, 3, 1, 2)
-    if images.shape[-1] == 28:
-        images = functional.pad(images, [2])
     source = InMemory(images.contiguous())
-    if images.shape[-1] != image_size:
-        source = load_into_memory(replace(source, image_size=image_size))
+    if images.shape[-1] != preprocessing.crop:
+        source = load_into_memory(replace(source, preprocessing=preprocessing))
     return Split(source, torch.as_tensor(targets, dtype=torch.int64))

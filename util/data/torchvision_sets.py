@@ -10,6 +10,7 @@ from torchvision import datasets
 from util.data.archives import DatasetClass, download, find_damaged, list_archives
 from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, make_split
+from util.data.preprocessing import describe_preprocessing
 from util.errors import DataError
 
 STL10_NAMES = ("airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck")
@@ -39,10 +40,10 @@ class TorchvisionSet:
         """Read both splits, with images of side `image_size`; see `open_parts`."""
         parts = open_parts(name, self.dataset, root, mirror)
         classes = self.classes or tuple(parts[0].classes)
-        splits = []
+        preprocessing, splits = describe_preprocessing(name, image_size), []
         for part_name, part in zip(("train", "test"), parts, strict=True):
             targets = part.labels if hasattr(part, "labels") else part.targets
-            split = make_split(part.data, targets, image_size)
+            split = make_split(part.data, targets, preprocessing)
             if fault := find_label_fault(split, len(classes)):
                 folder = find_folder(self.dataset, root)
                 raise DataError(f"{name}, {part_name}, in {folder}: {fault}")

@@ -7,17 +7,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import ExifTags, Image
-from torchvision.transforms import v2
 
 from util.data.augment import random_box
-from util.data.image_files import (
-    ImageFiles,
-    centre_crop,
-    open_image,
-    random_crop,
-    resize_whole,
-    to_rgb,
-)
+from util.data.image_files import ImageFiles, open_image, random_crop, to_rgb
+from util.data.preprocessing import describe_preprocessing
 from util.errors import BadImage, DataError
 
 SIDE = 40
@@ -28,7 +21,8 @@ def noise(width, height):
     return Image.fromarray(rng.integers(0, 256, (height, width, 3), np.uint8))
 
 
-def read(paths, size=32, transform=resize_whole, epoch=0, index=None, **options):
+def read(paths, size=32, transform=None, epoch=0, index=None, **options):
+    transform = transform or describe_preprocessing("folder", size)
     index = np.arange(len(paths)) if index is None else np.array(index)
     files = ImageFiles([str(path) for path in paths], size, transform, **options)
     return files.read(np.full_like(index, epoch), index)
@@ -156,26 +150,18 @@ def test_paths_of_any_bytes_are_found(tmp_path):
     assert read([path]).images.shape == (1, 3, 32, 32)
 
 
-def test_the_centre_crop_is_that_of_torchvision():
-    for width, height in [(500, 375), (300, 420), (90, 33), (256, 256)]:
-        published = v2.Compose([v2.Resize(256), v2.CenterCrop(224)])
-        image = noise(width, height)
-        assert np.array_equal(centre_crop(image, 224, 0, 0), published(image))
-        assert centre_crop(image, 96, 0, 0).size == (96, 96)
-
-
 def test_the_random_crop_is_its_box_resized():
     image = noise(90, 70)
     top, left, height, width = random_box(90, 70, 3, 1, 5)
     box = image.crop((left, top, left + width, top + height))
     expected = box.resize((48, 48), Image.Resampling.BILINEAR)
-    assert np.array_equal(random_crop(image, 48, 1, 5, seed=3), expected)
+    assert np.array_equal(random_crop(image, 1, 5, image_size=48, seed=3), expected)
 
 
 def test_a_random_crop_depends_on_seed_epoch_and_index_alone(tmp_path):
     noise(90, 70).save(tmp_path / "x.png")
     paths = [tmp_path / "x.png"] * 3
-    views = [partial(random_crop, seed=seed) for seed in (0, 1)]
+    views = [partial(random_crop, image_size=32, seed=seed) for seed in (0, 1)]
     whole = read(paths, transform=views[0], epoch=2).images
     assert torch.equal(read(paths, transform=views[0], epoch=2, index=[2, 0]).images, whole[[2, 0]])
     for other in (

@@ -84,7 +84,7 @@ def test_training_images_are_random_crops_half_of_them_mirrored(root):
         order = [index for batch in train.batch_sampler for _, index in batch]
         for image, index in zip(images, order, strict=True):
             with Image.open(files[index]) as file:
-                expected = normalised(random_crop(file, 32, epoch, index, seed=7))
+                expected = normalised(random_crop(file, epoch, index, image_size=32, seed=7))
             flipped = torch.allclose(image, expected.flip(-1), atol=1e-5)
             assert flipped or torch.allclose(image, expected, atol=1e-5)
             mirrored += flipped

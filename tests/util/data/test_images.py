@@ -4,6 +4,7 @@ import torch
 
 from util.data import images
 from util.data.images import InMemory, Pixels, channel_statistics, load_into_memory
+from util.data.preprocessing import describe_preprocessing
 from util.errors import BadImage, DataError
 
 IMAGES = torch.arange(600 * 3 * 4 * 4).remainder(251).to(torch.uint8).reshape(600, 3, 4, 4)
@@ -66,7 +67,9 @@ def test_a_source_held_in_memory_reads_as_before_bad_images_too():
 
 
 def test_resized_images_have_the_size_asked_for():
-    resized = InMemory(torch.full((5, 1, 8, 8), 9, dtype=torch.uint8), {0: "x"}, 32)
+    preprocessing = describe_preprocessing("digits", 32, in_channels=1)
+    images = torch.full((5, 1, 8, 8), 9, dtype=torch.uint8)
+    resized = InMemory(images, {0: "x"}, preprocessing)
     images, bad = read(resized, 4, 0, 1)
     assert torch.equal(images, torch.full((2, 1, 32, 32), 9).byte()) and bad == {0: "x"}
     assert read(resized).images.shape == (0, 1, 32, 32)
