@@ -13,6 +13,7 @@ from models import (
     IMAGENET_ARCHITECTURES,
     build_imagenet_model,
     calibrate,
+    count_pretrained_classes,
     describe_imagenet_architectures,
     make_layers,
     model_hooks,
@@ -63,10 +64,8 @@ def build_script() -> Script:
     parser = Parser("main_imagenet.py", description, flags.IMAGENET_EXAMPLES)
     names = IMAGENET_ARCHITECTURES
     add = flags.add_network_flags(parser, names, describe_imagenet_architectures, "resnet18", None)
-    text = (
-        "start from the pretrained weights of torchvision or timm; with --deconv True, calibrate "
-    )
-    text += f"them on the first {CALIBRATION_BATCHES} training batches"
+    text = f"""start from the pretrained weights of torchvision or timm, for any number of classes;
+        with --deconv True, calibrate them on the first {CALIBRATION_BATCHES} training batches"""
     add("--pretrained", text, str2bool, False)
     flags.add_deconv_flags(parser, final_block=32)
     flags.add_imagenet_flags(parser)
@@ -114,7 +113,7 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
     """Build the model that the flags describe."""
     try:
-        return build_imagenet_model(
+        model = build_imagenet_model(
             flags.arch,
             make_layers(**choose_layers(flags)),
             num_classes=spec.num_classes,
@@ -127,6 +126,25 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
         raise RunError(f"--arch {flags.arch}: {error}") from error
     except OSError as error:
         raise RunError(f"--pretrained: the weights cannot be downloaded: {error}") from error
+    if flags.pretrained and not flags.resume:
+        announce_head(flags, spec)
+    return model
+
+
+def announce_head(flags: Namespace, spec: DataSpec) -> None:
+    """Print a line if the pretrained network gets a new last layer; refuse to test it."""
+    classes = count_pretrained_classes(flags.arch)
+    if classes == spec.num_classes:
+        return
+    if flags.evaluate:
+        raise RunError(
+            f"-e --pretrained: the weights have {classes} classes, the images {spec.num_classes}; "
+            "train without -e first"
+        )
+    print_line(
+        f"pretrained weights kept except for the last layer, which is new: "
+        f"{spec.num_classes} classes instead of {classes}"
+    )
 
 
 def calibrate_weights(

@@ -10,6 +10,7 @@ CONTRIBUTING.md tells how to add a network.
 
 from __future__ import annotations
 
+from .external import count_pretrained_classes
 from .factory import Layers, calibrate, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
 from .registry import Architecture, init_weights
@@ -23,6 +24,7 @@ __all__ = [
     "build_imagenet_model",
     "build_model",
     "calibrate",
+    "count_pretrained_classes",
     "describe_architectures",
     "describe_imagenet_architectures",
     "init_weights",

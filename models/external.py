@@ -15,6 +15,7 @@ from torchvision.models import get_model, list_models
 
 from .factory import Layers
 from .registry import MIN_IMAGE_SIZE, Architecture
+from .transfer import take_weights
 
 PRETRAINED_CLASSES = 1000
 TIMM = "timm/"  # prefix of the names of timm's networks
@@ -44,6 +45,15 @@ def make_timm_entry(arch: str) -> Architecture:
     )
 
 
+def count_pretrained_classes(arch: str) -> int:
+    """Return the number of classes of the pretrained weights of torchvision or timm."""
+    if not arch.startswith(TIMM):
+        return PRETRAINED_CLASSES
+    import timm
+
+    return timm.get_pretrained_cfg(arch.removeprefix(TIMM)).num_classes
+
+
 def _build_torchvision(
     layers: Layers,
     *,
@@ -53,16 +63,22 @@ def _build_torchvision(
     pretrained: bool = False,
     download: bool = True,
 ) -> nn.Module:
-    """Build a network of torchvision without auxiliary heads."""
-    _check(name, layers, num_classes, pretrained)
-    options: dict[str, object] = {"num_classes": num_classes}
-    if name in AUXILIARY and not (pretrained and download):
-        options["init_weights"] = True  # the default, which warns unless given
+    """Build a network of torchvision without auxiliary heads.
+
+    Another number of classes than that of the pretrained weights gets a new last layer.
+    """
+    _check(name, layers)
+    options: dict[str, object] = {}
     if image_size is not None:
         square = {"input_size": (image_size, image_size)}
         options |= square if name.startswith("maxvit") else {"image_size": image_size}
+    own: dict[str, object] = {"num_classes": num_classes}
+    if name in AUXILIARY:  # init_weights=True is the default, which warns unless given
+        own |= {"init_weights": True, "transform_input": pretrained}
     try:
-        model = get_model(name, weights="DEFAULT" if pretrained and download else None, **options)
+        model = get_model(name, weights=None, **own, **options)
+        if pretrained and download:
+            take_weights(model, get_model(name, weights="DEFAULT", **options).state_dict())
     except (AssertionError, ValueError) as error:
         if image_size is None:
             raise
@@ -83,7 +99,7 @@ def _build_timm(
     download: bool = True,
 ) -> nn.Module:
     """Build a network of timm, for `image_size` if it needs to know."""
-    _check(f"{TIMM}{name}", layers, num_classes, pretrained)
+    _check(f"{TIMM}{name}", layers)
     if find_spec("timm") is None:
         raise ValueError(f"{TIMM}{name} needs timm, which is not installed: pip install timm")
     import timm  # takes seconds, and few runs need it
@@ -102,16 +118,12 @@ def _build_timm(
     return layers.adapt(model, pretrained=pretrained)
 
 
-def _check(name: str, layers: Layers, num_classes: int, pretrained: bool) -> None:
-    """Raise ValueError if the network cannot have these layers or these pretrained weights."""
+def _check(name: str, layers: Layers) -> None:
+    """Raise ValueError if the network cannot have these layers."""
     if layers.adapt is None:
         raise ValueError(
             f"{name} has layers of its own: BatchNorm can neither be omitted nor be combined with "
             "a deconvolution in the last layer"
-        )
-    if pretrained and num_classes != PRETRAINED_CLASSES:
-        raise ValueError(
-            f"pretrained weights have {PRETRAINED_CLASSES} classes, got num_classes={num_classes}"
         )
 
 

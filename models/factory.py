@@ -227,6 +227,14 @@ def _make_image_linear(linear: Maker, in_channels: int, image_size: int, out: in
     return nn.Sequential(nn.Flatten(), linear(in_channels * image_size**2, out))
 
 
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    """Return a copy with deconvolutions, in which each BatchNorm is folded into its convolution.
+
+    Outputs in evaluation stay the same, see `deconv.convert`.
+    """
+    return convert(model, pretrained=True, linear=False)
+
+
 def model_hooks() -> dict[str, Callable]:
     """Return what training must do for layers that whiten, by the attributes of `ModelHooks`."""
     return {

@@ -85,14 +85,15 @@ def build_imagenet_model(
         image_size: side of the images, in pixels. The vit and maxvit networks take exactly this
             size, all others any size from their `min_image_size`.
         pretrained: start from the weights of torchvision or timm, which are downloaded once. Only
-            for their networks with 1000 classes; deconvolution folds the BatchNorm in.
+            for their networks; deconvolution folds the BatchNorm in. If `num_classes` is not that
+            of the weights, the last layer is a new one.
         download: False builds the network of `pretrained` for the weights of a checkpoint.
         dropout_rate: probability of dropping a feature between linear layers, for vgg11d and vgg16d
             only; None: 0.5.
 
     Raises:
-        ValueError: `arch` is unknown, timm is not installed, the network does not take the layers,
-            an option or the image size, or pretrained weights have another number of classes.
+        ValueError: `arch` is unknown, timm is not installed, or the network does not take the
+            layers, an option or the image size.
         OSError: the weights cannot be downloaded.
 
     Example:

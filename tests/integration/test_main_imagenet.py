@@ -113,6 +113,26 @@ def test_pretrained_weights_are_calibrated_at_the_start_and_not_again(
     assert said not in capsys.readouterr().out
 
 
+def test_pretrained_weights_are_tuned_on_any_number_of_classes(
+    images, tmp_path, capsys, monkeypatch
+):
+    theirs = torchvision.models.resnet18()
+    weights = torchvision.models.ResNet18_Weights
+    monkeypatch.setattr(weights, "get_state_dict", lambda *_, **__: theirs.state_dict())
+    line = f"--pretrained --deconv True --epochs 1 --lr .01 --run-dir {tmp_path / 'run'}"
+    run(line, images)
+    said = "last layer, which is new: 2 classes instead of 1000\npretrained weights calibrated on"
+    assert said in capsys.readouterr().out
+    assert (
+        load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["model"]["fc.weight"].shape[0] == 2
+    )
+    told = "-e --pretrained: the weights have 1000 classes, the images 2; train without -e first"
+    assert told in refusal(capsys, "-e --pretrained", images)
+    monkeypatch.delattr(weights, "get_state_dict")  # the file is not needed again
+    run(f"--resume {tmp_path / 'run'} --epochs 2", images)
+    assert summary(tmp_path / "run")["epochs"] == 2
+
+
 def test_a_test_is_compiled_where_asked(images, tmp_path, monkeypatch):
     run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", images)
     translated = []

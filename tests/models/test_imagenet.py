@@ -1,6 +1,7 @@
 """Networks for large images: equal to torchvision's with BatchNorm, or converted from there."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,12 @@ from torch.nn import functional as F
 
 import models.external
 from deconv import Delinear, FastDeconv
-from models import IMAGENET_ARCHITECTURES, build_imagenet_model, make_layers
+from models import (
+    IMAGENET_ARCHITECTURES,
+    build_imagenet_model,
+    count_pretrained_classes,
+    make_layers,
+)
 from tests.pairwise import loop_over
 
 # Ours -> torchvision's name of it with BatchNorm, and its published number of parameters.
@@ -172,6 +178,43 @@ def test_pretrained_weights_are_kept(arch, monkeypatch):
         assert model.train()(torch.randn(2, 3, 96, 96)).shape == (2, 1000)
 
 
+@loop_over(
+    ("arch", "head", "deconv"),
+    [
+        ("squeezenet1_0", "classifier.1", False),
+        ("googlenet", "fc", False),
+        ("resnet18", "fc", True),
+    ],
+)
+def test_pretrained_weights_serve_any_number_of_classes(arch, head, deconv):
+    with pytest.MonkeyPatch.context() as patch:
+        options = {"init_weights": False} if arch == "googlenet" else {}
+        state = torchvision.models.get_model(arch, **options).state_dict()
+        weights = type(torchvision.models.get_model_weights(arch).DEFAULT)
+        patch.setattr(weights, "get_state_dict", lambda *_, **__: state)
+        model = build(arch, deconv=deconv, pretrained=True, num_classes=7)
+    rebuilt = build(arch, deconv=deconv, pretrained=True, download=False, num_classes=7)
+    named = dict(model.named_parameters())
+    assert named[f"{head}.weight"].shape[0] == 7 and named[f"{head}.weight"].std() > 0
+    others = {name for name in named if not name.startswith(head)}
+    assert deconv or all(torch.equal(named[name], state[name]) for name in others)
+    rebuilt.load_state_dict(model.state_dict())  # as a resumed run does
+    images = torch.randn(2, 3, 96, 96)
+    torch.testing.assert_close(rebuilt.eval()(images), model.eval()(images))
+
+
+def test_pretrained_weights_of_timm_serve_any_number_of_classes(monkeypatch):
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("resnet18")
+    overlay = {"state_dict": theirs.state_dict()}
+    create = partial(timm.create_model, pretrained_cfg_overlay=overlay)
+    monkeypatch.setattr(timm, "create_model", create)
+    ours = build("timm/resnet18", pretrained=True, num_classes=7).state_dict()
+    assert torch.equal(ours["layer1.0.conv1.weight"], theirs.state_dict()["layer1.0.conv1.weight"])
+    assert ours["fc.weight"].shape == (7, 512)
+    assert count_pretrained_classes("timm/resnet18") == 1000
+
+
 def test_dropout_rate_reaches_both_dropouts():
     model = on_meta(build, "vgg11d", dropout_rate=0.25)
     assert [dropout.p for dropout in find(model, nn.Dropout)] == [0.25, 0.25]
@@ -185,7 +228,6 @@ def test_dropout_rate_reaches_both_dropouts():
         ("resnet18d", {"dropout_rate": 0.0}, "dropout_rate=0.0 .*only to vgg11d, vgg16d"),
         ("resnet50d", {"image_size": 31}, "image_size must be at least 32 for resnet50d, got 31"),
         ("inception_v3", {"image_size": 74}, "image_size must be at least 75 .*got 74"),
-        ("resnet18", {"pretrained": True, "num_classes": 10}, "1000 classes, got num_classes=10"),
         ("vit_b_16", {"image_size": 100}, "vit_b_16 cannot take image_size=100: .*patch size"),
         ("maxvit_t", {"image_size": 100}, "maxvit_t cannot take image_size=100: .*partition"),
         ("vit_h_14", {"pretrained": True}, "vit_h_14 cannot take image_size=224: .*518"),
