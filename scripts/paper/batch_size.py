@@ -29,8 +29,8 @@ def make_run(seed: int, kind: str, size: int) -> Run:
     steps, deconv = IMAGES // size, kind == "deconv"
     flags = f"--arch vgg11 --epochs 1 --wd 5e-4 --deconv {deconv} --batch-size {size}"
     flags += f" --lr {scale_rate(kind, size):g} --max-steps {steps} --seed {seed}"
-    seconds = estimate("vgg11, blocks of 16", deconv, steps, size)
-    return Run(name_run(seed, kind, size), "fashion", flags, steps, seconds)
+    times = estimate("vgg11, blocks of 16", deconv, steps, size)
+    return Run(name_run(seed, kind, size), "fashion", flags, steps, **times)
 
 
 def scale_rate(kind: str, size: int) -> float:

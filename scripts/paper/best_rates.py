@@ -69,7 +69,7 @@ def _find_beyond(best: float, rates: Sequence[float]) -> float | None:
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:
     extra, name = f" --lr {pair[0]:g} --wd {pair[1]:g}", name_run(arch, kind, pair, seed)
-    return table1.make_run(arch, kind, seed, table1.STEPS, extra, name)
+    return table1.make_run(arch, kind, seed, table1.STEPS, name, extra=extra)
 
 
 def name_run(arch: str, kind: str, pair: Pair, seed: int) -> str:

@@ -1,4 +1,4 @@
-"""Estimate how long a training takes on one CPU thread: for planning, not for comparison."""
+"""Estimate how long a training takes on one CPU thread or GPU: for planning, not for comparison."""
 
 from __future__ import annotations
 
@@ -19,14 +19,37 @@ COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "pnasnetA": ((0.31, 38.8), (0.61, 92.8)),
     "efficient": ((0.18, 9.5), (0.44, 22.9)),
 }
+# BatchNorm, then deconvolution: milliseconds per step of up to 128 images on an NVIDIA H200, from
+# results/table1.json. Several trainings shared the GPU, so these are upper bounds.
+GPU, GPU_BATCH = "NVIDIA H200", 128
+GPU_COSTS = {
+    "vgg11": (22, 63),
+    "vgg11, blocks of 16": (22, 67),
+    "vgg16": (52, 140),
+    "resnet18": (52, 185),
+    "preact": (56, 183),
+    "senet": (66, 180),
+    "densenet121": (241, 615),
+    "resnext": (110, 205),
+    "mobilev2": (116, 189),
+    "dpn": (278, 564),
+    "pnasnetA": (97, 250),
+    "efficient": (63, 129),
+}
+GPU_START = 20.0  # seconds: imports, decoding of images, capture of the graph
 TEST_IMAGES = 10_000  # of CIFAR-10 and Fashion-MNIST
 FORWARD = 1 / 3  # cost of a test image, relative to a training image
 
 
 def estimate(
     arch: str, deconv: bool, steps: int, batch_size: int, *, tests: int = 1, slowdown: float = 1
-) -> float:
-    """Return the seconds of a run: training steps, slower by a factor `slowdown`, and tests."""
+) -> dict[str, float]:
+    """Return the `seconds` and `gpu_seconds` of a run with training slower by `slowdown`."""
     per_step, per_image = COSTS[arch][deconv]
     training = slowdown * steps * (per_step + batch_size * per_image / 1000)
-    return training + tests * TEST_IMAGES * FORWARD * per_image / 1000
+    gpu_step = GPU_COSTS[arch][deconv] / 1000 * max(batch_size / GPU_BATCH, 1)
+    gpu_tests = tests * gpu_step * FORWARD * TEST_IMAGES / max(batch_size, GPU_BATCH)
+    return {
+        "seconds": training + tests * TEST_IMAGES * FORWARD * per_image / 1000,
+        "gpu_seconds": GPU_START + slowdown * steps * gpu_step + gpu_tests,
+    }

@@ -25,8 +25,8 @@ FLAGS += " --wd 5e-4 --num-groups 16 --eps 1e-2 --seed 0"
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
-    seconds = estimate("vgg11, blocks of 16", True, STEPS, BATCH_SIZE)
-    return [Run(NAME, "cifar10", FLAGS, STEPS, seconds)]
+    times = estimate("vgg11, blocks of 16", True, STEPS, BATCH_SIZE)
+    return [Run(NAME, "cifar10", FLAGS, STEPS, **times)]
 
 
 def list_plot_commands(folder: Path, cifar10: str) -> list[list[str]]:

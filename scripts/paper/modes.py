@@ -53,8 +53,8 @@ def list_cases() -> list[tuple[int, int | None]]:
 def make_run(kind: str, flags: str, mode: int | None, seed: int) -> Run:
     arch = "vgg11" if kind.endswith("block64") else "vgg11, blocks of 16"
     slowdown = 2 if mode == 4 else 1  # mode 4 reads nine times as many patches
-    seconds = estimate(arch, mode is not None, STEPS, BATCH_SIZE, slowdown=slowdown)
-    return Run(f"{kind}-seed{seed}", "cifar10", f"{BASE} {flags} --seed {seed}", STEPS, seconds)
+    times = estimate(arch, mode is not None, STEPS, BATCH_SIZE, slowdown=slowdown)
+    return Run(f"{kind}-seed{seed}", "cifar10", f"{BASE} {flags} --seed {seed}", STEPS, **times)
 
 
 def name_kind(mode: int, block: int | None) -> str:

@@ -7,7 +7,10 @@ can share a recipe. A folder that holds a run with other flags is refused.
 
 from __future__ import annotations
 
+import argparse
 import math
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -15,13 +18,14 @@ import time
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from main import build_script
+from scripts.paper.costs import GPU
 from scripts.paper.records import (
     RESULTS,
     ROOT,
@@ -40,7 +44,7 @@ from util.training.signals import StopRequest, stop_on_signal
 
 RUNS = ROOT / "runs" / "paper"
 MAIN = str(ROOT / "main.py")
-TRAIN_IMAGES = {"cifar10": 50_000, "fashion": 60_000}
+TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "fashion": 60_000}
 CONSOLE_NAME = "console.txt"
 CHECKPOINT_STEPS = 100
 UNFINISHED = ("begun", "to do")  # states of a run
@@ -55,12 +59,15 @@ class Run:
     flags: str  # of main.py, without those of data, folders and threads
     steps: int  # of the finished run
     seconds: float  # estimated duration on one CPU thread
+    gpu_seconds: float = math.nan  # the same on one GPU, if known
 
 
 Lines = Mapping[str, Sequence[str]]  # run name -> command
 Report = Callable[[str, int | None], None]  # run name, exit code after the end -> None
 # Run name -> test top-1 in percent: 0 after divergence, None before the first test.
 FindTop1 = Callable[[str], float | None]
+Plan = Callable[[FindTop1], list[Run]]
+AddFlag = Callable[..., None]  # of a group of `Parser`
 
 
 @dataclass(frozen=True)
@@ -74,14 +81,18 @@ class Recipe:
         format: format(records) -> tables and values of results_template.md, by name.
         draw: draw(records, path) -> plot; None for a recipe without a plot.
         follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> commands after all runs.
+        add_flags: add_flags(add) adds the flags of the recipe itself; None for a recipe without.
+        choose: choose(flags) -> plan of the runs that these flags select.
     """
 
     name: str
     title: str
-    plan: Callable[[FindTop1], list[Run]]
+    plan: Plan
     format: Callable[[Records], dict[str, str]]
     draw: Callable[[Records, Path], None] | None = None
     follow_up: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
+    add_flags: Callable[[AddFlag], None] | None = None
+    choose: Callable[[Namespace], Plan] | None = None
 
 
 def count_steps(dataset: str, batch_size: int) -> int:
@@ -94,6 +105,8 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
     parser = make_parser(recipe)
     flags, passed = parser.parse_known_args(argv)
     passed = [word for word in passed if word != "--"]
+    if recipe.choose:
+        recipe = replace(recipe, plan=recipe.choose(flags))
     folder = Path(flags.out) / recipe.name
     known = load(recipe.name, RESULTS) if flags.skip_recorded else {}
     planned = list_runs(recipe, folder, flags.only, known, unknown=0.0)
@@ -110,7 +123,7 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
             )
         lines = {run.name: make_command(run, folder / run.name, flags, passed) for run in runs}
         with stop_on_signal() as asked:
-            run_all(lines, folder, flags.jobs, partial(report_run, folder), asked)
+            run_all(lines, folder, list_slots(flags), partial(report_run, folder), asked)
             if number := asked():
                 with suppress(OSError):  # the terminal may be closed
                     print("stopped; the same command continues", flush=True)
@@ -126,21 +139,45 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
 def make_parser(recipe: Recipe) -> Parser:
     parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Other flags are passed on to main.py.")
+    if recipe.add_flags:
+        recipe.add_flags(parser.add_group("table"))
     add = parser.add_group("runs")
     text = "folder of CIFAR-10 as image files, train/CLASS/* and test/CLASS/*"
     add("--cifar10", text, absolute, default_text="binary files in --data", metavar="DIR")
-    text = "folder of Fashion-MNIST and binary CIFAR-10, downloaded if missing"
+    text = "folder of Fashion-MNIST and of binary CIFAR, downloaded if missing"
     add("--data", text, absolute, str(ROOT / "data"), "data", metavar="DIR")
     text = f"write runs to DIR/{recipe.name}"
     add("--out", text, absolute, str(RUNS), "runs/paper", metavar="DIR")
     add("--only", "select runs whose name contains TEXT", None, "", "all", metavar="TEXT")
-    add("--jobs", "concurrent runs", bounded_int(1, 64), 1, metavar="N")
+    text = "concurrent runs"
+    add("--jobs", text, bounded_int(1, 64), None, "one, or one per GPU of --gpus", metavar="N")
+    text = "give each run one of these GPUs, in turn; for example 0-7 or 0,2"
+    add("--gpus", text, gpu_list, None, "every run sees all GPUs", metavar="LIST")
     add("--threads", "CPU threads per run", bounded_int(1, 1024), 1, metavar="N")
     text = "skip runs with a record in results/, of this or another machine"
     add("--skip-recorded", text, action="store_true")
     text = "list the runs and their estimated durations, run nothing"
     add("--dry-run", text, action="store_true")
     return parser
+
+
+def gpu_list(text: str) -> list[int]:
+    """Parse numbers and ranges of GPUs, as in 0-3,6."""
+    found: list[int] = []
+    for part in text.split(","):
+        if not (match := re.fullmatch(r"(\d+)(?:-(\d+))?", part.strip())):
+            raise argparse.ArgumentTypeError(f"expected numbers or ranges, got {text!r}")
+        first, last = int(match[1]), int(match[2] or match[1])
+        found += range(first, last + 1)
+        if last < first or len({*found}) < len(found):
+            raise argparse.ArgumentTypeError(f"{text!r} has an empty range or a GPU twice")
+    return found
+
+
+def list_slots(flags: Namespace) -> list[int | None]:
+    """Return the GPU of each concurrent run; None lets a run see all GPUs."""
+    gpus = flags.gpus or [None]
+    return [gpus[i % len(gpus)] for i in range(flags.jobs or len(gpus))]
 
 
 def absolute(text: str) -> str:
@@ -155,6 +192,11 @@ def check_command(
     if not runs:
         parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
     refuse_flags(passed, [list_flags(run, Path(), flags) for run in runs], parser)
+    try:
+        [find_visible(gpu) for gpu in flags.gpus or []]
+    except LookupError:
+        visible = os.environ["CUDA_VISIBLE_DEVICES"]
+        parser.error(f"--gpus {flags.gpus}: CUDA_VISIBLE_DEVICES={visible} has fewer GPUs")
     if flags.cifar10 and not Path(flags.cifar10, "train").is_dir():
         parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
 
@@ -252,9 +294,10 @@ def list_flags(run: Run, folder: Path, flags: Namespace) -> list[str]:
         data = ["--dataset", "folder", "--data", flags.cifar10, "--out", flags.out]
     else:
         data = ["--dataset", run.dataset, "--data", flags.data]
-    save = ["--checkpoint-steps", str(min(CHECKPOINT_STEPS, run.steps)), "--resume", "auto"]
+    # An epoch takes minutes on a CPU. On a GPU, the checkpoint after each epoch suffices.
+    save = [] if flags.gpus else ["--checkpoint-steps", str(min(CHECKPOINT_STEPS, run.steps))]
     machine = ["--threads", str(flags.threads), "--run-dir", str(folder)]
-    return [*shlex.split(run.flags), *data, *machine, *save]
+    return [*shlex.split(run.flags), *data, *machine, *save, "--resume", "auto"]
 
 
 def describe_plan(
@@ -264,46 +307,70 @@ def describe_plan(
 
     A learning rate that the search has not found yet is shown as the first candidate.
     """
-    lines, seconds = [], 0.0
+    lines, slots, left = [], list_slots(flags), []
     for run in runs:
         state = find_state(run, folder / run.name, known)
-        seconds += run.seconds if state in UNFINISHED else 0
+        seconds = run.gpu_seconds if flags.gpus else run.seconds
+        left += [seconds] if state in UNFINISHED else []
         words = shlex.join([*list_flags(run, folder / run.name, flags), *passed])
-        lines.append(f"{state:8} {run.seconds / 60:5.0f} min  python main.py {words}")
-    hours = seconds / 3600 / flags.jobs
-    total = f"about {hours:.1f} hours to go, {flags.jobs} at a time, on an idle CPU core each"
-    return "\n".join([*lines, total])
+        minutes = "?" if math.isnan(seconds) else f"{seconds / 60:.0f}"
+        lines.append(f"{state:8} {minutes:>5} min  python main.py {words}")
+    known_seconds = [value for value in left if not math.isnan(value)]
+    # No number of slots ends before the longest run.
+    hours = max(sum(known_seconds) / len(slots), *known_seconds, 0.0) / 3600
+    where = f"an {GPU} each" if flags.gpus else "an idle CPU core each"
+    lines.append(f"about {hours:.1f} hours to go, {len(slots)} at a time, on {where}")
+    if unknown := len(left) - len(known_seconds):
+        lines[-1] += f", without {unknown} runs of unknown duration"
+    return "\n".join(lines)
 
 
-def run_all(lines: Lines, folder: Path, jobs: int, report: Report, asked: StopRequest) -> None:
+def run_all(
+    lines: Lines, folder: Path, slots: Sequence[int | None], report: Report, asked: StopRequest
+) -> None:
     """Run commands in the folders of their names, and report the start and the end of each.
 
-    A stop request or an error terminates the active runs, which save a checkpoint first.
+    `slots` holds the GPU of each concurrent run. A stop request or an error terminates the active
+    runs, which save a checkpoint first.
     """
-    waiting, running = list(lines), {}
+    waiting, free = list(lines), list(slots)
+    running: dict[str, tuple[subprocess.Popen[bytes], int | None]] = {}
     try:
         while (waiting or running) and not asked():
-            while waiting and len(running) < jobs:
-                name = waiting.pop(0)
-                running[name] = start(lines[name], folder / name)
+            while waiting and free:
+                name, gpu = waiting.pop(0), free.pop(0)
+                running[name] = start(lines[name], folder / name, gpu), gpu
                 report(name, None)
             time.sleep(0.05)
-            for name in [name for name, run in running.items() if run.poll() is not None]:
-                report(name, running.pop(name).returncode)
+            for name in [name for name, (run, _) in running.items() if run.poll() is not None]:
+                run, gpu = running.pop(name)
+                free.append(gpu)
+                report(name, run.returncode)
     finally:
-        for process in running.values():
+        for process, _ in running.values():
             process.terminate()
-        for process in running.values():
+        for process, _ in running.values():
             process.wait()  # until it has saved
 
 
-def start(line: Sequence[str], folder: Path) -> subprocess.Popen[bytes]:
-    """Start or continue a run; append its output to the console file in its folder."""
+def start(line: Sequence[str], folder: Path, gpu: int | None) -> subprocess.Popen[bytes]:
+    """Start or continue a run on a GPU; append its output to the console file in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
+    env = None if gpu is None else {**os.environ, "CUDA_VISIBLE_DEVICES": find_visible(gpu)}
     with open(folder / CONSOLE_NAME, "ab") as console:
         streams = {"stdin": subprocess.DEVNULL, "stdout": console, "stderr": subprocess.STDOUT}
         # A new session keeps Ctrl-C from the run; `run_all` passes the signal on once.
-        return subprocess.Popen(line, **streams, start_new_session=True)
+        return subprocess.Popen(line, **streams, env=env, start_new_session=True)
+
+
+def find_visible(gpu: int) -> str:
+    """Return the GPU's entry in CUDA_VISIBLE_DEVICES, or its number if the variable is not set.
+
+    Raises:
+        LookupError: the variable has no such entry.
+    """
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    return str(gpu) if visible is None else visible.split(",")[gpu].strip()
 
 
 def report_run(folder: Path, name: str, code: int | None) -> None:

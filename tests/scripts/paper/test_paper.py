@@ -39,17 +39,34 @@ def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path)
         steps = read.epochs * runner.count_steps(run.dataset, read.batch_size)
         assert run.steps == min(read.max_steps or steps, steps), run.name
         assert read.dataset == {"cifar10": "folder"}.get(run.dataset, run.dataset)
-        assert read.amp == "bf16" and 0 < run.seconds < 40 * 3600
+        assert read.amp == "bf16" and 0 < run.seconds / run.steps < 60
+        assert recipe.name == "regression" or run.gpu_seconds < run.seconds
 
 
 def test_table1_has_the_ten_networks_of_the_paper_both_ways():
     runs = table1.plan(lambda name: None)
-    first = [run for run in runs if not run.name.startswith("vgg11")]
+    first = [run for run in runs if run.dataset == "cifar10" and run.steps <= 391]
     assert len(table1.NETWORKS) == 10 and len(first) == 2 * (8 + 2 * 3)
     assert {run.name for run in first if run.steps != 391} == {
         f"{arch}-{kind}-seed0" for arch in ("dpn", "densenet121") for kind in ("bn", "deconv")
     }
-    assert sum(run.steps == 20 * 391 for run in runs) == 2
+    assert len(runs) == len(first) + 2 * (10 * 5 + 1)  # 5 other columns, and VGG-11
+
+
+@pytest.mark.parametrize(
+    "words, count, steps",
+    [
+        ([], 28, {391}),
+        (["--half-epochs", "dpn"], 28, {195, 391}),
+        (["--epochs", "20", "100"], 42, {7820, 39100}),
+        (["--dataset", "cifar100", "--epochs", "1"], 20, {391}),
+    ],
+)
+def test_the_flags_of_table1_select_its_columns(words, count, steps):
+    flags, _ = make_parser(table1.RECIPE).parse_known_args(words)
+    runs = table1.RECIPE.choose(flags)(lambda name: None)
+    assert len(runs) == count and {run.steps for run in runs} == steps
+    assert len({run.dataset for run in runs}) == 1
 
 
 def test_the_best_rate_is_tried_at_other_decays_and_the_best_pair_with_other_seeds():
@@ -254,7 +271,33 @@ def test_a_dry_run_only_lists_the_runs(tmp_path, capsys):
     assert first.startswith("finished") and "python main.py" in first
     assert second.startswith("to do") and "--resume auto" in second and third.startswith("to do")
     assert last == "about 0.0 hours to go, 2 at a time, on an idle CPU core each"
+    runner.main(recipe, ["--out", str(tmp_path), "--dry-run", "--gpus", "0"])
+    assert capsys.readouterr().out.endswith("each, without 2 runs of unknown duration\n")
     assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_each_run_of_gpus_sees_one_of_them_and_a_free_one_takes_the_next(
+    tmp_path, monkeypatch, capsys
+):
+    code = (
+        "import json, os, time; from pathlib import Path; here = Path({folder!r})\n"
+        "gpu = os.environ['CUDA_VISIBLE_DEVICES']; busy = here.parent / f'busy-{{gpu}}'\n"
+        "busy.touch(exist_ok=False); time.sleep(0.2); busy.unlink()\n"
+        "(here / 'summary.json').write_text(json.dumps({{'test_top1': 1.0, 'steps': 3}}))\n"
+        "(here / 'gpu').write_text(gpu)"
+    )
+    command = lambda run, folder, *more: [sys.executable, "-c", code.format(folder=str(folder))]
+    monkeypatch.setattr(runner, "make_command", command)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "5,6,7")
+    recipe, argv = make_recipe(*"abcd"), ["--out", str(tmp_path), "--gpus", "1-2"]
+    runner.main(recipe, argv)
+    used = {name: (tmp_path / "tiny" / name / "gpu").read_text() for name in "abcd"}
+    assert (used["a"], used["b"]) == ("6", "7") and {used["c"], used["d"]} <= {"6", "7"}
+    capsys.readouterr()
+    for words, error in (("0,3", "5,6,7 has fewer GPUs"), ("2-1", "empty range"), ("x", "ranges")):
+        with pytest.raises(SystemExit, match="2"):
+            runner.main(recipe, ["--out", str(tmp_path), "--gpus", words])
+        assert error in capsys.readouterr().err
 
 
 def test_a_longer_run_is_taken_up_again(tmp_path):
@@ -276,8 +319,8 @@ def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch)
     children, start = [], runner.start
     command = lambda run, *more: [sys.executable, "-c", code if run.name == "a" else ""]
 
-    def start_child(line, folder):
-        children.append(start(line, folder))
+    def start_child(line, folder, gpu):
+        children.append(start(line, folder, gpu))
         return children[-1]
 
     def send():
@@ -347,8 +390,9 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     monkeypatch.setattr(table1, "GAPS", {"dpn": "half an epoch here"})
     results = {f"vgg16-deconv-seed{seed}": make_record(70.0 + seed) for seed in range(3)}
     results["resnet18-bn-seed0"] = make_record(56.0)
+    results["cifar100-pnasnetA-bn-epochs20-seed0"] = make_record(44.0)
     results["resnet18-bn-seed1"] = {"diverged": 3}  # before its first epoch was over
-    results["dpn-bn-seed0"] = make_record(20.0)
+    results["dpn-bn-seed0"] = make_record(20.0, steps=195)
     lines = "".join(table1.format_tables(results).values()).splitlines()
     rows = {line.split("|")[1].strip(): [c.strip() for c in line.split("|")[2:-1]] for line in
             lines if line.startswith("| ")}  # fmt: skip
@@ -363,6 +407,9 @@ def test_table1_shows_means_gaps_and_dashes(monkeypatch):
     assert rows["DPN-92 (`dpn`)"][3] == "½ 20.00"
     assert rows["DPN-92 (`dpn`)"][-1] == "BatchNorm -14.0: half an epoch here"
     assert rows["SENet-18 (`senet`)"][3::3][:2] == ["-", "-"]
+    others = table1.format_tables(results)["long"]
+    assert "| CIFAR-100 | 20 | PNASNet-A | 44.60 | - | 44.00 | 55.65 | - | - | 90 | - |" in others
+    assert "| CIFAR-10 | 100 | VGG-16 | 93.58 | - | - | 94.56 | - | - | - | - |" in others
 
 
 def test_regression_chooses_the_rate_that_ends_lowest_and_shows_divergence():
