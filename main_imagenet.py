@@ -157,7 +157,8 @@ def calibrate_weights(
 
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         images, _ = accelerator.batch_to_device(*batch)
-        with enter_batch(hooks.batch_context, context.world, images):
+        offset = context.world.batch_offset(len(images), images.device)
+        with enter_batch(hooks.batch_context, context.world, *offset):
             model(images)
 
     count = calibrate(model, loader, CALIBRATION_BATCHES, forward=forward)

@@ -280,6 +280,7 @@ def rows(path):
     [
         "--deconv True --dropout-rate .3",
         "--arch mlp --method 1 --optimizer Adam --lr .01 --lr-scheduler multistep --milestone 1",
+        "--arch mlp --method 3 --accum-steps 3 --clip-grad 1",
     ],
 )
 def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):

@@ -93,6 +93,11 @@ def _training_rules(flags: Namespace) -> Rules:
         last = max(value) if isinstance(value, list) else value
         yield name, last < flags.epochs, f"must be below --epochs {flags.epochs}"
     yield "start_epoch", not flags.resume, "contradicts --resume, which knows its epoch"
+    reason = f"must not exceed --batch-size {flags.batch_size}"
+    yield "accum_steps", flags.accum_steps <= flags.batch_size, reason
+    accumulates = flags.accum_steps > 1
+    reason = f"contradicts --accum-steps {flags.accum_steps}; leave one of them out"
+    yield "cuda_graphs", not (accumulates and flags.cuda_graphs), reason
 
 
 def _device_rules(flags: Namespace) -> Rules:

@@ -172,6 +172,10 @@ def add_training_flags(
     add("--max-steps", text, bounded_int(1))
     text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size)
+    text = """micro-batches per optimizer step: the images of a step pass the network in N parts,
+        one after the other, which saves memory. Their gradients are averaged. Each part has its own
+        batch statistics, so that BatchNorm and deconvolution see batches of 1/N the size"""
+    add("--accum-steps", text, bounded_int(1, 10**6), 1)
     text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
     add("--optimizer", "optimizer", None, "SGD", choices=OPTIMIZERS)
@@ -181,6 +185,8 @@ def add_training_flags(
     bounds = bounded_float(minimum=0, below=FLOAT32_LIMIT)
     form = {"metavar": "W", "dest": "weight_decay"}
     add("--wd --weight-decay", "weight decay", bounds, weight_decay, **form)
+    text = "scale the gradients of a step down to this norm where their joint norm is larger"
+    add("--clip-grad", text, bounded_float(above=0, below=FLOAT32_LIMIT), metavar="NORM")
     text = """cosine: decay to 0 over the run, step by step; multistep: multiply by
         --multistep-gamma at each --milestone; step: multiply by --multistep-gamma
         every --scheduler-step-size epochs"""
@@ -271,7 +277,8 @@ def add_advanced_flags(parser: Parser) -> None:
     text = "store images and 4-d weights in channels_last memory format, faster on some devices"
     add("--channels-last", text, str2bool, False)
     text = "capture a training step as a CUDA graph, which saves the time to launch kernels"
-    add("--cuda-graphs", text, str2bool, default_text="True on one GPU without --compile")
+    default = "True on one GPU without --compile and --accum-steps"
+    add("--cuda-graphs", text, str2bool, default_text=default)
     text = "use only operations with reproducible results, which may be slower on a GPU"
     add("--deterministic", text, str2bool, False)
     text = "start one process per GPU; accepted for compatibility, always on"

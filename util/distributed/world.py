@@ -56,6 +56,8 @@ class World:
 
         `count` is the number of this process, `device` the device of the message.
         """
+        if self.size == 1:
+            return 0, count
         counts = torch.zeros(self.size, dtype=torch.long, device=device)
         counts[self.rank] = count
         counts = self.sum(counts).tolist()

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from util.training.cuda_graphs import GraphedModel
@@ -30,6 +30,7 @@ class Accelerator:
         channels_last: store images and 4-d weights in channels_last format.
         compiled: run models through torch.compile.
         cuda_graphs: train on full batches by CUDA graphs.
+        clip_grad: largest norm of all gradients together; None: no limit.
     """
 
     def __init__(
@@ -40,11 +41,13 @@ class Accelerator:
         channels_last: bool = False,
         compiled: bool = False,
         cuda_graphs: bool = False,
+        clip_grad: float | None = None,
     ) -> None:
         self.device, self.dtype = device, PRECISIONS[amp]
         self.memory_format = torch.channels_last if channels_last else torch.preserve_format
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
+        self.clip_grad = clip_grad
 
     def to_device(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the chosen memory format."""
@@ -79,29 +82,42 @@ class Accelerator:
         dtype = self.dtype if enabled else None
         return torch.autocast(self.device.type, dtype, enabled=enabled)
 
-    def backward(self, loss: Tensor, optimizer: Optimizer) -> Tensor:
-        """Compute the gradients of `loss` and return the largest magnitude; NaN if one is NaN.
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradients of `loss` to those of the parameters."""
+        self.scaler.scale(loss).backward()
+
+    def largest_gradient(self, optimizer: Optimizer) -> Tensor:
+        """Return the largest magnitude of all gradients; NaN if one is NaN.
 
         With fp16, gradients may overflow (see `step`) and the result is 0, or NaN once the loss
         scale falls below SMALLEST_SCALE.
         """
-        optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
         if self.scaler.is_enabled():
             is_lost = self.scaler.get_scale() < SMALLEST_SCALE
             return torch.tensor(math.nan if is_lost else 0.0, device=self.device)
-        parameters = (p for group in optimizer.param_groups for p in group["params"])
-        gradients = [p.grad for p in parameters if p.grad is not None]
+        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
         if self.device.type == "cpu":  # faster there, but more kernel launches on a GPU
             return torch.stack([end for g in gradients for end in g.aminmax()]).abs().max()
         return get_total_norm(gradients, torch.inf)
 
     def step(self, optimizer: Optimizer) -> None:
-        """Update the parameters; fp16 skips overflowed gradients and halves the loss scale."""
+        """Clip the gradients and update the parameters.
+
+        fp16 skips overflowed gradients and halves the loss scale.
+        """
+        if self.clip_grad is not None:
+            self.scaler.unscale_(optimizer)
+            clip_grad_norm_(_parameters(optimizer), self.clip_grad)
         self.scaler.step(optimizer)
         self.scaler.update()
 
     def update(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Run `backward` and `step` without a check of the gradients."""
-        self.backward(loss, optimizer)
+        """Take a whole step on `loss`; a largest gradient that is not finite has no effect."""
+        optimizer.zero_grad()
+        self.backward(loss)
+        self.largest_gradient(optimizer)
         self.step(optimizer)
+
+
+def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -19,6 +19,7 @@ from util.errors import RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
 from util.training.hooks import BatchContext
 from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
+from util.training.micro_batches import average_gradients, split_batch
 from util.training.optim import Criterion
 from util.training.signals import StopRequest, never_stop
 
@@ -35,6 +36,7 @@ def train_one_epoch(
     accelerator: Accelerator,
     world: World = World(),  # noqa: B008 - frozen
     epoch_metrics: EpochMetrics | None = None,
+    micro_batch: int | None = None,
     max_steps: int | None = None,
     on_batch: Callable[[int, Metrics], None] = lambda batch, metrics: None,
     stop_request: StopRequest = never_stop,
@@ -54,6 +56,8 @@ def train_one_epoch(
         world: ranks that step together. Metrics are of whole batches.
         epoch_metrics: metrics of the earlier batches of this epoch, which the loader omits;
             receives each new batch before `on_batch`. None: an empty epoch.
+        micro_batch: most images of a forward, over all ranks; a larger batch is split, and its
+            gradients are averaged. None: no limit.
         max_steps: most steps of the epoch, earlier batches included; None: no limit.
         on_batch: called after each step with the number of the batch in the epoch, from 1, and its
             metrics: loss, top1, top5, images, lr, and seconds since the epoch began.
@@ -78,9 +82,19 @@ def train_one_epoch(
     with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
         for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
+            offset, total = world.batch_offset(len(images), images.device)
+            parts, rows = split_batch(offset, total, micro_batch), []
+            optimizer.zero_grad()
             try:
-                with enter_batch(batch_context, world, images):
-                    loss, row = _forward(model, criterion, accelerator, images, targets)
+                for part in parts:
+                    own = images[part.own], targets[part.own]
+                    with average_gradients(model, last=part is parts[-1]):
+                        with enter_batch(batch_context, world, part.offset, part.total):
+                            loss, row = _forward(model, criterion, accelerator, *own)
+                        # The average over ranks of the summed losses is the mean over the batch.
+                        weight = len(own[0]) / max(total, 1) * world.size
+                        accelerator.backward(loss * weight)
+                    rows.append(row)
             except ValueError as error:
                 if "more than 1 value per channel" not in str(error):
                     raise
@@ -88,18 +102,18 @@ def train_one_epoch(
                     f"{title}, batch {step}: a single image is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error
-            row = world.sum(torch.cat([row, row.new_tensor([stop_request()])]))
-            # The average over ranks of the weighted losses is the mean over the whole batch.
-            weight = len(targets) / row[0].clamp(min=1) * world.size
-            largest = accelerator.backward(loss * weight.to(loss.dtype), optimizer)
-            row = torch.cat([row, largest.to(row)[None]]).cpu()  # a GPU waits here only
-            *_, stops, largest = row.tolist()
-            row = row[:4]
+            sums = world.sum(torch.cat([*rows, row.new_tensor([stop_request()])]))
+            largest = accelerator.largest_gradient(optimizer)
+            sums = torch.cat([sums, largest.to(sums)[None]]).cpu()  # a GPU waits here only
+            *_, stops, largest = sums.tolist()
+            rows = sums[:-2].reshape(-1, 4)
+            row = rows.sum(0)
             metrics = average_rows([row])
             for name, value in (("loss", metrics["loss"]), ("largest gradient", largest)):
                 if metrics["images"] and not math.isfinite(value):
                     message = f"{title}, batch {step}: the {name} is {value:g}"
-                    raise TrainingDiverged(message, step, images)
+                    bad = int(rows.isfinite().all(1).int().argmin())  # else the first
+                    raise TrainingDiverged(message, step, images[parts[bad].own])
             accelerator.step(optimizer)
             epoch_metrics.add(row, optimizer.param_groups[0]["lr"])
             scheduler.step()
@@ -160,29 +174,12 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
 
 
 def enter_batch(
-    batch_context: BatchContext | None, world: World, images: Tensor
+    batch_context: BatchContext | None, world: World, offset: int, total: int
 ) -> AbstractContextManager[None]:
-    """Return the context of a training forward on `images`, this rank's part of a batch."""
+    """Return the context of a training forward; see `World.batch_offset` for the numbers."""
     if batch_context is None or world.size == 1:
         return nullcontext()
-    return batch_context(*world.batch_offset(len(images), images.device))
-
-
-def check_batch_size(model: nn.Module, images: int, batch_size: int, world_size: int = 1) -> None:
-    """Raise RunError unless every rank gets images of each batch, two where BatchNorm1d needs two.
-
-    `images` is the number of training images, `batch_size` counts over all ranks.
-    """
-    if batch_size < world_size:
-        raise RunError(f"--batch-size {batch_size}: fewer images than the {world_size} processes")
-    last = images % batch_size or batch_size
-    has_single = 1 in (last // world_size, -(-last // world_size))
-    if has_single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
-        parts = f", split over {world_size} processes" if world_size > 1 else ""
-        raise RunError(
-            f"--batch-size {batch_size}: the last batch of {images} images has {last}{parts}; a "
-            "single image is too few for BatchNorm1d; choose another size or --batchnorm False"
-        )
+    return batch_context(offset, total)
 
 
 def _forward(

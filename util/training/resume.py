@@ -33,12 +33,14 @@ class Plan:
         total_steps: optimizer steps of the run; the last epoch may be cut short.
         test_batches: most batches that this rank evaluates after an epoch.
         checkpoint_steps: optimizer steps between checkpoints within an epoch; 0: none.
+        micro_batch: most images of a training forward, over all ranks; None: no limit.
     """
 
     epoch_steps: int
     total_steps: int
     test_batches: int
     checkpoint_steps: int = 0
+    micro_batch: int | None = None
 
     @property
     def epochs(self) -> int:

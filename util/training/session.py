@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shlex
 import signal
 import sys
@@ -25,8 +26,9 @@ from util.distributed.world import World
 from util.errors import RunError, Stopped
 from util.random_state import seed_everything
 from util.training.accelerator import Accelerator
-from util.training.engine import check_batch_size, evaluate
+from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
+from util.training.micro_batches import check_batch_size
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 from util.training.recorder import NullRecorder, Recorder
 from util.training.resume import Plan, Progress, TrainingState, list_skipped, restore_model
@@ -57,12 +59,15 @@ class RunContext:
     def build_accelerator(self) -> Accelerator:
         """Return the device, the precision and the memory format that the flags choose."""
         flags, device = self.flags, self.device
+        # The graph of a micro-batch would overwrite the gradients of the one before.
+        graphs = flags.cuda_graphs if flags.accum_steps == 1 else False
         return Accelerator(
             device,
             amp=flags.amp,
             channels_last=flags.channels_last,
             compiled=flags.compile,
-            cuda_graphs=choose_graphs(flags.cuda_graphs, device, self.world.size, flags.compile),
+            cuda_graphs=choose_graphs(graphs, device, self.world.size, flags.compile),
+            clip_grad=flags.clip_grad,
         )
 
     def loader_options(self) -> LoaderOptions:
@@ -94,11 +99,13 @@ def fit(
     """
     flags, saved, world = context.flags, context.saved, context.world
     spec, train_loader, test_loader = data
-    check_batch_size(model, len(train_loader.dataset), flags.batch_size, world.size)
+    sizes = len(train_loader.dataset), flags.batch_size
+    check_batch_size(model, *sizes, world_size=world.size, accum_steps=flags.accum_steps)
     epoch_steps = min(len(train_loader), max_batches)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
     test_batches = world.shard_count(max_batches)
-    plan = Plan(epoch_steps, total_steps, test_batches, flags.checkpoint_steps)
+    micro_batch = math.ceil(flags.batch_size / flags.accum_steps)
+    plan = Plan(epoch_steps, total_steps, test_batches, flags.checkpoint_steps, micro_batch)
     start = Progress(flags.start_epoch, flags.start_epoch * epoch_steps)
     if start.step >= total_steps and not saved:
         raise RunError(

@@ -76,6 +76,7 @@ class Trainer:
             accelerator=state.accelerator,
             world=state.world,
             epoch_metrics=state.metrics,
+            micro_batch=self.plan.micro_batch,
             max_steps=self.epoch_end,
             on_batch=self.after_batch,
             stop_request=self.stop_request,
@@ -127,7 +128,8 @@ class Trainer:
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
         """Return the error with step, layer and images; the recorder writes them to a file."""
         state = self.state
-        with enter_batch(self.hooks.batch_context, state.world, error.images):
+        offset = state.world.batch_offset(len(error.images), error.images.device)
+        with enter_batch(self.hooks.batch_context, state.world, *offset):
             origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))
         first, step = next(origins, "the loss itself"), state.progress.step + error.batch

@@ -97,7 +97,7 @@ def test_unknown_and_shortened_flags_are_refused(capsys):
     for line, names in (
         ("--decnov True", "--deconv"),
         ("--decnov=True", "--deconv"),
-        ("--steps 5", "--max-steps or --checkpoint-steps"),
+        ("--steps 5", "--max-steps or --accum-steps or --checkpoint-steps"),
         ("--batch 8", "--batchnorm or --batch-size"),
     ):
         assert refusal(capsys, line).endswith(f"did you mean {names}?")

@@ -82,6 +82,8 @@ def test_preset_serves_batchnorm_too():
         ("--milestone 60 80", "--milestone 60 80", "multistep"),
         ("--multistep-gamma .1", "--multistep-gamma 0.1", "multistep"),
         ("--lr-scheduler multistep --epochs 50 --milestone 60", "--milestone 60", "--epochs 50"),
+        ("--batch-size 8 --accum-steps 9", "--accum-steps 9", "--batch-size 8"),
+        ("--accum-steps 2 --cuda-graphs True", "--cuda-graphs contradicts", "--accum-steps 2"),
         ("--dataset digits --data D", "--data D", "embedded"),
         ("--dataset fashion-mini --data D", "--data D", "embedded"),
         ("--method 1", "--method 1", "simple_v1"),

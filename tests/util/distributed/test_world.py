@@ -23,6 +23,7 @@ from util.training.optim import build_criterion, build_optimizer, build_schedule
 
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
+MICRO_BATCHES = (None, 120)
 
 
 def free_port():
@@ -110,7 +111,7 @@ class Double(Accelerator):
         return images.double(), targets
 
 
-def train_digits(world, batch_size):
+def train_digits(world, batch_size, micro_batch):
     """Three steps of a small network, and a test; its state and the figures of both."""
     options = LoaderOptions(batch_size=batch_size, rank=world.rank, processes=world.size)
     spec, train, test = build_loaders("digits", "", options, cache_dir="")
@@ -122,10 +123,20 @@ def train_digits(world, batch_size):
     scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
     accelerator, args = Double(CPU), (criterion, optimizer, scheduler)
     train.batch_sampler.set_epoch(1, start_batch=len(train) - 3)
-    replica = world.replicate(model)
-    trained = train_one_epoch(
-        replica, train, *args, accelerator=accelerator, world=world, batch_context=batch_share
+    replica, sends = world.replicate(model), []
+    replica.register_forward_pre_hook(
+        lambda replica, _: sends.append(getattr(replica, "require_backward_grad_sync", None))
     )
+    trained = train_one_epoch(
+        replica,
+        train,
+        *args,
+        accelerator=accelerator,
+        world=world,
+        micro_batch=micro_batch,
+        batch_context=batch_share,
+    )
+    assert sends in ([True] * 3, [False, False, True] * 2 + [True], [None] * len(sends))
     tested = evaluate(model, test, criterion, accelerator=accelerator, world=world)
     state = [value.double() for value in model.state_dict().values()]
     for figures in (trained, tested):
@@ -146,17 +157,23 @@ def figures_of_a_test(world, batch_size):
 
 def compare_with_one_process(world, folder):
     assert figures_of_a_test(world, 50) == torch.load(folder / "tested.pt")  # to the last bit
-    state, trained, tested = train_digits(world, 359)
-    whole, whole_trained, whole_tested = torch.load(folder / "trained.pt")
-    torch.testing.assert_close(state, whole, rtol=0, atol=1e-10)
-    assert trained == pytest.approx(whole_trained, abs=1e-10)
-    assert tested == pytest.approx(whole_tested, abs=1e-10)
+    for micro_batch in MICRO_BATCHES:
+        state, trained, tested = train_digits(world, 359, micro_batch)
+        whole, whole_trained, whole_tested = torch.load(folder / f"trained{micro_batch}.pt")
+        torch.testing.assert_close(state, whole, rtol=0, atol=1e-10)
+        assert trained == pytest.approx(whole_trained, abs=1e-10)
+        assert tested == pytest.approx(whole_tested, abs=1e-10)
 
 
 def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
-    """1437 images in batches of 359: the last is of one, and two processes have none of it."""
+    """1437 images in batches of 359: the last is of one, and two processes have none of it.
+
+    Micro-batches of 120 images or fewer hold the same images in any number of processes.
+    """
     torch.save(figures_of_a_test(World(), 50), tmp_path / "tested.pt")
-    torch.save(train_digits(World(), 359), tmp_path / "trained.pt")
+    for micro_batch in MICRO_BATCHES:
+        trained = train_digits(World(), 359, micro_batch)
+        torch.save(trained, tmp_path / f"trained{micro_batch}.pt")
     run_world(3, compare_with_one_process, tmp_path)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from deconv import FastDeconv
+from tests.pairwise import loop_over
 from util.errors import RunError
 from util.training.accelerator import PRECISIONS, Accelerator
 from util.training.optim import build_optimizer, build_scheduler
@@ -51,20 +52,31 @@ def test_fp16_skips_the_step_and_halves_the_scale_where_gradients_overflow():
 def test_fp16_gradients_that_overflow_at_every_scale_count_as_nan():
     accelerator, model = Accelerator(CPU, amp="fp16"), nn.Linear(2, 1)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
-    loss = lambda: model(torch.ones(1, 2)).sum()
-    assert accelerator.backward(loss(), optimizer) == 0
+    accelerator.backward(model(torch.ones(1, 2)).sum())
+    assert accelerator.largest_gradient(optimizer) == 0
     accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), "scale": 2.0**-15})
-    assert accelerator.backward(loss(), optimizer).isnan()
+    assert accelerator.largest_gradient(optimizer).isnan()
 
 
-def test_backward_returns_the_largest_gradient_and_nan_if_one_is_nan():
+def test_the_largest_gradient_is_found_and_nan_if_one_is_nan():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = build_optimizer("SGD", [weight], lr=0.1)
     accelerator = Accelerator(CPU)
-    for factors, largest in (([3.0, -4e30], 4e30), ([1e-3, 0.0], 1e-3)):
-        assert accelerator.backward((weight * torch.tensor(factors)).sum(), optimizer) == largest
-    assert accelerator.backward((weight * torch.tensor([math.nan, 1.0])).sum(), optimizer).isnan()
-    assert weight.tolist() == [1.0, 2.0]
+    for gradient, largest in (([3.0, -4e30], 4e30), ([1e-3, 0.0], 1e-3), ([math.nan, 1.0], None)):
+        weight.grad = torch.tensor(gradient)
+        found = accelerator.largest_gradient(optimizer)
+        assert found.isnan() if largest is None else found == largest
+
+
+@loop_over("amp", PRECISIONS)
+def test_gradients_are_clipped_to_their_joint_norm_and_short_ones_are_kept(amp):
+    for slopes in ([3.0, 4.0], [0.3, 0.4]):
+        weights = [nn.Parameter(torch.zeros(1)) for _ in slopes]
+        optimizer = build_optimizer("SGD", weights, lr=1.0, momentum=0.0)
+        loss = sum(weight.sum() * slope for weight, slope in zip(weights, slopes, strict=True))
+        Accelerator(CPU, amp=amp, clip_grad=2.0).update(loss, optimizer)
+        factor = min(1, 2 / math.hypot(*slopes))
+        assert torch.cat(weights).tolist() == pytest.approx([-factor * s for s in slopes])
 
 
 def test_a_first_step_that_overflows_causes_no_warning():

@@ -1,6 +1,5 @@
 import copy
 import io
-from contextlib import nullcontext
 
 import pytest
 import torch
@@ -9,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm import tqdm
 
-from util.errors import RunError, Stopped, TrainingDiverged
+from util.errors import Stopped, TrainingDiverged
 from util.training import engine
 from util.training.accelerator import Accelerator
-from util.training.engine import _forward, check_batch_size, evaluate, train_one_epoch
+from util.training.engine import _forward, evaluate, train_one_epoch
 from util.training.metrics import EpochMetrics
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 
@@ -67,6 +66,23 @@ def test_train_steps_as_written_out_by_hand():
     assert scheduler.last_epoch == 3
 
 
+def test_micro_batches_take_the_step_of_the_whole_batch():
+    """Batches of 4, 4 and 2 images; a micro-batch of 3 divides none of them into equal parts."""
+    whole, *rest = make_parts()
+    whole[1].p = 0.0
+    expected = train_one_epoch(whole, *rest, accelerator=CPU)
+    for micro_batch in (1, 3, 4):
+        model, *rest = make_parts()
+        model[1].p = 0.0
+        sizes = []
+        model.register_forward_pre_hook(lambda _, args, sizes=sizes: sizes.append(len(args[0])))
+        metrics = train_one_epoch(model, *rest, accelerator=CPU, micro_batch=micro_batch)
+        assert sizes == {1: [1] * 10, 3: [2, 2, 2, 2, 2], 4: [4, 4, 2]}[micro_batch]
+        torch.testing.assert_close(model.state_dict(), whole.state_dict())
+        assert metrics == pytest.approx(expected | {"seconds": metrics["seconds"]})
+        assert rest[-1].last_epoch == 3  # the schedule counts optimizer steps
+
+
 def test_max_steps_ends_the_epoch_early():
     metrics = train_one_epoch(*make_parts(), accelerator=CPU, max_steps=2)
     assert (metrics["steps"], metrics["images"]) == (2, 8)
@@ -104,14 +120,17 @@ def test_diverging_stops_before_the_weights_are_touched():
     images[5] = float("nan")  # in the second batch
     model, *rest = make_parts(images)
     seen = []
-    with pytest.raises(TrainingDiverged, match="epoch 7, batch 2: the loss is nan"):
+    with pytest.raises(TrainingDiverged, match="epoch 7, batch 2: the loss is nan") as caught:
         train_one_epoch(
             model,
             *rest,
             accelerator=CPU,
+            micro_batch=2,
             on_batch=lambda *_: seen.append(copy.deepcopy(model.state_dict())),
             title="epoch 7",
         )
+    # The micro-batches have the images 4 and 6, 5 and 7.
+    torch.testing.assert_close(caught.value.images, images[[5, 7]], equal_nan=True)
     assert all(torch.equal(value, seen[-1][name]) for name, value in model.state_dict().items())
 
 
@@ -195,26 +214,3 @@ def test_a_step_stays_on_a_gpu(monkeypatch):
         loss, row = _forward(model, CRITERION, gpu, images, targets)
         assert {loss.device.type, row.device.type, images.device.type} == {"cuda"}
         assert row.shape == (4,) and row.dtype == torch.float64
-
-
-@pytest.mark.parametrize(
-    ("images", "batch_size", "ranks", "fits"),
-    [
-        (9, 4, 1, False),
-        (9, 1, 1, False),
-        (9, 3, 1, True),
-        (1, 4, 1, False),
-        *((8 + last, 8, 2, last == 4) for last in (1, 2, 3, 4)),
-    ],
-)
-def test_a_single_image_never_meets_batchnorm1d(images, batch_size, ranks, fits):
-    check_batch_size(nn.BatchNorm2d(3), images, batch_size, ranks)
-    parts = ", split over 2 processes;" if ranks == 2 else "has 1;"
-    refused = nullcontext() if fits else pytest.raises(RunError, match=f"--batch-size .*{parts}")
-    with refused:
-        check_batch_size(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size, ranks)
-
-
-def test_a_batch_has_an_image_for_every_rank():
-    with pytest.raises(RunError, match="--batch-size 1: fewer images than the 2 processes"):
-        check_batch_size(nn.Linear(1, 1), 8, 1, world_size=2)

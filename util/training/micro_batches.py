@@ -1,0 +1,73 @@
+"""Micro-batches: parts of a batch that are forwarded one after the other, to save memory."""
+
+from __future__ import annotations
+
+import math
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from util.errors import RunError
+
+
+class MicroBatch(NamedTuple):
+    """A micro-batch: `own`, this rank's images; `offset` images of lower ranks; `total` images."""
+
+    own: slice
+    offset: int
+    total: int
+
+
+def split_batch(offset: int, total: int, limit: int | None) -> list[MicroBatch]:
+    """Split a batch into the fewest micro-batches of at most `limit` images, equal up to one image.
+
+    Of n micro-batches, number i has the images i, i + n, i + 2n, ... of the batch. Any number of
+    ranks therefore makes the same micro-batches.
+
+    Args:
+        offset: images of lower ranks in the batch.
+        total: images of all ranks in the batch.
+        limit: most images of all ranks in a micro-batch; None: no limit.
+    """
+    count = 1 if limit is None else max(1, math.ceil(total / limit))
+    return [
+        MicroBatch(
+            slice((first - offset) % count, None, count),
+            len(range(first, offset, count)),
+            len(range(first, total, count)),
+        )
+        for first in range(count)
+    ]
+
+
+def average_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager[None]:
+    """Return the context of a forward and a backward; only the `last` sends gradients to ranks."""
+    is_replicated = isinstance(model, DistributedDataParallel)
+    return model.no_sync() if is_replicated and not last else nullcontext()
+
+
+def check_batch_size(
+    model: nn.Module, images: int, batch_size: int, world_size: int = 1, accum_steps: int = 1
+) -> None:
+    """Raise RunError unless all ranks get images of each micro-batch, two where BatchNorm1d is.
+
+    `images` is the number of training images, `batch_size` counts over all ranks.
+    """
+    if batch_size < world_size * accum_steps:
+        parts = f"{world_size} processes" if world_size > 1 else ""
+        parts += " x " if world_size > 1 and accum_steps > 1 else ""
+        parts += f"--accum-steps {accum_steps}" if accum_steps > 1 else ""
+        raise RunError(f"--batch-size {batch_size}: fewer images than the {parts}")
+    last = images % batch_size or batch_size
+    micro_batches = split_batch(0, last, math.ceil(batch_size / accum_steps))
+    smallest = min(part.total for part in micro_batches)
+    has_single = 1 in (smallest // world_size, -(-smallest // world_size))
+    if has_single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+        parts = f", split over {world_size} processes" if world_size > 1 else ""
+        parts += f" in {len(micro_batches)} micro-batches" if accum_steps > 1 else ""
+        raise RunError(
+            f"--batch-size {batch_size}: the last batch of {images} images has {last}{parts}; a "
+            "single image is too few for BatchNorm1d; choose another size or --batchnorm False"
+        )
