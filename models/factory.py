@@ -8,7 +8,7 @@ from functools import partial
 from inspect import signature
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
 from deconv import calibrate as calibrate  # re-exported: only this file imports deconv
@@ -243,5 +243,11 @@ def model_hooks() -> dict[str, Callable]:
         "phase": find_phase,
         "advance": advance_phase,
         "hold": hold_phase,
-        "diagnose": lambda model, images: whiteness(model, images).scalars(),
+        "diagnose": _measure_whiteness,
     }
+
+
+def _measure_whiteness(model: nn.Module, images: Tensor) -> dict[str, float]:
+    """Return the whiteness of each layer by tags such as whiteness/before/conv1."""
+    scalars = whiteness(model, images).scalars()
+    return {f"whiteness/{name}": value for name, value in scalars.items()}

@@ -2,6 +2,7 @@
 
     python scripts/compare.py runs/digits-vgg11-bn/* runs/digits-vgg11-deconv-mode5/*
     python scripts/compare.py RUN_DIR... --accuracy-only --out accuracy_against_steps
+    python scripts/compare.py RUN_DIR... --tensorboard runs/comparison
 
 The files are STEM.png and STEM.md, by default comparison.png and comparison.md in the current
 folder. Runs that differ in the seed alone form a group. The figure shows a group's mean in a band
@@ -23,6 +24,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
+import torch
+from matplotlib.image import imread
+
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from util.cli.inherited import MAY_CHANGE
@@ -32,6 +36,7 @@ from util.files import atomic_write
 from util.tracking.logger import BATCH_COLUMNS, EPOCH_COLUMNS, read_json, read_log
 from util.tracking.plots import RunCurves, RunGroup, plot_comparison
 from util.tracking.provenance import RECORD_NAME
+from util.tracking.tensorboard import Events
 
 FILES = ("summary.json", RECORD_NAME, "train.log", "test.log", "train_batch.log")
 # Flags in which runs of one group may differ.
@@ -69,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         plot_comparison(curves, figure, title=title, accuracy_only=args.accuracy_only)
         with atomic_write(text) as file:
             file.write(table.encode())
+        if args.tensorboard:
+            write_events(args.tensorboard, figure, table)
     print(f"{table}\nwrote {visible(str(figure))} and {visible(text.name)}")
 
 
@@ -82,7 +89,18 @@ def build_parser() -> Parser:
     parser.add_argument("--accuracy-only", action="store_true", help=text)
     text = "title of the figure (default: network, dataset and batch size)"
     parser.add_argument("--title", metavar="TEXT", help=text)
+    text = "also show figure and table in TensorBoard, as a run in the folder DIR"
+    parser.add_argument("--tensorboard", metavar="DIR", type=Path, help=text)
     return parser
+
+
+def write_events(folder: Path, figure: Path, table: str) -> None:
+    """Write the figure and the table as TensorBoard events, in place of earlier ones."""
+    pixels = torch.from_numpy(imread(figure))[..., :3]  # H W C
+    events = Events(folder, purge_step=0)
+    events.image("comparison", pixels.permute(2, 0, 1), 0)
+    events.text("comparison", table, 0)
+    events.close()
 
 
 def read_run(folder: Path, name: str) -> Run:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator
 
 from scripts import compare
 from tests.pairwise import loop_over
@@ -16,7 +17,8 @@ ROOT = Path(compare.__file__).parent.parent
 def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
     logger = RunLogger(folder, tensorboard=False, plot=False)
     for epoch in range(1, epochs + 1):
-        values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0, "steps": 4}
+        values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0}
+        values |= {"steps": 4, "images": 8}
         logger.batch(epoch, 4 * epoch, values)
         logger.epoch(epoch, values, values)
     known = {"kind": kind, "lr": 0.1, "epochs": epochs, "steps": 8, "epoch_steps": 4}
@@ -46,6 +48,19 @@ def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
     with Image.open(tmp_path / "new" / "cmp.png") as image:
         image.load()
         assert image.width > 1000
+
+
+def test_tensorboard_shows_the_newest_figure_and_table(tmp_path):
+    runs = [make_run(tmp_path / kind, kind) for kind in ("bn", "deconv-mode5")]
+    words = ["--out", str(tmp_path / "cmp"), "--tensorboard", str(tmp_path / "events")]
+    for compared in (runs[:1], runs):
+        compare.main([*compared, *words])
+    events = EventAccumulator(str(tmp_path / "events")).Reload()
+    (figure,) = events.Tensors("comparison")
+    (table,) = events.Tensors("comparison/text_summary")
+    width, _, pixels = figure.tensor_proto.string_val
+    assert int(width) > 1000 and pixels.startswith(b"\x89PNG")
+    assert table.tensor_proto.string_val == [(tmp_path / "cmp.md").read_bytes()]
 
 
 def test_runs_that_differ_in_the_seed_alone_become_a_group_with_mean_and_deviation(tmp_path):

@@ -36,10 +36,10 @@ def test_the_event_file_of_a_run_has_the_metrics_of_each_layer(run_dir):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     events = accumulator.EventAccumulator(str(run_dir))
     events.Reload()
-    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("layers/")]
+    tags = [tag for tag in events.Tags()["scalars"] if tag.startswith("whiteness/")]
     parts = {tag.split("/")[1] for tag in tags}
     assert parts == {"before", "after", "condition", "under_floor"} and len(tags) % 4 == 0
-    (event,) = events.Scalars(next(tag for tag in tags if tag.startswith("layers/after")))
+    (event,) = events.Scalars(next(tag for tag in tags if tag.startswith("whiteness/after")))
     assert event.step == 3 and 0 < event.value <= 1
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from util.checkpoint.schema import HISTORY, VALUES
 from util.console import visible
 from util.files import atomic_write
-from util.tracking.tensorboard import Events
+from util.tracking.tensorboard import Events, open_flags
 
 EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
@@ -34,6 +34,7 @@ class RunLogger:
     Args:
         run_dir: folder of the run; created if missing.
         tensorboard: write event files.
+        flags: settings that TensorBoard shows beside the final metrics.
         plot: draw the curves after each epoch.
         history: `history` of the checkpoint to continue. Later rows and events are cut, as if the
             run had never been interrupted. None starts all files afresh.
@@ -49,6 +50,7 @@ class RunLogger:
         *,
         tensorboard: bool,
         plot: bool,
+        flags: Mapping[str, Any] | None = None,
         history: dict[str, list] | None = None,
         start_epoch: int = 0,
         start_step: int = 0,
@@ -70,6 +72,7 @@ class RunLogger:
         self._batch_log = _open_log(self._batch_path, BATCH_COLUMNS, kept)
         first = self._finished_steps + batches + 1 if history else 0
         self._events = Events(self.run_dir, first) if tensorboard else None
+        self._flags = open_flags(self.run_dir, flags or {}) if tensorboard else None
 
     def batch(self, epoch: int, step: int, values: Mapping[str, float]) -> None:
         """Add a row with the VALUES of a step to `train_batch.log`.
@@ -78,12 +81,14 @@ class RunLogger:
         """
         row = (epoch, step - self._finished_steps, *(values[key] for key in VALUES))
         self._batch_log.write(_format_row(row) + "\n")
-        self._scalars("batch", {key: values[key] for key in ("loss", "lr")}, step)
+        scalars = {f"train/batch_{key}": values[key] for key in ("loss", "top1")}
+        self._scalars({**scalars, "lr": values["lr"]}, step)
 
     def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
         """Add a row to `train.log` and to `test.log`, and draw the curves so far.
 
-        `train` holds VALUES and the number of optimizer steps, `test` holds VALUES without lr.
+        `train` holds VALUES and the numbers of images and of optimizer steps, `test` holds VALUES
+        without lr.
         """
         step = self._finished_steps + int(train["steps"])
         parts = {"train": train, "test": {**test, "lr": train["lr"]}}
@@ -94,7 +99,9 @@ class RunLogger:
                 self.history[f"{part}_{key}"].append(float(values[key]))
         for part, values in parts.items():
             self._logs[part].write(_format_row(self._epoch_rows(part)[-1]) + "\n")
-            self._scalars(part, {key: values[key] for key in ("loss", "top1", "top5")}, step)
+            scalars = {f"{part}/{key}": values[key] for key in ("loss", "top1", "top5")}
+            self._scalars(scalars, step)
+        self._scalars({"time/images_per_second": train["images"] / train["seconds"]}, step)
         if self._plot:
             self._plot_curves()
 
@@ -116,15 +123,15 @@ class RunLogger:
 
         for tag, weight in (("first_layer", raw), ("first_layer_whitened", whitened)):
             if weight is not None:
-                self._events.image(f"filters/{tag}", draw_filters(weight), self._finished_steps)
+                self._events.image(f"weights/{tag}", draw_filters(weight), self._finished_steps)
 
     def layers(self, scalars: Mapping[str, float]) -> None:
-        """Log scalars about layers by name, at the last epoch."""
-        self._scalars("layers", scalars, self._finished_steps)
+        """Log scalars about layers by tag, at the last epoch."""
+        self._scalars(scalars, self._finished_steps)
 
-    def _scalars(self, group: str, scalars: Mapping[str, float], step: int) -> None:
-        for name, value in scalars.items() if self._events else ():
-            self._events.scalar(f"{group}/{name}", value, step)
+    def _scalars(self, scalars: Mapping[str, float], step: int) -> None:
+        for tag, value in scalars.items() if self._events else ():
+            self._events.scalar(tag, value, step)
 
     def summary(self, values: dict[str, Any]) -> None:
         """Write `summary.json`; NaN and infinity, which JSON lacks, become null."""
@@ -132,9 +139,15 @@ class RunLogger:
         with atomic_write(self.run_dir / "summary.json") as file:
             file.write(json.dumps(finite, indent=2).encode() + b"\n")
 
+    def finished(self) -> None:
+        """Mark the run as finished in TensorBoard."""
+        if self._flags:
+            self._flags.finished()
+
     def close(self) -> None:
         """Close all files."""
-        for file in filter(None, (*self._logs.values(), self._batch_log, self._events)):
+        files = (*self._logs.values(), self._batch_log, self._events, self._flags)
+        for file in filter(None, files):
             file.close()
 
     @property

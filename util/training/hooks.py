@@ -22,7 +22,7 @@ class ModelHooks:
         phase: model -> key that identifies the control flow of its next training forward.
         advance: model -> None; counts a training forward that a CUDA graph has replayed.
         hold: () -> context in which forwards keep the phase and are not counted.
-        diagnose: (model, images) -> scalars about its layers by name, for TensorBoard.
+        diagnose: (model, images) -> scalars about its layers by tag, for TensorBoard.
     """
 
     batch_context: BatchContext | None = None

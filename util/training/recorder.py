@@ -29,6 +29,8 @@ DIVERGED_NAME = "diverged.json"
 # Flags that summary.json holds beside the metrics.
 SETTINGS = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
 
+PLACES = ("resume", "run_dir", "out")  # flags that TensorBoard shows as the name of the run
+
 
 class Recorder:
     """Record of a run under way, kept by rank 0, of the `state` that the caller updates.
@@ -73,6 +75,7 @@ class Recorder:
         self.logger = RunLogger(
             self.run_dir,
             tensorboard=flags.tensorboardX,
+            flags={name: value for name, value in vars(flags).items() if name not in PLACES},
             plot=flags.save_plot,
             history=saved["history"] if saved else None,
             start_epoch=state.progress.epoch,
@@ -171,6 +174,8 @@ class Recorder:
 
     def finished(self) -> None:
         """Print the result of the whole run and its folder."""
+        with self._warn_on_full_disk():
+            self.logger.finished()
         progress = self.state.progress
         best = "no epoch had a finite test loss"
         if progress.best_epoch:

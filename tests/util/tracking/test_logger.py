@@ -8,6 +8,8 @@ import pytest
 import torch
 from matplotlib.backends.backend_agg import RendererAgg
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import api_pb2
+from tensorboard.plugins.hparams import metadata as hparams
 
 from util.tracking.logger import RunLogger, read_log
 
@@ -107,7 +109,7 @@ def test_rows_of_an_epoch_under_way_stay_up_to_the_batch_asked_for(tmp_path):
     assert read_log(tmp_path / "train_batch.log")["batch"] == [1, 2]
     again.batch(4, 15, row(0.25))
     assert read_log(tmp_path / "train_batch.log")["loss"] == [0.5, 0.5, 0.25]
-    points = read_events(tmp_path).Scalars("batch/loss")
+    points = read_events(tmp_path).Scalars("train/batch_loss")
     assert [(e.step, e.value) for e in points] == [(13, 0.5), (14, 0.5), (15, 0.25)]
 
 
@@ -149,13 +151,14 @@ def test_tensorboard_has_every_curve_and_the_filters(tmp_path):
     events = read_events(tmp_path)
     assert set(events.Tags()["scalars"]) == {
         *(f"{part}/{key}" for part in ("train", "test") for key in ("loss", "top1", "top5")),
-        "batch/loss",
-        "batch/lr",
+        *("train/batch_loss", "train/batch_top1", "lr", "time/images_per_second"),
     }
+    (speed, _) = events.Scalars("time/images_per_second")
+    assert (speed.step, speed.value) == (4, pytest.approx(99 / 2.5))
     assert [(e.step, e.value) for e in events.Scalars("test/top1")] == [(4, 10.0), (8, 20.0)]
-    assert [e.step for e in events.Scalars("batch/lr")] == [2, 4, 6, 8]
-    assert set(events.Tags()["images"]) == {"filters/first_layer", "filters/first_layer_whitened"}
-    image = events.Images("filters/first_layer")[0]
+    assert [e.step for e in events.Scalars("lr")] == [2, 4, 6, 8]
+    assert set(events.Tags()["images"]) == {"weights/first_layer", "weights/first_layer_whitened"}
+    image = events.Images("weights/first_layer")[0]
     assert image.encoded_image_string.startswith(b"\x89PNG")
     assert image.width > 90 and image.height > 90
 
@@ -166,8 +169,37 @@ def test_tensorboard_does_not_show_resumed_steps_twice(tmp_path):
     log_run(tmp_path, [3], history, tensorboard=True)
     events = read_events(tmp_path)
     assert [e.step for e in events.Scalars("train/loss")] == [4, 8, 12]
-    assert [e.step for e in events.Scalars("batch/loss")] == [2, 4, 6, 8, 10, 12]
-    assert [e.step for e in events.Images("filters/first_layer")] == [4, 8, 12]
+    assert [e.step for e in events.Scalars("train/batch_loss")] == [2, 4, 6, 8, 10, 12]
+    assert [e.step for e in events.Images("weights/first_layer")] == [4, 8, 12]
+
+
+def test_tensorboard_shows_the_flags_of_the_last_start_and_whether_it_finished(tmp_path):
+    """TensorBoard keeps the first hyperparameters that it reads."""
+    for epochs in (2, 3):
+        flags = {
+            "epochs": epochs,
+            "milestone": [60.0, 80.0],
+            "gpu": None,
+            "lr": 0.5,
+            "deconv": True,
+        }
+        logger = RunLogger(tmp_path, tensorboard=True, plot=False, flags=flags)
+        assert hparams.SESSION_END_INFO_TAG not in read_events(tmp_path).summary_metadata
+        logger.finished()
+        logger.close()
+    events = read_events(tmp_path)
+    (page,) = events.Tensors("flags/text_summary")
+    table = page.tensor_proto.string_val[0].decode()
+    assert "| epochs | `3` |\n| milestone | `[60.0, 80.0]` |\n| gpu | `None` |\n" in table
+    start, end = (
+        events.summary_metadata[tag].plugin_data.content
+        for tag in (hparams.SESSION_START_INFO_TAG, hparams.SESSION_END_INFO_TAG)
+    )
+    values = hparams.parse_session_start_info_plugin_data(start).hparams
+    assert values["epochs"].number_value == 3 and values["deconv"].bool_value
+    assert values["milestone"].string_value == "[60.0, 80.0]" and "gpu" not in values
+    status = hparams.parse_session_end_info_plugin_data(end).status
+    assert api_pb2.Status.Name(status) == "STATUS_SUCCESS"
 
 
 def test_without_tensorboard_and_plot_only_logs_are_left(tmp_path):
@@ -195,9 +227,9 @@ def test_no_drawing_waits_for_the_collector(tmp_path):
 def test_tensorboard_has_the_figures_of_layers_after_the_last_epoch(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=False)
     log_epoch(logger, 1)
-    logger.layers({"after/conv1": 0.5})
+    logger.layers({"whiteness/after/conv1": 0.5})
     logger.close()
-    (event,) = read_events(tmp_path).Scalars("layers/after/conv1")
+    (event,) = read_events(tmp_path).Scalars("whiteness/after/conv1")
     assert (event.step, event.value) == (STEPS, 0.5)
 
 
@@ -205,7 +237,7 @@ def test_filters_can_be_left_out(tmp_path):
     logger = RunLogger(tmp_path, tensorboard=True, plot=False)
     logger.filters(torch.randn(8, 3, 3, 3), None)
     logger.close()
-    assert read_events(tmp_path).Tags()["images"] == ["filters/first_layer"]
+    assert read_events(tmp_path).Tags()["images"] == ["weights/first_layer"]
 
 
 def test_a_log_that_is_no_table_of_numbers_is_refused_by_file_and_line(tmp_path):
