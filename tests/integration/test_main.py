@@ -280,7 +280,8 @@ def rows(path):
     [
         "--deconv True --dropout-rate .3",
         "--arch mlp --method 1 --optimizer Adam --lr .01 --lr-scheduler multistep --milestone 1",
-        "--arch mlp --method 3 --accum-steps 3 --clip-grad 1",
+        "--arch mlp --method 3 --accum-steps 3 --clip-grad 1 --label-smoothing .1 "
+        "--auto-augment ta_wide --random-erase .5 --mixup .2 --cutmix 1",
     ],
 )
 def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):
@@ -402,7 +403,7 @@ def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
 
     monkeypatch.setattr(EpochBatches, "__iter__", record)
     train(f"--arch simple_v1 --epochs 2 --lr .01 {QUIET}", tmp_path / "run")
-    assert [{epoch for epoch, _ in keys} for keys in orders] == [{1}, {2}]
+    assert [{epoch for epoch, *_ in keys} for keys in orders] == [{1}, {2}]
 
 
 def test_a_single_image_at_the_end_of_an_epoch_is_refused_for_batchnorm1d(tmp_path, capsys):

@@ -64,7 +64,8 @@ def read(line):
     [
         "-a resnet18",
         "-a resnet18d --deconv True",
-        "-a resnet18 --deconv True",
+        "-a resnet18 --deconv True --label-smoothing .5 --auto-augment augmix --random-erase .5 "
+        "--mixup .2 --cutmix 1",
         "-a timm/mobilenetv3_small_050 --deconv True",
     ],
 )

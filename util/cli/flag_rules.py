@@ -84,6 +84,13 @@ def _method_rules(flags: Namespace) -> Rules:
 def _training_rules(flags: Namespace) -> Rules:
     is_sgd = flags.optimizer == "SGD"
     yield "momentum", is_sgd, f"needs --optimizer SGD, {flags.optimizer} has its own"
+    is_smoothed = flags.label_smoothing > 0
+    yield "label_smoothing", flags.loss == "CE" or not is_smoothed, "needs --loss CE"
+    for name in ("mixup", "cutmix"):
+        alpha, reason = getattr(flags, name), "must be 0 or at least 0.01, else shares underflow"
+        yield name, alpha == 0 or alpha >= 0.01, reason
+        reason = "needs another image in the batch; choose --batch-size 2 or more"
+        yield name, alpha == 0 or flags.batch_size > 1, reason
     is_multistep, is_step = (flags.lr_scheduler == name for name in ("multistep", "step"))
     yield "milestone", is_multistep, "needs --lr-scheduler multistep"
     yield "multistep_gamma", is_multistep or is_step, "needs --lr-scheduler multistep or step"

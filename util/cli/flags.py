@@ -16,7 +16,7 @@ from util.cli.parser import (
     rendezvous_url,
     str2bool,
 )
-from util.data import MIN_IMAGE_SIZE
+from util.data import AUTO_AUGMENT, MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
@@ -178,6 +178,9 @@ def add_training_flags(
     add("--accum-steps", text, bounded_int(1, 10**6), 1)
     text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
+    text = "share of each target that --loss CE spreads evenly over all classes; not of the test"
+    share = bounded_float(minimum=0, below=1)
+    add("--label-smoothing", text, share, 0.0, metavar="E")
     add("--optimizer", "optimizer", None, "SGD", choices=OPTIMIZERS)
     rate = bounded_float(above=0, below=FLOAT32_LIMIT)
     add("--lr --learning-rate", "initial learning rate", rate, 0.1, metavar="LR")
@@ -202,6 +205,20 @@ def add_training_flags(
     add("--warmup-epochs", text, bounded_float(minimum=0), 0.0)
     text = "random seed; on a CPU, runs with the same seed and flags agree bit for bit"
     add("--seed", text, bounded_int(0, 2**62), 0)
+
+    add = parser.add_group("augmentation", "Training images, beside the dataset's crop and flip.")
+    text = """random operations on colour and geometry, image by image: ra, RandAugment; ta_wide,
+        TrivialAugment; augmix, AugMix; imagenet and cifar10, learned policies of AutoAugment"""
+    add("--auto-augment", text, None, "off", choices=AUTO_AUGMENT)
+    text = "probability to erase a random rectangle of an image"
+    add("--random-erase", text, bounded_float(minimum=0, maximum=1), 0.0, metavar="P")
+    text = """mix each image and its target with another of the batch, in shares drawn from
+        Beta(ALPHA, ALPHA); 0 is off. With --cutmix, each batch draws one of both. Training accuracy
+        counts the class of the larger share"""
+    share = bounded_float(minimum=0, maximum=100)
+    add("--mixup", text, share, 0.0, metavar="ALPHA")
+    text = "paste a rectangle of another image into each image, in shares as those of --mixup"
+    add("--cutmix", text, share, 0.0, metavar="ALPHA")
 
 
 def add_device_flags(parser: Parser) -> None:

@@ -18,6 +18,7 @@ from torchvision.transforms.v2 import functional
 from util.data import MIN_IMAGE_SIZE
 from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, is_good
+from util.data.random_transforms import NO_TRANSFORMS, RandomTransforms, build_transforms
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
 
@@ -36,6 +37,7 @@ class LoaderOptions:
         device_type: "cuda" pins the memory of the batches.
         rank: number of this process.
         processes: world size.
+        auto_augment, random_erase, mixup, cutmix: of training images, see `build_transforms`.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
             of its batch and names the file in `ImageLoader.skipped`.
 
@@ -50,6 +52,10 @@ class LoaderOptions:
     device_type: str = "cpu"
     rank: int = 0
     processes: int = 1
+    auto_augment: str = "off"
+    random_erase: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     on_bad_image: str = "error"
 
     def __post_init__(self) -> None:
@@ -67,7 +73,7 @@ class LoaderOptions:
 
 @dataclass(frozen=True)
 class ImageSet(Dataset):
-    """Dataset for DataLoader: takes keys (epoch, index), returns a finished batch.
+    """Dataset for DataLoader: takes keys (epoch, index, batch), returns a finished batch.
 
     The class works on whole batches (`__getitems__`), which is faster than a call per image.
     """
@@ -76,33 +82,44 @@ class ImageSet(Dataset):
     split: Split
     seed: int = 0
     augmentation: Augmentation = NO_AUGMENTATION
+    transforms: RandomTransforms = NO_TRANSFORMS
 
     def __len__(self) -> int:
         return len(self.split.targets)
 
     def __getitems__(self, keys: Sequence[Key]) -> tuple[Tensor, Tensor, list[str]]:
-        """Return a batch, without its bad files.
+        """Return a batch, without its bad files; a mixture also without its first key.
 
         Returns:
-            Normalised images (N, C, H, W) float32, targets (N,) int64, and the names of the bad
-            files. N is the number of good files, 0 or more.
+            Normalised images (N, C, H, W) float32, their targets, and the names of the bad files.
+            N is the number of good files, 0 or more. Targets are (N,) int64, of mixed images the
+            shares of the classes (N, classes) float32.
         """
-        epoch, index = np.array(keys, np.int64).reshape(-1, 2).T
+        epoch, index, batch = np.array(keys, np.int64).reshape(-1, 3).T
         images, bad = self.split.source.read(epoch, index)
         good = is_good(index, bad)
-        images = self.augmentation(images, self.seed, epoch[good], index[good])
+        key = self.seed, epoch[good], index[good]
+        policy, erase, mix = self.transforms
+        images = self.augmentation(images, *key)
+        images = policy(images, *key) if policy else images
         images = functional.to_dtype(images, torch.float32, scale=True)
         images = functional.normalize(images, self.spec.mean, self.spec.std, inplace=True)
-        return images, self.split.targets[torch.from_numpy(index[good])], list(bad.values())
+        images = erase(images, *key) if erase else images
+        targets = self.split.targets[torch.from_numpy(index[good])]
+        if mix and len(images):
+            extra = int(good[0])  # 0 where the file of the first key is bad
+            mixed = mix(images, targets, self.seed, epoch[0], batch[0])
+            images, targets = (part[extra:] for part in mixed)
+        return images, targets, list(bad.values())
 
 
 class ImageLoader(DataLoader):
-    """Loader of batches: normalised images (N, C, H, W) float32 and targets (N,) int64.
+    """Loader of batches: normalised images (N, C, H, W) float32 and targets, see `ImageSet`.
 
     `EpochBatches` defines the part of this process. N is 0 if the part is empty or holds bad files
     only. Call `loader.batch_sampler.set_epoch(epoch)` before each training epoch. The augmentation
-    of an image depends on (seed, epoch, index) alone. Test batches have at most MAX_TEST_BATCH
-    images.
+    of an image depends on (seed, epoch, index) alone, a mixture on (seed, epoch, batch) and its two
+    images. Test batches have at most MAX_TEST_BATCH images.
 
     Attributes:
         skipped: names of the bad files that this process has left out.
@@ -118,8 +135,17 @@ class ImageLoader(DataLoader):
         augmentation: Augmentation = NO_AUGMENTATION,
     ) -> None:
         batch_size = options.batch_size if train else min(options.batch_size, MAX_TEST_BATCH)
+        transforms = NO_TRANSFORMS
+        if train:
+            transforms = build_transforms(
+                spec,
+                auto_augment=options.auto_augment,
+                random_erase=options.random_erase,
+                mixup=options.mixup,
+                cutmix=options.cutmix,
+            )
         super().__init__(
-            ImageSet(spec, split, options.seed, augmentation),
+            ImageSet(spec, split, options.seed, augmentation, transforms),
             batch_sampler=EpochBatches(
                 len(split.targets),
                 batch_size,
@@ -127,6 +153,7 @@ class ImageLoader(DataLoader):
                 train=train,
                 rank=options.rank,
                 processes=options.processes,
+                mixed=transforms.mix is not None,
             ),
             num_workers=options.num_workers,
             persistent_workers=options.num_workers > 0,

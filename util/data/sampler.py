@@ -15,8 +15,9 @@ from torch.utils.data import Sampler
 
 # Random numbers of an image in an epoch. Each attempt at a random crop takes two, from CROP on.
 ORDER, TOP, LEFT, FLIP, CROP = range(5)
+POLICY, ERASE, MIX = range(100, 103)  # seeds of torchvision's transforms; MIX is of a batch
 
-Key = tuple[int, int]  # epoch and index of an image
+Key = tuple[int, int, int]  # epoch and index of an image, number of its batch
 
 
 def random_words(seed: int, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike) -> np.ndarray:
@@ -28,7 +29,7 @@ def random_words(seed: int, epoch: ArrayLike, index: ArrayLike, draw: ArrayLike)
     Args:
         seed: any integer, taken modulo 2**64.
         epoch, index: integers >= 0, or (N,) of them.
-        draw: as `epoch`; ORDER, TOP, LEFT, FLIP, or CROP and above.
+        draw: as `epoch`; one of the numbers above.
     """
     word = np.zeros(1, np.uint64)
     for number in (seed % 2**64, epoch, index, draw):
@@ -46,7 +47,7 @@ def _splitmix64(state: np.ndarray, step: np.ndarray) -> np.ndarray:
 
 @dataclass(eq=False)
 class EpochBatches(Sampler[list[Key]]):
-    """Batches of one process, as lists of keys (epoch, index).
+    """Batches of one process, as lists of keys (epoch, index, batch).
 
     Together the processes see the batches of a single process, image for image.
 
@@ -64,6 +65,8 @@ class EpochBatches(Sampler[list[Key]]):
         train: True for training batches, False for test batches.
         rank: number of this process, 0 .. processes - 1.
         processes: world size.
+        mixed: True puts the image before a training part, cyclically in the batch, in front of the
+            part. The mixture of its first image needs this image.
 
     Raises:
         ValueError: `rank` is out of range.
@@ -76,6 +79,7 @@ class EpochBatches(Sampler[list[Key]]):
     train: bool = True
     rank: int = 0
     processes: int = 1
+    mixed: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.processes:
@@ -95,8 +99,12 @@ class EpochBatches(Sampler[list[Key]]):
         epoch, order = self.epoch, self._order()
         for step in self._steps():
             batch = self._cut(order, step)
-            part = np.array_split(batch, self.processes)[self.rank] if self.train else batch
-            yield [(epoch, index) for index in part.tolist()]
+            part = np.arange(len(batch))
+            if self.train:
+                part = np.array_split(part, self.processes)[self.rank]
+                if self.mixed and len(part):
+                    part = np.insert(part, 0, part[0] - 1)  # -1 is the last image of the batch
+            yield [(epoch, index, step) for index in batch[part].tolist()]
 
     def __len__(self) -> int:
         return len(self._steps())

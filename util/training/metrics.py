@@ -101,9 +101,11 @@ def _exact_sum(values: Sequence[float]) -> float:
 def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) -> list[Tensor]:
     """Count the images whose class is among the k largest logits, for each k of `topk`.
 
-    `logits` are (N, classes), `targets` (N,); a k may exceed the number of classes. Each count is a
-    float64 scalar on the device of `logits`.
+    `logits` are (N, classes), `targets` (N,); a k may exceed the number of classes. Of targets
+    (N, classes), the class is that of the largest share. Each count is a float64 scalar on the
+    device of `logits`.
     """
+    targets = targets.argmax(1) if targets.ndim == 2 else targets
     largest = min(max(topk), logits.shape[1])
     hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest
     return [hits[:, :k].sum(dtype=torch.float64) for k in topk]

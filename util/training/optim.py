@@ -19,24 +19,27 @@ SCHEDULES = ("cosine", "multistep", "step")
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
 
-def build_criterion(loss: str, num_classes: int) -> Criterion:
-    """Return a function of logits (N, classes) and targets (N,) int64, averaged over the batch.
+def build_criterion(loss: str, num_classes: int, label_smoothing: float = 0.0) -> Criterion:
+    """Return a function of logits (N, classes) and targets, averaged over the batch.
+
+    Targets are (N,) int64, or the shares of the classes (N, classes) float32.
 
     Args:
         loss: "CE", cross-entropy; or "L2", half the squared distance to the one-hot target, as in
             the published code.
         num_classes: number of classes.
+        label_smoothing: share of every target, of "CE", that is spread evenly over all classes.
     """
     if loss == "CE":
-        return nn.CrossEntropyLoss()
+        return nn.CrossEntropyLoss(label_smoothing=label_smoothing)
     if loss == "L2":
         return partial(_half_squared_distance, num_classes)
     raise ValueError(f"loss must be one of {LOSSES}, got {loss!r}")
 
 
 def _half_squared_distance(num_classes: int, logits: Tensor, targets: Tensor) -> Tensor:
-    one_hot = F.one_hot(targets, num_classes).to(logits.dtype)
-    return F.mse_loss(logits, one_hot, reduction="sum") / (2 * len(targets))
+    shares = F.one_hot(targets, num_classes) if targets.ndim == 1 else targets
+    return F.mse_loss(logits, shares.to(logits.dtype), reduction="sum") / (2 * len(targets))
 
 
 def build_optimizer(

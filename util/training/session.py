@@ -81,6 +81,10 @@ class RunContext:
             device_type=self.device.type,
             rank=world.rank,
             processes=world.size,
+            auto_augment=flags.auto_augment,
+            random_erase=flags.random_erase,
+            mixup=flags.mixup,
+            cutmix=flags.cutmix,
             on_bad_image=flags.on_bad_image,
         )
 
@@ -137,13 +141,16 @@ def fit(
         warmup_epochs=flags.warmup_epochs,
         start_step=state.step,
     )
-    criterion = build_criterion(flags.loss, spec.num_classes)
+    criteria = (
+        build_criterion(flags.loss, spec.num_classes, flags.label_smoothing),
+        build_criterion(flags.loss, spec.num_classes),
+    )
     recorder = NullRecorder()
     if world.is_first:
         recorder = Recorder(flags, saved, context.run_dir, state, plan)
     ended = exit_when_stopped(recorder.run_dir, format_data_flag(flags))
     with ended, closing(recorder), stop_on_signal() as stop_request:
-        Trainer(state, plan, replica, criterion, scheduler, recorder, hooks, stop_request).run()
+        Trainer(state, plan, replica, criteria, scheduler, recorder, hooks, stop_request).run()
 
 
 def evaluate_only(

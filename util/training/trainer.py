@@ -21,12 +21,17 @@ from util.training.signals import StopRequest
 
 @dataclass
 class Trainer:
-    """Training loop of a run; `replica` is `state.model` compiled, and replicated over ranks."""
+    """Training loop of a run.
+
+    Attributes:
+        replica: `state.model` compiled, and replicated over ranks.
+        criteria: losses of training and of the test.
+    """
 
     state: TrainingState
     plan: Plan
     replica: nn.Module
-    criterion: Criterion
+    criteria: tuple[Criterion, Criterion]
     scheduler: LRScheduler
     recorder: Recorder | NullRecorder
     hooks: ModelHooks
@@ -70,7 +75,7 @@ class Trainer:
         train_one_epoch(
             self.replica,
             loader,
-            self.criterion,
+            self.criteria[0],
             state.optimizer,
             self.scheduler,
             accelerator=state.accelerator,
@@ -106,7 +111,7 @@ class Trainer:
             metrics = evaluate(
                 model,
                 state.loaders[1],
-                self.criterion,
+                self.criteria[1],
                 accelerator=state.accelerator,
                 world=state.world,
                 max_steps=self.plan.test_batches,

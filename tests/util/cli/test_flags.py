@@ -30,6 +30,8 @@ OUT_OF_RANGE = [
     *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
     *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
     *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9", "--multistep-gamma 1.5"),
+    *("--label-smoothing 1", "--random-erase 1.1", "--mixup -1", "--cutmix 101"),
+    *("--mixup nan", "--auto-augment randaugment"),
     *("--lr 1e+300", "--wd 1e+300", "--eps 1e+300"),  # beyond float32
 ]
 

@@ -100,6 +100,9 @@ def test_preset_serves_batchnorm_too():
         ("--arch mlp --method 3 --share-blocks 1", "--share-blocks needs", "--num-groups-final"),
         ("--deconv True --mode 2 --block 8", "--block 8", "--share-blocks False"),
         ("--deconv True --mode 2 --layout contiguous", "--layout", "--share-blocks False"),
+        ("--label-smoothing .1 --loss L2", "--label-smoothing 0.1", "--loss CE"),
+        ("--mixup .001", "--mixup 0.001", "at least 0.01"),
+        ("--cutmix 1 -b 1", "--cutmix 1.0", "--batch-size 2"),
         ("--run-dir R --out O", "--out O", "--run-dir"),
         ("--arch simple_v1 --num-groups-final 8", "--num-groups-final 8", "one layer"),
         ("--arch simple_v1 --batchnorm True", "--batchnorm does not", "one layer"),
@@ -117,6 +120,8 @@ def test_flags_without_an_effect_are_refused_by_name(capsys, line, flag, reason)
 
 
 ACCEPTED = [
+    "--loss L2 --label-smoothing 0 --mixup .2 -b 2",
+    "--mixup 0 --cutmix 0 -b 1",
     "--deconv True --mode 4 --stride 1",
     "--deconv True --mode 3 --stride 2 --layout interleaved --share-blocks True",
     "--deconv True --mode 2 --num-groups 8 --layout contiguous --share-blocks False",

@@ -81,7 +81,7 @@ def test_training_images_are_random_crops_half_of_them_mirrored(root):
     mirrored = 0
     for epoch in range(4):
         images, _ = epoch_of(train, epoch)
-        order = [index for batch in train.batch_sampler for _, index in batch]
+        order = [index for batch in train.batch_sampler for _, index, _ in batch]
         for image, index in zip(images, order, strict=True):
             with Image.open(files[index]) as file:
                 expected = normalised(random_crop(file, epoch, index, image_size=32, seed=7))
@@ -156,7 +156,7 @@ def test_a_test_alone_needs_no_training_images(root):
 def test_what_workers_need_can_be_pickled(root):
     for loader in build(root)[1:]:
         copy = pickle.loads(pickle.dumps(loader.dataset))
-        keys = [(1, 2), (1, 0)]
+        keys = [(1, 2, 0), (1, 0, 0)]
         for one, two in zip(
             loader.dataset.__getitems__(keys), copy.__getitems__(keys), strict=True
         ):
@@ -196,10 +196,10 @@ def test_a_dummy_image_depends_on_seed_and_index_alone():
     (images, targets), (same, their) = epoch_of(first, 1), epoch_of(again, 1)
     assert torch.equal(images, same) and torch.equal(targets, their) and len(targets) == 20
     in_order = [
-        tensor[np.argsort([i for batch in first.batch_sampler for _, i in batch])]
+        tensor[np.argsort([i for batch in first.batch_sampler for _, i, _ in batch])]
         for tensor in (images, targets)
     ]
     images, targets = epoch_of(first, 2)
-    order = [i for batch in first.batch_sampler for _, i in batch]
+    order = [i for batch in first.batch_sampler for _, i, _ in batch]
     assert torch.equal(in_order[0][order], images) and torch.equal(in_order[1][order], targets)
     assert not torch.equal(epoch_of(other, 1)[1].sort().values, targets.sort().values)

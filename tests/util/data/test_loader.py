@@ -23,7 +23,7 @@ def same(one, two):
 
 
 def test_batches_are_normalised_images_with_their_targets():
-    images, targets, skipped = ImageSet(SPEC, SPLIT).__getitems__([(0, 5), (0, 2)])
+    images, targets, skipped = ImageSet(SPEC, SPLIT).__getitems__([(0, 5, 0), (0, 2, 0)])
     mean, std = (torch.tensor(values)[:, None, None] for values in (SPEC.mean, SPEC.std))
     torch.testing.assert_close(images, (IMAGES[[5, 2]] / 255 - mean) / std)
     assert targets.tolist() == [5, 2] and targets.dtype == torch.int64 and skipped == []
@@ -32,7 +32,7 @@ def test_batches_are_normalised_images_with_their_targets():
 
 def test_an_image_alone_is_the_image_in_its_batch():
     data = ImageSet(SPEC, SPLIT, seed=3, augmentation=CROP_AND_FLIP)
-    keys = [(1, 4), (2, 4), (2, 9)]
+    keys = [(1, 4, 0), (2, 4, 0), (2, 9, 0)]
     images, targets, _ = data.__getitems__(keys)
     for i, key in enumerate(keys):
         assert same(data.__getitems__([key])[:2], (images[i : i + 1], targets[i : i + 1]))

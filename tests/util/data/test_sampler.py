@@ -45,10 +45,10 @@ def test_words_are_uniform_and_draws_uncorrelated():
 
 def test_order_is_a_permutation_and_a_function_of_seed_and_epoch():
     first = order(3)
-    assert {epoch for epoch, _ in first} == {3}
-    assert sorted(index for _, index in first) == list(range(1000))
+    assert {epoch for epoch, *_ in first} == {3}
+    assert sorted(index for _, index, _ in first) == list(range(1000))
     assert first == order(3)
-    indices = [[i for _, i in keys] for keys in (first, order(4), order(3, seed=1))]
+    indices = [[i for _, i, _ in keys] for keys in (first, order(4), order(3, seed=1))]
     assert indices[0] != indices[1] != indices[2] != indices[0]
 
 
@@ -67,7 +67,7 @@ def test_batches_are_the_order_cut_and_the_last_is_kept():
     found = batches(2, size=20, seed=5)
     assert [len(batch) for batch in found] == [8, 8, 4]
     words = random_words(5, [2], np.arange(20), ORDER).tolist()
-    assert [i for batch in found for _, i in batch] == sorted(range(20), key=words.__getitem__)
+    assert [i for batch in found for _, i, _ in batch] == sorted(range(20), key=words.__getitem__)
 
 
 def test_an_epoch_resumed_at_a_batch_continues_the_same_order():
@@ -82,7 +82,7 @@ def test_an_epoch_resumed_at_a_batch_continues_the_same_order():
 
 def test_every_epoch_of_test_batches_has_the_order_of_the_data():
     found = batches(7, size=5, batch_size=2, train=False)
-    assert [[index for _, index in batch] for batch in found] == [[0, 1], [2, 3], [4]]
+    assert [[index for _, index, _ in batch] for batch in found] == [[0, 1], [2, 3], [4]]
 
 
 def test_the_parts_of_all_processes_are_the_batches_of_one():
@@ -103,7 +103,7 @@ def test_the_images_of_a_batch_can_be_told_afterwards():
     sampler = EpochBatches(20, 8, seed=5, rank=1, processes=2)
     sampler.set_epoch(2, start_batch=2)
     found = batches(2, size=20, seed=5)
-    assert [sampler.images(i) for i in range(3)] == [[i for _, i in batch] for batch in found]
+    assert [sampler.images(i) for i in range(3)] == [[i for _, i, _ in batch] for batch in found]
 
 
 def test_whole_batches_are_dealt_in_turn():

@@ -185,7 +185,7 @@ def test_some_batches_of_a_test_are_the_same_on_any_number_of_processes(processe
         for rank in range(processes)
     ]
     tested = [b[: World(rank, processes).shard_count(4)] for rank, b in enumerate(dealt)]
-    assert sorted(index for part in tested for ((_, index),) in part) == [0, 1, 2, 3]
+    assert sorted(index for part in tested for ((_, index, _),) in part) == [0, 1, 2, 3]
 
 
 def test_a_world_of_one_needs_no_process_group(monkeypatch):

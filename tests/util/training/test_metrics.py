@@ -14,6 +14,12 @@ def test_hits_are_counted_among_the_largest_logits():
     assert count_hits(torch.ones(0, 3), torch.ones(0)) == [0, 0]
 
 
+def test_a_hit_of_a_mixed_target_is_its_larger_share():
+    logits = torch.tensor([[3.0, 2.0, 1.0]] * 2)
+    shares = torch.tensor([[0.6, 0.0, 0.4], [0.4, 0.0, 0.6]])
+    assert [hits.item() for hits in count_hits(logits, shares, topk=(1, 3))] == [1, 2]
+
+
 def test_hits_agree_with_sorting_by_hand():
     torch.manual_seed(0)
     logits, targets = torch.randn(200, 10), torch.randint(10, (200,))

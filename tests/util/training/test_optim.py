@@ -3,6 +3,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from util.training.optim import build_criterion, build_optimizer, build_scheduler, milestone_steps
 
@@ -71,6 +72,26 @@ def test_l2_is_half_the_squared_distance_to_one_hot_averaged_over_images():
 def test_ce_of_equal_logits_is_log_classes():
     loss = build_criterion("CE", 4)(torch.zeros(2, 4), torch.tensor([0, 3]))
     assert loss.item() == pytest.approx(math.log(4))
+
+
+def test_losses_of_shares_are_the_shares_of_losses():
+    torch.manual_seed(0)
+    logits, one, other = torch.randn(5, 4), torch.arange(5) % 4, torch.arange(5) % 3
+    shares = 0.75 * F.one_hot(one, 4) + 0.25 * F.one_hot(other, 4)
+    for smoothing in (0.0, 0.1):
+        loss = build_criterion("CE", 4, smoothing)
+        expected = 0.75 * loss(logits, one) + 0.25 * loss(logits, other)
+        torch.testing.assert_close(loss(logits, shares), expected)
+    loss = build_criterion("L2", 4)
+    torch.testing.assert_close(loss(logits, shares), (logits - shares).square().sum() / 10)
+    assert loss(logits, F.one_hot(one, 4)) == loss(logits, one)
+
+
+def test_smoothing_spreads_its_share_over_all_classes():
+    logits = torch.tensor([[2.0, 0.0, 1.0]])
+    target = torch.tensor([0.8 + 0.2 / 3, 0.2 / 3, 0.2 / 3])
+    loss = build_criterion("CE", 3, 0.2)(logits, torch.tensor([0]))
+    assert loss.item() == pytest.approx(-(target * logits.log_softmax(1)).sum().item())
 
 
 def test_optimizers_are_what_they_are_called():
