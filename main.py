@@ -9,7 +9,14 @@ from pathlib import Path
 
 from torch import nn
 
-from models import ARCHITECTURES, build_model, describe_architectures, make_layers, model_hooks
+from models import (
+    ARCHITECTURES,
+    build_model,
+    describe_architectures,
+    init_from_images,
+    make_layers,
+    model_hooks,
+)
 from util.cli import flags
 from util.cli.launch import start
 from util.cli.parser import Parser
@@ -38,6 +45,8 @@ def train(context: RunContext) -> None:
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks)
     else:
+        if not flags.resume:
+            init_from_images(model, data[1].draw_images)
         fit(context, data, model, hooks=hooks)
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from .external import count_pretrained_classes
 from .factory import Layers, calibrate, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
-from .registry import Architecture, init_weights
+from .registry import Architecture, init_from_images, init_weights
 from .small_images import ARCHITECTURES, build_model, describe_architectures
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "count_pretrained_classes",
     "describe_architectures",
     "describe_imagenet_architectures",
+    "init_from_images",
     "init_weights",
     "make_layers",
     "model_hooks",

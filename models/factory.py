@@ -46,8 +46,9 @@ class Layers:
         conv: conv(in, out, kernel_size, stride=1, padding=0, dilation=1, groups=1, max_iter=None)
             -> module; `max_iter` limits the Newton-Schulz steps of a deconvolution.
         stem: the same without `max_iter`, for the first layer of a network.
-        norm: norm(channels) -> the normalisation next to a convolution; `nn.Identity` for none.
-        linear: linear(in, out) -> the last fully connected layer.
+        norm: norm(channels, **options) -> the normalisation next to a convolution; `nn.Identity`,
+            which ignores its arguments, for none. The options are those of `nn.BatchNorm2d`.
+        linear: linear(in, out, bias=True) -> the last fully connected layer.
         methods: variants of simple_v1 and mlp, by number.
         default_method: the number of the variant with the bundle's own kind of layers.
         adapt: adapt(model, pretrained=) -> a network of another library with this kind of layers,

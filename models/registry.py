@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
 
-from torch import nn
+from torch import Tensor, nn
 
 from .factory import Layers
 
@@ -17,6 +17,9 @@ from .factory import Layers
 # do not import each other.
 MIN_IMAGE_SIZE = 32
 MAX_NAMES = 24  # in an error message
+
+# load(number) -> that many training images (N, C, H, W), or all if there are fewer.
+LoadImages = Callable[[int], Tensor]
 
 
 def init_weights(model: nn.Module) -> None:
@@ -34,6 +37,18 @@ def init_weights(model: nn.Module) -> None:
         elif isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
             nn.init.ones_(module.weight)
             nn.init.zeros_(module.bias)
+
+
+def init_from_images(model: nn.Module, load: LoadImages) -> None:
+    """Initialise the layers whose weights depend on training images; most models have none.
+
+    Args:
+        model: a new model, on the CPU. A resumed one has these weights from its checkpoint.
+        load: called once for each such layer.
+    """
+    for module in model.modules():
+        if hasattr(module, "init_from_images"):
+            module.init_from_images(load)
 
 
 @dataclass(frozen=True)

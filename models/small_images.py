@@ -7,6 +7,7 @@ from functools import partial
 
 from torch import nn
 
+from .airbench import init_airbench, make_airbench
 from .building_blocks import SqueezeExcitation, small_stem
 from .densenet import make_densenet
 from .dpn import make_dpn
@@ -71,6 +72,11 @@ ARCHITECTURES: dict[str, Architecture] = {
     "pnasnetB": Architecture(
         partial(make_pnasnet, cell=CellB, width=32),
         "PNASNet-B: twenty cells of three depthwise convolutions, a max-pool and a 1 x 1",
+    ),
+    "airbench": Architecture(
+        make_airbench,
+        "airbench: frozen whitening of 2 x 2 patches, six convolutions, GELU",
+        init=init_airbench,
     ),
     "lenet": Architecture(make_lenet, "LeNet-5: two 5 x 5 convolutions and three linear layers"),
     "simple_v1": Architecture(

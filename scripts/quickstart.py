@@ -129,7 +129,7 @@ def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: in
         accuracy = format_accuracy(results[run], "test top-1 {:.1f} %")
         print(f"{finished + len(results):2}/{total} {setting}: {accuracy}", flush=True)
 
-    words = [sys.executable, runner.MAIN, *FLAGS.split(), *extra]
+    words = [sys.executable, runner.MAIN.file, *FLAGS.split(), *extra]
     lines = {run.name: [*words, *run.list_flags(out)] for run in runs}
     with stop_on_signal() as asked:
         runner.run_all(lines, out, min(2, os.cpu_count() or 1), report, asked)

@@ -11,10 +11,11 @@ because a shorter training has another best rate.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import product
 from pathlib import Path
+from typing import TypeVar
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from scripts.paper import table1
@@ -29,6 +30,7 @@ DECAY, DECAYS = 1e-3, (5e-4, 2e-3)  # the paper's, and the others at the best ra
 SEEDS = (0, 1, 2)
 
 Pair = tuple[float, float]  # learning rate, weight decay
+Choice = TypeVar("Choice")
 
 
 def plan(find_top1: FindTop1) -> list[Run]:
@@ -44,27 +46,42 @@ def plan(find_top1: FindTop1) -> list[Run]:
 def search(arch: str, kind: str, find_top1: FindTop1) -> tuple[list[Pair], Pair | None]:
     """Return the pairs to try, as far as results determine them, and the best pair at the end."""
 
-    def choose() -> Pair | None:
-        top1 = {pair: find_top1(name_run(arch, kind, pair, SEEDS[0])) for pair in pairs}
-        return None if None in top1.values() else max(top1, key=top1.__getitem__)
+    def find_pair(pair: Pair) -> float | None:
+        return find_top1(name_run(arch, kind, pair, SEEDS[0]))
 
-    pairs = [(rate, DECAY) for rate in RATES[kind]]
-    # A top-1 of 0 means that every run diverged, or that a dry run only plans.
-    while (best := choose()) and find_top1(name_run(arch, kind, best, SEEDS[0])):
-        if (beyond := _find_beyond(best[0], [rate for rate, _ in pairs])) is None:
-            break
-        pairs.append((beyond, DECAY))
+    rates, best = search_rates(RATES[kind], SERIES, lambda rate: find_pair((rate, DECAY)))
+    pairs = [(rate, DECAY) for rate in rates]
     if best is None:
         return pairs, None
-    pairs += [(best[0], decay) for decay in DECAYS]
-    return pairs, choose()
+    pairs += [(best, decay) for decay in DECAYS]
+    return pairs, _choose({pair: find_pair(pair) for pair in pairs})
 
 
-def _find_beyond(best: float, rates: Sequence[float]) -> float | None:
-    """Return the next rate of the series if the best rate is the lowest or highest."""
-    step = {min(rates): -1, max(rates): 1}.get(best, 0)
-    index = SERIES.index(best) + step
-    return SERIES[index] if step and 0 <= index < len(SERIES) else None
+def search_rates(
+    start: Sequence[float], series: Sequence[float], find: Callable[[float], float | None]
+) -> tuple[list[float], float | None]:
+    """Return the learning rates to try, as far as results determine them, and the best at the end.
+
+    Args:
+        start: rates to try first, neighbours in `series`.
+        series: all rates, in order.
+        find: find(rate) -> test top-1, None before the run has ended.
+    """
+    rates = list(start)
+    # A top-1 of 0 means that every run diverged, or that a dry run only plans.
+    while (best := _choose({rate: find(rate) for rate in rates})) and find(best):
+        step = {min(rates): -1, max(rates): 1}.get(best, 0)
+        index = series.index(best) + step
+        if not (step and 0 <= index < len(series)):
+            break
+        rates.append(series[index])
+    return rates, best
+
+
+def _choose(top1: Mapping[Choice, float | None]) -> Choice | None:
+    """Return the key of the highest top-1, None while one is missing."""
+    known = {key: value for key, value in top1.items() if value is not None}
+    return max(known, key=known.__getitem__) if len(known) == len(top1) else None
 
 
 def make_run(arch: str, kind: str, pair: Pair, seed: int) -> Run:

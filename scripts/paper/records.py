@@ -39,8 +39,11 @@ def read_record(folder: Path) -> dict[str, Any]:
     if (folder / "summary.json").exists():
         summary = read_or_exit(folder / "summary.json")
         record |= {key: summary.get(key) for key in METRICS}
-    record |= {"epochs": _read_epochs(folder), "curve": _read_curve(folder)}
-    # Round to six significant digits; replace a non-finite number by None.
+    return record | {"epochs": _read_epochs(folder), "curve": read_curve(folder)}
+
+
+def round_floats(record: dict[str, Any]) -> dict[str, Any]:
+    """Round to six significant digits; replace a non-finite number by None."""
     round_float, drop = lambda text: float(f"{float(text):.6g}"), lambda text: None
     return json.loads(json.dumps(record), parse_float=round_float, parse_constant=drop)
 
@@ -92,11 +95,11 @@ def _read_epochs(folder: Path) -> list[list[float]]:
     return [list(row) for row in zip(*columns, train["lr"], train["seconds"], strict=True)]
 
 
-def _read_curve(folder: Path) -> list[list[float]]:
-    """Return pairs of optimizer step and training loss from train_batch.log."""
+def read_curve(folder: Path, column: str = "loss") -> list[list[float]]:
+    """Return pairs of optimizer step and training loss, or another column of train_batch.log."""
     log = read_log(folder / BATCH_LOG_NAME)
     longest = max(log["batch"], default=0)
     steps = [(e - 1) * longest + b for e, b in zip(log["epoch"], log["batch"], strict=True)]
     width = -(-len(steps) // CURVE_POINTS) if steps else 1
     parts = [slice(start, start + width) for start in range(0, len(steps), width)]
-    return [[steps[part][-1], fmean(log["loss"][part])] for part in parts]
+    return [[steps[part][-1], fmean(log[column][part])] for part in parts]

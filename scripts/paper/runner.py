@@ -1,4 +1,4 @@
-"""Run the trainings of a recipe: one run of main.py each, in its own folder.
+"""Run the trainings of a recipe: one run of main.py or of another script each, in its own folder.
 
 A finished or diverged run is not repeated. An interrupted run continues from its last checkpoint.
 With `--skip-recorded`, a run with a record in results/ is not repeated either, so several machines
@@ -34,20 +34,37 @@ from scripts.paper.records import (
     look_up_top1,
     read_or_exit,
     read_record,
+    round_floats,
 )
 from util.checkpoint.store import BEST_NAME, PREVIOUS_NAME
 from util.cli.inherited import MAY_CHANGE
 from util.cli.parser import Parser, bounded_int, path_name
+from util.cli.script import Script
 from util.tracking.provenance import RECORD_NAME
 from util.training.recorder import DIVERGED_NAME
 from util.training.signals import StopRequest, stop_on_signal
 
 RUNS = ROOT / "runs" / "paper"
-MAIN = str(ROOT / "main.py")
 TRAIN_IMAGES = {"cifar10": 50_000, "cifar100": 50_000, "fashion": 60_000}
 CONSOLE_NAME = "console.txt"
 CHECKPOINT_STEPS = 100
 UNFINISHED = ("begun", "to do")  # states of a run
+
+
+@dataclass(frozen=True)
+class Program:
+    """Script that makes a run, and its command line."""
+
+    path: str  # within the project
+    build_script: Callable[[], Script]
+
+    @property
+    def file(self) -> str:
+        """Return the absolute path."""
+        return str(ROOT / self.path)
+
+
+MAIN = Program("main.py", build_script)
 
 
 @dataclass(frozen=True)
@@ -56,10 +73,11 @@ class Run:
 
     name: str  # of its folder
     dataset: str  # a key of TRAIN_IMAGES
-    flags: str  # of main.py, without those of data, folders and threads
+    flags: str  # of the program, without those of data, folders and threads
     steps: int  # of the finished run
     seconds: float  # estimated duration on one CPU thread
     gpu_seconds: float = math.nan  # the same on one GPU, if known
+    program: Program = MAIN
 
 
 Lines = Mapping[str, Sequence[str]]  # run name -> command
@@ -83,6 +101,7 @@ class Recipe:
         follow_up: follow_up(folder of the runs, folder of CIFAR-10) -> commands after all runs.
         add_flags: add_flags(add) adds the flags of the recipe itself; None for a recipe without.
         choose: choose(flags) -> plan of the runs that these flags select.
+        read_more: read_more(folder of a run) -> what its record holds besides, by name.
     """
 
     name: str
@@ -93,6 +112,7 @@ class Recipe:
     follow_up: Callable[[Path, str], list[list[str]]] = lambda folder, cifar10: []
     add_flags: Callable[[AddFlag], None] | None = None
     choose: Callable[[Namespace], Plan] | None = None
+    read_more: Callable[[Path], dict[str, Any]] = lambda folder: {}
 
 
 def count_steps(dataset: str, batch_size: int) -> int:
@@ -138,7 +158,8 @@ def main(recipe: Recipe, argv: Sequence[str] | None = None) -> None:
 
 
 def make_parser(recipe: Recipe) -> Parser:
-    parser = Parser(f"{recipe.name}.py", f"{recipe.title}. Other flags are passed on to main.py.")
+    text = f"{recipe.title}. Other flags are passed on to the script of the runs."
+    parser = Parser(f"{recipe.name}.py", text)
     if recipe.add_flags:
         recipe.add_flags(parser.add_group("table"))
     add = parser.add_group("runs")
@@ -191,7 +212,8 @@ def check_command(
     """Refuse a selection of no run, and passed flags that are unknown or that the recipe sets."""
     if not runs:
         parser.error(f"--only {flags.only} matches no run; --dry-run lists the runs")
-    refuse_flags(passed, [list_flags(run, Path(), flags) for run in runs], parser)
+    lines = [list_flags(run, Path(), flags) for run in runs]
+    refuse_flags(passed, lines, parser, runs[0].program)
     try:
         [find_visible(gpu) for gpu in flags.gpus or []]
     except LookupError:
@@ -201,9 +223,14 @@ def check_command(
         parser.error(f"--cifar10 {flags.cifar10} has no folder train/ of images")
 
 
-def refuse_flags(passed: Sequence[str], lines: Sequence[Sequence[str]], parser: Parser) -> None:
-    """Refuse passed flags that main.py does not know or that one of the lines sets."""
-    known = build_script().parser
+def refuse_flags(
+    passed: Sequence[str],
+    lines: Sequence[Sequence[str]],
+    parser: Parser,
+    program: Program = MAIN,
+) -> None:
+    """Refuse passed flags that the program does not know or that one of the lines sets."""
+    known = program.build_script().parser
     known.prog = parser.prog
     own = {name for line in lines for name in known.parse_typed(line)}
     for name in known.parse_typed(passed).keys() & own:
@@ -216,7 +243,7 @@ def check_flags(run: Run, recorded: Mapping[str, Any], source: str) -> None:
     Raises:
         SystemExit: names the run, the flag and both values.
     """
-    parser = build_script().parser
+    parser = run.program.build_script().parser
     expected = parser.parse_typed(shlex.split(run.flags))
     for name in (expected.keys() & recorded.keys()) - MAY_CHANGE:
         if recorded[name] != expected[name]:
@@ -233,7 +260,10 @@ def gather(recipe: Recipe, folder: Path, known: Records) -> Records:
     """
     runs = list_runs(recipe, folder, "", known)
     names = [run.name for run in runs if find_state(run, folder / run.name) not in UNFINISHED]
-    return {name: read_record(folder / name) for name in names}
+    return {
+        name: round_floats(read_record(folder / name) | recipe.read_more(folder / name))
+        for name in names
+    }
 
 
 def list_unfinished(recipe: Recipe, folder: Path, only: str, known: Records) -> list[Run]:
@@ -285,11 +315,11 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def make_command(run: Run, folder: Path, flags: Namespace, passed: Sequence[str]) -> list[str]:
     """Return the command line that starts or continues a run."""
-    return [sys.executable, MAIN, *list_flags(run, folder, flags), *passed]
+    return [sys.executable, run.program.file, *list_flags(run, folder, flags), *passed]
 
 
 def list_flags(run: Run, folder: Path, flags: Namespace) -> list[str]:
-    """Return the flags of main.py that the recipe sets."""
+    """Return the flags that the recipe sets."""
     if run.dataset == "cifar10" and flags.cifar10:
         data = ["--dataset", "folder", "--data", flags.cifar10, "--out", flags.out]
     else:
@@ -314,7 +344,7 @@ def describe_plan(
         left += [seconds] if state in UNFINISHED else []
         words = shlex.join([*list_flags(run, folder / run.name, flags), *passed])
         minutes = "?" if math.isnan(seconds) else f"{seconds / 60:.0f}"
-        lines.append(f"{state:8} {minutes:>5} min  python main.py {words}")
+        lines.append(f"{state:8} {minutes:>5} min  python {run.program.path} {words}")
     known_seconds = [value for value in left if not math.isnan(value)]
     # No number of slots ends before the longest run.
     hours = max(sum(known_seconds) / len(slots), *known_seconds, 0.0) / 3600

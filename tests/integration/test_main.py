@@ -308,6 +308,15 @@ def flatten(value):
     return [flatten(item) for item in value] if isinstance(value, (list, tuple)) else value
 
 
+def test_the_first_layer_of_airbench_is_made_from_images_once_and_stays(tmp_path, monkeypatch):
+    train(f"--arch airbench --batch-size 32 --epochs 1 --max-steps 2 {QUIET}", tmp_path)
+    filters = load_checkpoint(tmp_path / "checkpoint.pth.tar")["model"]["stem.0.weight"]
+    assert torch.equal(filters[4:], -filters[:4])  # random filters have no such pairs
+    monkeypatch.setattr(main, "init_from_images", None)
+    for words in (["-e"], []):
+        main.main([*words, "--resume", str(tmp_path)])
+
+
 def test_resume_goes_on_to_more_epochs_on_the_new_totals_schedule(finished, tmp_path):
     checkpoint = finished / "checkpoint_1.pth.tar"
     argv = ["--resume", checkpoint, "--epochs", "3", "--run-dir", tmp_path / "more", *QUIET.split()]

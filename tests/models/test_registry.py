@@ -41,6 +41,7 @@ INFRASTRUCTURE = {
     "imagenet",
     "registry",
     "small_images",
+    "transfer",
 }
 TABLE = "models/small_images.py (ARCHITECTURES) or models/imagenet.py (OURS)"
 ALIASES = {*ARCHITECTURES} - {*record_golden.list_networks()}  # share the entry of another name

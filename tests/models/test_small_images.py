@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from deconv import Delinear, FastDeconv
-from models import ARCHITECTURES, build_model, make_layers
+from models import ARCHITECTURES, build_model, init_from_images, make_layers
 from tests.pairwise import loop_over, pairwise
 
 SMALL = ("simple_v1", "mlp")  # made for one image size, kept small here
@@ -19,6 +19,7 @@ BATCHNORMS = (nn.BatchNorm1d, nn.BatchNorm2d)
 # mlp is 3072 * 128 + 128, 128 * 128 + 128 and 1290, plus 2 * 256 for BatchNorm; lenet is 456, 2416,
 # 48120, 10164 and 850, less 22 biases plus 44 for BatchNorm. Beside a convolution stand two numbers
 # a channel with BatchNorm and a bias with deconvolution; preact has fewer norms than convolutions.
+# airbench has 312 + 1,967,616 + 2560 besides, its last layer without a bias.
 PARAMETERS = {
     "vgg11": (9_228_362, 9_225_610),
     "vgg13": (9_413_066, 9_410_122),
@@ -37,6 +38,7 @@ PARAMETERS = {
     "dpn": (34_236_634, 34_179_970),
     "pnasnetA": (130_646, 128_226),
     "pnasnetB": (451_626, 445_258),
+    "airbench": (1_972_792, 1_971_640),
     "lenet": (62_028, 62_006),
     "simple_v1": (30_730, 30_730),
     "simple_v2": (94_762, 94_538),
@@ -65,7 +67,7 @@ def test_trains_and_evaluates_as_its_own_kind(arch):
         assert has(model, FastDeconv if deconv else (*BATCHNORMS, nn.Conv2d))
         images = torch.randn(2, 1, size, size)
         F.cross_entropy(model(images), torch.tensor([0, 6])).backward()
-        assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+        assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.requires_grad)
         with torch.no_grad():
             scores = model.eval()(images)
             assert scores.shape == (2, 7)
@@ -211,6 +213,35 @@ def test_the_stem_of_a_resnet_is_rectified():
     model(images)
     conv, norm, _ = model.stem
     torch.testing.assert_close(seen[0], F.relu(norm(conv(images))))
+
+
+def test_airbench_whitens_patches_of_its_images_and_passes_channels_on():
+    shades = torch.randn(60, 1, 1, 1) + torch.randn(60, 3, 12, 12).cumsum(2)
+    model, drawn = build("airbench", deconv=False), []
+    init_from_images(model, lambda count: drawn.append(count) or shades)
+    conv = model.stem[0]
+    assert drawn == [5000] and not conv.weight.requires_grad and conv.bias.eq(0).all()
+    patches = F.unfold(shades, 2).transpose(1, 2).reshape(-1, 12).double()
+    values, vectors = torch.linalg.eigh(patches.mT @ patches / len(patches))
+    found = conv.weight[:12].flatten(1).double().detach()
+    expected = (vectors / (values + 5e-4).sqrt()).mT.flip(0)
+    torch.testing.assert_close(found.abs(), expected.abs(), atol=1e-3, rtol=1e-3)
+    assert torch.equal(conv.weight[12:], -conv.weight[:12])
+    moments = conv(shades).square().mean((0, 2, 3))
+    torch.testing.assert_close(moments, torch.ones(24), atol=0.05, rtol=0)  # eps is not small here
+    for group, (inputs, width) in zip(model.groups, [(24, 64), (64, 256), (256, 256)], strict=True):
+        maps = torch.randn(2, inputs, 6, 6)
+        torch.testing.assert_close(group[0](maps)[:, :inputs], maps)
+        assert group[0].out_channels == width and group[2].eps == 1e-12
+        assert not group[2].weight.requires_grad and group[2].bias.requires_grad
+    assert model.linear.weight.std().item() == pytest.approx(1)
+
+
+def test_airbench_divides_its_outputs_by_its_width():
+    model, features = build("airbench", deconv=False).eval(), []
+    model.linear.register_forward_pre_hook(lambda _, inputs: features.extend(inputs))
+    out = model(torch.randn(3, 3, 32, 32))
+    torch.testing.assert_close(out, features[0] @ model.linear.weight.mT / 256)
 
 
 def test_deconvolution_takes_larger_images():

@@ -164,6 +164,14 @@ class ImageLoader(DataLoader):
         )
         self.skipped: set[str] = set()
 
+    def draw_images(self, count: int) -> Tensor:
+        """Return `count` images of the split, or all, normalised and not augmented, on every rank.
+
+        The seed draws the images. Bad files are left out.
+        """
+        plain = ImageSet(self.dataset.spec, self.dataset.split)
+        return plain.__getitems__(self.batch_sampler.draw_keys(count))[0]
+
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with _explain_lost_worker() if self.num_workers else nullcontext():
             batches = super().__iter__()

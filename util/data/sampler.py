@@ -95,6 +95,10 @@ class EpochBatches(Sampler[list[Key]]):
         """Return the image indices of a batch (from 0) of this epoch, over all processes."""
         return self._cut(self._order(), batch).tolist()
 
+    def draw_keys(self, count: int) -> list[Key]:
+        """Return keys of the first `count` images in the order of this epoch, or of all."""
+        return [(self.epoch, index, 0) for index in self._order()[:count].tolist()]
+
     def __iter__(self) -> Iterator[list[Key]]:
         epoch, order = self.epoch, self._order()
         for step in self._steps():

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 
-import main
 from scripts import trained_network
 from scripts.paper import best_rates, filters, records, regression, report, runner, table1
 from scripts.paper.runner import Recipe, Run, make_command, make_parser
@@ -31,7 +30,9 @@ by_recipe = pytest.mark.parametrize("recipe", [*map(by_name, report.RECIPES)])
 @by_recipe
 def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path):
     flags, passed = make_parser(recipe).parse_known_args(["--cifar10", "DIR", "--amp", "bf16"])
-    script, runs = main.build_script(), recipe.plan(lambda name: 0.0)
+    runs = recipe.plan(lambda name: 0.0)
+    (program,) = {run.program for run in runs}
+    script = program.build_script()
     assert len({run.name for run in runs}) == len(runs) > 0
     for run in runs:
         words = make_command(run, tmp_path / run.name, flags, passed)
@@ -478,7 +479,7 @@ def test_long_curves_are_averaged(tmp_path):
     rows = [f"1\t{batch}\t{batch}\t0\t0\t0\t0" for batch in range(1, 242)]
     text = "\n".join(["epoch\tbatch\tloss\ttop1\ttop5\tlr\tseconds", *rows])
     (tmp_path / "train_batch.log").write_text(text + "\n")
-    curve = records._read_curve(tmp_path)
+    curve = records.read_curve(tmp_path)
     assert len(curve) <= records.CURVE_POINTS
     assert curve[0] == [3, 2.0] and curve[-1] == [241, 241.0]
 

@@ -53,6 +53,16 @@ def test_the_parts_of_a_batch_are_that_batch_pixel_for_pixel():
                 assert same(whole, (images, targets))
 
 
+def test_drawn_images_are_the_same_on_every_rank_and_not_augmented():
+    drawn = [loader(rank=rank, processes=2).draw_images(5) for rank in range(2)]
+    assert torch.equal(*drawn)
+    plain = ImageSet(SPEC, SPLIT).__getitems__([(0, index, 0) for index in range(SIZE)])[0]
+    places = [(plain == image).flatten(1).all(1).nonzero().item() for image in drawn[0]]
+    assert len(set(places)) == 5 and places != sorted(places)
+    assert not torch.equal(drawn[0], loader(seed=4).draw_images(5))
+    assert len(loader(Split(InMemory(IMAGES, {3: "three"}), TARGETS)).draw_images(99)) == SIZE - 1
+
+
 def test_an_empty_part_is_a_batch_of_no_images():
     for workers in [0, 2]:
         few = Split(InMemory(IMAGES[:2]), TARGETS[:2])
