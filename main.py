@@ -70,7 +70,8 @@ def data_rules(flags: Namespace) -> Rules:
     name = flags.dataset
     yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
-    yield "on_bad_image", flags.dataset == "folder", "needs --dataset folder"
+    for flag in ("on_bad_image", "max_image_pixels"):
+        yield flag, name == "folder", "needs --dataset folder"
     yield "evaluate", flags.resume or not flags.evaluate, "needs --resume RUN"
 
 

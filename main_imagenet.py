@@ -78,7 +78,8 @@ def build_script() -> Script:
 
 def own_rules(flags: Namespace) -> Rules:
     """Yield each flag of this script only, whether its value is allowed, and the error."""
-    yield "on_bad_image", not flags.dummy, "does nothing with --dummy, which has no images"
+    for name in ("on_bad_image", "max_image_pixels"):
+        yield name, not flags.dummy, "does nothing with --dummy, which has no images"
     yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"
     known = flags.resume or flags.pretrained or not flags.evaluate

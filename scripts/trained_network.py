@@ -75,7 +75,8 @@ def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
         ValueError: no folder is named, or it has fewer than 4 images.
     """
     data = flags.data if data is None else data
-    options = LoaderOptions(batch_size=count, image_size=flags.image_size)
+    limits = {"image_size": flags.image_size, "max_image_pixels": flags.max_image_pixels}
+    options = LoaderOptions(batch_size=count, **limits)
     if "dataset" in flags:
         if is_embedded(flags.dataset) and data != flags.data:
             raise ValueError(f"--data {data} does not apply to {flags.dataset}, which is embedded")

@@ -238,9 +238,12 @@ def test_epochs_can_be_counted_from_later_on(images, tmp_path):
     assert row.startswith("4\t")
 
 
-def test_a_single_image_is_named_where_batchnorm_meets_it(images, tmp_path, capsys):
+def test_a_single_image_in_the_last_batch_is_refused_before_a_run_with_batchnorm(
+    images, tmp_path, capsys
+):
     line = f"--batch-size 3 --epochs 1 --run-dir {tmp_path / 'run'}"  # 16 images: one is left
-    assert "a single image is too few for BatchNorm" in refusal(capsys, line, images)
+    assert "a single image is too few for BatchNorm2d" in refusal(capsys, line, images)
+    assert not (tmp_path / "run").exists()
 
 
 def test_defaults_are_the_published_ones():

@@ -14,10 +14,10 @@ def root(tmp_path):
     return tmp_path
 
 
-def verified(root, capsys):
+def verified(root, capsys, *flags):
     """Exit code, and what was said."""
     with pytest.raises(SystemExit) as end:
-        check_images.main([str(root)])
+        check_images.main([str(root), *flags])
     return end.value.code, capsys.readouterr().out.splitlines()
 
 
@@ -37,6 +37,20 @@ def test_every_fault_is_a_line_that_names_the_file(root, capsys):
     assert empty == f"{root / 'train' / 'owl'}: no images"
     assert str(torn) in first and str(root / "val" / "dog" / "0.png") in second
     assert counts == "12 images in 5 class folders, 4 faults"
+
+
+def test_files_that_a_run_would_not_use_are_counted(root, capsys):
+    (root / "train" / "cat" / "a.txt").touch()
+    (root / "val" / "@eaDir").mkdir()
+    (root / "val" / "@eaDir" / "0.png").touch()
+    splits = f"{root / 'train'} and {root / 'val'}"
+    told = [f"not used: 1 .txt, 1 hidden, in {splits}", "12 images in 4 class folders, 0 faults"]
+    assert verified(root, capsys) == (0, told)
+
+
+def test_the_limit_of_pixels_is_that_of_a_run(root, capsys):
+    code, told = verified(root, capsys, "--max-image-pixels", "63")
+    assert (code, len(told)) == (1, 13) and "more than --max-image-pixels 63" in told[0]
 
 
 def test_a_single_class_is_a_fault(root, capsys):

@@ -16,7 +16,7 @@ from util.cli.parser import (
     rendezvous_url,
     str2bool,
 )
-from util.data import AUTO_AUGMENT, MIN_IMAGE_SIZE
+from util.data import AUTO_AUGMENT, MAX_IMAGE_PIXELS, MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
 from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
 
@@ -152,6 +152,8 @@ def _add_image_flags(
     add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), size)
     text = "stop at an image file that cannot be decoded, or skip and list it"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
+    text = "most pixels of an image file; the memory must hold them, 3 bytes each"
+    add("--max-image-pixels", text, bounded_int(1, 10**12), MAX_IMAGE_PIXELS)
     text = "processes that load images on this machine; 0 loads in the training processes"
     add("-j --num-workers --workers", text, bounded_int(0, 1024), workers)
     text = f"test the model of {models} and exit; flags about training are ignored"

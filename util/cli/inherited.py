@@ -23,7 +23,8 @@ OF_THIS_MACHINE = {
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {
-    *("epochs", "max_steps", "preset", "on_bad_image", "threads", "num_workers"),
+    *("epochs", "max_steps", "preset", "threads", "num_workers"),
+    *("on_bad_image", "max_image_pixels"),
     *("deterministic", "compile", "cuda_graphs", "channels_last"),
     *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
 }

@@ -10,6 +10,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, FashionM
 
 from util.data.augment import Augmentation
 from util.data.embedded_sets import DIGIT_NAMES, EmbeddedSet, read_digits, read_fashion_mini
+from util.data.image_files import grey_levels
 from util.data.image_folder import load_folder
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader, LoaderOptions
@@ -97,7 +98,6 @@ def build_loaders(
         spec, train, test = entry.load(dataset, options.image_size)
     else:
         spec, train, test = load_folder(root, options, Path(cache_dir))
-    border = tuple(round(255 * mean) for mean in spec.mean)
-    augmentation = replace(entry.augmentation, fill=border)
+    augmentation = replace(entry.augmentation, fill=grey_levels(spec.mean))
     train_loader = ImageLoader(spec, train, options, train=True, augmentation=augmentation)
     return spec, train_loader, ImageLoader(spec, test, options, train=False)

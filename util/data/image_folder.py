@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
-import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
+import unicodedata
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 import torch
-from torchvision.datasets.folder import IMG_EXTENSIONS
 
-from util.data.image_files import ImageFiles, Transform
-from util.data.images import DataSpec, Split, Statistics, channel_statistics, load_into_memory
+from util.console import print_line
+from util.data.folder_cache import digest_files, read_statistics, save_statistics
+from util.data.image_files import Colour, ImageFiles, Transform, grey_levels, readable_endings
+from util.data.images import DataSpec, Split, channel_statistics, load_into_memory
 from util.data.loader import LoaderOptions
 from util.data.preprocessing import describe_preprocessing
 from util.errors import DataError
-from util.files import atomic_write
+
+DECODING = 2  # version of the conversion to RGB, part of the keys of caches
+GREY = (128, 128, 128)  # behind transparent pixels until the mean is known
+NO_CLASSES = {"@eaDir", "#recycle", "__MACOSX"}  # thumbnails, deleted files, attributes of files
 
 
 @dataclass(frozen=True)
@@ -33,14 +36,31 @@ class Listing:
     targets: list[int]
 
 
+@dataclass(frozen=True)
+class FolderScan:
+    """Files of a split.
+
+    Attributes:
+        root: folder of the split.
+        images: paths of the images by class, both in order. Names of classes are in the Unicode
+            form NFC, whichever form the file system stores.
+        unused: number of the other files, by ending.
+    """
+
+    root: Path
+    images: dict[str, list[str]]
+    unused: Counter[str]
+
+
 def load_folder(
     root: Path, options: LoaderOptions, cache_dir: Path
 ) -> tuple[DataSpec, Split, Split]:
     """Return the description and the splits of a folder; decode what fits the memory budget.
 
     The folder holds train/ and test/ (or val/; with both, test/ is used). Every image is converted
-    to RGB and resized as a whole; its aspect may change. Rank 0 writes the channel statistics into
-    `cache_dir`, where the next run reads them. As many threads as loader workers decode at once.
+    to RGB and resized as a whole; its aspect may change. Transparent pixels take the mean colour of
+    the training images. Rank 0 writes the channel statistics into `cache_dir`, where the next run
+    reads them. As many threads as loader workers decode at once.
 
     Raises:
         DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
@@ -48,27 +68,68 @@ def load_folder(
     """
     listings = list_splits(root, ("train",), ("test", "val"))
     image_size, threads = options.image_size, max(1, options.num_workers)
-    preprocessing, splits = describe_preprocessing("folder", image_size), []
-    for listing in listings:
-        min_size = preprocessing.min_size
-        source, targets = open_split(listing, options, preprocessing, min_size=min_size)
-        splits.append(Split(load_into_memory(source, threads), targets))
-    cache = cache_dir / f"channel-statistics-{digest_files(listings[0], image_size)}.json"
+    preprocessing = describe_preprocessing("folder", image_size)
+    digest = digest_files(listings[0].root, listings[0].paths, DECODING, image_size)
+    cache = cache_dir / f"channel-statistics-{digest}.json"
     statistics = read_statistics(cache)
+
+    def open_files(listing: Listing, background: Colour) -> Split:
+        form = {"background": background, "min_size": preprocessing.min_size}
+        return open_split(listing, options, preprocessing, **form)
+
+    files, targets = open_files(listings[0], grey_levels(statistics[0]) if statistics else GREY)
+    train = load_into_memory(files, threads)
     if not statistics:
-        statistics = channel_statistics(splits[0].source, threads)
+        statistics = channel_statistics(train, threads)
+        if files.transparent:
+            mean = visible_mean(files, threads)
+            files = replace(files, background=grey_levels(mean))
+            train = load_into_memory(files, threads)
+            statistics = mean, channel_statistics(train, threads)[1]
         if options.rank == 0:
             save_statistics(cache, statistics, folder=str(root), image_size=image_size)
-    return DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics), *splits
+    spec = DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics)
+    test = open_files(listings[1], grey_levels(spec.mean))
+    splits = Split(train, targets), Split(load_into_memory(test.source, threads), test.targets)
+    return spec, *splits
+
+
+def visible_mean(files: ImageFiles, threads: int) -> tuple[float, ...]:
+    """Return the mean per channel over the visible parts of images, for pixels in [0, 1].
+
+    Transparent pixels in this colour do not change the mean.
+    """
+    on_black, on_white = (
+        channel_statistics(replace(files, background=(level,) * 3), threads)[0]
+        for level in (0, 255)
+    )
+    # A visible share v of mean m has the mean v m on black and v m + (1 - v) on white.
+    shares = [1 - (white - black) for black, white in zip(on_black, on_white, strict=True)]
+    return tuple(
+        black / max(share, black, 1e-6) for black, share in zip(on_black, shares, strict=True)
+    )
 
 
 def open_split(
-    listing: Listing, options: LoaderOptions, transform: Transform, *, min_size: int | None = None
+    listing: Listing,
+    options: LoaderOptions,
+    transform: Transform,
+    *,
+    background: Colour,
+    min_size: int | None = None,
 ) -> Split:
     """Return images that are decoded on access, and their targets; see ImageFiles."""
     # One array: reference counts of a million strings would copy the memory in every worker.
     paths = np.array([os.fsencode(path) for path in listing.paths])
-    files = ImageFiles(paths, options.image_size, transform, options.skip_bad_images, min_size)
+    files = ImageFiles(
+        paths,
+        options.image_size,
+        transform,
+        options.skip_bad_images,
+        min_size,
+        background=background,
+        max_pixels=options.max_image_pixels,
+    )
     return Split(files, torch.tensor(listing.targets))
 
 
@@ -84,42 +145,84 @@ def list_splits(root: Path, *splits: Sequence[str]) -> list[Listing]:
         wanted = " and no folder ".join(" or ".join(map(str, paths)) for paths in missing)
         advice = "expected images in CLASS folders inside; name the folder that holds train/"
         raise DataError(f"no folder {wanted}: {advice}")
-    listings = [scan_split(next(filter(Path.is_dir, paths))) for paths in candidates]
+    scans = [scan_split(next(filter(Path.is_dir, paths))) for paths in candidates]
+    listings = list(map(list_split, scans))
     require_same_classes(listings[0], listings[-1])
+    for line in describe_unused(scans):
+        print_line(line)
     return listings
 
 
-def scan_split(folder: Path) -> Listing:
+def list_split(scan: FolderScan) -> Listing:
     """List the images of a split; refuse fewer than two classes, and classes without images."""
-    classes = list_classes(folder)
+    classes = list(scan.images)
     if len(classes) < 2:
         found = ", ".join(classes) or "none"
-        raise DataError(f"{folder}/CLASS/*: at least two class folders are needed, found {found}")
-    files = [list_images(folder / name) for name in classes]
-    empty = [str(folder / name) for name, paths in zip(classes, files, strict=True) if not paths]
-    if empty:
-        raise DataError(f"no images ({', '.join(IMG_EXTENSIONS)}) in {', '.join(empty)}")
-    targets = [target for target, paths in enumerate(files) for _ in paths]
-    return Listing(folder, classes, list(chain(*files)), targets)
+        raise DataError(
+            f"{scan.root}/CLASS/*: at least two class folders are needed, found {found}"
+        )
+    if empty := [str(scan.root / name) for name, paths in scan.images.items() if not paths]:
+        raise DataError(f"no images ({', '.join(readable_endings())}) in {', '.join(empty)}")
+    targets = [target for target, name in enumerate(classes) for _ in scan.images[name]]
+    return Listing(scan.root, classes, list(chain(*scan.images.values())), targets)
 
 
-def list_classes(folder: Path) -> list[str]:
-    """Return the sorted names of the folders in `folder`, without hidden ones."""
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir() and e.name[0] != ".")
+def scan_split(root: Path) -> FolderScan:
+    """Find the images of each class of a split, and count the other files.
 
+    Hidden folders, thumbnails and folders of systems are no classes.
 
-def list_images(folder: Path) -> list[str]:
-    """Return the image files in and below `folder`, ordered by folder, then name.
-
-    Hidden names are left out. Links to folders are not followed, because a link may lead in a
-    circle or to another class.
+    Raises:
+        DataError: two folders have names that are equal in the form NFC.
     """
-    paths = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if name[0] != "."]  # `walk` descends into these
-        images = [name for name in names if name.lower().endswith(IMG_EXTENSIONS)]
-        paths += [os.path.join(parent, name) for name in images if name[0] != "."]
-    return sorted(paths, key=os.path.split)
+    folders, unused = {}, Counter()
+    for entry in os.scandir(root):
+        if entry.is_dir():
+            folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry.name)
+        else:
+            unused["outside of the class folders"] += 1
+    if twins := [name for name, found in folders.items() if len(found) > 1]:
+        raise DataError(f"{root / twins[0]}: two folders have this name; rename one of them")
+    images = {}
+    for name in sorted(folders):
+        paths, others = list_images(root, *folders[name])
+        unused += others
+        if not is_hidden(name):
+            images[name] = paths
+    return FolderScan(root, images, unused)
+
+
+def is_hidden(name: str) -> bool:
+    """Return True for a hidden file or folder, and for folders that systems add."""
+    return name.startswith(".") or name in NO_CLASSES
+
+
+def list_images(root: Path, name: str) -> tuple[list[str], Counter[str]]:
+    """Return the images of a class of the split `root`, and the number of other files by ending.
+
+    Images in folders below are included, ordered by folder, then name. Hidden names are left out.
+    Links to folders are not followed, because a link may lead in a circle or to another class.
+    """
+    images, others = [], Counter()
+    for parent, folders, files in os.walk(root / name):
+        others["links to folders"] += sum(os.path.islink(os.path.join(parent, f)) for f in folders)
+        in_hidden = any(map(is_hidden, Path(parent).relative_to(root).parts))
+        for file in files:
+            if in_hidden or is_hidden(file):
+                others["hidden"] += 1
+            elif file.lower().endswith(readable_endings()):
+                images.append(os.path.join(parent, file))
+            else:
+                others[os.path.splitext(file)[1].lower() or "without an ending"] += 1
+    return sorted(images, key=os.path.split), +others
+
+
+def describe_unused(scans: Sequence[FolderScan]) -> Iterator[str]:
+    """Yield one line that counts the files which are no images, by ending, if there are any."""
+    unused = sum((scan.unused for scan in scans), Counter())
+    if unused:
+        counts = ", ".join(f"{count} {ending}" for ending, count in unused.most_common())
+        yield f"not used: {counts}, in {' and '.join(str(scan.root) for scan in scans)}"
 
 
 def require_same_classes(train: Listing, test: Listing) -> None:
@@ -131,36 +234,3 @@ def require_same_classes(train: Listing, test: Listing) -> None:
     ]
     if differing:
         raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
-
-
-def read_statistics(cache: Path) -> Statistics | None:
-    """Return channel mean and deviation from a cache, None if it is missing or damaged."""
-    try:
-        saved = json.loads(cache.read_text())
-        return tuple(saved["mean"]), tuple(saved["std"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def save_statistics(cache: Path, statistics: Statistics, **facts: str | int) -> None:
-    """Write channel mean and deviation, with facts for the reader; warn of a failed write."""
-    facts |= dict(zip(("mean", "std"), statistics, strict=True))
-    try:
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_write(cache) as file:
-            file.write(json.dumps(facts, indent=1).encode() + b"\n")
-    except OSError as error:
-        print(f"warning: the channel statistics could not be saved: {error}", file=sys.stderr)
-
-
-def digest_files(listing: Listing, image_size: int) -> str:
-    """Return 16 hexadecimal digits that change with the folder, the image size or any file."""
-    digest = hashlib.sha256(os.fsencode(f"{Path(listing.root).resolve()}\n{image_size}\n"))
-    for path in listing.paths:
-        try:
-            status = os.stat(path)
-        except OSError as error:
-            raise DataError(f"cannot read the image {path}: {error.strerror}") from None
-        name = path.removeprefix(str(listing.root))
-        digest.update(os.fsencode(f"{name}\n{status.st_size}\n{status.st_mtime_ns}\n"))
-    return digest.hexdigest()[:16]

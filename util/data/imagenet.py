@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from util.data.augment import Augmentation
-from util.data.image_files import random_crop
+from util.data.image_files import grey_levels, random_crop
 from util.data.image_folder import list_splits, open_split
 from util.data.images import DataSpec, Pixels, Split
 from util.data.loader import ImageLoader, LoaderOptions
@@ -29,7 +29,8 @@ def build_imagenet_loaders(
 
     Images are decoded when a batch needs them. Training images: a random box of 8 to 100 % of the
     area, resized, flipped with probability 0.5. Test images: the shorter side resized to 256/224 of
-    the image size, then a centre crop. ImageNet's published statistics normalise the channels.
+    the image size, then a centre crop. ImageNet's published statistics normalise the channels;
+    transparent pixels take its mean colour.
 
     Args:
         root: folder that holds train/ and val/ (or test/; with both, val/ is used).
@@ -44,13 +45,16 @@ def build_imagenet_loaders(
     splits = [("val", "test")] if test_only else [("train",), ("val", "test")]
     *train_listings, test_listing = list_splits(root, *splits)
     spec = DataSpec("imagenet", 3, options.image_size, tuple(test_listing.classes), MEAN, STD)
-    preprocessing = describe_preprocessing(spec.name, spec.image_size)
-    split = open_split(test_listing, options, preprocessing)
+    background, preprocessing = (
+        grey_levels(MEAN),
+        describe_preprocessing(spec.name, spec.image_size),
+    )
+    split = open_split(test_listing, options, preprocessing, background=background)
     test = ImageLoader(spec, split, options, train=False)
     if test_only:
         return spec, None, test
     crop = partial(random_crop, image_size=options.image_size, seed=options.seed)
-    split = open_split(train_listings[0], options, crop)
+    split = open_split(train_listings[0], options, crop, background=background)
     flip = Augmentation(flip=True)
     return spec, ImageLoader(spec, split, options, train=True, augmentation=flip), test
 

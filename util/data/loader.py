@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert
 from torchvision.transforms.v2 import functional
 
-from util.data import MIN_IMAGE_SIZE
+from util.data import MAX_IMAGE_PIXELS, MIN_IMAGE_SIZE
 from util.data.augment import NO_AUGMENTATION, Augmentation
 from util.data.images import DataSpec, Split, is_good
 from util.data.random_transforms import NO_TRANSFORMS, RandomTransforms, build_transforms
@@ -40,6 +40,7 @@ class LoaderOptions:
         auto_augment, random_erase, mixup, cutmix: of training images, see `build_transforms`.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
             of its batch and names the file in `ImageLoader.skipped`.
+        max_image_pixels: a file with more pixels counts as one that cannot be decoded.
 
     Raises:
         ValueError: naming the argument and its value.
@@ -57,9 +58,15 @@ class LoaderOptions:
     mixup: float = 0.0
     cutmix: float = 0.0
     on_bad_image: str = "error"
+    max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __post_init__(self) -> None:
-        least = {"image_size": MIN_IMAGE_SIZE, "batch_size": 1, "num_workers": 0}
+        least = {
+            "image_size": MIN_IMAGE_SIZE,
+            "batch_size": 1,
+            "num_workers": 0,
+            "max_image_pixels": 1,
+        }
         for name, minimum in least.items():
             if (value := getattr(self, name)) < minimum:
                 raise ValueError(f"{name} must be at least {minimum}, got {value}")

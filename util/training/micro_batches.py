@@ -49,11 +49,26 @@ def average_gradients(model: nn.Module, *, last: bool) -> AbstractContextManager
 
 
 def check_batch_size(
-    model: nn.Module, images: int, batch_size: int, world_size: int = 1, accum_steps: int = 1
+    model: nn.Module,
+    images: int,
+    batch_size: int,
+    world_size: int = 1,
+    accum_steps: int = 1,
+    *,
+    resumes: bool = False,
 ) -> None:
     """Raise RunError unless all ranks get images of each micro-batch, two where BatchNorm1d is.
 
-    `images` is the number of training images, `batch_size` counts over all ranks.
+    A run with another BatchNorm may train on single images, but not on a single one as the rest of
+    an epoch: this image would weigh as much as all images of another batch.
+
+    Args:
+        model: the network.
+        images: number of training images.
+        batch_size: images per step, over all ranks.
+        world_size: number of ranks.
+        accum_steps: micro-batches per step.
+        resumes: True accepts a single image as the rest of an epoch, except for BatchNorm1d.
     """
     if batch_size < world_size * accum_steps:
         parts = f"{world_size} processes" if world_size > 1 else ""
@@ -63,11 +78,16 @@ def check_batch_size(
     last = images % batch_size or batch_size
     micro_batches = split_batch(0, last, math.ceil(batch_size / accum_steps))
     smallest = min(part.total for part in micro_batches)
-    has_single = 1 in (smallest // world_size, -(-smallest // world_size))
-    if has_single and any(isinstance(module, nn.BatchNorm1d) for module in model.modules()):
+    has_single = {
+        nn.BatchNorm1d: 1 in (smallest // world_size, -(-smallest // world_size)),
+        nn.modules.batchnorm._BatchNorm: last == 1 < batch_size and not resumes,
+    }
+    kinds = tuple(kind for kind, single in has_single.items() if single)
+    for norm in (module for module in model.modules() if isinstance(module, kinds)):
         parts = f", split over {world_size} processes" if world_size > 1 else ""
         parts += f" in {len(micro_batches)} micro-batches" if accum_steps > 1 else ""
         raise RunError(
             f"--batch-size {batch_size}: the last batch of {images} images has {last}{parts}; a "
-            "single image is too few for BatchNorm1d; choose another size or --batchnorm False"
+            f"single image is too few for {type(norm).__name__}; choose another size or "
+            "--batchnorm False"
         )

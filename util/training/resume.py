@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+import unicodedata
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -219,7 +220,8 @@ def restore_model(saved: dict[str, Any], model: nn.Module, *, file: str, spec: D
     Raises:
         CheckpointError: the checkpoint is of another dataset than `spec`, or of another model.
     """
-    check_compatible(saved["spec"], asdict(spec))
+    classes = tuple(unicodedata.normalize("NFC", name) for name in saved["spec"]["classes"])
+    check_compatible({**saved["spec"], "classes": classes}, asdict(spec))
     with _fitting(file):
         _check_tensors("model", saved["model"], model.state_dict())  # PyTorch would round dtypes
         model.load_state_dict(saved["model"])

@@ -86,6 +86,7 @@ class RunContext:
             mixup=flags.mixup,
             cutmix=flags.cutmix,
             on_bad_image=flags.on_bad_image,
+            max_image_pixels=flags.max_image_pixels,
         )
 
 
@@ -103,8 +104,8 @@ def fit(
     """
     flags, saved, world = context.flags, context.saved, context.world
     spec, train_loader, test_loader = data
-    sizes = len(train_loader.dataset), flags.batch_size
-    check_batch_size(model, *sizes, world_size=world.size, accum_steps=flags.accum_steps)
+    sizes = len(train_loader.dataset), flags.batch_size, world.size, flags.accum_steps
+    check_batch_size(model, *sizes, resumes=saved is not None)
     epoch_steps = min(len(train_loader), max_batches)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
     test_batches = world.shard_count(max_batches)

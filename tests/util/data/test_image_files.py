@@ -9,7 +9,7 @@ import torch
 from PIL import ExifTags, Image
 
 from util.data.augment import random_box
-from util.data.image_files import ImageFiles, open_image, random_crop, to_rgb
+from util.data.image_files import ImageFiles, open_image, random_crop, readable_endings, to_colours
 from util.data.preprocessing import describe_preprocessing
 from util.errors import BadImage, DataError
 
@@ -48,15 +48,63 @@ def test_images_of_every_kind_become_rgb(tmp_path):
         assert images.min() >= 254
 
 
-def test_16_bit_grey_keeps_its_range(tmp_path):
-    Image.fromarray(np.full((SIDE, SIDE), 0x8000, np.uint16)).save(tmp_path / "x.png")
-    assert read([tmp_path / "x.png"]).images.unique().tolist() == [0x80]
+def test_grey_of_any_depth_is_scaled_by_its_range(tmp_path):
+    for name, dtype, largest in [
+        *(("x.png", np.uint16, largest) for largest in (0xFF, 0xFFF, 0xFFFF)),
+        *(("x.tif", dtype, 0xFFF) for dtype in (np.uint16, ">u2", np.int32)),
+        *(("x.tif", np.int32, largest) for largest in (0xFF, 0xFFFF, 0xFFFFF, 2**31 - 1)),
+        ("x.tif", np.float32, 1),
+    ]:
+        steps = np.linspace(0, largest, 256)[None].repeat(8, 0).astype(dtype)
+        form = "I;16B" if dtype == ">u2" else None
+        raw = (form, steps.shape[::-1], steps.tobytes(), "raw", form, 0, 1)
+        image = Image.frombytes(*raw) if form else Image.fromarray(steps)
+        image.save(tmp_path / name)
+        grey = pixels(open_image(str(tmp_path / name)))[0, :, 0]
+        assert np.abs(grey - np.arange(256)).max() <= 1, (name, dtype, largest)
+    for value in (0, 0x8000):  # a constant image keeps its shade
+        Image.fromarray(np.full((SIDE, SIDE), value, np.uint16)).save(tmp_path / "x.png")
+        assert read([tmp_path / "x.png"]).images.unique().tolist() == [value >> 8]
 
 
-def test_floating_point_images_are_refused(tmp_path):
-    Image.fromarray(np.ones((SIDE, SIDE), np.float32)).save(tmp_path / "x.tif")
-    with pytest.raises(BadImage, match=r"x\.tif: its pixels are floating-point"):
-        open_image(str(tmp_path / "x.tif"))
+def test_12_bits_of_a_tiff_are_scaled(tmp_path):
+    Image.fromarray(np.zeros((2, 2), np.uint16)).save(tmp_path / "x.tif")
+    tiff = (tmp_path / "x.tif").read_bytes()
+    for place in (i for i in range(len(tiff) - 12) if tiff[i : i + 2] == b"\x02\x01"):
+        if tiff[place + 2 : place + 4] == b"\x03\0":  # BitsPerSample, a short
+            tiff = tiff[: place + 8] + b"\x0c\0" + tiff[place + 10 :]
+    (tmp_path / "x.tif").write_bytes(tiff[:-8] + b"\xff\xf8\x00" * 2 + b"\0\0")
+    with Image.open(tmp_path / "x.tif") as image:
+        assert image.tag_v2[258] == (12,)
+    assert pixels(open_image(str(tmp_path / "x.tif")))[..., 0].tolist() == [[255, 128]] * 2
+
+
+def test_grey_without_a_known_range_is_refused(tmp_path):
+    for values in ([0.0, 1.5], [-0.5, 0.5], [0.0, np.nan], [-1, 5]):
+        dtype = np.int32 if values == [-1, 5] else np.float32
+        Image.fromarray(np.array([values], dtype)).save(tmp_path / "x.tif")
+        with pytest.raises(BadImage, match=r"x\.tif: its pixels are in .*; convert them first"):
+            open_image(str(tmp_path / "x.tif"))
+
+
+def test_every_ending_that_pillow_decodes_is_read(tmp_path):
+    assert {".jpg", ".png", ".gif", ".jfif", ".jpe"} <= {*readable_endings()}
+    for ending in readable_endings():
+        path = tmp_path / f"x{ending.upper()}"
+        noise(SIDE, SIDE).save(path)
+        assert read([path]).images.shape == (1, 3, 32, 32), ending
+
+
+def test_an_image_of_too_many_pixels_names_the_flag(tmp_path):
+    noise(20, 10).save(tmp_path / "x.png")
+    with pytest.raises(BadImage, match=r"x\.png: 200 pixels, more than --max-image-pixels 199"):
+        read([tmp_path / "x.png"], max_pixels=199)
+    assert len(read([tmp_path / "x.png"], max_pixels=200).images) == 1
+    Image.new("1", (14000, 13000)).save(tmp_path / "large.png")  # Pillow's limit: 178,956,970
+    with pytest.raises(BadImage, match="182000000 pixels, more than --max-image-pixels 178956970"):
+        open_image(str(tmp_path / "large.png"))
+    with Image.open(tmp_path / "large.png") as image:  # Pillow's own limit is off
+        assert image.size == (14000, 13000)
 
 
 def test_a_large_jpeg_is_close_to_the_plainly_resized_image(tmp_path):
@@ -172,10 +220,26 @@ def test_a_random_crop_depends_on_seed_epoch_and_index_alone(tmp_path):
         assert (other != whole).flatten(1).any(1).all()
 
 
-def test_transparency_is_dropped_and_palettes_are_resolved():
+def test_the_background_shows_through_transparent_pixels(tmp_path):
+    colour, shades = (200, 100, 50), np.full((SIDE, SIDE, 4), 250, np.uint8)
+    for alpha, expected in [(0, colour), (255, (250,) * 3), (51, (210, 130, 90))]:
+        shades[..., 3] = alpha
+        Image.fromarray(shades).save(tmp_path / "x.png")
+        files = ImageFiles(
+            [str(tmp_path / "x.png")], 32, describe_preprocessing("folder", 32), background=colour
+        )
+        found = files.read(np.zeros(1, int), np.zeros(1, int)).images
+        assert found.amax((0, 2, 3)).tolist() == found.amin((0, 2, 3)).tolist() == list(expected)
+        assert files.transparent == (set() if alpha == 255 else {0})
+    few = noise(8, 8).quantize(16)
+    few.save(tmp_path / "x.gif", transparency=few.getpixel((0, 0)))
+    clear = open_image(str(tmp_path / "x.gif"))
+    assert clear.mode == "RGBA" and clear.getpixel((0, 0))[3] == 0
+
+
+def test_opaque_images_become_rgb():
     image = noise(8, 8)
-    clear = image.copy()
-    clear.putalpha(0)
-    assert np.array_equal(to_rgb(clear), image)
     few = image.quantize(16)
-    assert np.array_equal(to_rgb(few), few.convert("RGB"))
+    for opaque in (image, image.convert("RGBA")):
+        assert np.array_equal(to_colours(opaque), image)
+    assert np.array_equal(to_colours(few), few.convert("RGB"))

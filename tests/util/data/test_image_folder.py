@@ -190,6 +190,59 @@ def test_hidden_names_and_links_to_folders_are_left_out(root):
     assert train.dataset.split.targets.tolist() == [0] * 10 + [1] * 9
 
 
+def test_thumbnails_are_neither_images_nor_classes_and_unused_files_are_counted(root, capsys):
+    cat = root / "train" / "cat"
+    for folder in ("@eaDir", ".thumbnails"):
+        for parent in (root / "train", root / "test", cat):
+            (parent / folder).mkdir()
+            image(1).save(parent / folder / "0.png")
+    for path in ("train/cat/a.MOV", "test/dog/b.mov", "train/dog/README", "train/0.png"):
+        (root / path).touch()
+    (cat / "dogs").symlink_to(root / "train" / "dog")
+    spec, train, _ = build(root)
+    assert spec.classes == ("cat", "dog") and len(train.dataset) == 18
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("not used")]
+    counts = line.removeprefix("not used: ").partition(", in ")[0].split(", ")
+    assert {*counts} == {
+        *("6 hidden", "2 .mov", "1 without an ending"),
+        *("1 outside of the class folders", "1 links to folders"),
+    }
+
+
+def test_a_folder_of_images_alone_is_not_commented(root, capsys):
+    build(root)
+    assert capsys.readouterr().out == ""
+
+
+def test_names_of_classes_are_compared_in_one_unicode_form(tmp_path):
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    root = make_folder(tmp_path / "a", ("caf", composed, "cafz"), ("caf", decomposed, "cafz"))
+    spec, train, test = build(root)
+    assert spec.classes == ("caf", "cafz", composed)
+    assert epoch_of(train)[1].bincount().tolist() == epoch_of(test)[1].bincount().tolist()
+    assert build(make_folder(tmp_path / "b", ("caf", decomposed), ("caf", composed)))
+    (root / "train" / decomposed).mkdir()
+    with pytest.raises(DataError, match=f"{composed}: two folders have this name; rename one"):
+        build(root)
+
+
+@pytest.mark.parametrize("budget", [0, MEMORY_BUDGET])
+def test_transparent_pixels_have_the_mean_colour_of_the_training_images(root, monkeypatch, budget):
+    monkeypatch.setattr(images, "MEMORY_BUDGET", budget)
+    for path in (*files_below(root / "train")[:6], root / "test" / "cat" / "0.png"):
+        clear = np.asarray(Image.open(path).convert("RGBA")).copy()
+        clear[..., 3] = 0 if "test" in path.parts else 255 * (np.arange(SIDE) < SIDE // 2)
+        Image.fromarray(clear).save(path)
+    for _ in range(2):  # then from the cache of the statistics
+        spec, _, test = build(root)
+        mean = [round(255 * value) for value in spec.mean]
+        first = test.dataset.split.source.read(*np.zeros((2, 1), int)).images
+        assert first.amax((0, 2, 3)).tolist() == first.amin((0, 2, 3)).tolist() == mean
+    scenes = [np.asarray(Image.open(path).convert("RGBA")) for path in files_below(root / "train")]
+    visible = np.concatenate([scene[scene[..., 3] > 0] for scene in scenes])
+    assert np.abs(255 * np.array(spec.mean) - visible.mean(0)[:3]).max() < 1
+
+
 def test_a_broken_link_is_named(root, monkeypatch):
     (root / "train" / "dog" / "gone.png").symlink_to(root / "nowhere.png")
     with pytest.raises(DataError, match=r"dog/gone\.png"):

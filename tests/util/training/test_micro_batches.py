@@ -38,11 +38,19 @@ def test_any_number_of_ranks_makes_the_same_micro_batches(total, limit, ranks):
     ],
 )
 def test_a_single_image_never_meets_batchnorm1d(images, batch_size, ranks, accum_steps, fits):
-    check_batch_size(nn.BatchNorm2d(3), images, batch_size, ranks, accum_steps)
     parts = ", split over 2 processes" if ranks == 2 else "has "
     refused = nullcontext() if fits else pytest.raises(RunError, match=f"--batch-size .*{parts}")
     with refused:
         check_batch_size(nn.Sequential(nn.BatchNorm1d(3)), images, batch_size, ranks, accum_steps)
+
+
+def test_a_single_image_is_no_last_batch_for_batchnorm2d():
+    model = nn.Sequential(nn.BatchNorm2d(3))
+    with pytest.raises(RunError, match=r"batch of 9 images has 1; .* too few for BatchNorm2d"):
+        check_batch_size(model, 9, 4)
+    check_batch_size(model, 9, 4, resumes=True)
+    for images, batch_size, ranks in [(9, 1, 1), (10, 4, 2), (8, 4, 1)]:
+        check_batch_size(model, images, batch_size, ranks)
 
 
 def test_a_micro_batch_has_an_image_for_every_rank():
