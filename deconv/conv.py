@@ -14,7 +14,7 @@ from .ops.blocks import Blocks, make_blocks
 from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, PatchSubset, Sampling
 from .recording import record_call
-from .whitening import Whitening, require_positive
+from .whitening import Whitening, require_choice, require_positive
 
 # Whitened axes by mode, in order. Modes 4 and 5 differ in the patches they sample.
 MODES: dict[int, tuple[str, ...]] = {
@@ -89,8 +89,7 @@ class Convolution(Whitening):
             raise ValueError(
                 f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
             )
-        if root not in ROOTS:
-            raise ValueError(f"root must be one of {ROOTS}, got {root!r}")
+        require_choice("root", root, ROOTS)
         super().__init__(
             in_channels,
             out_channels,

@@ -7,9 +7,10 @@ from torch import Tensor, distributed, fx, nn
 from torch.nn import functional as F
 
 from .ops.blocks import Blocks, make_blocks
+from .ops.inverse_sqrt import ROOTS
 from .ops.patches import PatchGrid, Sampling
 from .recording import record_call
-from .whitening import Whitening, require_positive
+from .whitening import Whitening, require_choice, require_positive
 
 
 class Delinear(Whitening, nn.Linear):
@@ -17,12 +18,15 @@ class Delinear(Whitening, nn.Linear):
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu),    D ~ (Cov(x) + eps I)^(-1/2)
 
-    The root is Newton-Schulz, as published.
-
     Args:
         in_features, out_features, bias: as in `torch.nn.Linear`.
         block: features whitened together (default 512). The features form blocks of the largest
             divisor of `in_features` up to `block`.
+        root: algorithm that computes D (default "resolvent"), see `inverse_sqrt`. "newton" and
+            "resolvent" work on the smaller side where rows are fewer than half the features.
+            "newton": `n_iter` steps of Newton-Schulz, as published.
+            "resolvent": equal to "newton" within 0.75 %.
+            "cholesky": as in `FastDeconv`; less accurate in wide blocks.
         eps, n_iter, momentum, layout, shared, sync_stats, process_group, track_running_stats: as in
             `FastDeconv`.
         input_norm, freeze, freeze_iter: as in `FastDeconv`; a sample is a row.
@@ -51,6 +55,7 @@ class Delinear(Whitening, nn.Linear):
         eps: float = 1e-2,
         n_iter: int = 5,
         momentum: float | None = 0.1,
+        root: str = "resolvent",
         layout: str = "interleaved",
         shared: bool = True,
         sync_stats: bool = True,
@@ -63,9 +68,10 @@ class Delinear(Whitening, nn.Linear):
         dtype: torch.dtype | None = None,
     ) -> None:
         require_positive(in_features=in_features, out_features=out_features)
+        require_choice("root", root, ROOTS)
         super().__init__(in_features, out_features, bias, device=device, dtype=dtype)
         self.block, self.layout, self.shared = block, layout, shared
-        self.root, self.sample_dims = "newton", 1
+        self.root, self.sample_dims = root, 1
         self.init_whitening(
             ("joint",),
             make_blocks(1, in_features, block, 1, layout, shared, joint=True),
@@ -106,4 +112,4 @@ class Delinear(Whitening, nn.Linear):
         return self._fuse_into(nn.Linear(self.in_features, self.out_features, device="meta"))
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, {self._whitening_repr(self.block)}"
+        return f"{super().extra_repr()}, {self._whitening_repr(self.block)}, root={self.root}"

@@ -200,8 +200,7 @@ class Whitening(Freezing):
             raise ValueError(f"n_iter must be a whole number, 1 to {MAX_STEPS} steps, got {n_iter}")
         if momentum is not None and not 0 < momentum <= 1:
             raise ValueError(f"momentum must be in (0, 1], or None, got {momentum}")
-        if input_norm not in INPUT_NORMS:
-            raise ValueError(f"input_norm must be one of {INPUT_NORMS}, got {input_norm!r}")
+        require_choice("input_norm", input_norm, INPUT_NORMS)
         self.axes, self.blocks = axes, blocks
         self.eps, self.n_iter = eps, n_iter
         self.momentum, self.input_norm = momentum, input_norm
@@ -250,12 +249,12 @@ class Whitening(Freezing):
         return share
 
     def _has_few_rows(self, patches: Patches) -> bool:
-        """Return True if Newton-Schulz is cheaper from rows than from the covariance."""
-        newton = self.axes == ("joint",) and self.root == "newton"
-        few_steps = self.n_iter <= MAX_STEPS_FROM_ROWS
+        """Return True if the root is cheaper from rows than from the covariance."""
+        most_steps = {"newton": MAX_STEPS_FROM_ROWS, "resolvent": MAX_STEPS, "cholesky": 0}
+        works = self.axes == ("joint",) and self.n_iter <= most_steps[self.root]
         on_grid = isinstance(patches.sampling, PatchGrid)
         rows = patches.samples * self.blocks.sharing
-        return newton and few_steps and on_grid and 0 < 2 * rows < self.blocks.features
+        return works and on_grid and 0 < 2 * rows < self.blocks.features
 
     def running_patch_mean(self) -> Tensor | None:
         """Return the running mean of patches, (C*T,), or None."""
@@ -479,6 +478,12 @@ def require_all_statistics(layer: nn.Module, state_dict: Mapping[str, Any], pref
             f"the checkpoint has {found} without {', '.join(missing)}: load all running "
             "statistics, or remove them all"
         )
+
+
+def require_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
 
 
 def require_positive(**counts: int) -> None:

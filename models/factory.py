@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
 from deconv import calibrate as calibrate  # re-exported: only this file imports deconv
 from deconv.freezing import advance_phase, find_phase, hold_phase
+from deconv.ops.inverse_sqrt import find_linear_root
 
 Maker = Callable[..., nn.Module]
 Options = Mapping[str, Any]  # keywords of FastDeconv
@@ -91,6 +92,7 @@ def make_layers(
     freeze: bool = False,
     freeze_iter: int = 100,
     root: str = "cholesky",
+    root_final: str | None = None,
     rows_per_feature: float = 24,
     **layer_options: Any,
 ) -> Layers:
@@ -113,6 +115,7 @@ def make_layers(
         freeze: the first layer alternates between batch and running statistics in training.
         freeze_iter: steps with batch statistics in a cycle of 10 * freeze_iter.
         root: algorithm of the inverse square root. The methods set their own.
+        root_final: the same for linear layers; None: see `find_linear_root`.
         rows_per_feature: minimum of sampled patches per feature. The methods set their own.
         **layer_options: further keywords of FastDeconv; Delinear gets those that it knows.
 
@@ -132,10 +135,11 @@ def make_layers(
     stem_own |= {"freeze": freeze, "freeze_iter": freeze_iter}
     stem_options = {**options, **stem_own}
     final = (512 if deconv else 0) if block_final is None else block_final
-    linear = _bind_delinear(final, options) if final else nn.Linear
+    own_linear = {"root": find_linear_root(root, root_final)}
+    linear = _bind_delinear(final, options, **own_linear) if final else nn.Linear
     norm = nn.BatchNorm1d if batchnorm and not deconv else nn.Identity
     last = None if block_final is None else linear
-    methods = _make_methods(stem_options, options, bias=bias, norm=norm, last=last)
+    methods = _make_methods(stem_options, options, own_linear, bias=bias, norm=norm, last=last)
     if not deconv:
         plain = partial(nn.Conv2d, bias=bias and not batchnorm)
         return Layers(
@@ -150,7 +154,7 @@ def make_layers(
     whitening = {"bias": bias, "mode": mode, "block": block, "root": root}
     whitening["rows_per_feature"] = rows_per_feature
     make = partial(FastDeconv, **whitening)
-    heads = {"linear": bool(final), "block_linear": final or 1}
+    heads = {"linear": bool(final), "block_linear": final or 1, "root_linear": own_linear["root"]}
     return Layers(
         conv=partial(_make_convolution, make, options),
         stem=partial(make, **stem_options),
@@ -193,9 +197,24 @@ def _bind_delinear(block: int, options: Options, **kwargs: Any) -> Maker:
 
 
 def _make_methods(
-    stem_options: Options, options: Options, *, bias: bool, norm: Maker, last: Maker | None
+    stem_options: Options,
+    options: Options,
+    own_linear: Options,
+    *,
+    bias: bool,
+    norm: Maker,
+    last: Maker | None,
 ) -> dict[int, Method]:
-    """Make the table of methods; `last`, if given, is the last linear layer of all of them."""
+    """Make the table of methods.
+
+    Args:
+        stem_options: options of the layer on images.
+        options: options of all other layers.
+        own_linear: further options of linear layers that whiten.
+        bias: give the layer on images a bias.
+        norm: as in `Method`.
+        last: the last linear layer of all methods; None: of the kind that the method has.
+    """
 
     def make_deconv(in_channels: int, out: int, kernel_size: int, *, mode: int) -> nn.Module:
         # An image is one patch, so there are fewer rows than features: "newton" exploits that.
@@ -203,13 +222,13 @@ def _make_methods(
         return FastDeconv(in_channels, out, kernel_size, bias=bias, **own, **stem_options)
 
     def make_joint(in_features: int, out: int) -> nn.Module:
-        return _bind_delinear(in_features, options)(in_features, out)
+        return _bind_delinear(in_features, options, **own_linear)(in_features, out)
 
     plain = partial(_make_image_convolution, partial(nn.Conv2d, bias=bias))
     channel = partial(_make_image_convolution, partial(make_deconv, mode=3))
     joint = partial(_make_image_convolution, partial(make_deconv, mode=4))
-    blocks = partial(_make_image_linear, _bind_delinear(32, stem_options, bias=bias))
-    none, hidden = nn.Identity, _bind_delinear(32, options)
+    blocks = partial(_make_image_linear, _bind_delinear(32, stem_options, bias=bias, **own_linear))
+    none, hidden = nn.Identity, _bind_delinear(32, options, **own_linear)
     return {
         1: Method("plain", plain, nn.Linear, last or nn.Linear, norm),
         2: Method("channel deconvolution", channel, nn.Linear, last or nn.Linear, none),

@@ -49,8 +49,9 @@ def inverse_sqrt(
             same within 0.75 %. "cholesky" for `inverse_cholesky`, lower triangular, with the floor
             of `n_iter` steps.
         eps: added to the diagonal, in units of variance.
-        rows: (G, M, F), the centred vectors that `cov` is the mean square of. "newton" then
-            computes the same D from them, on the M x M side, for up to MAX_STEPS_FROM_ROWS steps.
+        rows: (G, M, F), the centred vectors that `cov` is the mean square of. "newton" and
+            "resolvent" then compute the same D on the M x M side, "newton" for up to
+            MAX_STEPS_FROM_ROWS steps.
 
     Returns:
         (G, F, F).
@@ -66,7 +67,7 @@ def inverse_sqrt(
     if root == "cholesky":
         return inverse_cholesky(cov, n_iter, eps)
     if root == "resolvent":
-        return inverse_sqrt_by_resolvents(cov, n_iter, eps)
+        return inverse_sqrt_by_resolvents(cov, n_iter, eps, rows)
     newton: Callable[..., Tensor] = newton_schulz
     sources: tuple[Tensor, ...] = (cov,)
     if rows is not None and n_iter <= MAX_STEPS_FROM_ROWS:
@@ -74,6 +75,19 @@ def inverse_sqrt(
     if rounds_compiled(cov.device):
         sources = tuple(source.double() for source in sources)
     return newton(*sources, n_iter=n_iter, eps=eps).to(cov.dtype)
+
+
+def find_linear_root(root: str, linear: str | None = None) -> str:
+    """Return the root of a network's linear layers, whose convolutions have `root`.
+
+    Blocks of linear layers are wide. A triangular root of wide blocks costs accuracy, because it
+    rotates from step to step: docs/experiments.md, section 11.
+
+    Args:
+        root: root of the convolutions.
+        linear: chosen root; None: `root`, or "resolvent" in place of "cholesky".
+    """
+    return linear or ("resolvent" if root == "cholesky" else root)
 
 
 def newton_schulz(cov: Tensor, n_iter: int, eps: float = 0.0) -> Tensor:

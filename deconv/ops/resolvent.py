@@ -67,13 +67,17 @@ TERMS = {
 }
 
 
-def inverse_sqrt_by_resolvents(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
+def inverse_sqrt_by_resolvents(
+    cov: Tensor, n_iter: int = 5, eps: float = 0.0, rows: Tensor | None = None
+) -> Tensor:
     """Approximate the result of `n_iter` Newton-Schulz steps on A = cov + eps I within 0.75 %.
 
     Args:
         cov: (G, F, F), symmetric positive semidefinite, float32 or float64.
         n_iter: number of steps, a key of `TERMS`.
         eps: added to the diagonal, in units of variance.
+        rows: (G, M, F), the vectors that `cov` is the mean square of; see `_invert_from_rows`.
+            Gradients flow through `cov` alone.
 
     Returns:
         (G, F, F), symmetric. NaN for a matrix that is not finite.
@@ -83,12 +87,13 @@ def inverse_sqrt_by_resolvents(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -
     """
     if n_iter not in TERMS:
         raise ValueError(f"n_iter must be at most {max(TERMS)} for resolvents, got {n_iter}")
+    rows = None if rows is None else rows.detach()
     if cov.requires_grad:
-        return _Resolvents.apply(cov, n_iter, eps)
-    return _sum_terms(cov, n_iter, eps)[0]  # torch.func transforms plain operations only
+        return _Resolvents.apply(cov, rows, n_iter, eps)
+    return _sum_terms(cov, rows, n_iter, eps)[0]  # torch.func transforms plain operations only
 
 
-def _sum_terms(cov: Tensor, n_iter: int, eps: float) -> tuple[Tensor, ...]:
+def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tuple[Tensor, ...]:
     """Return D and the terms of its gradient: A / |A|_F, |A|_F and the resolvents."""
     identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
     cov = torch.add(cov, identity, alpha=eps)
@@ -96,21 +101,40 @@ def _sum_terms(cov: Tensor, n_iter: int, eps: float) -> tuple[Tensor, ...]:
     scaled = cov / norm
     constant, slope, poles = TERMS[n_iter]
     root = torch.add(slope * scaled, identity, alpha=constant)
+    rows = None if rows is None else rows * (norm * rows.shape[1]).rsqrt()
     resolvents = []
     for shift, weight in poles:
-        factor = torch.linalg.cholesky_ex(torch.add(scaled, identity, alpha=shift)).L
-        half = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
-        resolvents.append(half.mT @ half)
+        if rows is None:
+            factor = torch.linalg.cholesky_ex(torch.add(scaled, identity, alpha=shift)).L
+            half = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
+            resolvents.append(half.mT @ half)
+        else:
+            resolvents.append(_invert_from_rows(rows, eps / norm + shift, identity))
         root = torch.add(root, resolvents[-1], alpha=weight)
     return root * norm.rsqrt(), scaled, norm, *resolvents
+
+
+def _invert_from_rows(rows: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
+    """Return (X^T X + t I)^-1 from the M x M side, cheaper than from F x F for 2 M < F.
+
+        (X^T X + t I)^-1 = (I - X^T (X X^T + t I)^-1 X) / t              (Woodbury)
+
+    Args:
+        rows: X, (G, M, F).
+        shift: t, (G, 1, 1).
+        identity: (F, F).
+    """
+    small = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
+    factor = torch.linalg.cholesky_ex(torch.baddbmm(shift * small, rows, rows.mT)).L
+    return torch.baddbmm(identity, rows.mT, torch.cholesky_solve(rows, factor), alpha=-1) / shift
 
 
 class _Resolvents(torch.autograd.Function):
     """Gradient d(A' + s I)^-1 = -(A' + s I)^-1 dA' (A' + s I)^-1, and that of the norm in A'."""
 
     @staticmethod
-    def forward(ctx: Any, cov: Tensor, n_iter: int, eps: float) -> Tensor:
-        root, *parts = _sum_terms(cov, n_iter, eps)
+    def forward(ctx: Any, cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> Tensor:
+        root, *parts = _sum_terms(cov, rows, n_iter, eps)
         ctx.terms = TERMS[n_iter]
         ctx.save_for_backward(root, *parts)
         return root
@@ -118,7 +142,7 @@ class _Resolvents(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     @in_full_products
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         root, scaled, norm, *resolvents = ctx.saved_tensors
         grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)
         result = grad * ctx.terms.slope
@@ -127,7 +151,7 @@ class _Resolvents(torch.autograd.Function):
             result = torch.baddbmm(result, resolvent @ grad, resolvent, alpha=-weight)
         # D = z(A') / sqrt(|A|) and A' = A / |A| both shrink as |A| grows.
         shrinkage = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
-        return result.addcmul_(scaled, shrinkage, value=-1), None, None
+        return result.addcmul_(scaled, shrinkage, value=-1), None, None, None
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:

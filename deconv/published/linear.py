@@ -56,6 +56,7 @@ class Delinear(PublishedStatistics, layers.Delinear):
             n_iter=n_iter,
             momentum=momentum,
             block=published_block(in_features, block),
+            root="newton",
             layout="contiguous",
             **{"sync_stats": False, **options},
         )

@@ -29,6 +29,7 @@ def convert(
     bias: bool = True,
     linear: bool | Iterable[str] = True,
     block_linear: int = 512,
+    root_linear: str | None = None,
     pretrained: bool = False,
     calibrate: Iterable[Any] | None = None,
     forward: Callable[[nn.Module, Any], object] | None = None,
@@ -70,6 +71,7 @@ def convert(
             its input is no longer normalised. A classifier is an example. A list of name patterns,
             such as ["fc"], replaces the linear layers that match. False replaces none.
         block_linear: maximum number of features that a Delinear whitens together (default 512).
+        root_linear: root of a Delinear (default None: that of `options`, except "cholesky").
         pretrained: keep the outputs of the model in evaluation (default False).
         calibrate: training batches, of which the first 10 are used (default None); it needs
             `pretrained`. Weights are rewritten so that training also starts at these outputs.
@@ -106,6 +108,7 @@ def convert(
         bias=bias,
         linear=linear,
         block_linear=block_linear,
+        root_linear=root_linear,
         pretrained=pretrained,
         skip=skip,
         **options,

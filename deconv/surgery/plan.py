@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..conv import Convolution, FastDeconv, FastDeconv1d, FastDeconv3d, find_geometry
 from ..conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastDeconvTranspose3d
 from ..linear import Delinear
+from ..ops.inverse_sqrt import find_linear_root
 from ..table import align
 from ..whitening import Whitening
 from .batchnorm import count_dims, extra_modules, find_affine, is_batchnorm, is_known_batchnorm
@@ -145,6 +146,7 @@ def plan(
     bias: bool = True,
     linear: bool | Iterable[str] = True,
     block_linear: int = 512,
+    root_linear: str | None = None,
     pretrained: bool = False,
     skip: Iterable[str] = (),
     **options: Any,
@@ -159,6 +161,7 @@ def plan(
         linear: replace the linear layers that end the model (default True), or those whose names
             match a list of patterns.
         block_linear: maximum number of features that a Delinear whitens together (default 512).
+        root_linear: root of a Delinear (default None: see `find_linear_root`).
         pretrained: keep the outputs of the model in evaluation (default False).
         skip: name patterns of layers to keep (default: none).
         **options: further keywords of FastDeconv.
@@ -182,7 +185,8 @@ def plan(
     layers = {name: module for name, module in model.named_modules() if _is_planned(module)}
     skipped = _match_patterns(layers, skip, "skip")
     shared = signature(Delinear).parameters.keys() & options.keys() - {"block"}
-    head_options = {"block": block_linear, **{name: options[name] for name in shared}}
+    head_options = {name: options[name] for name in shared} | {"block": block_linear}
+    head_options["root"] = find_linear_root(options.get("root", "cholesky"), root_linear)
     named = {} if isinstance(linear, bool) else _match_patterns(layers, linear, "linear")
     for name, module in layers.items():
         if (linear or not isinstance(module, nn.Linear)) and _is_lazy(module):

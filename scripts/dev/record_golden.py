@@ -50,6 +50,7 @@ LAYERS = {
     "n_iter": 5,
     "sampling_stride": 3,
     "root": "cholesky",
+    "root_final": "newton",
     "rows_per_feature": 32,
     "layout": "interleaved",
     "shared": True,

@@ -109,6 +109,26 @@ def test_networks_from_elsewhere_keep_their_layers_or_are_converted():
     assert type(whole[-1]) is nn.Linear and whole[0].bias is not None
 
 
+@loop_over(
+    ("root", "root_final", "expected"),
+    [
+        ("cholesky", None, "resolvent"),
+        ("newton", None, "newton"),
+        ("resolvent", None, "resolvent"),
+        ("newton", "cholesky", "cholesky"),
+    ],
+)
+def test_linear_layers_have_the_root_of_convolutions_unless_it_is_triangular(
+    root, root_final, expected
+):
+    layers = make_layers(deconv=True, root=root, root_final=root_final)
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+    conv, *_, head = layers.adapt(network, pretrained=False)
+    assert (conv.root, head.root) == (root, expected)
+    hidden = [layers.select_method(n).hidden(6, 5) for n in (3, 4)]
+    assert {layer.root for layer in (layers.linear(6, 5), *hidden)} == {expected}
+
+
 def test_deconvolution_needs_no_norm():
     assert type(make_layers(deconv=True).norm(4)) is nn.Identity
 

@@ -50,6 +50,7 @@ def _deconv_rules(flags: Namespace, typed: Collection[str]) -> Rules:
     whitens = flags.deconv or flags.num_groups_final
     for name in ("eps", "deconv_iter", "layout", "share_blocks", "sync_stats", "norm_type"):
         yield name, whitens, "needs --deconv True, or --num-groups-final above 0"
+    yield "root_final", flags.num_groups_final, "needs --num-groups-final above 0"
     reason = "contradicts --mode 4, which uses every patch; leave it out or choose --mode 5"
     yield "stride", flags.mode != 4 or flags.stride == 1, reason
     has_blocks = not flags.deconv or flags.mode != 2 or flags.share_blocks is False
@@ -67,7 +68,7 @@ def _method_rules(flags: Namespace) -> Rules:
         yield name, flags.deconv == whitens, f"contradicts {other}; leave one of them out"
     for name in ("mode", "num_groups", "root", "rows_per_feature"):
         yield name, False, f"does not apply to {flags.arch}, whose blocks depend on --method"
-    for name in ("eps", "deconv_iter", "sync_stats", "norm_type"):
+    for name in ("eps", "deconv_iter", "root_final", "sync_stats", "norm_type"):
         yield name, whitens or flags.num_groups_final, f"needs deconvolution, not {method}"
     for name in ("stem_iter", "freeze"):
         yield name, whitens, f"needs deconvolution, not {method}"

@@ -266,7 +266,12 @@ def add_advanced_flags(parser: Parser) -> None:
     text = """algorithm for the inverse square root of the covariance: newton, the published
         Newton-Schulz iteration; resolvent, the same within 0.75 % and faster for large blocks;
         cholesky, the fastest, which whitens with a triangular factor in place of the root"""
-    add("--root", text, None, "cholesky", choices=("newton", "resolvent", "cholesky"))
+    roots = ("newton", "resolvent", "cholesky")
+    add("--root", text, None, "cholesky", choices=roots)
+    text = """--root of the last fully connected layer, and of every linear layer that whitens in
+        simple_v1 and mlp"""
+    like_root = "as --root, but resolvent in place of cholesky"
+    add("--root-final --root-fc", text, default_text=like_root, choices=roots)
     text = """modes 1, 2 and 5: estimate a covariance of F features from about N * F rows, where a
         patch gives one row for each block. The patches are spread over the images of a batch; 0
         uses every patch that --stride selects"""

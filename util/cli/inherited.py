@@ -33,8 +33,11 @@ OF_NETWORK = {
     *("dataset", "loss"),
     *("arch", "method", "batchnorm", "bias", "deconv", "mode", "num_groups", "num_groups_final"),
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
-    *("root", "rows_per_feature", "norm_type", "freeze", "freeze_iter", "pretrained"),
+    *("root", "root_final", "rows_per_feature", "norm_type", "freeze", "freeze_iter", "pretrained"),
 }
+
+# Flags added later whose defaults differ from what earlier runs did.
+EARLIER = {"root_final": "newton"}
 
 
 def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
@@ -78,8 +81,8 @@ def _load(script: Script, path: str | Path) -> dict[str, Any]:
     return saved
 
 
-def check_config(script: Script, config: Mapping[str, Any], file: str | Path) -> None:
-    """Check that the flags in the checkpoint `file` could have been typed.
+def check_config(script: Script, config: dict[str, Any], file: str | Path) -> None:
+    """Check that the flags in the checkpoint `file` could have been typed; add those of `EARLIER`.
 
     Raises:
         CheckpointError: names the first flag that could not have been typed.
@@ -92,6 +95,8 @@ def check_config(script: Script, config: Mapping[str, Any], file: str | Path) ->
         is_known = name in parser.spelling and name not in OF_THIS_MACHINE
         if is_known and (reason := parser.explain_misfit(name, value)):
             raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {reason}")
+    for name, value in EARLIER.items():
+        config.setdefault(name, value)
 
 
 def inherit_flags(config: Mapping[str, Any], typed: Collection[str], parser: Parser) -> dict:

@@ -12,6 +12,7 @@ from deconv.ops.inverse_sqrt import (
 from deconv.ops.resolvent import TERMS
 from scripts.dev import fit_resolvent
 from tests.matrices import covariances, follow
+from tests.pairwise import loop_over
 
 
 def root(cov, n_iter=5, eps=0.0):
@@ -49,6 +50,30 @@ def test_float32_is_exact_for_the_worst_covariances(n_iter):
     A = covariances(1, 576, eps=1e-12)
     exact = root(A, n_iter)
     assert (root(A.float(), n_iter) - exact).abs().max() < 5e-5 * exact.abs().max()
+
+
+@loop_over("n_iter", [1, 5, 9, 15])
+def test_from_fewer_rows_than_features_is_the_sum_of_its_terms_of_the_eigenvalues(n_iter):
+    rows = torch.randn(2, 6, 20, dtype=torch.float64) * torch.logspace(1, -2, 20)
+    cov, eps = rows.mT @ rows / 6, 1e-3
+    values, basis = torch.linalg.eigh(cov + eps * torch.eye(20))
+    norm = values.norm(dim=1)[:, None]
+    exact = (basis * (follow(values / norm, n_iter) / norm.sqrt())[:, None]) @ basis.mT
+    found = inverse_sqrt(cov, n_iter, "resolvent", eps, rows)
+    torch.testing.assert_close(found, exact)
+    single = inverse_sqrt(cov.float(), n_iter, "resolvent", eps, rows.float())
+    assert (single - exact).abs().max() < 5e-5 * exact.abs().max()
+
+
+def test_from_rows_has_the_gradient_of_the_covariance():
+    rows = torch.randn(2, 3, 8, dtype=torch.float64)
+    cov, weight = rows.mT @ rows / 3, torch.randn(2, 8, 8, dtype=torch.float64)
+    gradients = []
+    for given in (None, rows):
+        source = cov.clone().requires_grad_()
+        D = inverse_sqrt(source, 5, "resolvent", 0.1, given)
+        gradients.append(torch.autograd.grad((D * weight).sum(), source)[0])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deconv import FastDeconv
+from deconv import Delinear, FastDeconv
 from scripts.bench.launches import Launches, count_launches, main
 
 
@@ -30,6 +30,14 @@ def test_whitening_launches_at_most_32_kernels_beside_those_of_the_convolution()
     plain, _ = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
     forward, _ = count_launches(FastDeconv(128, 128, 3, padding=1), shape)
     assert plain == 2 and forward - plain <= 32
+
+
+def test_a_linear_layer_whitens_few_rows_in_few_launches():
+    counts = {
+        root: sum(count_launches(Delinear(512, 10, root=root), (128, 512)))
+        for root in ("resolvent", "newton")
+    }
+    assert counts["resolvent"] <= 90 < 400 < counts["newton"], counts
 
 
 def read_table(capsys, *argv):

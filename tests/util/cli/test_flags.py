@@ -177,6 +177,7 @@ def test_choices_are_those_of_the_layers():
         assert typed(f"--mode {mode}") == {"mode": mode}
     for root in ROOTS:
         assert typed(f"--root {root}") == {"root": root}
+        assert typed(f"--root-final {root}") == {"root_final": root}
     for norm, keyword in zip(("none", "layernorm", "l1norm"), INPUT_NORMS, strict=True):
         flags = read_settings(main.build_script(), ["--deconv", "True", "--norm-type", norm])[0]
         assert choose_layers(flags)["input_norm"] == keyword

@@ -6,11 +6,19 @@ import main
 import main_imagenet
 from tests.states import make_state
 from util.checkpoint.store import save_checkpoint
-from util.cli.inherited import OF_THIS_MACHINE
+from util.cli.inherited import OF_THIS_MACHINE, check_config, inherit_flags
 from util.cli.parser import mirror_url, path_name, rendezvous_url
 from util.cli.script import PRESETS
 from util.cli.settings import read_settings
 from util.errors import CheckpointError
+
+
+def test_runs_from_before_root_final_keep_the_steps_in_their_linear_layers():
+    script, config = main.build_script(), {"arch": "vgg11", "root": "cholesky"}
+    check_config(script, config, "FILE")
+    inherited = inherit_flags(config, (), script.parser)
+    assert inherited == {"arch": "vgg11", "root": "cholesky", "root_final": "newton"}
+    assert read("--arch vgg11 --deconv True").root_final is None
 
 
 def read(line):
@@ -71,6 +79,7 @@ def test_preset_serves_batchnorm_too():
         ("--deconv True --freeze-iter 50", "--freeze-iter 50", "--freeze True"),
         ("--arch mlp --method 1 --freeze True", "--freeze needs", "--method 1"),
         ("--share-blocks 1", "--share-blocks needs", "--num-groups-final"),
+        ("--deconv True --block-fc 0 --root-final newton", "--root-final newton", "above 0"),
         ("--deconv False --eps .1", "--eps 0.1", "--num-groups-final"),
         ("--deconv-iter 7", "--deconv-iter 7", "--num-groups-final"),
         ("--deconv True --batchnorm True", "--batchnorm contradicts", "deconvolution"),
