@@ -43,7 +43,7 @@ from util.cli.settings import read_settings
 from util.distributed.world import World
 from util.errors import CheckpointError
 from util.random_state import seed_everything
-from util.training.optim import build_optimizer
+from util.training.optim import build_optimizer, group_parameters
 from util.training.resume import Progress, TrainingState
 from util.training.session import RunContext
 
@@ -153,7 +153,9 @@ def make_state(
     if epoch and math.isfinite(best):
         progress.best_top1, progress.best_epoch = best, epoch
     rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
-    optimizer = build_optimizer(flags.optimizer, model.parameters(), **rates)
+    decays_all = not flags.no_decay_norm_bias
+    groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
+    optimizer = build_optimizer(flags.optimizer, groups, **rates)
     loaders = train_loader, test_loader
     training = TrainingState(
         vars(flags), spec, loaders, model, optimizer, context.build_accelerator(), World(), progress
@@ -161,10 +163,10 @@ def make_state(
     past = {"epoch": [*range(1, epoch + 1)], "step": [steps * n for n in range(1, epoch + 1)]}
     history = {**dict.fromkeys(HISTORY, [math.nan] * epoch), **past}
     state = training.capture()
-    if momenta and flags.optimizer == "SGD":
+    if momenta and flags.optimizer == "SGD" and decays_all:
         state["optimizer"]["state"] = momenta
     elif epoch:
-        print("optimizer state omitted, because it does not fit the network: momentum starts at 0")
+        print("optimizer state omitted, because it does not fit the run: momentum starts at 0")
     return {**state, "history": history}
 
 

@@ -36,7 +36,7 @@ from util.console import print_line
 from util.data.datasets import DATASETS
 from util.files import atomic_write
 from util.training.accelerator import Accelerator
-from util.training.optim import build_criterion, build_optimizer
+from util.training.optim import build_criterion, build_optimizer, group_parameters
 
 FOLDER = Path(__file__).resolve().parents[2] / "tests" / "golden"
 STEPS, BATCH, CLASSES = 20, 4, 10
@@ -61,6 +61,8 @@ METHODS = {  # for networks with methods in place of modes
     f"method{number}": {"deconv": number > 1, **LAYERS, "block_final": None}
     for number in range(1, 5)
 }
+# Optimizers other than SGD, by column of the network SMALL.
+SMALL, OPTIMIZERS = "simple_v2", {"adamw": "AdamW", "muon": "Muon"}
 
 
 class Curve(NamedTuple):
@@ -93,6 +95,8 @@ def list_networks() -> list[str]:
 def kinds_of(arch: str) -> dict[str, dict[str, Any]]:
     """Return the kinds of layers to record a network with, and their settings."""
     has_methods = arch in ARCHITECTURES and "method" in ARCHITECTURES[arch].options
+    if arch == SMALL:
+        return KINDS | dict.fromkeys(OPTIMIZERS, MODES["mode5"])
     return METHODS if has_methods else KINDS
 
 
@@ -116,7 +120,9 @@ def losses(
     """Yield the loss before each training step, on the current number of threads."""
     model = build(arch, kind).double()
     criterion, accelerator = build_criterion("CE", CLASSES), Accelerator(torch.device("cpu"))
-    optimizer = build_optimizer("SGD", model.parameters(), lr=rate, weight_decay=5e-4)
+    name = OPTIMIZERS.get(kind, "SGD")
+    groups = group_parameters(model, name)
+    optimizer = build_optimizer(name, groups, lr=rate, weight_decay=5e-4)
     size, channels = (32, 1) if arch in ARCHITECTURES else (64, 3)
     images, targets = load_images(size, channels, noise)
     for first in range(0, BATCH * steps, BATCH):

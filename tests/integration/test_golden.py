@@ -33,6 +33,11 @@ def test_the_first_steps_are_the_recorded_ones(arch):
     compare(arch, kinds[RECORDED.index(arch) % len(kinds)], steps=2)
 
 
+@pytest.mark.parametrize("kind", record_golden.OPTIMIZERS)
+def test_other_optimizers_take_the_recorded_steps(kind):
+    compare(record_golden.SMALL, kind, steps=5)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", record_golden.list_networks())
 def test_whole_curves_are_the_recorded_ones(arch):

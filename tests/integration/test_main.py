@@ -280,8 +280,9 @@ def rows(path):
     [
         "--deconv True --dropout-rate .3",
         "--arch mlp --method 1 --optimizer Adam --lr .01 --lr-scheduler multistep --milestone 1",
-        "--arch mlp --method 3 --accum-steps 3 --clip-grad 1 --label-smoothing .1 "
-        "--auto-augment ta_wide --random-erase .5 --mixup .2 --cutmix 1",
+        "--arch mlp --method 3 --optimizer AdamW --accum-steps 3 --clip-grad 1 "
+        "--label-smoothing .1 --auto-augment ta_wide --random-erase .5 --mixup .2 --cutmix 1",
+        "--arch mlp --method 1 --optimizer Muon --no-decay-norm-bias",
     ],
 )
 def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):

@@ -18,7 +18,7 @@ from util.cli.parser import (
 )
 from util.data import AUTO_AUGMENT, MAX_IMAGE_PIXELS, MIN_IMAGE_SIZE
 from util.training.accelerator import PRECISIONS
-from util.training.optim import LOSSES, OPTIMIZERS, SCHEDULES
+from util.training.optim import DECOUPLED, LOSSES, OPTIMIZERS, SCHEDULES
 
 FLOAT32_LIMIT = 1e36  # float32 ends at 3e38; a factor of 100 remains for products
 MIRROR_VARIABLE = "DECONV_DATA_URL"
@@ -183,13 +183,21 @@ def add_training_flags(
     text = "share of each target that --loss CE spreads evenly over all classes; not of the test"
     share = bounded_float(minimum=0, below=1)
     add("--label-smoothing", text, share, 0.0, metavar="E")
-    add("--optimizer", "optimizer", None, "SGD", choices=OPTIMIZERS)
+    text = """optimizer; Muon steps the weights of convolutions and linear layers, and AdamW at the
+        same rate the classifier, biases and norms"""
+    add("--optimizer", text, None, "SGD", choices=OPTIMIZERS)
     rate = bounded_float(above=0, below=FLOAT32_LIMIT)
-    add("--lr --learning-rate", "initial learning rate", rate, 0.1, metavar="LR")
+    decoupled = "with AdamW and Muon"
+    form = {"metavar": "LR", "default_text": f"0.1, or {DECOUPLED['lr']:g} {decoupled}"}
+    add("--lr --learning-rate", "initial learning rate", rate, 0.1, **form)
     add("--momentum", "momentum of SGD", bounded_float(minimum=0, below=1), 0.9, metavar="M")
     bounds = bounded_float(minimum=0, below=FLOAT32_LIMIT)
-    form = {"metavar": "W", "dest": "weight_decay"}
-    add("--wd --weight-decay", "weight decay", bounds, weight_decay, **form)
+    default = f"{weight_decay:g}, or {DECOUPLED['weight_decay']:g} {decoupled}"
+    form = {"metavar": "W", "dest": "weight_decay", "default_text": default}
+    text = "weight decay: an L2 penalty, or decoupled from the gradient with AdamW and Muon"
+    add("--wd --weight-decay", text, bounds, weight_decay, **form)
+    text = "exempt biases and the scales of norms from weight decay"
+    add("--no-decay-norm-bias", text, str2bool, False)
     text = "scale the gradients of a step down to this norm where their joint norm is larger"
     add("--clip-grad", text, bounded_float(above=0, below=FLOAT32_LIMIT), metavar="NORM")
     text = """cosine: decay to 0 over the run, step by step; multistep: multiply by

@@ -11,6 +11,7 @@ from util.cli.flag_rules import find_fault
 from util.cli.inherited import check_unchanged, inherit_flags, load_saved
 from util.cli.script import PRESETS, Script
 from util.tracking.run_dir import find_out
+from util.training.optim import OPTIMIZER_DEFAULTS
 
 
 def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[str, Any] | None]:
@@ -30,7 +31,10 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
     typed = parser.parse_typed(argv)  # last, so that errors spell the flags as they were typed
     saved = load_saved(script, typed)
     inherited = inherit_flags(saved["config"], typed, parser) if saved else {}
-    flags = Namespace(**{**parser.defaults(), **inherited, **preset, **typed})
+    chosen = {**inherited, **preset, **typed}
+    defaults = parser.defaults()
+    defaults |= OPTIMIZER_DEFAULTS.get(chosen.get("optimizer", defaults["optimizer"]), {})
+    flags = Namespace(**{**defaults, **chosen})
     resolve_flags(flags, typed, script)
     if fault := find_fault(flags, typed, script):
         name, reason = fault

@@ -6,14 +6,22 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, Adam, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
+from util.errors import RunError
+from util.training.muon import Muon
+
 LOSSES = ("CE", "L2")
-OPTIMIZERS = ("SGD", "Adam", "AMSGrad")
+OPTIMIZERS = ("SGD", "Adam", "AMSGrad", "AdamW", "Muon")
+# Defaults of --lr and --weight-decay that differ from those of SGD: those of torch.optim.AdamW.
+DECOUPLED = {"lr": 1e-3, "weight_decay": 1e-2}
+OPTIMIZER_DEFAULTS = {"AdamW": DECOUPLED, "Muon": DECOUPLED}
+MATRIX_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 SCHEDULES = ("cosine", "multistep", "step")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
@@ -44,18 +52,59 @@ def _half_squared_distance(num_classes: int, logits: Tensor, targets: Tensor) ->
 
 def build_optimizer(
     name: str,
-    params: Iterable[nn.Parameter],
+    params: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
     *,
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
 ) -> Optimizer:
-    """Return "SGD", "Adam" or "AMSGrad" with L2 weight decay; only SGD uses `momentum`."""
+    """Return an optimizer of OPTIMIZERS; only SGD uses `momentum`.
+
+    `params` are parameters or the groups of `group_parameters`. Weight decay is an L2 penalty in
+    SGD, Adam and AMSGrad, and decoupled from the gradient in AdamW and Muon.
+    """
     if name == "SGD":
         return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+    if name == "AdamW":
+        return AdamW(params, lr=lr, weight_decay=weight_decay)
+    if name == "Muon":
+        return Muon(params, lr=lr, weight_decay=weight_decay)
     if name in OPTIMIZERS:
         return Adam(params, lr=lr, weight_decay=weight_decay, amsgrad=name == "AMSGrad")
     raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
+
+
+def group_parameters(
+    model: nn.Module, optimizer: str, *, decay_norm_bias: bool = True
+) -> list[dict[str, Any]]:
+    """Return the parameters of a model in the groups that `build_optimizer` takes.
+
+    Args:
+        model: model to train.
+        optimizer: name of the optimizer. Muon steps the weights of all convolutions and linear
+            layers except the last, the classifier, as matrices.
+        decay_norm_bias: False exempts biases and the scales of norms from weight decay, that is all
+            parameters of one dimension.
+
+    Raises:
+        RunError: Muon has nothing to step, because there is one layer only.
+    """
+    weights = [layer.weight for layer in model.modules() if isinstance(layer, MATRIX_LAYERS)]
+    matrices = set(weights[:-1]) if optimizer == "Muon" else set()
+    if optimizer == "Muon" and not matrices:
+        raise RunError("--optimizer Muon: the network has no hidden layer; choose AdamW")
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        decays = decay_norm_bias or parameter.ndim > 1
+        groups.setdefault((parameter in matrices, decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            **({"matrices": True} if is_matrices else {}),
+            **({} if decays else {"weight_decay": 0.0}),
+        }
+        for (is_matrices, decays), parameters in groups.items()
+    ]
 
 
 def build_scheduler(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import textwrap
 import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -233,23 +235,26 @@ def _check_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
     own_groups = [group["params"] for group in optimizer.state_dict()["param_groups"]]
     if groups != own_groups:
         raise ContentError("optimizer.param_groups differ from the model's parameters")
-    params = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    params = [(group, one) for group in optimizer.param_groups for one in group["params"]]
     for number, state in saved["state"].items():
         if number not in range(len(params)):
             raise ContentError(f"optimizer.state.{number} belongs to no parameter")
         state = {name: value for name, value in state.items() if value is not None}
-        expected = _example_state(optimizer, params[number])
+        expected = _example_state(optimizer, *params[number])
         if state and state.keys() != expected.keys():
             names = " and ".join(f"({', '.join(one)})" for one in (state, expected))
             raise ContentError(f"optimizer.state.{number} differs, of {names} here")
         _check_tensors(f"optimizer.state.{number}", state, expected)
 
 
-def _example_state(optimizer: Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
-    """Return the state that an optimizer of this kind holds for a parameter, on "meta"."""
+def _example_state(
+    optimizer: Optimizer, group: dict[str, Any], parameter: nn.Parameter
+) -> dict[str, Tensor]:
+    """Return the state that the optimizer holds for a parameter of this group, on "meta"."""
     example = nn.Parameter(torch.zeros_like(parameter, device="meta"))
     example.grad = torch.zeros_like(example)
-    twin = type(optimizer)([example], **optimizer.defaults)
+    twin = copy.copy(optimizer)
+    twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [example]}]
     twin.step()
     return twin.state[example]
 

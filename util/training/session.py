@@ -29,7 +29,12 @@ from util.training.accelerator import Accelerator
 from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
 from util.training.micro_batches import check_batch_size
-from util.training.optim import build_criterion, build_optimizer, build_scheduler
+from util.training.optim import (
+    build_criterion,
+    build_optimizer,
+    build_scheduler,
+    group_parameters,
+)
 from util.training.recorder import NullRecorder, Recorder
 from util.training.resume import Plan, Progress, TrainingState, list_skipped, restore_model
 from util.training.signals import stop_on_signal
@@ -120,7 +125,9 @@ def fit(
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
     rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
-    optimizer = build_optimizer(flags.optimizer, model.parameters(), **rates)
+    decays_all = not flags.no_decay_norm_bias
+    groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
+    optimizer = build_optimizer(flags.optimizer, groups, **rates)
     shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
     replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
     loaders = train_loader, test_loader

@@ -100,6 +100,8 @@ def test_optimizers_are_what_they_are_called():
     assert (sgd.defaults["momentum"], sgd.defaults["weight_decay"]) == (0.8, 0.01)
     assert not build_optimizer("Adam", weights, lr=0.1).defaults["amsgrad"]
     assert build_optimizer("AMSGrad", weights, lr=0.1).defaults["amsgrad"]
+    adamw = build_optimizer("AdamW", weights, lr=0.1, weight_decay=0.01)
+    assert (type(adamw), adamw.defaults["weight_decay"]) == (torch.optim.AdamW, 0.01)
 
 
 def test_unknown_names_are_refused_by_name():
