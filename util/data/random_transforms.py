@@ -85,9 +85,10 @@ def build_transforms(
         mixup: parameter of the beta distribution of shares; 0 is off.
         cutmix: as `mixup`. With both, each batch draws one of them.
     """
-    alphas = {v2.MixUp: mixup, v2.CutMix: cutmix}
     mixes = [
-        kind(alpha=alpha, num_classes=spec.num_classes) for kind, alpha in alphas.items() if alpha
+        kind(alpha=float(alpha), num_classes=spec.num_classes)  # torchvision refuses integers
+        for kind, alpha in {v2.MixUp: mixup, v2.CutMix: cutmix}.items()
+        if alpha
     ]
     fill = [round(255 * mean) for mean in spec.mean]
     policy = _build_policy(auto_augment, fill) if auto_augment != "off" else None

@@ -15,7 +15,7 @@ IMAGES = torch.randint(256, (SIZE, 3, 32, 32), dtype=torch.uint8, generator=gene
 TARGETS = torch.arange(SIZE) % CLASSES
 NAMES = tuple("abcdefg")
 SPEC = DataSpec("set", 3, 32, NAMES, (0.5,) * 3, (0.25,) * 3)
-ALPHAS = {"mixup": 0.4, "cutmix": 1.0}
+ALPHAS = {"mixup": 0.4, "cutmix": 1}
 ALL = {"auto_augment": "ra", "random_erase": 0.5, **ALPHAS}
 INDEX = np.arange(SIZE)
 
