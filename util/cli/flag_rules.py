@@ -132,6 +132,9 @@ def _output_rules(flags: Namespace) -> Rules:
     caches = getattr(flags, "dataset", None) == "folder"
     has_folder = flags.run_dir or flags.resume
     yield "out", caches or not has_folder, "has no effect with --run-dir or --resume; leave it out"
+    is_test = flags.evaluate and flags.resume
+    reason = "needs -e --resume RUN, whose folder receives the confusion matrix"
+    yield "per_class", is_test or not flags.per_class, reason
     ends_before = flags.checkpoint_epoch > flags.epochs
     yield "checkpoint_epoch", not ends_before, f"must not exceed --epochs {flags.epochs}"
     ends_before = flags.max_steps and flags.checkpoint_steps > flags.max_steps

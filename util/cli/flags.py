@@ -158,6 +158,9 @@ def _add_image_flags(
     add("-j --num-workers --workers", text, bounded_int(0, 1024), workers)
     text = f"test the model of {models} and exit; flags about training are ignored"
     add("-e --evaluate", text, str2bool, False)
+    text = """with -e: print the accuracy of each class, and write confusion_matrix.csv and
+        confusion_matrix.png into the folder of the run"""
+    add("--per-class", text, str2bool, False)
 
 
 def add_training_flags(

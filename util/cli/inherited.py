@@ -19,7 +19,7 @@ from util.errors import CheckpointError, describe
 OF_THIS_MACHINE = {
     *("resume", "run_dir", "data", "data_url", "out"),
     *("use_gpu", "gpu", "start_epoch"),
-    "evaluate",
+    *("evaluate", "per_class"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {

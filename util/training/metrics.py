@@ -106,9 +106,16 @@ def count_hits(logits: Tensor, targets: Tensor, topk: Sequence[int] = (1, 5)) ->
     device of `logits`.
     """
     targets = targets.argmax(1) if targets.ndim == 2 else targets
-    largest = min(max(topk), logits.shape[1])
-    hits = logits.topk(largest, dim=1).indices == targets[:, None]  # N largest
+    hits = rank_classes(logits, max(topk)) == targets[:, None]  # N largest
     return [hits[:, :k].sum(dtype=torch.float64) for k in topk]
+
+
+def rank_classes(logits: Tensor, count: int = 5) -> Tensor:
+    """Return the classes of the `count` largest logits (N, classes), in order: (N, count) int64.
+
+    There are fewer columns if there are fewer classes.
+    """
+    return logits.topk(min(count, logits.shape[1]), dim=1).indices
 
 
 def peak_memory_mb(device: torch.device | str) -> float:

@@ -10,6 +10,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from util.distributed.world import World
 from util.errors import RunError, Stopped
 from util.random_state import seed_everything
 from util.training.accelerator import Accelerator
+from util.training.confusion import ConfusionMatrix, report_classes
 from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
 from util.training.micro_batches import check_batch_size
@@ -176,10 +178,14 @@ def evaluate_only(
     accelerator.to_device(model)
     if context.saved:
         restore_model(context.saved, model, file=flags.resume, spec=spec)
+    matrix, criterion = None, build_criterion(flags.loss, spec.num_classes)
+    if flags.per_class:
+        matrix = ConfusionMatrix(spec.num_classes)
+        criterion = matrix.watch(criterion)
     metrics = evaluate(
         accelerator.compile(hooks.eval_model(model.eval())),
         loader,
-        build_criterion(flags.loss, spec.num_classes),
+        criterion,
         accelerator=accelerator,
         world=world,
         max_steps=world.shard_count(max_batches),
@@ -190,6 +196,10 @@ def evaluate_only(
         f"{flags.arch}  test loss {metrics['loss']:.4f} top1 {metrics['top1']:.2f}%"
         f" top5 {metrics['top5']:.2f}%  {metrics['images']} images  {metrics['seconds']:.1f} s"
     )
+    if matrix:
+        counts = sum(world.gather(matrix.counts))
+        folder = Path(flags.resume).resolve().parent
+        world.on_rank0(partial(report_classes, counts, spec.classes, folder))
 
 
 @contextmanager
