@@ -24,6 +24,7 @@ from util.cli.script import PRESETS, Rules, Script
 from util.cli.settings import choose_layers
 from util.data.datasets import DATASETS, build_loaders, is_downloaded, is_embedded
 from util.data.images import DataSpec
+from util.data.known_classes import build_test_loader
 from util.data.loader import ImageLoader
 from util.random_state import seed_everything
 from util.training.hooks import ModelHooks
@@ -75,10 +76,13 @@ def data_rules(flags: Namespace) -> Rules:
     yield "evaluate", flags.resume or not flags.evaluate, "needs --resume RUN"
 
 
-def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader, ImageLoader]:
+def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, ImageLoader]:
     """Return the description of the dataset, the training loader and the test loader."""
     flags, cache_dir = context.flags, Path(context.flags.out).expanduser()
     options = context.loader_options()
+    if flags.evaluate and flags.dataset == "folder":
+        spec = DataSpec(**context.saved["spec"])
+        return spec, None, build_test_loader(spec, flags.data, options)
     return build_loaders(
         flags.dataset, flags.data, options, cache_dir=cache_dir, mirror=flags.data_url
     )

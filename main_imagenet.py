@@ -26,6 +26,7 @@ from util.cli.settings import choose_layers
 from util.console import print_line
 from util.data.imagenet import build_dummy_loaders, build_imagenet_loaders
 from util.data.images import DataSpec
+from util.data.known_classes import build_test_loader
 from util.data.loader import ImageLoader
 from util.errors import RunError
 from util.random_state import seed_everything
@@ -108,6 +109,9 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
         return build_dummy_loaders(options)
     if flags.data is None:
         raise RunError("DIR is missing: the folder that holds train/ and val/, or --dummy")
+    if context.saved and flags.evaluate:
+        spec = DataSpec(**context.saved["spec"])
+        return spec, None, build_test_loader(spec, flags.data, options)
     return build_imagenet_loaders(flags.data, options, test_only=flags.evaluate)
 
 

@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         )
     with report_errors(parser, ValueError):
         trained = load_network(args.checkpoint)
-        images = read_images(trained.flags, args.data, args.images)
+        images = read_images(trained, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = describe_input(trained.saved)
         run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, facts)

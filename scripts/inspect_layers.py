@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with report_errors(parser, ValueError):
         trained = load_network(args.checkpoint)
         first = find_first_layer(trained.network)
-        images = read_images(trained.flags, args.data, args.images)
+        images = read_images(trained, args.data, args.images)
         rows = whiteness(trained.network, images)
         print(f"{rows}\n{LEGEND}")
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import sys
-import tempfile
 from argparse import Namespace
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,9 +21,10 @@ import main_imagenet as large_images
 from util.checkpoint.store import load_checkpoint, load_newest
 from util.cli.inherited import OF_THIS_MACHINE, check_config
 from util.cli.parser import Parser, bounded_int
-from util.data.datasets import build_loaders, is_embedded
-from util.data.imagenet import build_imagenet_loaders
+from util.data.datasets import DATASETS, build_loaders, is_embedded
+from util.data.imagenet import build_dummy_loaders
 from util.data.images import DataSpec
+from util.data.known_classes import build_test_loader
 from util.data.loader import LoaderOptions
 from util.errors import DataError
 from util.training.resume import restore_model
@@ -37,6 +38,7 @@ class TrainedNetwork:
 
     network: nn.Module  # with the checkpoint's weights, on the CPU
     flags: Namespace  # of the run, without those of the machine that trained
+    spec: DataSpec  # of the training images
     saved: dict[str, Any]  # content of the checkpoint
 
 
@@ -51,44 +53,57 @@ def load_network(place: str) -> TrainedNetwork:
 
     Example:
         >>> trained = load_network("runs/digits/checkpoint.pth.tar")  # doctest: +SKIP
-        >>> scores = trained.network(read_images(trained.flags, None, 8))  # doctest: +SKIP
+        >>> scores = trained.network(read_images(trained, None, 8))  # doctest: +SKIP
     """
     file, saved = _read_checkpoint(place)
-    script = small_images if "dataset" in saved["config"] else large_images
-    built = script.build_script()
-    check_config(built, saved["config"], file)
-    config = {name: value for name, value in saved["config"].items() if name not in OF_THIS_MACHINE}
-    flags = Namespace(**{**built.parser.defaults(), **config, "resume": file})
     spec = DataSpec(**saved["spec"])
-    network = script.build_network(flags, spec)
+    network, flags = build_network(saved["config"], spec, file)
     restore_model(saved, network, file=file, spec=spec)
-    return TrainedNetwork(network.eval(), flags, saved)
+    return TrainedNetwork(network.eval(), flags, spec, saved)
 
 
-def read_images(flags: Namespace, data: str | None, count: int) -> Tensor:
+def build_network(
+    config: Mapping[str, Any], spec: DataSpec, file: str
+) -> tuple[nn.Module, Namespace]:
+    """Return a new network and all flags for `config`, the flags that `file` has recorded.
+
+    Raises:
+        CheckpointError: names the first flag that could not have been typed.
+    """
+    script = small_images if "dataset" in config else large_images
+    built = script.build_script()
+    check_config(built, config, file)
+    config = {name: value for name, value in config.items() if name not in OF_THIS_MACHINE}
+    flags = Namespace(**{**built.parser.defaults(), **config, "resume": file})
+    return script.build_network(flags, spec), flags
+
+
+def read_images(trained: TrainedNetwork, data: str | None, count: int) -> Tensor:
     """Return the first test images (N, C, H, W), normalized as the network expects them.
 
     A smaller dataset gives all of its images.
 
     Raises:
-        DataError: the folder `data` has no images of the run's dataset.
+        DataError: the folder `data` has no images of the run's dataset, or foreign classes.
         ValueError: no folder is named, or it has fewer than 4 images.
     """
+    name, flags = trained.spec.name, trained.flags
+    if data is not None and (is_embedded(name) or name == "dummy"):
+        raise ValueError(f"--data {data} does not apply to {name}, which needs no folder")
     data = flags.data if data is None else data
     limits = {"image_size": flags.image_size, "max_image_pixels": flags.max_image_pixels}
     options = LoaderOptions(batch_size=count, **limits)
-    if "dataset" in flags:
-        if is_embedded(flags.dataset) and data != flags.data:
-            raise ValueError(f"--data {data} does not apply to {flags.dataset}, which is embedded")
-        try:
-            with tempfile.TemporaryDirectory() as cache:
-                *_, loader = build_loaders(flags.dataset, data, options, cache_dir=cache)
-        except DataError as error:
-            raise DataError(f"--data {data}: {error}") from error
-    elif data is None:
-        raise ValueError("name the folder of images with --data DIR")
-    else:
-        *_, loader = build_imagenet_loaders(data, options, test_only=True)
+    try:
+        if name == "dummy":
+            *_, loader = build_dummy_loaders(options, test_size=count)
+        elif name in DATASETS and name != "folder":
+            *_, loader = build_loaders(name, data, options, cache_dir="")
+        elif data is None:
+            raise ValueError("name the folder of images with --data DIR")
+        else:
+            loader = build_test_loader(trained.spec, data, options)
+    except DataError as error:
+        raise DataError(f"--data {data}: {error}") from error
     images = torch.cat(list(islice((batch for batch, _ in loader), count)))[:count]
     if len(images) < LEAST_IMAGES:
         raise ValueError(f"at least {LEAST_IMAGES} images are needed, {data} has {len(images)}")

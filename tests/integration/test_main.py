@@ -460,7 +460,7 @@ def test_folders_whose_classes_differ_are_refused(tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_of_images_is_trained_on(tmp_path):
+def test_a_folder_of_images_is_trained_and_tested_on(tmp_path, capsys):
     torch.manual_seed(0)
     for name in ("train/cat", "train/dog", "val/cat", "val/dog"):
         (tmp_path / name).mkdir(parents=True)
@@ -472,6 +472,13 @@ def test_a_folder_of_images_is_trained_on(tmp_path):
     summary = train(line, tmp_path / "runs" / "run")
     assert summary["steps"] == 2
     assert [p for p in sorted(tmp_path.rglob("*")) if "runs" not in p.parts] == before
+    (tmp_path / "train").rename(tmp_path / "gone")
+    for data in (tmp_path / "val", tmp_path):  # the same images
+        capsys.readouterr()
+        words = f"-e --per-class --resume {tmp_path / 'runs' / 'run'} --data {data} --use-gpu False"
+        main.main(words.split())
+        assert f"test loss {summary['test_loss']:.4f}" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "run" / "confusion_matrix.csv").exists()
 
 
 def test_a_run_that_would_end_before_it_starts_is_refused(tmp_path, capsys):

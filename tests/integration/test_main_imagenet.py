@@ -154,13 +154,32 @@ def test_images_and_weights_are_fetched_by_the_first_process_for_all(tmp_path, m
     assert actions == [main_imagenet.load_images, main_imagenet.build_network]
 
 
-def test_testing_needs_no_folder_to_train_on(images, tmp_path, capsys):
+def test_testing_needs_no_folder_to_train_on_and_writes_nothing(images, tmp_path, capsys):
     run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", images)
     (tmp_path / "val").symlink_to(images / "val")
     before = set(tmp_path.rglob("*"))
     run(f"-e --resume {tmp_path / 'run' / 'checkpoint.pth.tar'}", tmp_path)
     assert "8 images" in capsys.readouterr().out
+    run(f"-e --resume {tmp_path / 'run'}", images / "val")
+    assert "8 images" in capsys.readouterr().out
     assert set(tmp_path.rglob("*")) == before
+
+
+def test_other_images_are_tested_class_by_class(images, tmp_path, capsys):
+    run(f"--max-steps 1 --lr .01 --epochs 1 --run-dir {tmp_path / 'run'}", images)
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "dark").symlink_to(images / "val" / "dark")
+    capsys.readouterr()
+    run(f"-e --per-class --resume {tmp_path / 'run'}", tmp_path / "new")
+    output = capsys.readouterr().out
+    assert f"{tmp_path / 'new'}: no images of 1 of 2 classes: bright" in output
+    (overall,) = re.findall(r"top1 (\S+)%.* 4 images", output)
+    assert re.search(rf"^dark +{overall}% +4$", output, re.MULTILINE)
+    written = sorted(path.name for path in (tmp_path / "run").glob("confusion*"))
+    assert written == ["confusion_matrix.csv", "confusion_matrix.png"]
+    (tmp_path / "new" / "zebra").mkdir()
+    told = refusal(capsys, f"-e --resume {tmp_path / 'run'}", tmp_path / "new")
+    assert f"{tmp_path / 'new' / 'zebra'}: it knows bright, dark" in told
 
 
 def test_images_lost_since_the_checkpoint_are_refused_by_their_number(images, tmp_path, capsys):
@@ -297,6 +316,8 @@ def test_a_folder_after_milestones_is_no_milestone():
         ("-a timm/resnet19x --dummy", "--arch timm/resnet19x: timm has no 'resnet19x'"),
         ("-a resnet18d --pretrained DIR", "--pretrained does not apply to resnet18d"),
         ("-e DIR", "-e needs --resume RUN or --pretrained"),
+        ("--per-class DIR", "--per-class needs -e --resume RUN"),
+        ("-e --pretrained --per-class DIR", "--per-class needs -e --resume RUN"),
         (
             "-a resnet18 --pretrained --deconv True --norm-type l1norm DIR",
             "--norm-type l1norm contradicts --pretrained",

@@ -85,7 +85,7 @@ def test_a_published_checkpoint_predicts_the_same_and_is_tested(trained, tmp_pat
     source, out = save(tmp_path / "published.pth.tar", *trained), str(tmp_path / "run")
     convert_checkpoint.main([source, out, *FLAGS.split()])
     found = load_network(out)
-    images = read_images(found.flags, None, 64)
+    images = read_images(found, None, 64)
     with torch.no_grad():
         scores, expected = found.network(images), network.double()(images.double()).float()
     network.float()

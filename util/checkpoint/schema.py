@@ -83,7 +83,8 @@ def check_content(state: Any) -> None:
     check_value("model._metadata", getattr(state["model"], "_metadata", {}), {str: {str: COUNT}})
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
-    progress, history = state["progress"], state["history"]
+    progress, history, spec = state["progress"], state["history"], state["spec"]
+    channels = equal(spec["in_channels"])
     steps, epochs = progress["step"] + len(state["meters"]["rows"]), len(history["epoch"])
     for name, value, rule in (
         ("progress.best_epoch", progress["best_epoch"], integer(0, progress["epoch"])),
@@ -91,6 +92,7 @@ def check_content(state: Any) -> None:
         ("epoch", state["epoch"], integer(0, state["config"]["epochs"])),
         ("step", state["step"], equal(steps)),
         ("best_top1", state["best_top1"], equal(progress["best_top1"])),
+        *((f"the length of spec.{key}", len(spec[key]), channels) for key in ("mean", "std")),
         *((f"the length of history.{key}", len(history[key]), equal(epochs)) for key in HISTORY),
     ):
         check_value(name, value, rule)
@@ -185,7 +187,7 @@ SPEC = {
     "image_size": SIZE,
     "classes": ListOf(TEXT, 1),
     "mean": ListOf(number(), 1),
-    "std": ListOf(number(), 1),
+    "std": ListOf(number(2.0**-20), 1),
 }
 PROGRESS = {
     **dict.fromkeys(("epoch", "step", "images", "best_epoch"), COUNT),

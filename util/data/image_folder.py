@@ -178,7 +178,7 @@ def scan_split(root: Path) -> FolderScan:
     folders, unused = {}, Counter()
     for entry in os.scandir(root):
         if entry.is_dir():
-            folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry.name)
+            folders.setdefault(normalize_name(entry.name), []).append(entry.name)
         else:
             unused["outside of the class folders"] += 1
     if twins := [name for name, found in folders.items() if len(found) > 1]:
@@ -190,6 +190,17 @@ def scan_split(root: Path) -> FolderScan:
         if not is_hidden(name):
             images[name] = paths
     return FolderScan(root, images, unused)
+
+
+def list_classes(root: Path) -> list[str]:
+    """Return the names of the class folders of a split in order, without looking into them."""
+    names = [entry.name for entry in os.scandir(root) if entry.is_dir()]
+    return sorted(normalize_name(name) for name in names if not is_hidden(name))
+
+
+def normalize_name(name: str) -> str:
+    """Return the name of a class in the Unicode form NFC."""
+    return unicodedata.normalize("NFC", name)
 
 
 def is_hidden(name: str) -> bool:
