@@ -7,6 +7,9 @@
 (N, C, H, W), float32 and normalized, for any N. They return scores (N, classes). The format
 safetensors holds the weights of the fused network.
 
+The file holds the preprocessing of its input (colour, resize, crop, mean, std) and the classes. The
+same facts stand in OUT.json, for programs that cannot read the file.
+
 The script reads the written file again. It compares the file's scores on test images with those of
 the checkpoint's network. Exit codes: 1 the scores differ by more than --tolerance, 2 bad input.
 """
@@ -14,12 +17,10 @@ the checkpoint's network. Exit codes: 1 the scores differ by more than --toleran
 from __future__ import annotations
 
 import copy
-import json
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from deconv import fuse
+from scripts.exported_network import describe_network, format_metadata, write_facts
 from scripts.trained_network import load_network, make_parser, read_images
 from util.cli.parser import Parser, report_errors
 
 ANY_BATCH = ({0: torch.export.Dim("batch")},)
-Facts = dict[str, str]  # about the input, by name
 Run = Callable[[Tensor], Tensor]  # images (N, C, H, W) -> scores (N, classes)
+Metadata = dict[str, str]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -48,8 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         trained = load_network(args.checkpoint)
         images = read_images(trained, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
-        facts = describe_input(trained.saved)
-        run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, facts)
+        facts = describe_network(trained)
+        metadata = format_metadata(facts)
+        run = WRITERS[args.to](fuse(trained.network), images[:2], args.out, metadata)
+        write_facts(facts, args.out)
     with torch.no_grad():
         expected = trained.network(images)
         # Two batch sizes, both unlike that of the example.
@@ -74,33 +78,31 @@ def build_parser() -> Parser:
     return parser
 
 
-def describe_input(saved: dict[str, Any]) -> Facts:
-    """Return the architecture and the dataset's facts (mean, std, classes, ...) as text."""
-    facts = {"arch": saved["config"]["arch"], **saved["spec"]}
-    return {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
-
-
-def write_onnx(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
+def write_onnx(network: nn.Module, example: Tensor, out: Path, metadata: Metadata) -> Run:
     import onnxruntime
 
     form = {"input_names": ["images"], "output_names": ["scores"], "dynamic_shapes": ANY_BATCH}
     program = torch.onnx.export(network, (example,), **form, dynamo=True, verbose=False)
-    program.model.metadata_props.update(facts)
+    program.model.metadata_props.update(metadata)
     program.save(out)
     session = onnxruntime.InferenceSession(out, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
 
 
-def write_torch_export(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
+def write_torch_export(
+    network: nn.Module, example: Tensor, out: Path, metadata: dict[str, str]
+) -> Run:
     program = torch.export.export(network, (example,), dynamic_shapes=ANY_BATCH)
-    torch.export.save(program, out, extra_files={"facts.json": json.dumps(facts)})
+    torch.export.save(program, out, extra_files=metadata)
     return torch.export.load(out).module()
 
 
-def write_safetensors(network: nn.Module, example: Tensor, out: Path, facts: Facts) -> Run:
+def write_safetensors(
+    network: nn.Module, example: Tensor, out: Path, metadata: dict[str, str]
+) -> Run:
     from safetensors.torch import load_model, save_model
 
-    save_model(network, str(out), metadata=facts)
+    save_model(network, str(out), metadata=metadata)
     read = copy.deepcopy(network)
     load_model(read, str(out))  # refuses a file that lacks a tensor
     return read

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -62,9 +61,7 @@ def load_network(place: str) -> TrainedNetwork:
     return TrainedNetwork(network.eval(), flags, spec, saved)
 
 
-def build_network(
-    config: Mapping[str, Any], spec: DataSpec, file: str
-) -> tuple[nn.Module, Namespace]:
+def build_network(config: dict[str, Any], spec: DataSpec, file: str) -> tuple[nn.Module, Namespace]:
     """Return a new network and all flags for `config`, the flags that `file` has recorded.
 
     Raises:

@@ -13,8 +13,9 @@ from torch import nn
 import main
 import main_imagenet
 from scripts import export
-from scripts.trained_network import read_images
+from scripts.trained_network import TrainedNetwork, load_network, read_images
 from tests.pairwise import loop_over
+from util.data.images import DataSpec
 from util.errors import DataError
 
 FORMATS = ["onnx", "torch-export", "safetensors"]
@@ -48,18 +49,41 @@ def test_the_written_file_gives_the_scores_of_the_network(kind, run_dir, tmp_pat
     )
     difference, scale = map(float, values.groups())
     assert difference <= 1e-5 * scale and scale > 0
-    assert [path.name for path in out.parent.iterdir()] == ["network"]
+    assert {path.name for path in out.parent.iterdir()} == {"network", "network.json"}
+    facts, spec = json.loads((out.parent / "network.json").read_text()), load_network(run_dir).spec
+    inside = read_metadata(kind, out)
+    assert (inside["arch"], inside["dataset"]) == ("simple_v2", "digits")
+    for name in ("preprocessing", "flags"):
+        assert json.loads(inside[name]) == facts[name]
+    assert facts["flags"]["arch"] == "simple_v2" and "data" not in facts["flags"]
+    size = {"pad": 0, "resize": 32, "keep_aspect": False, "crop": 32, "interpolation": "bilinear"}
+    numbers = {"mean": list(spec.mean), "std": list(spec.std), "classes": [*"0123456789"]}
+    assert facts["preprocessing"] == {"colour": "L", **size, **numbers}
 
 
-def test_safetensors_hold_plain_layers_and_facts_about_the_input(run_dir, tmp_path):
+def read_metadata(kind, out):
+    if kind == "onnx":
+        import onnxruntime
+
+        return onnxruntime.InferenceSession(out).get_modelmeta().custom_metadata_map
+    if kind == "torch-export":
+        files = dict.fromkeys(["arch", "dataset", "preprocessing", "flags"], "")
+        torch.export.load(out, extra_files=files)
+        return {
+            name: text.decode() if isinstance(text, bytes) else text for name, text in files.items()
+        }
+    from safetensors import safe_open
+
+    with safe_open(out, "pt") as file:
+        return file.metadata()
+
+
+def test_safetensors_hold_plain_layers(run_dir, tmp_path):
     export_to("safetensors", run_dir, tmp_path / "out")
     from safetensors import safe_open
 
     with safe_open(tmp_path / "out", "pt") as file:
         assert not [name for name in file.keys() if "running" in name]  # noqa: SIM118
-        facts = file.metadata()
-    assert facts["arch"] == "simple_v2" and json.loads(facts["classes"]) == [*"0123456789"]
-    assert len(json.loads(facts["mean"])) == 1
 
 
 @pytest.mark.parametrize("kind", FORMATS)
@@ -87,14 +111,19 @@ def test_an_imagenet_network_is_checked_on_images_of_a_folder(tmp_path, capsys):
         for number in range(3):
             pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
             Image.fromarray(pixels).save(folder / f"{number}.png")
-    line = f"--dummy -a resnet18 --deconv True --image-size 32 -j 0 {LINE} --test-run True"
-    main_imagenet.main([*line.split(), "--test-iter", "1", "--run-dir", str(tmp_path / "run")])
+    (tmp_path / "images" / "train").symlink_to(tmp_path / "images" / "val")
+    line = f"-a resnet18 --deconv True --image-size 32 -j 0 {LINE} --run-dir {tmp_path / 'run'}"
+    main_imagenet.main([*line.split(), str(tmp_path / "images")])
     out = tmp_path / "out"
     with pytest.raises(SystemExit) as stop:
         export_to("torch-export", tmp_path / "run", out)
     assert stop.value.code == 2 and "--data DIR" in capsys.readouterr().err
-    export_to("torch-export", tmp_path / "run", out, "--data", str(tmp_path / "images"))
+    export_to("torch-export", tmp_path / "run", out, "--data", str(tmp_path / "images" / "val"))
     assert "over 6 images" in capsys.readouterr().out
+    (tmp_path / "images" / "val" / "c").mkdir()
+    with pytest.raises(SystemExit):
+        export_to("torch-export", tmp_path / "run", out, "--data", str(tmp_path / "images"))
+    assert f"{tmp_path / 'images' / 'val' / 'c'}: it knows a, b" in capsys.readouterr().err
 
 
 @loop_over(
@@ -113,10 +142,22 @@ def test_bad_input_is_refused(words, message, run_dir, tmp_path, capsys):
     assert error.startswith("export.py: error: ") and error.count("\n") == 1
 
 
+def make_untrained(dataset, data):
+    spec = DataSpec(dataset, 3, 32, ("a", "b"), (0.5,) * 3, (0.5,) * 3)
+    return TrainedNetwork(None, Namespace(data=data, image_size=32), spec, {})
+
+
 def test_a_missing_folder_of_images_is_named_with_its_flag(tmp_path):
-    flags = Namespace(dataset="folder", data=str(tmp_path), image_size=32)
-    with pytest.raises(DataError, match=f"--data {tmp_path}: no folder"):
-        read_images(flags, None, 8)
+    trained = make_untrained("folder", str(tmp_path / "gone"))
+    with pytest.raises(DataError, match=f"--data {tmp_path}/gone: no folder"):
+        read_images(trained, None, 8)
+
+
+def test_a_network_of_noise_is_checked_on_noise():
+    trained = make_untrained("dummy", None)
+    assert read_images(trained, None, 8).shape == (8, 3, 32, 32)
+    with pytest.raises(ValueError, match="--data DIR does not apply to dummy"):
+        read_images(trained, "DIR", 8)
 
 
 def test_a_missing_checkpoint_is_named(tmp_path, capsys):
