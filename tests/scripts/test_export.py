@@ -144,7 +144,8 @@ def test_bad_input_is_refused(words, message, run_dir, tmp_path, capsys):
 
 def make_untrained(dataset, data):
     spec = DataSpec(dataset, 3, 32, ("a", "b"), (0.5,) * 3, (0.5,) * 3)
-    return TrainedNetwork(None, Namespace(data=data, image_size=32), spec, {})
+    flags = Namespace(data=data, image_size=32, max_image_pixels=10**6)
+    return TrainedNetwork(None, flags, spec, {})
 
 
 def test_a_missing_folder_of_images_is_named_with_its_flag(tmp_path):
