@@ -43,9 +43,8 @@ from util.cli.settings import read_settings
 from util.distributed.world import World
 from util.errors import CheckpointError
 from util.random_state import seed_everything
-from util.training.optim import build_optimizer, group_parameters
 from util.training.resume import Progress, TrainingState
-from util.training.session import RunContext
+from util.training.session import RunContext, optimizer_from_flags
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -152,10 +151,7 @@ def make_state(
     progress = Progress(epoch, epoch * steps, epoch * len(train_loader.dataset))
     if epoch and math.isfinite(best):
         progress.best_top1, progress.best_epoch = best, epoch
-    rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
-    decays_all = not flags.no_decay_norm_bias
-    groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
-    optimizer = build_optimizer(flags.optimizer, groups, **rates)
+    optimizer = optimizer_from_flags(flags, model)
     loaders = train_loader, test_loader
     training = TrainingState(
         vars(flags), spec, loaders, model, optimizer, context.build_accelerator(), World(), progress
@@ -163,7 +159,7 @@ def make_state(
     past = {"epoch": [*range(1, epoch + 1)], "step": [steps * n for n in range(1, epoch + 1)]}
     history = {**dict.fromkeys(HISTORY, [math.nan] * epoch), **past}
     state = training.capture()
-    if momenta and flags.optimizer == "SGD" and decays_all:
+    if momenta and flags.optimizer == "SGD" and not flags.no_decay_norm_bias:
         state["optimizer"]["state"] = momenta
     elif epoch:
         print("optimizer state omitted, because it does not fit the run: momentum starts at 0")

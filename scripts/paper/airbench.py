@@ -25,6 +25,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torchvision.transforms.v2 import functional
 
 from util.data.sampler import FLIP, LEFT, TOP, random_words
+from util.training.resume import Plan
 
 BIAS_RATE, HEAD_RATE = 0.053, 0.67  # of SGD on the loss summed over a batch
 DECAY = 2e-6  # weight decay per image of a batch, over the rate
@@ -87,40 +88,44 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 
 
 def build_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
-    """Return the optimizer; --lr is the rate of the convolutions.
+    """Return the optimizer; --lr is the rate of the convolutions, which are the first group.
 
-    The first group is the bias of the first layer. Biases and the last layer have the rates of the
-    recipe with Muon and SGD, and --lr with AdamW.
+    Biases and the last layer have the rates of the recipe with Muon and SGD, and --lr with AdamW.
+    The key "share" of a group is the share of the run in which it is trained.
     """
-    convs = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
-    named = {
-        "whitening": [model.stem[0].bias],
-        "convs": [weight for weight in convs if weight.requires_grad],
-        "head": [model.linear.weight],
-    }
-    listed = {id(parameter) for group in named.values() for parameter in group}
+    whitening, head = model.stem[0].bias, model.linear.weight
+    weights = [m.weight for m in model.modules() if isinstance(m, nn.Conv2d)]
+    convs = [weight for weight in weights if weight.requires_grad]
+    listed = {id(parameter) for parameter in (whitening, head, *convs)}
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in listed]
-    options = {"convs": {"lr": flags.lr, "weight_decay": flags.weight_decay}}
+    groups: list[dict[str, Any]] = [
+        {"params": convs},
+        {"params": [whitening], "rate": BIAS_RATE, "share": WHITENING_SHARE},
+        {"params": rest, "rate": BIAS_RATE},
+        {"params": [head], "rate": HEAD_RATE},
+    ]
+    for group in groups:
+        rate = group.pop("rate", None)
+        if rate is not None and flags.optimizer != "AdamW":
+            group |= {"lr": rate * flags.batch_size, "weight_decay": DECAY / rate}
     if flags.optimizer == "AdamW":
-        groups = [{"params": group} for group in (*named.values(), rest)]
         return AdamW(groups, lr=flags.lr, weight_decay=flags.weight_decay)
-    for name, rate in (("whitening", BIAS_RATE), ("head", HEAD_RATE), ("rest", BIAS_RATE)):
-        options[name] = {"lr": rate * flags.batch_size, "weight_decay": DECAY / rate}
-    if flags.optimizer == "Muon":
-        options["convs"] = {"lr": flags.lr, "momentum": MUON_MOMENTUM, "matrices": True}
-    named["rest"] = rest
-    groups = [{"params": named[name], **options[name]} for name in named]
-    if flags.optimizer == "Muon":
-        return NormalizedMuon(groups, lr=flags.lr)
-    return SGD(groups, lr=flags.lr, momentum=MOMENTUM, nesterov=True)
+    if flags.optimizer == "SGD":
+        decay = {"weight_decay": flags.weight_decay}
+        return SGD(groups, lr=flags.lr, momentum=MOMENTUM, nesterov=True, **decay)
+    groups[0] |= {"momentum": MUON_MOMENTUM, "matrices": True}
+    return NormalizedMuon(groups, lr=flags.lr)
 
 
-def build_scheduler(optimizer: Optimizer, total_steps: int, start_step: int) -> LambdaLR:
-    """Return a linear decay to 0, which ends earlier in the first group, see `build_optimizer`."""
-    ends = [WHITENING_SHARE * total_steps, *[total_steps] * (len(optimizer.param_groups) - 1)]
-    for group in optimizer.param_groups:  # LambdaLR requires it unless start_step is 0
-        group.setdefault("initial_lr", group["lr"])
-    return LambdaLR(optimizer, [partial(_fall, end) for end in ends], last_epoch=start_step - 1)
+def build_scheduler(
+    flags: Namespace, optimizer: Optimizer, plan: Plan, start_step: int
+) -> LambdaLR:
+    """Return a linear decay to 0 at the end of each group's share of the run."""
+    factors = []
+    for group in optimizer.param_groups:
+        factors.append(partial(_fall, group.get("share", 1) * plan.total_steps))
+        group.setdefault("initial_lr", group["lr"])  # LambdaLR requires it unless start_step is 0
+    return LambdaLR(optimizer, factors, last_epoch=start_step - 1)
 
 
 def _fall(end: float, step: int) -> float:

@@ -17,14 +17,16 @@ from string import Template
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from scripts.paper import batch_size, best_rates, filters, modes, regression, table1
+from scripts.paper import batch_size, best_rates, filters, modes, regression, rivals, table1
 from scripts.paper.records import RESULTS, ROOT, Records, load, save, top1_of
 from scripts.paper.runner import RUNS, gather
 from scripts.paper.tables import KINDS, format_table, mean_top1, show_loss, show_seconds, show_top1
 from util.cli.parser import Parser, path_name
 from util.files import atomic_write
 
-RECIPES = tuple(m.RECIPE for m in (table1, best_rates, modes, regression, filters, batch_size))
+RECIPES = tuple(
+    module.RECIPE for module in (table1, best_rates, modes, regression, filters, batch_size, rivals)
+)
 PAGE, README = "results.md", "README.md"
 TEMPLATE = Path(__file__).with_name("results_template.md")
 MARKS = "<!-- by scripts/paper/report.py -->\n", "<!-- end -->\n"  # around README's table
@@ -97,8 +99,9 @@ def write_page(results: Path, docs: Path) -> None:
         values |= {f"{recipe.name}_{part}": text.rstrip() for part, text in parts.items()}
         if recipe.draw and records:
             recipe.draw(records, docs / f"results_{recipe.name}.png")
+    page = Template(TEMPLATE.read_text("utf-8")).substitute(values).rstrip()
     with atomic_write(docs / PAGE) as file:
-        file.write(Template(TEMPLATE.read_text("utf-8")).substitute(values).encode())
+        file.write(f"{page}\n".encode())
 
 
 def describe_runs(records: Records) -> str:

@@ -203,7 +203,7 @@ def add_training_flags(
     add("--no-decay-norm-bias", text, str2bool, False)
     text = "scale the gradients of a step down to this norm where their joint norm is larger"
     add("--clip-grad", text, bounded_float(above=0, below=FLOAT32_LIMIT), metavar="NORM")
-    text = """cosine: decay to 0 over the run, step by step; multistep: multiply by
+    text = """cosine, linear: decay to 0 over the run, step by step; multistep: multiply by
         --multistep-gamma at each --milestone; step: multiply by --multistep-gamma
         every --scheduler-step-size epochs"""
     add("--lr-scheduler", text, None, "cosine", choices=SCHEDULES)

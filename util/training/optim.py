@@ -22,7 +22,7 @@ OPTIMIZERS = ("SGD", "Adam", "AMSGrad", "AdamW", "Muon")
 DECOUPLED = {"lr": 1e-3, "weight_decay": 1e-2}
 OPTIMIZER_DEFAULTS = {"AdamW": DECOUPLED, "Muon": DECOUPLED}
 MATRIX_LAYERS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
-SCHEDULES = ("cosine", "multistep", "step")
+SCHEDULES = ("cosine", "linear", "multistep", "step")
 
 Criterion = Callable[[Tensor, Tensor], Tensor]
 
@@ -122,21 +122,23 @@ def build_scheduler(
     """Return a schedule that is a closed form of the optimizer step.
 
     Args:
-        name: "cosine" falls from lr to 0; "multistep" multiplies the rate by `gamma` at each
-            milestone; "step" does so every `step_size` epochs.
+        name: "cosine" and "linear" fall from lr to 0; "multistep" multiplies the rate by `gamma` at
+            each milestone; "step" does so every `step_size` epochs.
         optimizer: its lr is the rate at the start, or after the warmup.
         total_steps: optimizer steps of the run.
         epoch_steps: optimizer steps of an epoch.
         milestones: see `milestone_steps`.
         gamma: factor of multistep and step.
         step_size: epochs between drops of step.
-        warmup_epochs: epochs in which the rate climbs linearly to lr. Cosine falls after the
-            warmup; drops stay where they are.
+        warmup_epochs: epochs in which the rate climbs linearly to lr. "cosine" and "linear" fall
+            after the warmup; drops stay where they are.
         start_step: finished optimizer steps.
     """
     warmup = round(warmup_epochs * epoch_steps)
     if name == "cosine":
         factor = partial(_cosine, warmup, total_steps)
+    elif name == "linear":
+        factor = partial(_linear, warmup, total_steps)
     elif name == "multistep":
         factor = partial(_multistep, milestone_steps(milestones, total_steps, epoch_steps), gamma)
     elif name == "step":
@@ -165,8 +167,15 @@ def _warm_up(warmup: int, factor: Callable[[int], float], step: int) -> float:
 
 
 def _cosine(start: int, end: int, step: int) -> float:
-    progress = min(max(step - start, 0) / max(end - start, 1), 1)
-    return (1 + math.cos(math.pi * progress)) / 2
+    return (1 + math.cos(math.pi * _progress(start, end, step))) / 2
+
+
+def _linear(start: int, end: int, step: int) -> float:
+    return 1 - _progress(start, end, step)
+
+
+def _progress(start: int, end: int, step: int) -> float:
+    return min(max(step - start, 0) / max(end - start, 1), 1)
 
 
 def _multistep(drops: Sequence[int], gamma: float, step: int) -> float:

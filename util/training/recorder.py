@@ -226,8 +226,8 @@ def _describe_layers(flags: Namespace) -> str:
 def _describe_schedule(flags: Namespace, plan: Plan) -> str:
     """Return the course of the learning rate in a few words."""
     drop = f"times {flags.multistep_gamma:g}"
-    if flags.lr_scheduler == "cosine":
-        course = f"cosine to 0 at step {plan.total_steps}"
+    if flags.lr_scheduler in ("cosine", "linear"):
+        course = f"{flags.lr_scheduler} to 0 at step {plan.total_steps}"
     elif flags.lr_scheduler == "multistep":
         drops = milestone_steps(flags.milestone, plan.total_steps, plan.epoch_steps)
         course = f"{drop} at step {' and '.join(map(str, drops))}"

@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from util.checkpoint.store import LATEST_NAME
 from util.console import print_line
@@ -97,6 +99,44 @@ class RunContext:
         )
 
 
+def optimizer_from_flags(flags: Namespace, model: nn.Module) -> Optimizer:
+    """Return the optimizer that the flags describe."""
+    rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
+    decays_all = not flags.no_decay_norm_bias
+    groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
+    return build_optimizer(flags.optimizer, groups, **rates)
+
+
+def scheduler_from_flags(
+    flags: Namespace, optimizer: Optimizer, plan: Plan, start_step: int
+) -> LRScheduler:
+    """Return the learning rate schedule that the flags describe, from step `start_step` on."""
+    return build_scheduler(
+        flags.lr_scheduler,
+        optimizer,
+        total_steps=plan.total_steps,
+        epoch_steps=plan.epoch_steps,
+        milestones=flags.milestone,
+        gamma=flags.multistep_gamma,
+        step_size=flags.scheduler_step_size,
+        warmup_epochs=flags.warmup_epochs,
+        start_step=start_step,
+    )
+
+
+@dataclass(frozen=True)
+class Builders:
+    """Functions that build the optimizer and the schedule of a run; the defaults follow the flags.
+
+    Attributes:
+        optimizer: (flags, model) -> optimizer of the model's parameters.
+        scheduler: (flags, optimizer, plan, finished steps) -> schedule of the learning rates.
+    """
+
+    optimizer: Callable[[Namespace, nn.Module], Optimizer] = optimizer_from_flags
+    scheduler: Callable[[Namespace, Optimizer, Plan, int], LRScheduler] = scheduler_from_flags
+
+
 def fit(
     context: RunContext,
     data: Data,
@@ -104,6 +144,7 @@ def fit(
     *,
     hooks: ModelHooks,
     max_batches: int = sys.maxsize,
+    builders: Builders = Builders(),
 ) -> None:
     """Train `model`, on the CPU, to the end of the run.
 
@@ -126,10 +167,7 @@ def fit(
         )
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
-    rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
-    decays_all = not flags.no_decay_norm_bias
-    groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
-    optimizer = build_optimizer(flags.optimizer, groups, **rates)
+    optimizer = builders.optimizer(flags, model)
     shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
     replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
     loaders = train_loader, test_loader
@@ -140,17 +178,7 @@ def fit(
     if state.progress.step >= total_steps:
         print_line(f"{flags.resume} is finished: {state.progress.step} of {total_steps} steps")
         return
-    scheduler = build_scheduler(
-        flags.lr_scheduler,
-        optimizer,
-        total_steps=total_steps,
-        epoch_steps=epoch_steps,
-        milestones=flags.milestone,
-        gamma=flags.multistep_gamma,
-        step_size=flags.scheduler_step_size,
-        warmup_epochs=flags.warmup_epochs,
-        start_step=state.step,
-    )
+    scheduler = builders.scheduler(flags, optimizer, plan, state.step)
     criteria = (
         build_criterion(flags.loss, spec.num_classes, flags.label_smoothing),
         build_criterion(flags.loss, spec.num_classes),

@@ -27,13 +27,16 @@ class StandardizedConv2d(nn.Conv2d):
 
     Args:
         activation: a key of `GAINS`, of the activation before this layer (default "relu").
+        learn_gain: learn the gains (default True).
         *shape, **options: as in `torch.nn.Conv2d`.
     """
 
-    def __init__(self, *shape: int, activation: str = "relu", **options: object) -> None:
+    def __init__(
+        self, *shape: int, activation: str = "relu", learn_gain: bool = True, **options: object
+    ) -> None:
         super().__init__(*shape, **options)
         self.factor = GAINS[activation]
-        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1))
+        self.gain = nn.Parameter(torch.ones(self.out_channels, 1, 1, 1), learn_gain)
 
     def effective_weight(self) -> Tensor:
         """Return the weight that acts on the input."""

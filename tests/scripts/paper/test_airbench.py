@@ -17,6 +17,7 @@ from scripts.paper.airbench import (
     orthogonalize,
 )
 from tests.pairwise import loop_over
+from util.training.resume import Plan
 
 
 @loop_over("shape", [(6, 20), (20, 6)])
@@ -75,11 +76,13 @@ def test_rates_fall_linearly_and_that_of_the_first_bias_earlier():
     model = build_model("airbench", make_layers(deconv=False))
     for start in (0, 10):
         optimizer = build_optimizer(make_flags("Muon"), model)
-        scheduler = build_scheduler(optimizer, 16, start)
+        plan = Plan(epoch_steps=8, total_steps=16, test_batches=1)
+        scheduler = build_scheduler(make_flags("Muon"), optimizer, plan, start)
         for step in range(start, 16):
-            first, convs = (group["lr"] for group in optimizer.param_groups[:2])
+            convs, first, *_, head = (group["lr"] for group in optimizer.param_groups)
             assert convs == pytest.approx(0.24 * (1 - step / 16))
             assert first == pytest.approx(106 * max(0, 1 - step / 6))
+            assert head == pytest.approx(1340 * (1 - step / 16))
             optimizer.step()
             scheduler.step()
 

@@ -27,7 +27,7 @@ OUT_OF_RANGE = [
     *("--stride 0", "--seed -1", "--print-freq 0", "--checkpoint-epoch -1", "--stem-iter 0"),
     *("--image-size 31", "--milestone 0", "--multistep-gamma 0", "--deconv perhaps"),
     *("--arch vgg12", "--dataset cifar", "--optimizer sgd", "--loss L1", "--preset best"),
-    *("--lr-scheduler linear", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
+    *("--lr-scheduler sine", "--layout random", "--deconv-iter 16", "--stem-iter 16"),
     *("--threads 999999999999", "--batch-size 100000000000000000000", "--num-workers 2000"),
     *("--epochs 1e9", "--eps 1e-13", "--milestone 1e-9", "--multistep-gamma 1.5"),
     *("--label-smoothing 1", "--random-erase 1.1", "--mixup -1", "--cutmix 101"),

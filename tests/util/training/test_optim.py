@@ -5,7 +5,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from util.training.optim import build_criterion, build_optimizer, build_scheduler, milestone_steps
+from util.training.optim import (
+    SCHEDULES,
+    build_criterion,
+    build_optimizer,
+    build_scheduler,
+    milestone_steps,
+)
 
 
 def make_rates(name, *, total=10, start=0, **more):
@@ -25,6 +31,14 @@ def make_rates(name, *, total=10, start=0, **more):
 def test_cosine_falls_from_lr_to_zero_over_the_steps():
     rates, end = make_rates("cosine")
     assert rates == [pytest.approx((1 + math.cos(math.pi * s / 10)) / 2) for s in range(10)]
+    assert end == 0
+
+
+def test_linear_falls_from_lr_to_zero_after_the_warmup():
+    rates, end = make_rates("linear")
+    assert rates == [pytest.approx(1 - s / 10) for s in range(10)] and end == 0
+    rates, end = make_rates("linear", warmup_epochs=1)
+    assert rates == [pytest.approx(r) for r in (1 / 3, 2 / 3, *(1 - s / 8 for s in range(8)))]
     assert end == 0
 
 
@@ -56,7 +70,7 @@ def test_warming_up_climbs_to_the_rate_before_the_schedule_begins():
     assert rates == [0.5] + [1] * 3 + [0.5] * 6
 
 
-@pytest.mark.parametrize("name", ["cosine", "multistep", "step"])
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedule_continues_bit_equal_from_any_step(name):
     whole, end = make_rates(name)
     for start in range(1, 10):

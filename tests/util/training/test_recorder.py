@@ -102,6 +102,7 @@ def test_with_msg_every_batch_is_a_line(tmp_path, capsys):
     ("changes", "schedule"),
     [
         ({}, "cosine to 0 at step 20"),
+        ({"lr_scheduler": "linear"}, "linear to 0 at step 20"),
         ({"lr_scheduler": "multistep"}, "times 0.2 at step 8 and 16"),
         (
             {"lr_scheduler": "step", "warmup_epochs": 0.5},
