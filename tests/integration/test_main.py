@@ -1,8 +1,11 @@
 """Whole runs of main.py on real handwritten digits."""
 
+import errno
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -14,12 +17,13 @@ import torch
 from PIL import Image
 
 import main
-from util.checkpoint.store import load_checkpoint
+from util.checkpoint.store import load_checkpoint, save_checkpoint
 from util.cli.settings import read_settings
 from util.data.images import DataSpec
 from util.data.sampler import EpochBatches
 from util.device import choose_algorithms
 from util.distributed.world import World
+from util.training import recorder as recorder_module
 from util.training import trainer
 from util.training.recorder import Recorder
 
@@ -366,14 +370,81 @@ def test_resume_refuses_what_is_no_checkpoint(finished, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
-def test_resume_refuses_an_epoch_that_was_cut_short(tmp_path, capsys):
-    train(f"--max-steps 2 {QUIET}", tmp_path / "run")
-    checkpoint = tmp_path / "run" / "checkpoint.pth.tar"
-    told = refusal(capsys, ["--resume", checkpoint, "--max-steps", 30])
-    assert f"--max-steps cut epoch 1 of {checkpoint} short, at step 2; no earlier" in told
-    assert "start again, with --max-steps a multiple of the 12 steps of an epoch" in told
-    main.main(["--resume", str(checkpoint)])
-    assert "is finished: 2 of 2 steps" in capsys.readouterr().out
+def test_a_run_that_max_steps_ended_continues_as_if_it_had_never_ended(tmp_path, capsys):
+    """Neither the test at its end nor the second start leave a trace in weights and logs."""
+    line = f"--arch mlp --method 2 --dropout-rate .3 --epochs 2 --lr-scheduler step {QUIET} -p 4"
+    train(line, tmp_path / "whole")
+    train(f"{line} --max-steps 18", tmp_path / "parts")
+    for flags, place in (
+        (["--max-steps", "22"], "step 18 of 22, in epoch 2; the step schedule now spans 22 steps"),
+        ([], "step 22 of 24, in epoch 2; the step schedule now spans 24 steps instead of 22"),
+    ):
+        capsys.readouterr()
+        main.main(["--resume", str(tmp_path / "parts"), *flags])
+        told = f"resuming from {tmp_path / 'parts' / 'checkpoint.pth.tar'}, {place}"
+        assert told in capsys.readouterr().out
+    a, b = (load_checkpoint(tmp_path / name / "checkpoint.pth.tar") for name in ("whole", "parts"))
+    for part in ("model", "optimizer", "rng", "epoch", "step", "progress"):
+        times = ("seconds", "best") if part == "progress" else ()
+        a[part], b[part] = (drop(state[part], times) for state in (a, b))
+        assert repr(flatten(a[part])) == repr(flatten(b[part])), part
+    for name in ("train.log", "test.log", "train_batch.log"):
+        assert rows(tmp_path / "whole" / name) == rows(tmp_path / "parts" / name)
+
+
+def drop(value, words):
+    """Return a dict without the keys that contain one of the words."""
+    return (
+        value if not words else {k: v for k, v in value.items() if not any(w in k for w in words)}
+    )
+
+
+def test_the_best_network_stays_though_its_cut_epoch_ends_worse(tmp_path):
+    """At a rate of 30 in place of 0.01, the rest of the epoch ruins the network."""
+    train(f"--arch simple_v1 --lr .01 --max-steps 11 {QUIET}", tmp_path / "run")
+    best = load_checkpoint(tmp_path / "run" / "model_best.pth.tar")
+    latest = tmp_path / "run" / "checkpoint.pth.tar"
+    state = load_checkpoint(latest)
+    state["config"]["lr"] = 30.0
+    save_checkpoint(state, tmp_path / "run")
+    for epochs in ("1", "2"):
+        main.main(["--resume", str(tmp_path / "run"), "--epochs", epochs])
+        after = load_checkpoint(tmp_path / "run" / "model_best.pth.tar")
+        assert load_checkpoint(latest)["history"]["test_top1"][0] < best["best_top1"] - 20
+        assert after["step"] == 11 and after["best_top1"] == best["best_top1"]
+
+
+def test_an_earlier_checkpoint_replaces_no_later_one(finished, tmp_path, capsys):
+    folder = Path(shutil.copytree(finished, tmp_path / "run"))
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    earlier = folder / "checkpoint_1.pth.tar"
+    told = refusal(capsys, ["--resume", earlier, "--epochs", 3])
+    assert f"--resume {earlier}: is of step 12 and would replace {folder}/checkpoint.pth" in told
+    assert f"of step 24; continue from there with --resume {folder}, or branch off with" in told
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_the_checkpoints_of_the_last_epochs_are_kept(tmp_path, monkeypatch):
+    line = f"--arch simple_v1 --lr .01 --batch-size 1437 {QUIET} --checkpoint-hist 2"
+
+    def numbers(name):
+        names = (path.name for path in (tmp_path / name).glob("checkpoint_*[0-9].pth.tar"))
+        return sorted(int(re.findall(r"\d+", name)[0]) for name in names)
+
+    train(f"{line} --epochs 3", tmp_path / "run")
+    assert numbers("run") == [2, 3]
+    train(f"{line} --epochs 4 --checkpoint-epoch 2", tmp_path / "both")
+    assert numbers("both") == [2, 3, 4]
+    save = recorder_module.save_checkpoint
+
+    def refuse(state, folder, *, filename="checkpoint.pth.tar", **more):
+        if filename == "checkpoint_4.pth.tar":
+            raise OSError(errno.ENOSPC, "No space left on device", filename)
+        return save(state, folder, filename=filename, **more)
+
+    monkeypatch.setattr(recorder_module, "save_checkpoint", refuse)
+    main.main(["--resume", str(tmp_path / "run"), "--epochs", "4"])
+    assert numbers("run") == [2, 3]  # an old one goes only when a new one has come
 
 
 def test_more_epochs_are_not_cut_short_by_the_steps_asked_for_before(tmp_path):
@@ -391,7 +462,7 @@ def test_a_run_goes_on_with_the_threads_it_had(tmp_path, monkeypatch):
 
 
 def test_a_checkpoint_is_found_from_home_and_may_lack_newer_flags(tmp_path, monkeypatch, capsys):
-    train(f"--arch simple_v1 --max-steps 1 {QUIET}", tmp_path / "run")
+    train(f"--arch simple_v1 --epochs 1 {QUIET}", tmp_path / "run")
     saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")
     del saved["config"]["stem_iter"]
     torch.save(saved, tmp_path / "older.pth.tar")

@@ -83,11 +83,14 @@ def check_content(state: Any) -> None:
     check_value("model._metadata", getattr(state["model"], "_metadata", {}), {str: {str: COUNT}})
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
+    check_value("cut", state.get("cut", state["meters"]), METERS)  # older checkpoints lack it
     progress, history, spec = state["progress"], state["history"], state["spec"]
     channels = equal(spec["in_channels"])
     steps, epochs = progress["step"] + len(state["meters"]["rows"]), len(history["epoch"])
+    # An epoch under way was tested if --max-steps had cut it short before.
+    tested = progress["epoch"] + (len(state["meters"]["rows"]) > 0)
     for name, value, rule in (
-        ("progress.best_epoch", progress["best_epoch"], integer(0, progress["epoch"])),
+        ("progress.best_epoch", progress["best_epoch"], integer(0, tested)),
         ("epoch", state["epoch"], equal(progress["epoch"])),
         ("epoch", state["epoch"], integer(0, state["config"]["epochs"])),
         ("step", state["step"], equal(steps)),

@@ -173,7 +173,7 @@ def add_training_flags(
         add("--preset", f"{text}; flags on the command line override them", choices=presets)
     add("--epochs", "total number of epochs", bounded_int(1), epochs)
     text = """stop after N optimizer steps in total; the learning rate schedule spans these N
-        steps. A run that this flag ends within an epoch cannot be continued from there"""
+        steps"""
     add("--max-steps", text, bounded_int(1))
     text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size)
@@ -257,11 +257,14 @@ def add_output_flags(parser: Parser) -> None:
     text = """folder of a run to continue from its newest checkpoint, up to --epochs in total, or a
         checkpoint file; auto: the newest checkpoint in --run-dir, or a fresh start if there is
         none. Flags that are left out are taken from the checkpoint, except paths and flags about
-        GPUs and machines. --epochs clears --max-steps and stretches the learning rate schedule.
-        An epoch that --max-steps cut short cannot be continued; resume an earlier checkpoint"""
+        GPUs and machines. A run that --max-steps ended continues to the end of its epochs, or
+        with a new --max-steps. More steps or epochs stretch the learning rate schedule"""
     add("--resume", text, path_name, metavar="RUN")
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
     add("--checkpoint-epoch", text, bounded_int(0), 0)
+    text = """keep the checkpoints of the last N epochs as checkpoint_<epoch>.pth.tar; 1 keeps
+        checkpoint.pth.tar only"""
+    add("--checkpoint-hist", text, bounded_int(1), 1)
     text = "steps between two rows of train_batch.log, TensorBoard points or printed lines"
     add("-p --print-freq", text, bounded_int(1), 10)
     add("--msg", "print one line per batch", str2bool, False)

@@ -6,6 +6,7 @@ import os
 from argparse import Namespace
 from collections.abc import Collection, Mapping
 from functools import partial
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,15 @@ MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "threads", "num_workers"),
     *("on_bad_image", "max_image_pixels"),
     *("deterministic", "compile", "cuda_graphs", "channels_last"),
-    *("checkpoint_epoch", "checkpoint_steps", "print_freq", "msg", "save_plot", "tensorboardX"),
+    *(
+        "checkpoint_epoch",
+        "checkpoint_hist",
+        "checkpoint_steps",
+        "print_freq",
+        "msg",
+        "save_plot",
+        "tensorboardX",
+    ),
 }
 # All that --evaluate inherits: the flags of the model and of its test.
 OF_NETWORK = {
@@ -68,9 +77,7 @@ def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
     path, saved, errors = load_newest(path, partial(_load, script))
     typed["resume"] = str(path)
     for error in errors:
-        print_line(f"warning: {error}")
-    if errors:
-        print_line(f"resuming from {path}, step {saved['step']}")
+        print_line(f"warning: {error}; taking {path}")
     return saved
 
 
@@ -99,12 +106,14 @@ def check_config(script: Script, config: dict[str, Any], file: str | Path) -> No
         config.setdefault(name, value)
 
 
-def inherit_flags(config: Mapping[str, Any], typed: Collection[str], parser: Parser) -> dict:
-    """Return the flags that a resumed run takes over from `config`, those of its checkpoint."""
+def inherit_flags(saved: Mapping[str, Any], typed: Collection[str], parser: Parser) -> dict:
+    """Return the flags that a resumed run takes over from its checkpoint."""
+    config = saved["config"]
     names = parser.spelling.keys() - OF_THIS_MACHINE
     if "evaluate" in typed:
         names &= OF_NETWORK
-    if "epochs" in typed:  # or an inherited --max-steps would end the run early
+    is_reached = saved["step"] >= (config.get("max_steps") or inf)
+    if "epochs" in typed or is_reached:  # or an inherited --max-steps would end the run early
         names -= {"max_steps"}
     return {name: config[name] for name in names & config.keys()}
 

@@ -59,7 +59,8 @@ def start(
                 if not world.is_first:
                     console.mute()
                 check_agreement(world, saved and saved["step"])
-                find = partial(find_run_dir, flags.run_dir, flags.resume)
+                step = saved["step"] if saved else 0
+                find = partial(find_run_dir, flags.run_dir, flags.resume, step)
                 run_dir = None if flags.evaluate else world.on_rank0(find)
                 run(RunContext(flags, saved, world, device, run_dir))
     finally:

@@ -30,7 +30,7 @@ def read_settings(script: Script, argv: Sequence[str]) -> tuple[Namespace, dict[
     preset = parser.parse_typed(PRESETS[preset_name].split()) if preset_name else {}
     typed = parser.parse_typed(argv)  # last, so that errors spell the flags as they were typed
     saved = load_saved(script, typed)
-    inherited = inherit_flags(saved["config"], typed, parser) if saved else {}
+    inherited = inherit_flags(saved, typed, parser) if saved else {}
     chosen = {**inherited, **preset, **typed}
     defaults = parser.defaults()
     defaults |= OPTIMIZER_DEFAULTS.get(chosen.get("optimizer", defaults["optimizer"]), {})

@@ -16,7 +16,7 @@ from util.checkpoint.store import (
     list_checkpoints,
     load_checkpoint,
 )
-from util.errors import CheckpointError, RunError
+from util.errors import MAX_COUNT, CheckpointError, RunError
 from util.files import atomic_write, clear_leftovers, sync_folder
 from util.lock import LockHeld, take_lock
 from util.tracking.logger import BATCH_LOG_NAME
@@ -25,20 +25,38 @@ LOCK_NAME = ".lock"
 STAMP = r"\d{8}-\d{6}(-\d+)?"  # name of a folder that `_create_stamped` makes
 
 
-def find_run_dir(run_dir: str | None, resume: str | None) -> Path | None:
+def find_run_dir(run_dir: str | None, resume: str | None, step: int = MAX_COUNT) -> Path | None:
     """Return the folder that the flags name; None if a new one is to be created.
 
-    A folder whose run ended before its first checkpoint may be used again.
+    A folder whose run ended before its first checkpoint may be used again. `step` is the step of
+    the checkpoint `resume`, which must not replace a later one.
     """
     home = Path(resume).resolve().parent if resume else None
-    if run_dir is None:
-        return home
-    path = Path(run_dir).expanduser()
+    path = home if run_dir is None else Path(run_dir).expanduser()
+    if path is None:
+        return None
     if path.exists() and not path.is_dir():
         raise RunError(f"--run-dir {run_dir}: not a folder")
-    if list_checkpoints(path) and path.resolve() != home:
+    if path.resolve() == home:
+        _check_latest(home / LATEST_NAME, resume, step)
+    elif list_checkpoints(path):
         raise RunError(f"--run-dir {run_dir}: already holds a run; continue it with --resume")
     return path
+
+
+def _check_latest(latest: Path, resume: str | None, step: int) -> None:
+    """Raise RunError if `latest`, which a run from `resume` would replace, has more steps."""
+    if Path(str(resume)).resolve() == latest.resolve():
+        return
+    try:
+        later = load_checkpoint(latest)["step"]
+    except CheckpointError:  # missing or damaged: there is nothing to lose
+        return
+    if later > step:
+        raise RunError(
+            f"--resume {resume}: is of step {step} and would replace {latest} of step {later}; "
+            f"continue from there with --resume {latest.parent}, or branch off with --run-dir NEW"
+        )
 
 
 def open_run_dir(run_dir: Path | None, out: str, name: str) -> tuple[Path, IO[str]]:
@@ -107,6 +125,8 @@ def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_d
     path, progress = Path(resume).resolve(), saved["progress"]
     beside = path.with_name(BEST_NAME)
     itself = progress["epoch"] == progress["best_epoch"] and saved["step"] == progress["step"]
+    top1 = progress["latest"].get("test_top1", progress["best_top1"])
+    itself &= top1 == progress["best_top1"]  # else the best is of this epoch, cut short
     best = path if itself else beside if _is_best(beside, progress) else None
     _replace(run_dir / BEST_NAME, best)
     if path != (run_dir / LATEST_NAME).resolve():

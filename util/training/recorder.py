@@ -131,12 +131,11 @@ class Recorder:
             RunError: the last checkpoint went to the temporary folder; names fault and file.
         """
         saved = {**saved, "history": self.logger.history}
-        progress, every = self.state.progress, self.flags.checkpoint_epoch
+        progress = self.state.progress
         ends_epoch = saved["step"] == progress.step
-        if ends_epoch and every and progress.epoch % every == 0:
+        if ends_epoch:
             with self._warn_on_full_disk():
-                name = f"checkpoint_{progress.epoch}.pth.tar"
-                save_checkpoint(saved, self.run_dir, filename=name)
+                self._save_numbered(saved, progress.epoch)
         try:
             save_checkpoint(saved, self.run_dir, is_best=ends_epoch and progress.is_best)
         except OSError as error:
@@ -145,6 +144,15 @@ class Recorder:
                 fault = describe_fault(error)
                 raise RunError(f"{fault}; the last checkpoint was saved to {path}") from error
             self._warn(error)
+
+    def _save_numbered(self, saved: dict[str, Any], epoch: int) -> None:
+        """Save checkpoint_<epoch>.pth.tar if a flag asks for it, and then delete an old one."""
+        every, hist = self.flags.checkpoint_epoch, self.flags.checkpoint_hist
+        old = epoch - hist
+        if hist > 1 or (every and epoch % every == 0):
+            save_checkpoint(saved, self.run_dir, filename=f"checkpoint_{epoch}.pth.tar")
+        if hist > 1 and not (every and old % every == 0):
+            (self.run_dir / f"checkpoint_{old}.pth.tar").unlink(missing_ok=True)
 
     def layers(self, diagnose: Callable[[Tensor], Mapping[str, float]], *images: Tensor) -> None:
         """Log diagnostics of the layers on a batch `images` after `epoch`, with --tensorboardX."""

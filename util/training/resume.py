@@ -8,16 +8,15 @@ import textwrap
 import unicodedata
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from util.checkpoint.store import check_compatible, list_checkpoints, load_checkpoint
+from util.checkpoint.store import check_compatible
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
 from util.distributed.world import World
@@ -81,8 +80,9 @@ class Progress:
 
     @property
     def is_best(self) -> bool:
-        """True if the latest epoch is better than all before."""
-        return self.epoch == self.best_epoch
+        """True if the latest epoch is better than all before, also than its own cut-short test."""
+        is_latest = self.epoch == self.best_epoch
+        return is_latest and self.latest.get("test_top1") == self.best_top1
 
     def summary(self) -> dict[str, float]:
         """Return the metrics for summary.json."""
@@ -109,6 +109,7 @@ class TrainingState:
         accelerator: holds the gradient scaler of fp16.
         progress: the finished epochs.
         metrics: the epoch under way.
+        cut: the latest epoch if --max-steps cut it short; else no steps.
     """
 
     config: dict[str, Any]
@@ -120,6 +121,7 @@ class TrainingState:
     world: World
     progress: Progress = field(default_factory=Progress)
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
+    cut: EpochMetrics = field(default_factory=EpochMetrics)
 
     @property
     def step(self) -> int:
@@ -137,6 +139,7 @@ class TrainingState:
             "images": count_images(*self.loaders),
             "progress": asdict(self.progress),
             "meters": self.metrics.state_dict(),
+            "cut": self.cut.state_dict(),
             "model": self.model.state_dict(),
             "own_buffers": self.world.gather_own_buffers(self.model),
             "optimizer": self.optimizer.state_dict(),
@@ -151,7 +154,7 @@ class TrainingState:
 
         Raises:
             CheckpointError: the checkpoint is of another dataset, number of images or model; or
-                --max-steps cut its last epoch short and `plan` has steps left.
+                its steps do not fit its epochs, see `reopen_epoch`.
         """
         check_compatible(saved["images"], count_images(*self.loaders))
         progress, metrics = Progress(**saved["progress"]), EpochMetrics(saved["meters"])
@@ -184,36 +187,16 @@ def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
 def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file: str) -> None:
     """Raise CheckpointError if a run of this plan cannot continue from this step."""
     whole_epochs = progress.epoch * plan.epoch_steps
-    for name, steps, limit in (
-        ("progress.step", progress.step, whole_epochs),
-        ("meters.rows", metrics.steps, plan.epoch_steps),
+    least = min(plan.total_steps, whole_epochs)  # --max-steps may end a run within an epoch
+    for name, steps, low, limit in (
+        ("progress.step", progress.step, least, whole_epochs),
+        ("meters.rows", metrics.steps, 0, plan.epoch_steps),
     ):
-        if steps > limit:
+        if not low <= steps <= limit:
             raise CheckpointError(
                 f"cannot resume: {file}: {name} has {steps} steps, but {progress.epoch} epochs of "
                 f"{plan.epoch_steps} have {limit}"
             )
-    if progress.step < min(plan.total_steps, whole_epochs):
-        raise CheckpointError(
-            f"cannot resume: --max-steps cut epoch {progress.epoch} of {file} short, at step "
-            f"{progress.step}; {_suggest_remedy(plan, file)}"
-        )
-
-
-def _suggest_remedy(plan: Plan, file: str) -> str:
-    """Name the newest checkpoint beside `file` that can continue, or say how to save one."""
-    paths = {}
-    for path in list_checkpoints(Path(file).parent):
-        with suppress(CheckpointError):
-            saved = load_checkpoint(path)
-            if saved["progress"]["step"] == saved["progress"]["epoch"] * plan.epoch_steps:
-                paths.setdefault(saved["step"], path)
-    if paths:
-        return f"continue with --resume {paths[max(paths)]}"
-    return (
-        f"no earlier checkpoint is left: start again, with --max-steps a multiple of the "
-        f"{plan.epoch_steps} steps of an epoch"
-    )
 
 
 def restore_model(saved: dict[str, Any], model: nn.Module, *, file: str, spec: DataSpec) -> None:

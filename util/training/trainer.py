@@ -123,6 +123,8 @@ class Trainer:
         """Count, log and save the epoch."""
         state, train = self.state, self.state.metrics.training_metrics()
         state.progress.finish_epoch(train, test)
+        if state.metrics.steps < self.plan.epoch_steps:
+            state.cut = state.metrics
         state.metrics = EpochMetrics()
         self.recorder.epoch(train, test)
         saved, ended = state.capture(), state.progress.step >= self.plan.total_steps

@@ -26,6 +26,7 @@ def open_recorder(tmp_path, *, print_freq=3, msg=False, epochs=10, model=None, *
         tensorboardX=False,
         save_plot=False,
         checkpoint_epoch=0,
+        checkpoint_hist=1,
         arch="vgg11",
         method=None,
         deconv=False,

@@ -6,9 +6,10 @@ import torch
 from torch import nn
 
 from tests.states import SPEC, make_metrics, make_state, make_training, take_step
-from util.checkpoint.store import load_checkpoint, save_checkpoint
 from util.errors import CheckpointError
 from util.training.accelerator import Accelerator
+from util.training.metrics import EpochMetrics
+from util.training.reopen import reopen_epoch
 from util.training.resume import Plan, Progress
 
 PLAN = Plan(epoch_steps=5, total_steps=10, test_batches=1)
@@ -101,7 +102,7 @@ def test_a_run_continues_in_another_precision(saved):
             nn.Linear(2, 2),
             {},
             replace(PLAN, epoch_steps=6),
-            "--max-steps cut epoch 1 of FILE short, at step 5; no earlier checkpoint is left: ",
+            r"FILE: progress\.step has 5 steps, but 1 epochs of 6 have 6",
         ),
         (nn.Linear(3, 2), {}, PLAN, r"FILE does not fit: model\.weight is a tensor of float32"),
     ],
@@ -117,17 +118,21 @@ def test_a_finished_run_may_end_in_the_middle_of_an_epoch(saved):
     assert training.progress == Progress(**saved["progress"])
 
 
-def test_the_newest_checkpoint_that_can_continue_a_cut_epoch_is_named(tmp_path):
-    """Epoch 3, of five steps, was cut short at step 13."""
-    save_checkpoint(make_state(epoch=1), tmp_path, is_best=True)
-    save_checkpoint(make_state(epoch=2, batches=2), tmp_path, filename="checkpoint_2.pth.tar")
-    save_checkpoint(make_state(epoch=3, step=13), tmp_path)
-    (tmp_path / "checkpoint_9.pth.tar").write_bytes(b"damaged")
-    latest = tmp_path / "checkpoint.pth.tar"
-    plan, training = replace(PLAN, total_steps=20), make_training(nn.Linear(3, 2))
-    for name in ("checkpoint_2", "checkpoint_previous", "model_best"):
-        earlier = latest.with_name(f"{name}.pth.tar")
-        with pytest.raises(CheckpointError, match=f"at step 13; continue with --resume {earlier}$"):
-            training.restore(load_checkpoint(latest), plan, file=str(latest))
-        training.restore(load_checkpoint(earlier), plan, file=str(earlier))
-        earlier.unlink()
+def test_a_checkpoint_without_the_steps_of_its_cut_epoch_is_reopened_with_their_mean():
+    """Checkpoints of before the steps were kept: epoch 3, of five steps, was cut short at 13."""
+    old = make_state(epoch=3, step=13)
+    old["config"] = {"batch_size": 4}
+    old["progress"] |= {"train_seconds": 30.0, "test_seconds": 3.0, "latest": {"test_top1": 7.0}}
+    last = {"train_loss": 0.5, "train_top1": 50.0, "train_top5": 75.0, "train_seconds": 9.0}
+    for key, value in {**last, "test_seconds": 1.0, "test_top1": 7.0}.items():
+        old["history"][key] = [6.0, 6.0, value]
+    del old["cut"]
+    reopened = reopen_epoch(old, epoch_steps=5)
+    metrics = EpochMetrics(reopened["meters"]).training_metrics()
+    assert (metrics["steps"], metrics["images"], metrics["loss"]) == (3, 12, 0.5)
+    assert (metrics["top1"], metrics["top5"], metrics["seconds"]) == (50.0, 75.0, 9.0)
+    progress = Progress(**reopened["progress"])
+    assert (progress.epoch, progress.step, progress.images) == (2, 10, 40)
+    assert (progress.train_seconds, progress.test_seconds) == (21.0, 2.0)
+    assert progress.latest == {"test_top1": 6.0} and len(reopened["history"]["epoch"]) == 2
+    assert reopen_epoch(make_state(epoch=3, batches=2), epoch_steps=5)["epoch"] == 3
