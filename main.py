@@ -16,6 +16,7 @@ from models import (
     init_from_images,
     make_layers,
     model_hooks,
+    take_weights,
 )
 from util.cli import flags
 from util.cli.launch import start
@@ -28,6 +29,7 @@ from util.data.known_classes import build_test_loader
 from util.data.loader import ImageLoader
 from util.random_state import seed_everything
 from util.training.hooks import ModelHooks
+from util.training.initial import start_from
 from util.training.session import RunContext, evaluate_only, fit
 
 
@@ -42,12 +44,14 @@ def train(context: RunContext) -> None:
     data = context.world.rank0_first(partial(load_images, context))  # rank 0 may download
     seed_everything(flags.seed)
     model = build_network(flags, data[0])
-    hooks = ModelHooks(**model_hooks())
+    hooks = ModelHooks(**model_hooks(), take_weights=take_weights)
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks)
     else:
         if not flags.resume:
             init_from_images(model, data[1].draw_images)
+        if flags.init and not flags.resume:
+            start_from(context, model, data[1], hooks, partial(build_network, spec=data[0]))
         fit(context, data, model, hooks=hooks)
 
 

@@ -7,16 +7,16 @@ from argparse import Namespace
 from collections.abc import Sequence
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from models import (
     IMAGENET_ARCHITECTURES,
     build_imagenet_model,
-    calibrate,
     count_pretrained_classes,
     describe_imagenet_architectures,
     make_layers,
     model_hooks,
+    take_weights,
 )
 from util.cli import flags
 from util.cli.launch import start
@@ -30,11 +30,9 @@ from util.data.known_classes import build_test_loader
 from util.data.loader import ImageLoader
 from util.errors import RunError
 from util.random_state import seed_everything
-from util.training.engine import enter_batch
 from util.training.hooks import ModelHooks
+from util.training.initial import CALIBRATION_BATCHES, calibrate_weights, start_from
 from util.training.session import RunContext, evaluate_only, fit
-
-CALIBRATION_BATCHES = 10
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -50,12 +48,14 @@ def train(context: RunContext) -> None:
     # Rank 0 first: it downloads the weights of --pretrained for all ranks.
     model = context.world.rank0_first(partial(build_network, flags, data[0]))
     max_batches = flags.test_iter if flags.test_run else sys.maxsize
-    hooks = ModelHooks(**model_hooks())
+    hooks = ModelHooks(**model_hooks(), take_weights=take_weights)
     if flags.evaluate:
         evaluate_only(context, data, model, hooks=hooks, max_batches=max_batches)
     else:
         if flags.pretrained and flags.deconv and not flags.resume:
             calibrate_weights(context, data[1], model, hooks)
+        if flags.init and not flags.resume:
+            start_from(context, model, data[1], hooks, partial(build_network, spec=data[0]))
         fit(context, data, model, hooks=hooks, max_batches=max_batches)
 
 
@@ -88,6 +88,8 @@ def own_rules(flags: Namespace) -> Rules:
     is_published = "pretrained" in IMAGENET_ARCHITECTURES[flags.arch].options
     reason = f"does not apply to {flags.arch}: there are no weights for it"
     yield "pretrained", is_published or not flags.pretrained, reason
+    reason = "contradicts --init, whose weights take the place; leave one of them out"
+    yield "pretrained", not (flags.init and flags.pretrained), reason
     reason = "contradicts --pretrained, whose weights expect inputs that are not normalized"
     yield "norm_type", flags.norm_type == "none" or not flags.pretrained, reason
     calibrated = flags.pretrained and flags.deconv
@@ -150,24 +152,6 @@ def announce_head(flags: Namespace, spec: DataSpec) -> None:
         f"pretrained weights kept except for the last layer, which is new: "
         f"{spec.num_classes} classes instead of {classes}"
     )
-
-
-def calibrate_weights(
-    context: RunContext, loader: ImageLoader, model: nn.Module, hooks: ModelHooks
-) -> None:
-    """Calibrate a model so that training starts at its pretrained evaluation outputs."""
-    accelerator = context.build_accelerator()
-    accelerator.to_device(model)
-    loader.batch_sampler.set_epoch(1)
-
-    def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
-        images, _ = accelerator.batch_to_device(*batch)
-        offset = context.world.batch_offset(len(images), images.device)
-        with enter_batch(hooks.batch_context, context.world, *offset):
-            model(images)
-
-    count = calibrate(model, loader, CALIBRATION_BATCHES, forward=forward)
-    print_line(f"pretrained weights calibrated on {count} training batches")
 
 
 if __name__ == "__main__":

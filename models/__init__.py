@@ -11,10 +11,11 @@ CONTRIBUTING.md tells how to add a network.
 from __future__ import annotations
 
 from .external import count_pretrained_classes
-from .factory import Layers, calibrate, make_layers, model_hooks
+from .factory import Layers, make_layers, model_hooks
 from .imagenet import IMAGENET_ARCHITECTURES, build_imagenet_model, describe_imagenet_architectures
 from .registry import Architecture, init_from_images, init_weights
 from .small_images import ARCHITECTURES, build_model, describe_architectures
+from .transfer import take_weights
 
 __all__ = [
     "ARCHITECTURES",
@@ -23,7 +24,6 @@ __all__ = [
     "Layers",
     "build_imagenet_model",
     "build_model",
-    "calibrate",
     "count_pretrained_classes",
     "describe_architectures",
     "describe_imagenet_architectures",
@@ -31,4 +31,5 @@ __all__ = [
     "init_weights",
     "make_layers",
     "model_hooks",
+    "take_weights",
 ]

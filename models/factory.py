@@ -10,8 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from deconv import Delinear, FastDeconv, batch_share, convert, fuse, whiteness
-from deconv import calibrate as calibrate  # re-exported: only this file imports deconv
+from deconv import Delinear, FastDeconv, batch_share, calibrate, convert, fuse, whiteness
 from deconv.freezing import advance_phase, find_phase, hold_phase
 from deconv.ops.inverse_sqrt import find_linear_root
 
@@ -264,6 +263,7 @@ def model_hooks() -> dict[str, Callable]:
         "advance": advance_phase,
         "hold": hold_phase,
         "diagnose": _measure_whiteness,
+        "calibrate": calibrate,
     }
 
 

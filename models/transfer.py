@@ -51,7 +51,7 @@ def take_weights(
 
     Raises:
         ValueError: a layer's running statistics do not fit, so that its weights would be wrong; a
-            BatchNorm cannot be folded; or no layer fits.
+            BatchNorm cannot be folded or is missing in `model`; or no layer fits.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 3))
@@ -61,6 +61,8 @@ def take_weights(
     """
     has_batchnorm = any(name.endswith("running_var") for name in state)
     if build_batchnorm is None or not has_batchnorm:
+        if has_batchnorm and not any(name.endswith("running_var") for name in model.state_dict()):
+            raise ValueError("the weights have BatchNorm, but the network has none")
         return _take_layers(model, state)
     twin = build_batchnorm()
     transfer = _take_layers(twin, state)
@@ -116,7 +118,7 @@ def _keep_whitening(tensors: Tensors) -> Tensors:
 
 def _find_misfit(own: Tensors, given: Tensors) -> str:
     """Return the first difference in names or shapes; "" if there is none."""
-    for name in sorted({*own, *given}):
+    for name in sorted({*own, *given}, reverse=True):  # weight before bias
         there, here = (_describe_shape(tensors.get(name)) for tensors in (given, own))
         if there != here:
             return f"{name} {there} there, {here} here"

@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     with report_errors(built.parser, ValueError):
         layers = read_layers(published["state_dict"], published.get("optimizer"))
         typed = built.parser.parse_typed(flags)
-        if unfit := {"resume", "evaluate", "pretrained"} & {*typed}:
+        if unfit := {"resume", "evaluate", "pretrained", "init"} & {*typed}:
             raise ValueError(f"--{min(unfit)} is for {script.__name__}.py, after the conversion")
         arch = typed.get("arch", published["arch"])
         with name_file(source):

@@ -18,6 +18,8 @@ from util.errors import MAX_COUNT, ContentError, describe
 
 MAX_CHANNELS = 1024  # a file that claims more would make the first layer fill the memory
 TWISTER_WORDS = 624  # size of the state of a Mersenne Twister
+# Flags added later whose defaults differ from what earlier runs did.
+EARLIER = {"root_final": "newton"}
 VALUES = ("loss", "top1", "top5", "lr", "seconds")  # columns of train.log and test.log
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
 

@@ -77,6 +77,17 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return state
 
 
+def load_foreign(path: str | Path) -> Any:
+    """Read a file of `torch.save` to the CPU, never executing code of the file.
+
+    The format of PyTorch before 1.6, which has no checksums, is read as well.
+
+    Raises:
+        CheckpointError: the file is missing or damaged, or has more than tensors and plain values.
+    """
+    return _read(Path(path), "cpu", name=Path(path), is_own=False)
+
+
 def list_checkpoints(run_dir: str | Path) -> list[Path]:
     """Return the checkpoints of a run: latest, previous, best, then the numbered ones.
 
@@ -154,10 +165,11 @@ def _serialize(state: dict[str, Any], file: BinaryIO) -> None:
         raise
 
 
-def _read(path: Path, device: str, *, name: Path) -> Any:
+def _read(path: Path, device: str, *, name: Path, is_own: bool = True) -> Any:
     """Read the file at `path` and verify its checksums; errors call it `name`."""
     try:
-        _check_archive(path)
+        if is_own or zipfile.is_zipfile(path):
+            _check_archive(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about files that another program wrote
             return torch.load(path, map_location=device, weights_only=True)

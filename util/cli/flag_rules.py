@@ -129,6 +129,9 @@ def _device_rules(flags: Namespace) -> Rules:
 
 
 def _output_rules(flags: Namespace) -> Rules:
+    reason = "contradicts --resume, which continues with its own weights; leave one of them out"
+    yield "init", not flags.resume, reason
+    yield "init", not flags.evaluate, "contradicts -e, which tests a run; use -e --resume RUN"
     caches = getattr(flags, "dataset", None) == "folder"
     has_folder = flags.run_dir or flags.resume
     yield "out", caches or not has_folder, "has no effect with --run-dir or --resume; leave it out"

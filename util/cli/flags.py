@@ -260,6 +260,10 @@ def add_output_flags(parser: Parser) -> None:
         GPUs and machines. A run that --max-steps ended continues to the end of its epochs, or
         with a new --max-steps. More steps or epochs stretch the learning rate schedule"""
     add("--resume", text, path_name, metavar="RUN")
+    text = """start a new run from the weights of an earlier run, a checkpoint or a state_dict;
+        layers of other names or shapes are new and are listed. With --deconv True, BatchNorm is
+        folded in, and the first training batches calibrate the weights"""
+    add("--init", text, path_name, metavar="RUN|FILE")
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
     add("--checkpoint-epoch", text, bounded_int(0), 0)
     text = """keep the checkpoints of the last N epochs as checkpoint_<epoch>.pth.tar; 1 keeps

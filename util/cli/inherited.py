@@ -10,6 +10,7 @@ from math import inf
 from pathlib import Path
 from typing import Any
 
+from util.checkpoint.schema import EARLIER
 from util.checkpoint.store import check_compatible, list_checkpoints, load_checkpoint, load_newest
 from util.cli.parser import Parser
 from util.cli.script import Script
@@ -45,9 +46,6 @@ OF_NETWORK = {
     *("root", "root_final", "rows_per_feature", "norm_type", "freeze", "freeze_iter", "pretrained"),
 }
 
-# Flags added later whose defaults differ from what earlier runs did.
-EARLIER = {"root_final": "newton"}
-
 
 def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
     """Load the checkpoint of --resume; return None for a fresh start.
@@ -69,7 +67,8 @@ def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
         if not list_checkpoints(path):
             del typed["resume"]
             return None
-        typed.pop("start_epoch", None)  # applied to the first start only
+        for name in ("start_epoch", "init"):  # applied to the first start only
+            typed.pop(name, None)
     if path is None:
         return None
     if not os.path.isdir(path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,10 @@ class ModelHooks:
         advance: model -> None; counts a training forward that a CUDA graph has replayed.
         hold: () -> context in which forwards keep the phase and are not counted.
         diagnose: (model, images) -> scalars about its layers by tag, for TensorBoard.
+        take_weights: (model, tensors by name, builder of the model with BatchNorm or None) -> the
+            attributes of `models.transfer.Transfer`. None: the model takes no weights of --init.
+        calibrate: (model, batches, number of batches, forward=) -> number of batches used; see
+            `deconv.calibrate`. None: the model needs none.
     """
 
     batch_context: BatchContext | None = None
@@ -31,3 +36,5 @@ class ModelHooks:
     advance: Callable[[nn.Module], None] = lambda model: None
     hold: Callable[[], AbstractContextManager[None]] = nullcontext
     diagnose: Callable[[nn.Module, Tensor], Mapping[str, float]] = lambda model, images: {}
+    take_weights: Callable[..., Any] | None = None
+    calibrate: Callable[..., int] | None = None

@@ -1,12 +1,17 @@
-"""Reopen an epoch that --max-steps cut short, so that its run can continue."""
+"""Continue a run: reopen an epoch that --max-steps cut short, and name the position."""
 
 from __future__ import annotations
 
+import sys
+from argparse import Namespace
+from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.optim.lr_scheduler import LRScheduler
 
 from util.training.metrics import EpochMetrics
+from util.training.resume import Plan, TrainingState
 
 
 def reopen_epoch(saved: dict[str, Any], epoch_steps: int) -> dict[str, Any]:
@@ -43,3 +48,23 @@ def _spread(last: dict[str, float], steps: int, config: dict[str, Any]) -> dict[
     loss, top1, top5 = last["train_loss"], last["train_top1"] / 100, last["train_top5"] / 100
     row = torch.tensor([1.0, loss, top1, top5], dtype=torch.float64) * config["batch_size"]
     return {"rows": row.repeat(steps, 1), "lr": last["train_lr"], "seconds": last["train_seconds"]}
+
+
+def describe_position(
+    flags: Namespace,
+    config: Mapping[str, Any],
+    state: TrainingState,
+    plan: Plan,
+    scheduler: LRScheduler,
+) -> str:
+    """Return a line on the step from which a run continues, and on a change of its schedule."""
+    epoch, total = state.progress.epoch, plan.total_steps
+    place = f"in epoch {epoch + 1}" if state.metrics.steps else f"after epoch {epoch}"
+    line = f"resuming from {flags.resume}, step {state.step} of {total}, {place}"
+    before = min(config["epochs"] * plan.epoch_steps, config.get("max_steps") or sys.maxsize)
+    if before == total:
+        return line
+    return (
+        f"{line}; the {flags.lr_scheduler} schedule now spans {total} steps instead of {before}, "
+        f"with a learning rate of {scheduler.get_last_lr()[0]:.3g} here"
+    )

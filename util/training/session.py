@@ -7,7 +7,7 @@ import shlex
 import signal
 import sys
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -40,7 +40,7 @@ from util.training.optim import (
     group_parameters,
 )
 from util.training.recorder import NullRecorder, Recorder
-from util.training.reopen import reopen_epoch
+from util.training.reopen import describe_position, reopen_epoch
 from util.training.resume import Plan, Progress, TrainingState, list_skipped, restore_model
 from util.training.signals import stop_on_signal
 from util.training.trainer import Trainer
@@ -190,33 +190,13 @@ def fit(
         build_criterion(flags.loss, spec.num_classes),
     )
     if saved:
-        print_line(_describe_position(flags, saved["config"], state, plan, scheduler))
+        print_line(describe_position(flags, saved["config"], state, plan, scheduler))
     recorder = NullRecorder()
     if world.is_first:
         recorder = Recorder(flags, saved, context.run_dir, state, plan)
     ended = exit_when_stopped(recorder.run_dir, format_data_flag(flags))
     with ended, closing(recorder), stop_on_signal() as stop_request:
         Trainer(state, plan, replica, criteria, scheduler, recorder, hooks, stop_request).run()
-
-
-def _describe_position(
-    flags: Namespace,
-    config: Mapping[str, Any],
-    state: TrainingState,
-    plan: Plan,
-    scheduler: LRScheduler,
-) -> str:
-    """Return a line on the step from which a run continues, and on a change of its schedule."""
-    epoch, total = state.progress.epoch, plan.total_steps
-    place = f"in epoch {epoch + 1}" if state.metrics.steps else f"after epoch {epoch}"
-    line = f"resuming from {flags.resume}, step {state.step} of {total}, {place}"
-    before = min(config["epochs"] * plan.epoch_steps, config.get("max_steps") or sys.maxsize)
-    if before == total:
-        return line
-    return (
-        f"{line}; the {flags.lr_scheduler} schedule now spans {total} steps instead of {before}, "
-        f"with a learning rate of {scheduler.get_last_lr()[0]:.3g} here"
-    )
 
 
 def evaluate_only(
