@@ -11,6 +11,7 @@ from torch import nn
 
 from models import (
     ARCHITECTURES,
+    Layers,
     build_model,
     describe_architectures,
     init_from_images,
@@ -92,11 +93,11 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
     )
 
 
-def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
-    """Build the model that the flags describe."""
+def build_network(flags: Namespace, spec: DataSpec, layers: Layers | None = None) -> nn.Module:
+    """Build the model that the flags describe, with their layers or others."""
     return build_model(
         flags.arch,
-        make_layers(**choose_layers(flags)),
+        layers or make_layers(**choose_layers(flags)),
         in_channels=spec.in_channels,
         num_classes=spec.num_classes,
         image_size=spec.image_size,

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import main as main_script
 from deconv import FastDeconv
-from models import Layers, build_model, init_from_images, make_layers, model_hooks
+from models import Layers, init_from_images, make_layers, model_hooks
 from scripts.paper import airbench
 from scripts.paper.rivals_layers.decorrelation import (
     DecorrelatedConv2d,
@@ -75,9 +75,9 @@ def build_script() -> Script:
 
 def own_rules(flags: Namespace) -> Rules:
     """Yield each flag of this script only, whether its value is allowed, and the error."""
-    yield "evaluate", False, "is an option of main.py only"
-    fault = f"does not apply to {flags.arch}, only to {', '.join(NETWORKS)}"
-    yield "rival", flags.arch in NETWORKS, fault
+    for name in ("evaluate", "init"):
+        yield name, False, "is an option of main.py only"
+    yield "arch", flags.arch in NETWORKS, f"is not offered here: choose {', '.join(NETWORKS)}"
     if flags.rival == "output-norm":
         yield "rival", flags.deconv, "needs --deconv True"
     elif flags.rival != "none":
@@ -176,8 +176,7 @@ def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
     layers = make_layers(**choose_layers(flags))
     if flags.rival != "none":
         layers = RIVALS[flags.rival](layers, flags.arch)
-    shape = {"in_channels": spec.in_channels, "num_classes": spec.num_classes}
-    return build_model(flags.arch, layers, image_size=spec.image_size, **shape)
+    return main_script.build_network(flags, spec, layers)
 
 
 def choose_builders(flags: Namespace) -> Builders:

@@ -75,10 +75,7 @@ def read_flags(line):
         ("--rival output-norm", "--rival output-norm needs --deconv True"),
         ("--rival iter-norm --deconv True", "--rival iter-norm contradicts --deconv True"),
         ("--rival iter-norm", "--rival iter-norm replaces BatchNorm, needs --batchnorm False"),
-        (
-            "--arch lenet --rival iter-norm",
-            "--rival iter-norm does not apply to lenet, only",
-        ),
+        ("--arch lenet", "--arch lenet is not offered here: choose vgg11, resnet18, airbench"),
         ("--recipe airbench", "--recipe airbench needs --arch airbench"),
         ("--arch airbench --recipe airbench", "--recipe airbench needs --lr-scheduler linear"),
         (
