@@ -125,5 +125,5 @@ def test_unknown_names_are_refused_by_name():
     with pytest.raises(ValueError, match="optimizer.*'Lion'"):
         build_optimizer("Lion", weights, lr=0.1)
     sgd = build_optimizer("SGD", weights, lr=0.1)
-    with pytest.raises(ValueError, match="lr_scheduler.*'linear'"):
-        build_scheduler("linear", sgd, total_steps=1, epoch_steps=1)
+    with pytest.raises(ValueError, match="lr_scheduler.*'sine'"):
+        build_scheduler("sine", sgd, total_steps=1, epoch_steps=1)
