@@ -84,7 +84,8 @@ def test_all_visible_gpus_are_used(tmp_path):
 
 JOINT = ["--mode 5", "--mode 5 --root newton", "--mode 5 --root resolvent --num-groups 64"]
 FREEZE = "--freeze True --freeze-iter 1 --norm-type layernorm"  # a cycle has 10 steps
-KINDS = ["--mode 1", "--mode 3", *JOINT, "--amp fp16", FREEZE, f"{FREEZE} --amp fp16"]
+MIXED = "--mixup .2 --cutmix 1 --label-smoothing .1 --amp fp16"
+KINDS = ["--mode 1", "--mode 3", *JOINT, "--amp fp16", FREEZE, f"{FREEZE} --amp fp16", MIXED]
 
 
 @pytest.mark.parametrize("line", ["--deconv False", *KINDS])
