@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .matmul import frobenius_norm
+from .constants import find_identity, find_lower_mask
+from .matmul import frobenius_norm, scaled_product
 from .once import differentiable_once
-from .precision import in_full_products
+from .precision import DEVICES, in_full_products
 
 
 def inverse_cholesky(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
@@ -41,15 +42,28 @@ def inverse_cholesky(cov: Tensor, n_iter: int = 5, eps: float = 0.0) -> Tensor:
 
 def _invert_factor(cov: Tensor, floor: float, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Return L^-1 and the terms of its gradient: A and |A|_F."""
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    identity = find_identity(cov)
     cov = torch.add(cov, identity, alpha=eps)
-    norm = frobenius_norm(cov)
+    norm = _wide_norm(cov)
     factor = torch.linalg.cholesky_ex(cov.addcmul(identity, norm, value=floor)).L
     return torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False), cov, norm
 
 
+def _wide_norm(cov: Tensor) -> Tensor:
+    """Return `frobenius_norm(cov)` in two launches, of squares in float64 where a device has it."""
+    if cov.device.type not in (*DEVICES, "meta"):
+        return frobenius_norm(cov)
+    norm = torch.linalg.vector_norm(cov, dim=(1, 2), keepdim=True, dtype=torch.float64)
+    norm = norm.to(cov.dtype)
+    # The inverse of infinity is 0. Larger matrices have 0 * infinity beside the diagonal.
+    return norm.fmod(torch.inf) if cov.shape[-1] == 1 else norm
+
+
 class _InverseCholesky(torch.autograd.Function):
-    """Gradient dD = -P(D dA D^T) D; P takes the lower triangle and half the diagonal."""
+    """Gradient dD = -P(D dA D^T) D; P takes the lower triangle and half the diagonal.
+
+    That in A is -D^T (P(M) + P(M)^T) D / 2 with M = G D^T, for the gradient G in D.
+    """
 
     @staticmethod
     def forward(ctx: Any, cov: Tensor, floor: float, eps: float) -> Tensor:
@@ -63,9 +77,8 @@ class _InverseCholesky(torch.autograd.Function):
     @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         cov, norm, inverse = ctx.saved_tensors
-        inner = torch.bmm(grad, inverse.mT).tril_()
-        inner.diagonal(dim1=-2, dim2=-1).mul_(0.5)
-        outer = torch.bmm(torch.bmm(inverse.mT, inner), inverse)
-        result = outer.add(outer.mT).mul_(-0.5)
+        inner = scaled_product(grad, inverse.mT)
+        inner = torch.where(find_lower_mask(inner), inner, inner.mT)  # P(M) + P(M)^T
+        result = scaled_product(scaled_product(inverse.mT, inner), inverse, -0.5)
         trace = result.diagonal(dim1=-2, dim2=-1).sum(-1)[:, None, None]
         return result.addcmul_(cov, trace / norm, value=ctx.floor), None, None

@@ -188,8 +188,10 @@ def _average_pixels(x: Tensor, weights: Tensor) -> Tensor:
 
 def _average(maps: Tensor) -> Tensor:
     """Return the mean (C*T,) of patches (N, C*T, P), 0 for none."""
+    if not maps.numel():
+        return maps.sum((0, 2))
     # On a CPU a mean over both dimensions at once is slow where P is short.
-    return maps.mean(0).mean(1) if maps.numel() else maps.sum((0, 2))
+    return maps.mean(0).mean(1) if maps.device.type == "cpu" else maps.mean((0, 2))
 
 
 def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
-from .matmul import multiply
+from .matmul import multiply, scaled_product
+from .precision import in_full_products
 
 
 def fold(
@@ -42,5 +45,37 @@ def fold(
     mean = mean.reshape(groups, -1, 1)
     if mean.shape[1] != rows.shape[2]:
         mean = mean.repeat_interleave(blocks.taps, dim=1)
-    shift = multiply(rows, mean).flatten()
-    return rows.reshape(weight.shape), -shift if bias is None else bias - shift
+    if torch.is_grad_enabled() and mean.requires_grad:
+        rows, bias = _ShiftBias.apply(rows, mean, bias)
+    else:
+        bias = _shift_bias(multiply(rows, mean), bias)
+    return rows.reshape(weight.shape), bias
+
+
+def _shift_bias(shift: Tensor, bias: Tensor | None) -> Tensor:
+    shift = shift.flatten()
+    return -shift if bias is None else bias - shift
+
+
+class _ShiftBias(torch.autograd.Function):
+    """b - W D mu, with W D; in the backward pass, both gradients of W D in one addition.
+
+    torch.func needs plain operations, as in `_Transform`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, mean: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(rows, mean)
+        return rows, _shift_bias(rows @ mean, bias)
+
+    @staticmethod
+    @in_full_products
+    def backward(ctx: Any, grad: Tensor, grad_bias: Tensor) -> tuple[Tensor | None, ...]:
+        rows, mean = ctx.saved_tensors
+        column = grad_bias.reshape(len(rows), -1, 1)
+        to_rows = torch.addcmul(grad, column, mean.mT, value=-1)
+        if torch.is_grad_enabled():  # for a second derivative
+            to_mean = -multiply(rows.mT, column)
+        else:
+            to_mean = scaled_product(rows.mT, column, -1)
+        return to_rows, to_mean, grad_bias if ctx.needs_input_grad[2] else None

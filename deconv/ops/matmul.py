@@ -81,6 +81,15 @@ def multiply(
     return (_Product.apply if differs else _compute_product)(left, right, base, beta, alpha)
 
 
+def scaled_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
+    """Return scale * left @ right of (G, m, k) and (G, k, n), in one launch and without autocast.
+
+    The result is no function of its factors to autograd: for use inside a Function.
+    """
+    result = left.new_empty(len(left), left.shape[1], right.shape[2])
+    return result.baddbmm_(left, right, beta=0, alpha=scale)
+
+
 def _compute_product(
     left: Tensor, right: Tensor, base: Tensor | None, beta: float, alpha: float
 ) -> Tensor:
@@ -189,7 +198,7 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
     if left.device.type == "cpu" and 2 * left.shape[2] >= side:  # products as small as the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     parts = [x.permute(1, 2, 0, 3).flatten(2) for x in parts]  # G d R*L
-    return parts[0] @ parts[-1].mT * scale
+    return scaled_product(parts[0], parts[-1].mT, scale)
 
 
 def _needs_function(*factors: Tensor) -> bool:

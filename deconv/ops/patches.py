@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import gcd, prod
 from typing import Any, NamedTuple
@@ -12,12 +11,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .constants import Constants, cache_constants
 from .matmul import multiply
 
 SMALL = 128  # pixels of an image up to which a product with a 0-1 matrix gathers fastest
 
 Slices = tuple[Any, ...]  # a slice per spatial dimension
-Selection = tuple[Tensor, ...]
+Selection = Constants
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,11 @@ class PatchGrid:
     def taps(self) -> int:
         """Pixels per patch, T."""
         return prod(self.kernel_size)
+
+    @property
+    def stays_inside(self) -> bool:
+        """Return True if every tap meets a pixel at every position."""
+        return not any(pad > 0 for pad in self.padding) and max(self.spread) == 1
 
     def positions(self, size: Sequence[int]) -> tuple[int, ...]:
         """Return the number of patches along each dimension of an unpadded image of `size`.
@@ -174,33 +179,6 @@ def sample(x: Tensor, sampling: Sampling) -> Patches:
     return Patches(x, sampling)
 
 
-def cache_constants(make: Callable[..., Selection]) -> Callable[..., Selection]:
-    """Cache the constant tensors that `make` computes from hashable arguments and `device`.
-
-    A CUDA graph reads its tensors at fixed addresses: what is used during a capture is never freed.
-    Under a compiler or a tensor subclass `make` runs each time, as its result holds no numbers.
-    """
-    # Outside inference mode: a later backward may save the tensors.
-    cached = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
-    captured: list[Selection] = []
-
-    def find(*key: object, like: Tensor) -> Selection:
-        if torch.compiler.is_compiling() or type(like) not in (Tensor, torch.nn.Parameter):
-            return make(*key, device=like.device)
-        constants = cached(*key, device=like.device)
-        if _captures_graph(like.device):
-            captured.append(constants)
-        return constants
-
-    return find
-
-
-def _captures_graph(device: torch.device) -> bool:
-    """Return True if a graph of the device's current stream is being captured."""
-    is_capturing = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
-    return is_capturing is not None and is_capturing()
-
-
 def number_pixels(grid: PatchGrid, size: Sequence[int], device: torch.device) -> Tensor:
     """Return the index of the pixel under each tap at each position, (T, P).
 
@@ -240,7 +218,7 @@ def _index_subset(
     chosen = subset.choose(count, size, device)  # N P
     pixels = number_pixels(subset.grid, size, device)[:, chosen]  # T N P
     pixels = pixels.transpose(0, 1).flatten(1)[:, None]  # N 1 T*P
-    if not any(pad > 0 for pad in subset.grid.padding) and max(subset.grid.spread) == 1:
+    if subset.grid.stays_inside:
         return (pixels,)
     inside = pixels < prod(size)
     return torch.where(inside, pixels, 0), inside
@@ -303,7 +281,8 @@ def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
         return patches.reshape(shape)
     if selection:
         return multiply(x.to(dtype).flatten(2), selection[0]).reshape(shape)
-    patches = x.new_zeros(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
+    make = x.new_empty if sampling.stays_inside else x.new_zeros
+    patches = make(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
     for tap, where, under in sampling.split_taps(size):
         at, below = (..., *where), (..., *under)
         patches[:, :, tap][at] = x[below]

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .constants import find_identity
 from .matmul import frobenius_norm
 from .once import differentiable_once
 from .precision import in_full_products
@@ -95,7 +96,7 @@ def inverse_sqrt_by_resolvents(
 
 def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tuple[Tensor, ...]:
     """Return D and the terms of its gradient: A / |A|_F, |A|_F and the resolvents."""
-    identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
+    identity = find_identity(cov)
     cov = torch.add(cov, identity, alpha=eps)
     norm = frobenius_norm(cov)
     scaled = cov / norm
@@ -124,8 +125,8 @@ def _invert_from_rows(rows: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
         shift: t, (G, 1, 1).
         identity: (F, F).
     """
-    small = torch.eye(rows.shape[1], dtype=rows.dtype, device=rows.device)
-    factor = torch.linalg.cholesky_ex(torch.baddbmm(shift * small, rows, rows.mT)).L
+    small = shift * find_identity(rows[..., : rows.shape[1]])
+    factor = torch.linalg.cholesky_ex(small.baddbmm_(rows, rows.mT)).L
     return torch.baddbmm(identity, rows.mT, torch.cholesky_solve(rows, factor), alpha=-1) / shift
 
 

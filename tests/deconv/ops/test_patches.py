@@ -7,8 +7,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.ops import patches
-from deconv.ops.patches import PatchGrid, PatchSubset, cache_constants, scatter, select_pixels
+from deconv.ops import constants
+from deconv.ops.constants import cache_constants
+from deconv.ops.patches import PatchGrid, PatchSubset, scatter, select_pixels
+from deconv.ops.patches import gather as gather_patches
 from tests.pairwise import loop_over, pairwise
 
 SHAPES = [
@@ -26,7 +28,7 @@ SHAPES = [
 
 def gather(x, sampling, selection=None):
     selection = select_pixels(x, sampling) if selection is None else selection
-    return patches.gather(x, sampling, selection)
+    return gather_patches(x, sampling, selection)
 
 
 PADDINGS = [(1, 2, 3, 1), (4, 4, 4, 4)]
@@ -132,8 +134,8 @@ def test_subset_of_an_image_differ_and_those_of_many_are_all(size):
 
 def test_what_a_cuda_graph_reads_is_never_freed_and_all_else_is_evicted(monkeypatch):
     capturing = [False]
-    monkeypatch.setattr(patches, "_captures_graph", lambda device: capturing[0])
-    monkeypatch.setattr(patches, "lru_cache", lambda maxsize: functools.lru_cache(1))
+    monkeypatch.setattr(constants, "_captures_graph", lambda device: capturing[0])
+    monkeypatch.setattr(constants, "lru_cache", lambda maxsize: functools.lru_cache(1))
     find, like = cache_constants(lambda size, device: torch.zeros(size)), torch.zeros(0)
     known = weakref.ref(find(1, like=like))
     assert known() is find(1, like=like)
@@ -147,5 +149,5 @@ def test_what_a_cuda_graph_reads_is_never_freed_and_all_else_is_evicted(monkeypa
 
 def test_a_capture_is_asked_for_on_devices_that_have_one(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert patches._captures_graph(torch.device("cuda"))
-    assert not patches._captures_graph(torch.device("cpu"))
+    assert constants._captures_graph(torch.device("cuda"))
+    assert not constants._captures_graph(torch.device("cpu"))

@@ -1,0 +1,67 @@
+"""Constant tensors that steps share, so that they are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+Constants = tuple[Tensor, ...]
+
+
+def cache_constants(make: Callable[..., Constants]) -> Callable[..., Constants]:
+    """Cache the constant tensors that `make` computes from hashable arguments and `device`.
+
+    A CUDA graph reads its tensors at fixed addresses: what is used during a capture is never freed.
+    Under a compiler, a tensor subclass or a transform of torch.func, `make` runs each time, as its
+    result may hold no numbers.
+    """
+    # Outside inference mode: a later backward may save the tensors.
+    cached = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
+    captured: list[Constants] = []
+
+    def find(*key: object, like: Tensor) -> Constants:
+        plain = type(like) in (Tensor, torch.nn.Parameter)
+        if torch.compiler.is_compiling() or not plain or _transforms():
+            return make(*key, device=like.device)
+        constants = cached(*key, device=like.device)
+        if any(type(constant) is not Tensor for constant in constants):  # of a dispatch mode
+            cached.cache_clear()
+        if _captures_graph(like.device):
+            captured.append(constants)
+        return constants
+
+    return find
+
+
+def _transforms() -> bool:
+    """Return True inside a transform of torch.func."""
+    return torch._C._are_functorch_transforms_active()
+
+
+def _captures_graph(device: torch.device) -> bool:
+    """Return True if a graph of the device's current stream is being captured."""
+    is_capturing = getattr(getattr(torch, device.type, None), "is_current_stream_capturing", None)
+    return is_capturing is not None and is_capturing()
+
+
+@cache_constants
+def _make_identity(side: int, dtype: torch.dtype, device: torch.device) -> Constants:
+    return (torch.eye(side, dtype=dtype, device=device),)
+
+
+@cache_constants
+def _make_lower_mask(side: int, device: torch.device) -> Constants:
+    return (torch.ones(side, side, dtype=torch.bool, device=device).tril(),)
+
+
+def find_identity(matrices: Tensor) -> Tensor:
+    """Return the identity of the side of matrices (..., d, d), in their dtype, (d, d)."""
+    return _make_identity(matrices.shape[-1], matrices.dtype, like=matrices)[0]
+
+
+def find_lower_mask(matrices: Tensor) -> Tensor:
+    """Return True on and below the diagonal of the side of matrices (..., d, d), (d, d)."""
+    return _make_lower_mask(matrices.shape[-1], like=matrices)[0]
