@@ -50,6 +50,7 @@ from .conv import FastDeconv, FastDeconv1d, FastDeconv2d, FastDeconv3d
 from .conv_transpose import FastDeconvTranspose1d, FastDeconvTranspose2d, FastDeconvTranspose3d
 from .linear import Delinear
 from .published import PUBLISHED
+from .running import group_statistics
 from .surgery.calibrate import calibrate
 from .surgery.convert import convert
 from .surgery.fuse import fuse
@@ -72,6 +73,7 @@ __all__ = [
     "calibrate",
     "convert",
     "fuse",
+    "group_statistics",
     "plan",
     "recalibrate",
     "whiteness",

@@ -21,6 +21,7 @@ from .ops.inverse_sqrt import MAX_STEPS, MAX_STEPS_FROM_ROWS, inverse_sqrt
 from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
 from .ops.patches import Patches, PatchGrid, Sampling, sample
 from .ops.precision import autocasts, full_precision
+from .running import Update, are_usable, collect, per_patch, settle, weigh_batch
 from .sync import BatchShare, GroupHandle, find_share, pool_statistics, require_group
 
 Matrices = dict[str, Tensor]  # (G, d, d) by axis
@@ -51,6 +52,7 @@ class Whitening(Freezing):
     running_mean: Tensor | None
     num_batches_tracked: Tensor | None
     root: str
+    replaces_initial = True  # the first batch replaces the initial running statistics
     _group: GroupHandle | None = None
     input_norm: str
     input_norm_eps = EPS
@@ -71,6 +73,7 @@ class Whitening(Freezing):
                 a layer that uses batch statistics.
         """
         self._check_dtype(x)
+        settle(self)
         with full_precision(x.device):
             if self.uses_running_stats:
                 return x, *self._fold(*self.running_whitening())
@@ -279,6 +282,7 @@ class Whitening(Freezing):
         Raises:
             ValueError: there are no running statistics.
         """
+        settle(self)
         mean = self.require_running_mean()
         assert self.num_batches_tracked is not None
         seen, whiten = self.num_batches_tracked > 0, {}
@@ -293,29 +297,22 @@ class Whitening(Freezing):
     def _update_running(
         self, count: int | Tensor, mean: Tensor, covs: Matrices, bias: Tensor
     ) -> None:
-        """Update the running statistics; skip empty or non-finite batches.
-
-        The folded bias sums over all of mu and D. It is finite if they are, and D is NaN if a
-        covariance is not finite.
-        """
-        assert self.running_mean is not None and self.num_batches_tracked is not None
-        total = torch.linalg.vector_norm(bias, 1, dtype=mean.dtype)
-        if not (isinstance(count, int) and count):  # empty here, or perhaps on all ranks
-            total = total / count
-        usable = total < math.inf  # false for NaN and for a division by 0, too
-        step = self.batch_weight(mean)
-        running = self.running_mean, *self.running_covariances().values()
-        for old, new in zip(running, (mean, *covs.values()), strict=True):
+        """Update the running statistics; skip empty or non-finite batches, see `Update`."""
+        assert self.num_batches_tracked is not None
+        news = mean, *covs.values()
+        if collect(Update(self, count, bias, news)):
+            return
+        norm = torch.linalg.vector_norm(bias, 1, dtype=mean.dtype)
+        usable = are_usable(per_patch(norm, count))
+        step = weigh_batch(self.num_batches_tracked, self.momentum, self.replaces_initial, mean)
+        for old, new in zip(self.running_buffers(), news, strict=True):
             old.lerp_(torch.where(usable, new.to(old.dtype), old), step.to(old.dtype))
         self.num_batches_tracked += usable
 
-    def batch_weight(self, like: Tensor) -> Tensor:
-        """Return the weight of a batch in the running statistics, (), in the dtype of `like`."""
-        assert self.num_batches_tracked is not None
-        step = like.new_empty(())  # float64 in a float64 layer
-        if self.momentum is None:
-            return torch.add(self.num_batches_tracked, 1, out=step).reciprocal_()
-        return torch.eq(self.num_batches_tracked, 0, out=step).clamp_(min=self.momentum)
+    def running_buffers(self) -> tuple[Tensor, ...]:
+        """Return the running mean and the running covariances."""
+        assert self.running_mean is not None
+        return self.running_mean, *self.running_covariances().values()
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
@@ -323,6 +320,7 @@ class Whitening(Freezing):
 
         The cycle of `freeze` restarts with batch statistics.
         """
+        settle(self)
         if self.running_mean is None or self.num_batches_tracked is None:
             return
         self.running_mean.zero_()
@@ -404,10 +402,15 @@ class Whitening(Freezing):
 
         Variances overflow in half precision, and their averages stop moving.
         """
+        settle(self)
         before = dict(self._buffers)
         super()._apply(fn, recurse)
         self._widen_buffers(before)
         return self
+
+    def _save_to_state_dict(self, *args: Any) -> None:
+        settle(self)
+        super()._save_to_state_dict(*args)
 
     def _load_from_state_dict(
         self,
@@ -424,6 +427,7 @@ class Whitening(Freezing):
         Statistics that the layer cannot reproduce, or that are incomplete, are an error even with
         strict=False.
         """
+        settle(self)
         try:
             self.read_statistics(state_dict, prefix)
             require_all_statistics(self, state_dict, prefix)

@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
-from deconv import Delinear, FastDeconv, batch_share, calibrate, convert, fuse, whiteness
+from deconv import (
+    Delinear,
+    FastDeconv,
+    batch_share,
+    calibrate,
+    convert,
+    fuse,
+    group_statistics,
+    whiteness,
+)
 from deconv.freezing import advance_phase, find_phase, hold_phase
 from deconv.ops.inverse_sqrt import find_linear_root
 
@@ -254,10 +264,18 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return convert(model, pretrained=True, linear=False)
 
 
+@contextmanager
+def batch_context(first: int, total: int) -> Iterator[None]:
+    """Share statistics between ranks, and update all running statistics at once."""
+    several = distributed.is_available() and distributed.is_initialized()
+    with batch_share(first, total) if several else nullcontext(), group_statistics():
+        yield
+
+
 def model_hooks() -> dict[str, Callable]:
     """Return what training must do for layers that whiten, by the attributes of `ModelHooks`."""
     return {
-        "batch_context": batch_share,
+        "batch_context": batch_context,
         "eval_model": fuse,
         "phase": find_phase,
         "advance": advance_phase,

@@ -31,6 +31,7 @@ class PublishedStatistics(Whitening):
     """
 
     matrix_name = "running_deconv"
+    replaces_initial = False
 
     def make_statistics(self, mean_taps: int, **like: Any) -> dict[str, Tensor]:
         groups, features = self.blocks.groups, self.blocks.features
@@ -72,12 +73,6 @@ class PublishedStatistics(Whitening):
     ) -> None:
         observed = dict(covs)
         super()._update_running(count, observed.pop("mean"), observed, bias)
-
-    def batch_weight(self, like: Tensor) -> Tensor:
-        """Return the momentum, for the first batch as well."""
-        if self.momentum is None:
-            return super().batch_weight(like)
-        return like.new_full((), self.momentum)
 
     def read_statistics(self, state_dict: dict[str, Any], prefix: str) -> None:
         """Read D under either published name; restart the cycle of `freeze` if it has no counter.

@@ -8,7 +8,19 @@ import torch
 from torch import Tensor, nn
 
 from util.errors import RunError
-from util.training.hooks import ModelHooks
+from util.training.hooks import ModelHooks, enter_batch
+
+
+class _Step(nn.Sequential):
+    """Forward of a model in its batch context, which a graph captures with it."""
+
+    def __init__(self, model: nn.Module, hooks: ModelHooks) -> None:
+        super().__init__(model)
+        self.batch_context = hooks.batch_context
+
+    def forward(self, images: Tensor) -> Tensor:
+        with enter_batch(self.batch_context, 0, len(images)):
+            return super().forward(images)
 
 
 class GraphedModel(nn.Module):
@@ -53,7 +65,7 @@ class GraphedModel(nn.Module):
     def _capture(self, images: Tensor) -> Callable[[Tensor], Tensor]:
         """Capture the next step of the model as a graph whose input memory is `images`."""
         # The capture replaces `forward` of the wrapper; `model` keeps its own for other batches.
-        step = nn.Sequential(self.model).train()
+        step = _Step(self.model, self.hooks).train()
         buffers = [buffer.clone() for buffer in self.model.buffers()]
         device, kind = images.device, images.device.type
         precision = torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind)

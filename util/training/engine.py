@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import closing, contextmanager
 from itertools import islice
 
 import torch
@@ -17,7 +17,7 @@ from util.console import progress_bar
 from util.distributed.world import World
 from util.errors import RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
-from util.training.hooks import BatchContext
+from util.training.hooks import BatchContext, enter_batch
 from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
 from util.training.micro_batches import average_gradients, split_batch
 from util.training.optim import Criterion
@@ -62,7 +62,7 @@ def train_one_epoch(
         on_batch: called after each step with the number of the batch in the epoch, from 1, and its
             metrics: loss, top1, top5, images, lr, and seconds since the epoch began.
         stop_request: a request on any rank stops all ranks after the step, except the last step.
-        batch_context: makes the context of each forward, with several ranks.
+        batch_context: makes the context of each forward.
         title: title of the progress bar.
 
     Returns:
@@ -89,7 +89,7 @@ def train_one_epoch(
                 for part in parts:
                     own = images[part.own], targets[part.own]
                     with average_gradients(model, last=part is parts[-1]):
-                        with enter_batch(batch_context, world, part.offset, part.total):
+                        with enter_batch(batch_context, part.offset, part.total):
                             loss, row = _forward(model, criterion, accelerator, *own)
                         # The average over ranks of the summed losses is the mean over the batch.
                         weight = len(own[0]) / max(total, 1) * world.size
@@ -171,15 +171,6 @@ def first_input(model: nn.Module) -> Iterator[list[Tensor]]:
         yield inputs
     finally:
         hook.remove()
-
-
-def enter_batch(
-    batch_context: BatchContext | None, world: World, offset: int, total: int
-) -> AbstractContextManager[None]:
-    """Return the context of a training forward; see `World.batch_offset` for the numbers."""
-    if batch_context is None or world.size == 1:
-        return nullcontext()
-    return batch_context(offset, total)
 
 
 def _forward(

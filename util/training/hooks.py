@@ -18,7 +18,7 @@ class ModelHooks:
 
     Attributes:
         batch_context: (index of this rank's first image in the batch, images of all ranks) -> the
-            context of a training forward. None: no context.
+            context of a training forward, also inside a CUDA graph. None: no context.
         eval_model: a model in evaluation mode -> an equivalent model to test in its place.
         phase: model -> key that identifies the control flow of its next training forward.
         advance: model -> None; counts a training forward that a CUDA graph has replayed.
@@ -38,3 +38,10 @@ class ModelHooks:
     diagnose: Callable[[nn.Module, Tensor], Mapping[str, float]] = lambda model, images: {}
     take_weights: Callable[..., Any] | None = None
     calibrate: Callable[..., int] | None = None
+
+
+def enter_batch(
+    batch_context: BatchContext | None, offset: int, total: int
+) -> AbstractContextManager[None]:
+    """Return the context of a training forward; see `World.batch_offset` for the numbers."""
+    return nullcontext() if batch_context is None else batch_context(offset, total)

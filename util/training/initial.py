@@ -11,8 +11,7 @@ from util.checkpoint.weights import Weights, read_weights
 from util.console import print_line
 from util.data.loader import ImageLoader
 from util.errors import CheckpointError, RunError
-from util.training.engine import enter_batch
-from util.training.hooks import ModelHooks
+from util.training.hooks import ModelHooks, enter_batch
 from util.training.session import RunContext
 
 CALIBRATION_BATCHES = 10
@@ -75,7 +74,7 @@ def calibrate_weights(
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         images, _ = accelerator.batch_to_device(*batch)
         offset = context.world.batch_offset(len(images), images.device)
-        with enter_batch(hooks.batch_context, context.world, *offset):
+        with enter_batch(hooks.batch_context, *offset):
             model(images)
 
     count = hooks.calibrate(model, loader, CALIBRATION_BATCHES, forward=forward)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from util.errors import DataError, Stopped, TrainingDiverged
-from util.training.engine import enter_batch, evaluate, first_input, train_one_epoch
-from util.training.hooks import ModelHooks
+from util.training.engine import evaluate, first_input, train_one_epoch
+from util.training.hooks import ModelHooks, enter_batch
 from util.training.metrics import EpochMetrics, Metrics
 from util.training.nonfinite import find_nonfinite
 from util.training.optim import Criterion
@@ -136,7 +136,7 @@ class Trainer:
         """Return the error with step, layer and images; the recorder writes them to a file."""
         state = self.state
         offset = state.world.batch_offset(len(error.images), error.images.device)
-        with enter_batch(self.hooks.batch_context, state.world, *offset):
+        with enter_batch(self.hooks.batch_context, *offset):
             origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))
         first, step = next(origins, "the loss itself"), state.progress.step + error.batch

@@ -1,11 +1,15 @@
 """scripts/bench/launches.py: launches counted on the meta device against known numbers."""
 
+from copy import deepcopy
+
 import pytest
 import torch
 from torch import nn
 
 from deconv import Delinear, FastDeconv
 from scripts.bench.launches import Launches, count_launches, main
+
+STATISTICS = 15  # launches of the update of running statistics
 
 
 def test_convolution_and_batchnorm_launch_six_kernels():
@@ -25,11 +29,17 @@ def test_views_and_allocations_launch_nothing():
         assert counter.count == 3  # cuDNN adds the bias in a kernel of its own
 
 
-def test_whitening_launches_at_most_32_kernels_beside_those_of_the_convolution():
+def test_whitening_launches_few_kernels_beside_those_of_the_convolution():
     shape = (64, 128, 16, 16)
-    plain, _ = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
-    forward, _ = count_launches(FastDeconv(128, 128, 3, padding=1), shape)
-    assert plain == 2 and forward - plain <= 32
+    plain = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
+    layer = FastDeconv(128, 128, 3, padding=1)
+    one, two = (
+        count_launches(layer, shape),
+        count_launches(nn.Sequential(layer, deepcopy(layer)), shape),
+    )
+    assert plain == (2, 3)
+    assert two[0] - one[0] - plain[0] <= 17  # statistics of all layers take 15 more
+    assert one[1] - plain[1] <= 20
 
 
 def test_a_linear_layer_whitens_few_rows_in_few_launches():
@@ -37,7 +47,7 @@ def test_a_linear_layer_whitens_few_rows_in_few_launches():
         root: sum(count_launches(Delinear(512, 10, root=root), (128, 512)))
         for root in ("resolvent", "newton")
     }
-    assert counts["resolvent"] <= 90 < 400 < counts["newton"], counts
+    assert counts["resolvent"] <= 80 < 400 < counts["newton"], counts
 
 
 def read_table(capsys, *argv):
@@ -52,7 +62,9 @@ def test_the_table_counts_the_layers_and_what_stands_between_them(capsys):
     layers = read_table(capsys, "--arch", "simple_v2", "--by-layer")
     between = 3 * 2 + 1  # ReLU and max-pool of three convolutions, the average
     counted = sum(int(row["forward"]) for row in layers)
-    assert len(layers) == 4 and int(network["deconvolution, forward"]) == counted + between
+    grouped = 3 * STATISTICS  # all layers update their statistics at once
+    assert len(layers) == 4
+    assert int(network["deconvolution, forward"]) == counted + between - grouped
     # Convolution, BatchNorm and its counter; the linear layer.
     assert int(network["BatchNorm, forward"]) == 3 * 3 + 1 + between
 
