@@ -239,7 +239,7 @@ def _escape(cell: Any) -> str:
 
 def _read_log(path: Path, columns: Sequence[str]) -> dict[str, list[float]]:
     log = read_log(path)
-    if tuple(log) != tuple(columns):
+    if tuple(log)[: len(columns)] != tuple(columns):  # a moving average adds columns
         raise ValueError(f"{path}: the header must be {' '.join(columns)}, not {' '.join(log)}")
     return log
 

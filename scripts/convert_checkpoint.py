@@ -67,6 +67,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         typed = built.parser.parse_typed(flags)
         if unfit := {"resume", "evaluate", "pretrained", "init"} & {*typed}:
             raise ValueError(f"--{min(unfit)} is for {script.__name__}.py, after the conversion")
+        if "ema" in typed:
+            raise ValueError("--ema does not apply: the published checkpoint has no average")
         arch = typed.get("arch", published["arch"])
         with name_file(source):
             found = {"arch": ("--arch", arch), **find_flags(arch, layers)}

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"pip install '.[{args.to}]' in the folder of this project"
         )
     with report_errors(parser, ValueError):
-        trained = load_network(args.checkpoint)
+        trained = load_network(args.checkpoint, use_ema=args.use_ema)
         images = read_images(trained, args.data, args.images)
         args.out.parent.mkdir(parents=True, exist_ok=True)
         facts = describe_network(trained)

@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser("inspect_layers.py", __doc__.splitlines()[0], out, 128, purpose)
     args = parser.parse_args(argv)
     with report_errors(parser, ValueError):
-        trained = load_network(args.checkpoint)
+        trained = load_network(args.checkpoint, use_ema=args.use_ema)
         first = find_first_layer(trained.network)
         images = read_images(trained, args.data, args.images)
         rows = whiteness(trained.network, images)

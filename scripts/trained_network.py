@@ -19,7 +19,7 @@ import main as small_images
 import main_imagenet as large_images
 from util.checkpoint.store import load_checkpoint, load_newest
 from util.cli.inherited import OF_THIS_MACHINE, check_config
-from util.cli.parser import Parser, bounded_int
+from util.cli.parser import Parser, bounded_int, str2bool
 from util.data.datasets import DATASETS, build_loaders, is_embedded
 from util.data.imagenet import build_dummy_loaders
 from util.data.images import DataSpec
@@ -41,11 +41,13 @@ class TrainedNetwork:
     saved: dict[str, Any]  # content of the checkpoint
 
 
-def load_network(place: str) -> TrainedNetwork:
+def load_network(place: str, *, use_ema: bool | None = None) -> TrainedNetwork:
     """Rebuild the network of a checkpoint.
 
     Args:
         place: a checkpoint file, or a run's folder, which stands for its newest checkpoint.
+        use_ema: choose the moving average of --ema (True) or the trained weights (False). None: the
+            average if there is one.
 
     Raises:
         CheckpointError: `place` has no readable checkpoint, or the network does not fit it.
@@ -57,7 +59,7 @@ def load_network(place: str) -> TrainedNetwork:
     file, saved = _read_checkpoint(place)
     spec = DataSpec(**saved["spec"])
     network, flags = build_network(saved["config"], spec, file)
-    restore_model(saved, network, file=file, spec=spec)
+    restore_model(saved, network, file=file, spec=spec, use_ema=use_ema)
     return TrainedNetwork(network.eval(), flags, spec, saved)
 
 
@@ -123,6 +125,8 @@ def make_parser(script: str, description: str, out: str, images: int, purpose: s
     )
     text = f"{purpose}, at least {LEAST_IMAGES}"
     add("--images --pictures", text, bounded_int(LEAST_IMAGES), images)
+    text = "use the moving average of a run with --ema; False: its trained weights"
+    add("--use-ema", text, str2bool, default_text="True if there is an average")
     return parser
 
 

@@ -74,6 +74,25 @@ def test_a_finished_network_is_tested_as_it_was_trained(finished, capsys, tmp_pa
         assert "checkpoint" in refusal(capsys, ["-e", "--resume", finished, *words.split()])
 
 
+def test_a_moving_average_is_tested_beside_chooses_the_best_and_is_used(tmp_path, capsys):
+    run_dir = tmp_path / "run"
+    summary = train(f"--deconv True --arch mlp --epochs 2 --ema .8 {QUIET}", run_dir)
+    header, *lines = (line.split("\t") for line in (run_dir / "test.log").read_text().splitlines())
+    assert header[-2:] == ["ema_loss", "ema_top1"]
+    accuracies = [float(line[-1]) for line in lines]
+    assert summary["best_test_top1"] == pytest.approx(max(accuracies), abs=1e-3)
+    assert summary["test_ema_top1"] == pytest.approx(accuracies[-1], abs=1e-3)
+    assert summary["test_ema_loss"] != summary["test_loss"]
+    for words, name in (("", "test_ema"), ("--use-ema False", "test")):
+        capsys.readouterr()
+        main.main(["-e", "--resume", str(run_dir), *words.split()])
+        loss, top1 = summary[f"{name}_loss"], summary[f"{name}_top1"]
+        assert f"test loss {loss:.4f} top1 {top1:.2f}%" in capsys.readouterr().out
+    argv = ["--dataset", "digits", "--ema", ".999", "--epochs", "1", *QUIET.split()]
+    told = refusal(capsys, [*argv, "--run-dir", tmp_path / "other"])
+    assert "--ema 0.999: averages about 1000 steps" in told and not (tmp_path / "other").exists()
+
+
 def test_both_kinds_learn_the_digits(tmp_path):
     assert train(f"--epochs 3 --batch-size 64 {QUIET}", tmp_path / "bn")["test_top1"] > 95
     assert train(f"--epochs 3 --deconv True {QUIET}", tmp_path / "deconv")["test_top1"] > 95
@@ -275,8 +294,10 @@ def test_an_operation_that_cannot_be_deterministic_is_named(
 
 
 def rows(path):
-    """A log without its last column, the seconds."""
-    return [line.split("\t")[:-1] for line in path.read_text().splitlines()]
+    """A log without the column of the seconds."""
+    table = [line.split("\t") for line in path.read_text().splitlines()]
+    seconds = table[0].index("seconds")
+    return [row[:seconds] + row[seconds + 1 :] for row in table]
 
 
 @pytest.mark.parametrize(
@@ -286,7 +307,7 @@ def rows(path):
         "--arch mlp --method 1 --optimizer Adam --lr .01 --lr-scheduler multistep --milestone 1",
         "--arch mlp --method 3 --optimizer AdamW --accum-steps 3 --clip-grad 1 "
         "--label-smoothing .1 --auto-augment ta_wide --random-erase .5 --mixup .2 --cutmix 1",
-        "--arch mlp --method 1 --optimizer Muon --no-decay-norm-bias",
+        "--arch mlp --method 1 --optimizer Muon --no-decay-norm-bias --ema .7",
     ],
 )
 def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):
@@ -298,8 +319,9 @@ def test_resume_is_bit_equal_to_the_uninterrupted_run(tmp_path, line):
     (whole / "checkpoint_2.pth.tar").rename(parts / "checkpoint.pth.tar")
     main.main(["--resume", str(parts / "checkpoint.pth.tar")])
     a, b = (load_checkpoint(folder / "checkpoint.pth.tar") for folder in (whole, parts))
-    for part in ("model", "optimizer", "rng", "epoch", "step", "best_top1"):
-        assert repr(flatten(a[part])) == repr(flatten(b[part])), part
+    for part in ("model", "ema", "optimizer", "rng", "epoch", "step", "best_top1"):
+        assert repr(flatten(a.get(part))) == repr(flatten(b.get(part))), part
+    assert ("ema" in a) == ("--ema" in line)
     for name in ("train.log", "test.log", "train_batch.log"):
         assert rows(whole / name) == rows(parts / name)
 

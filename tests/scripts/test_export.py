@@ -27,7 +27,7 @@ PACKAGES = {"onnx": "onnxruntime", "safetensors": "safetensors"}
 def run_dir(tmp_path_factory):
     """A network with convolutions and a Delinear, after three steps on digits."""
     folder = tmp_path_factory.mktemp("run")
-    line = f"--dataset digits --arch simple_v2 --deconv True --max-steps 3 {LINE}"
+    line = f"--dataset digits --arch simple_v2 --deconv True --max-steps 3 {LINE} --ema .5"
     main.main([*line.split(), "--run-dir", str(folder / "run")])
     return folder / "run"
 
@@ -37,6 +37,17 @@ def export_to(kind, run_dir, out, *more):
         pytest.importorskip(PACKAGES[kind])
         pytest.importorskip("onnxscript" if kind == "onnx" else kind)
     export.main([str(run_dir / "checkpoint.pth.tar"), "--to", kind, str(out), *more])
+
+
+def test_the_moving_average_is_exported_or_the_trained_weights(run_dir, tmp_path):
+    by_choice = {use: load_network(run_dir, use_ema=use) for use in (None, True, False)}
+    images = read_images(by_choice[None], None, 4)
+    with torch.no_grad():
+        scores = {use: trained.network(images) for use, trained in by_choice.items()}
+    assert torch.equal(scores[None], scores[True]) and not torch.equal(scores[True], scores[False])
+    export_to("torch-export", run_dir, tmp_path / "trained", "--use-ema", "False")
+    exported = torch.export.load(tmp_path / "trained").module()
+    torch.testing.assert_close(exported(images), scores[False], rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", FORMATS)

@@ -22,6 +22,8 @@ TWISTER_WORDS = 624  # size of the state of a Mersenne Twister
 EARLIER = {"root_final": "newton"}
 VALUES = ("loss", "top1", "top5", "lr", "seconds")  # columns of train.log and test.log
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
+EMA_VALUES = ("ema_loss", "ema_top1")  # more columns of test.log, with --ema
+EMA_HISTORY = tuple(f"test_{key}" for key in EMA_VALUES)
 
 
 class Rule(NamedTuple):
@@ -86,6 +88,11 @@ def check_content(state: Any) -> None:
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
     check_value("cut", state.get("cut", state["meters"]), METERS)  # older checkpoints lack it
+    columns = HISTORY
+    if state["config"].get("ema") is not None:
+        columns += EMA_HISTORY
+        check_value("ema", state.get("ema"), EMA)
+        check_value("history", state["history"], dict.fromkeys(EMA_HISTORY, METRICS))
     progress, history, spec = state["progress"], state["history"], state["spec"]
     channels = equal(spec["in_channels"])
     steps, epochs = progress["step"] + len(state["meters"]["rows"]), len(history["epoch"])
@@ -98,7 +105,7 @@ def check_content(state: Any) -> None:
         ("step", state["step"], equal(steps)),
         ("best_top1", state["best_top1"], equal(progress["best_top1"])),
         *((f"the length of spec.{key}", len(spec[key]), channels) for key in ("mean", "std")),
-        *((f"the length of history.{key}", len(history[key]), equal(epochs)) for key in HISTORY),
+        *((f"the length of history.{key}", len(history[key]), equal(epochs)) for key in columns),
     ):
         check_value(name, value, rule)
     for key in ("epoch", "step") if epochs else ():
@@ -213,6 +220,8 @@ SCALER = {
     "growth_interval": SIZE,
     "_growth_tracker": COUNT,
 }
+METRICS = ListOf(number(nan=True))
+EMA = {"model": {str: TENSOR}, "own_buffers": ListOf({str: TENSOR})}
 CONTENT = {
     "epoch": COUNT,
     "step": COUNT,
@@ -228,8 +237,7 @@ CONTENT = {
     },
     "scaler": DICT,
     "rng": ListOf(RNG, 1),
-    "history": dict.fromkeys(HISTORY, ListOf(number(nan=True)))
-    | dict.fromkeys(("epoch", "step"), ListOf(COUNT)),
+    "history": dict.fromkeys(HISTORY, METRICS) | dict.fromkeys(("epoch", "step"), ListOf(COUNT)),
     "own_buffers": ListOf({str: TENSOR}),  # one dict per rank
     "images": {str: SIZE},
     "skipped": ListOf(TEXT),

@@ -127,6 +127,23 @@ def load_newest(
     return *max(loaded, key=lambda item: item[1]["step"]), errors
 
 
+def select_weights(saved: dict[str, Any], use_ema: bool | None = None) -> dict[str, torch.Tensor]:
+    """Return the weights of a checkpoint to test or use.
+
+    Args:
+        saved: content of a checkpoint.
+        use_ema: choose the moving average of --ema (True) or the trained weights (False). None: the
+            average if there is one.
+
+    Raises:
+        CheckpointError: there is no average with `use_ema`.
+    """
+    has_average = saved["config"].get("ema") is not None
+    if use_ema and not has_average:
+        raise CheckpointError("--use-ema: the run had no --ema; leave this flag out")
+    return saved["ema"]["model"] if has_average and use_ema is not False else saved["model"]
+
+
 def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """Check that the settings of a checkpoint equal those of the current run.
 

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from util.checkpoint.schema import EARLIER, TENSOR, check_value
-from util.checkpoint.store import load_checkpoint, load_foreign, load_newest
+from util.checkpoint.store import load_checkpoint, load_foreign, load_newest, select_weights
 from util.console import print_line
 from util.errors import CheckpointError, ContentError
 
@@ -48,11 +48,11 @@ def read_weights(place: str) -> Weights:
         path, saved, errors = load_newest(place, load_checkpoint)
         for error in errors:
             print_line(f"warning: {error}; taking {path}")
-        return Weights(str(path), saved["model"], {**EARLIER, **saved["config"]})
+        return Weights(str(path), select_weights(saved), {**EARLIER, **saved["config"]})
     content = _read_safetensors(place) if place.endswith(".safetensors") else load_foreign(place)
     if isinstance(content, dict) and "format_version" in content:
         saved = load_checkpoint(place)
-        return Weights(place, saved["model"], {**EARLIER, **saved["config"]})
+        return Weights(place, select_weights(saved), {**EARLIER, **saved["config"]})
     inner = [content.get(key) for key in ("state_dict", "model")] if type(content) is dict else []
     state = next((value for value in inner if isinstance(value, dict)), content)
     try:

@@ -103,6 +103,7 @@ def _training_rules(flags: Namespace) -> Rules:
     yield "start_epoch", not flags.resume, "contradicts --resume, which knows its epoch"
     reason = f"must not exceed --batch-size {flags.batch_size}"
     yield "accum_steps", flags.accum_steps <= flags.batch_size, reason
+    yield "use_ema", flags.evaluate and flags.resume, "needs -e --resume RUN"
     accumulates = flags.accum_steps > 1
     reason = f"contradicts --accum-steps {flags.accum_steps}; leave one of them out"
     yield "cuda_graphs", not (accumulates and flags.cuda_graphs), reason

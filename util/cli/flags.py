@@ -203,6 +203,12 @@ def add_training_flags(
     add("--no-decay-norm-bias", text, str2bool, False)
     text = "scale the gradients of a step down to this norm where their joint norm is larger"
     add("--clip-grad", text, bounded_float(above=0, below=FLOAT32_LIMIT), metavar="NORM")
+    text = """also keep an exponential moving average of weights and running statistics, over about
+        1 / (1 - DECAY) steps. It is tested beside the trained weights after each epoch, and
+        model_best is chosen by its accuracy"""
+    add("--ema", text, bounded_float(above=0, below=1), metavar="DECAY")
+    text = "with -e, test the moving average of --ema; False: the trained weights"
+    add("--use-ema", text, str2bool, default_text="True if there is an average")
     text = """cosine, linear: decay to 0 over the run, step by step; multistep: multiply by
         --multistep-gamma at each --milestone; step: multiply by --multistep-gamma
         every --scheduler-step-size epochs"""

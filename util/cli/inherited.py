@@ -21,7 +21,7 @@ from util.errors import CheckpointError, describe
 OF_THIS_MACHINE = {
     *("resume", "run_dir", "data", "data_url", "out"),
     *("use_gpu", "gpu", "start_epoch"),
-    *("evaluate", "per_class"),
+    *("evaluate", "per_class", "use_ema"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),
 }
 MAY_CHANGE = OF_THIS_MACHINE | {

@@ -40,6 +40,7 @@ class RunLogger:
             run had never been interrupted. None starts all files afresh.
         start_epoch, start_step: epochs and optimizer steps that count as finished before the first
             row, without a history.
+        test_columns: more metrics of each test.
         batches: steps of the epoch under way; their rows and events stay.
         epoch_steps: optimizer steps of a whole epoch, for the axis of epochs; 0: unknown.
     """
@@ -54,6 +55,7 @@ class RunLogger:
         history: dict[str, list] | None = None,
         start_epoch: int = 0,
         start_step: int = 0,
+        test_columns: Sequence[str] = (),
         batches: int = 0,
         epoch_steps: int = 0,
     ) -> None:
@@ -61,10 +63,14 @@ class RunLogger:
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._batch_path = self.run_dir / BATCH_LOG_NAME
         self._plot, self._start_step, self._epoch_steps = plot, start_step, epoch_steps
-        self.history = {key: list(history[key]) if history else [] for key in HISTORY}
+        self._values = {"train": VALUES, "test": (*VALUES, *test_columns)}
+        names = (*HISTORY, *(f"test_{key}" for key in test_columns))
+        self.history = {key: list(history[key]) if history else [] for key in names}
         self._logs = {
-            part: _open_log(self.run_dir / f"{part}.log", EPOCH_COLUMNS, self._epoch_rows(part))
-            for part in PARTS
+            part: _open_log(
+                self.run_dir / f"{part}.log", ("epoch", *values), self._epoch_rows(part)
+            )
+            for part, values in self._values.items()
         }
         last = self.history["epoch"][-1] if self.history["epoch"] else start_epoch
         rows = _read_complete_rows(self._batch_path) if self.history["epoch"] or batches else []
@@ -88,18 +94,19 @@ class RunLogger:
         """Add a row to `train.log` and to `test.log`, and draw the curves so far.
 
         `train` holds VALUES and the numbers of images and of optimizer steps, `test` holds VALUES
-        without lr.
+        without lr and `test_columns`.
         """
         step = self._finished_steps + int(train["steps"])
         parts = {"train": train, "test": {**test, "lr": train["lr"]}}
         self.history["epoch"].append(epoch)
         self.history["step"].append(step)
         for part, values in parts.items():  # before a full disk can refuse a row
-            for key in VALUES:
+            for key in self._values[part]:
                 self.history[f"{part}_{key}"].append(float(values[key]))
         for part, values in parts.items():
             self._logs[part].write(_format_row(self._epoch_rows(part)[-1]) + "\n")
-            scalars = {f"{part}/{key}": values[key] for key in ("loss", "top1", "top5")}
+            keys = (key for key in self._values[part] if key not in ("lr", "seconds"))
+            scalars = {f"{part}/{key}": values[key] for key in keys}
             self._scalars(scalars, step)
         self._scalars({"time/images_per_second": train["images"] / train["seconds"]}, step)
         if self._plot:
@@ -156,7 +163,7 @@ class RunLogger:
         return self.history["step"][-1] if self.history["step"] else self._start_step
 
     def _epoch_rows(self, part: str) -> list[Sequence[float]]:
-        columns = ("epoch", *(f"{part}_{key}" for key in VALUES))
+        columns = ("epoch", *(f"{part}_{key}" for key in self._values[part]))
         return list(zip(*(self.history[column] for column in columns), strict=True))
 
 

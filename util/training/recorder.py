@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from util.checkpoint.schema import EMA_VALUES
 from util.checkpoint.store import save_checkpoint
 from util.console import print_line, shows_bars
 from util.device import describe_device
@@ -80,6 +81,7 @@ class Recorder:
             history=saved["history"] if saved else None,
             start_epoch=state.progress.epoch,
             start_step=state.progress.step,
+            test_columns=EMA_VALUES if state.average else (),
             batches=state.metrics.steps,
             epoch_steps=plan.epoch_steps,
         )
@@ -108,6 +110,7 @@ class Recorder:
     def epoch(self, train: Metrics, test: Metrics) -> None:
         """Log the metrics of a finished epoch and update summary.json."""
         progress = self.state.progress
+        average = f" average top1 {test['ema_top1']:.2f}%" if "ema_top1" in test else ""
         with self._warn_on_full_disk():
             self.logger.epoch(progress.epoch, train, test)
             self.logger.filters(*_first_filters(self.state.model))
@@ -115,6 +118,7 @@ class Recorder:
                 f"epoch {progress.epoch:{len(str(self.plan.epochs))}}/{self.plan.epochs}"
                 f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"
                 f"  test loss {test['loss']:.4f} top1 {test['top1']:5.2f}% top5 {test['top5']:.2f}%"
+                f"{average}"
                 f"  last lr {train['lr']:.2g}  {train['seconds'] + test['seconds']:.1f} s"
             )
             memory = peak_memory_mb(self.state.accelerator.device)
@@ -187,7 +191,8 @@ class Recorder:
         progress = self.state.progress
         best = "no epoch had a finite test loss"
         if progress.best_epoch:
-            best = f"best test top1 {progress.best_top1:.2f}% in epoch {progress.best_epoch}"
+            name = "average" if self.state.average else "test"
+            best = f"best {name} top1 {progress.best_top1:.2f}% in epoch {progress.best_epoch}"
         seconds = progress.train_seconds + progress.test_seconds
         print_line(f"finished {progress.step} steps in {seconds:.1f} s, {best}: {self.run_dir}")
 

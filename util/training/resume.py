@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
-from util.checkpoint.store import check_compatible
+from util.checkpoint.schema import EMA_VALUES
+from util.checkpoint.store import check_compatible, select_weights
 from util.data.images import DataSpec
 from util.data.loader import ImageLoader, count_images
 from util.distributed.world import World
@@ -67,16 +69,21 @@ class Progress:
     latest: Metrics = field(default_factory=dict)
 
     def finish_epoch(self, train: Metrics, test: Metrics) -> None:
-        """Add an epoch, given the metrics of `train_one_epoch` and `evaluate`."""
+        """Add an epoch, given the metrics of `train_one_epoch` and `evaluate`.
+
+        The best epoch is that of the moving average, if there is one.
+        """
         self.epoch += 1
         self.step += int(train["steps"])
         self.images += int(train["images"])
         self.train_seconds += train["seconds"]
         self.test_seconds += test["seconds"]
         self.latest = {f"train_{key}": train[key] for key in ("loss", "top1", "top5", "lr")}
-        self.latest |= {f"test_{key}": test[key] for key in ("loss", "top1", "top5")}
-        if math.isfinite(test["loss"]) and test["top1"] > self.best_top1:
-            self.best_top1, self.best_epoch = test["top1"], self.epoch
+        tested = ("loss", "top1", "top5", *EMA_VALUES)
+        self.latest |= {f"test_{key}": test[key] for key in tested if key in test}
+        loss, top1 = EMA_VALUES if "ema_top1" in test else ("loss", "top1")
+        if math.isfinite(test[loss]) and test[top1] > self.best_top1:
+            self.best_top1, self.best_epoch = test[top1], self.epoch
 
     @property
     def is_best(self) -> bool:
@@ -110,6 +117,7 @@ class TrainingState:
         progress: the finished epochs.
         metrics: the epoch under way.
         cut: the latest epoch if --max-steps cut it short; else no steps.
+        average: moving average of `model`; None: there is none.
     """
 
     config: dict[str, Any]
@@ -122,6 +130,7 @@ class TrainingState:
     progress: Progress = field(default_factory=Progress)
     metrics: EpochMetrics = field(default_factory=EpochMetrics)
     cut: EpochMetrics = field(default_factory=EpochMetrics)
+    average: AveragedModel | None = None
 
     @property
     def step(self) -> int:
@@ -140,8 +149,8 @@ class TrainingState:
             "progress": asdict(self.progress),
             "meters": self.metrics.state_dict(),
             "cut": self.cut.state_dict(),
-            "model": self.model.state_dict(),
-            "own_buffers": self.world.gather_own_buffers(self.model),
+            **self._capture_weights(self.model),
+            **({"ema": self._capture_weights(self.average.module)} if self.average else {}),
             "optimizer": self.optimizer.state_dict(),
             "scheduler": None,  # stateless: the learning rate is a closed form of `step`
             "scaler": self.accelerator.scaler.state_dict(),
@@ -159,23 +168,36 @@ class TrainingState:
         check_compatible(saved["images"], count_images(*self.loaders))
         progress, metrics = Progress(**saved["progress"]), EpochMetrics(saved["meters"])
         _check_position(progress, metrics, plan, file)
-        restore_model(saved, self.model, file=file, spec=self.spec)
+        _check_spec(saved, self.spec)
         with _fitting(file):
+            self._restore_weights(saved, self.model)
+            if self.average is not None:
+                self._restore_weights(saved["ema"], self.average.module)
+                self.average.n_averaged.fill_(saved["step"])
             _check_optimizer_state(saved["optimizer"], self.optimizer)
-            buffers = dict(self.model.named_buffers())
-            for rank, own in enumerate(saved["own_buffers"]):
-                _check_tensors(f"own_buffers[{rank}]", own, buffers)
             # Hyperparameters come from the flags, the learning rate from the step.
             groups = self.optimizer.state_dict()["param_groups"]
             state = saved["optimizer"]["state"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
             if saved["scaler"]:  # only --amp fp16 has one
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
-        self.world.take_own_buffers(self.model, saved["own_buffers"])
         if len(saved["rng"]) == self.world.size:  # one random state per rank
             set_rng_state(saved["rng"][self.world.rank])
         self.loaders[0].skipped.update(saved["skipped"])
         self.progress, self.metrics = progress, metrics
+
+    def _capture_weights(self, model: nn.Module) -> dict[str, Any]:
+        """Return the weights of a model, and the running statistics of each rank."""
+        own_buffers = self.world.gather_own_buffers(model)
+        return {"model": model.state_dict(), "own_buffers": own_buffers}
+
+    def _restore_weights(self, saved: dict[str, Any], model: nn.Module) -> None:
+        """Load the result of `_capture_weights`."""
+        _load_weights(saved["model"], model)
+        buffers = dict(model.named_buffers())
+        for rank, own in enumerate(saved["own_buffers"]):
+            _check_tensors(f"own_buffers[{rank}]", own, buffers)
+        self.world.take_own_buffers(model, saved["own_buffers"])
 
 
 def list_skipped(world: World, *loaders: ImageLoader) -> list[str]:
@@ -199,17 +221,38 @@ def _check_position(progress: Progress, metrics: EpochMetrics, plan: Plan, file:
             )
 
 
-def restore_model(saved: dict[str, Any], model: nn.Module, *, file: str, spec: DataSpec) -> None:
-    """Load the weights in `saved`, the content of the checkpoint `file`, into `model`.
+def restore_model(
+    saved: dict[str, Any],
+    model: nn.Module,
+    *,
+    file: str,
+    spec: DataSpec,
+    use_ema: bool | None = None,
+) -> None:
+    """Load the weights in `saved`, the content of the checkpoint `file`, to test or use a model.
+
+    `use_ema` is as in `select_weights`.
 
     Raises:
-        CheckpointError: the checkpoint is of another dataset than `spec`, or of another model.
+        CheckpointError: the checkpoint is of another dataset than `spec`, or of another model; or
+            it has no average with `use_ema`.
     """
+    _check_spec(saved, spec)
+    weights = select_weights(saved, use_ema)
+    with _fitting(file):
+        _load_weights(weights, model)
+
+
+def _check_spec(saved: dict[str, Any], spec: DataSpec) -> None:
+    """Raise CheckpointError if the checkpoint is of another dataset."""
     classes = tuple(unicodedata.normalize("NFC", name) for name in saved["spec"]["classes"])
     check_compatible({**saved["spec"], "classes": classes}, asdict(spec))
-    with _fitting(file):
-        _check_tensors("model", saved["model"], model.state_dict())  # PyTorch would round dtypes
-        model.load_state_dict(saved["model"])
+
+
+def _load_weights(state: Mapping[str, Tensor], model: nn.Module) -> None:
+    """Load a state_dict; raise ContentError or RuntimeError if it does not fit."""
+    _check_tensors("model", state, model.state_dict())  # PyTorch would round dtypes
+    model.load_state_dict(state)
 
 
 def _check_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> None:

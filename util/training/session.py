@@ -30,6 +30,7 @@ from util.errors import RunError, Stopped
 from util.random_state import seed_everything
 from util.training.accelerator import Accelerator
 from util.training.confusion import ConfusionMatrix, report_classes
+from util.training.ema import build_average, check_decay
 from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
 from util.training.micro_batches import check_batch_size
@@ -173,6 +174,9 @@ def fit(
     replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
     loaders = train_loader, test_loader
     state = TrainingState(vars(flags), spec, loaders, model, optimizer, accelerator, world, start)
+    if flags.ema is not None:
+        check_decay(flags.ema, total_steps)
+        state.average = build_average(model, flags.ema)
     seed_everything(flags.seed + world.rank)  # dropout differs between ranks
     if saved:
         if saved["progress"]["step"] < total_steps:
@@ -213,7 +217,11 @@ def evaluate_only(
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
     if context.saved:
-        restore_model(context.saved, model, file=flags.resume, spec=spec)
+        choice = {"file": flags.resume, "use_ema": flags.use_ema}
+        restore_model(context.saved, model, spec=spec, **choice)
+        if context.saved["config"].get("ema") is not None:
+            other = "trained weights, not the " if flags.use_ema is False else ""
+            print_line(f"testing the {other}moving average of --ema")
     matrix, criterion = None, build_criterion(flags.loss, spec.num_classes)
     if flags.per_class:
         matrix = ConfusionMatrix(spec.num_classes)

@@ -8,6 +8,7 @@ from functools import partial
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
+from util.checkpoint.schema import EMA_VALUES
 from util.errors import DataError, Stopped, TrainingDiverged
 from util.training.engine import evaluate, first_input, train_one_epoch
 from util.training.hooks import ModelHooks, enter_batch
@@ -88,11 +89,14 @@ class Trainer:
             batch_context=self.hooks.batch_context,
             title=f"epoch {epoch}/{self.plan.epochs}",
         )
-        state.world.average_buffers(state.model)
+        for model in filter(None, (state.model, state.average)):
+            state.world.average_buffers(model)
         self.save_if_due()
 
     def after_batch(self, batch: int, metrics: Metrics) -> None:
-        """Log a step, and save if a checkpoint is due."""
+        """Update the moving average, log the step, and save if a checkpoint is due."""
+        if self.state.average is not None:
+            self.state.average.update_parameters(self.state.model)
         self.recorder.batch(batch, metrics)
         if batch < self.epoch_end:  # after the last step `train` averages the buffers, then saves
             self.save_if_due()
@@ -104,20 +108,32 @@ class Trainer:
             self.recorder.checkpoint(self.state.capture())
 
     def test(self) -> tuple[Metrics, list[Tensor]]:
-        """Return the metrics of the test, and its first batch of images if there is one."""
-        state = self.state
-        model = self.hooks.eval_model(state.model.eval())
+        """Return the metrics of the test, and its first batch of images if there is one.
+
+        The moving average, if there is one, adds EMA_VALUES, and the seconds of its own test.
+        """
+        average = self.state.average
+        model = self.hooks.eval_model(self.state.model.eval())
         with first_input(model) as images:
-            metrics = evaluate(
-                model,
-                state.loaders[1],
-                self.criteria[1],
-                accelerator=state.accelerator,
-                world=state.world,
-                max_steps=self.plan.test_batches,
-                stop_request=self.stop_request,
-            )
+            metrics = self.evaluate(model)
+        if average is not None:
+            averaged = self.evaluate(self.hooks.eval_model(average.module.eval()), "test average")
+            metrics["seconds"] += averaged["seconds"]
+            metrics |= {key: averaged[key.removeprefix("ema_")] for key in EMA_VALUES}
         return metrics, images
+
+    def evaluate(self, model: nn.Module, title: str = "test") -> Metrics:
+        """Return the test metrics of a model in evaluation mode."""
+        return evaluate(
+            model,
+            self.state.loaders[1],
+            self.criteria[1],
+            accelerator=self.state.accelerator,
+            world=self.state.world,
+            max_steps=self.plan.test_batches,
+            stop_request=self.stop_request,
+            title=title,
+        )
 
     def finish_epoch(self, test: Metrics, images: list[Tensor]) -> None:
         """Count, log and save the epoch."""

@@ -23,7 +23,7 @@ from hypothesis import strategies as draw  # noqa: E402
 
 QUIET = "--use-gpu False --threads 1 --save-plot False --tensorboard False --epochs 2 --lr .01"
 LINES = {
-    main: "--dataset digits --arch simple_v1 --batch-size 720 --optimizer Adam",
+    main: "--dataset digits --arch simple_v1 --batch-size 720 --optimizer Adam --ema .5",
     main_imagenet: "--dummy --image-size 32 -b 2 -j 0 -a squeezenet1_1 --test-run True"
     " --test-iter 1 --optimizer Adam",
 }

@@ -97,6 +97,7 @@ def test_preset_serves_batchnorm_too():
         ("--multistep-gamma .1", "--multistep-gamma 0.1", "multistep"),
         ("--lr-scheduler multistep --epochs 50 --milestone 60", "--milestone 60", "--epochs 50"),
         ("--batch-size 8 --accum-steps 9", "--accum-steps 9", "--batch-size 8"),
+        ("--use-ema False", "--use-ema False", "-e --resume RUN"),
         ("--accum-steps 2 --cuda-graphs True", "--cuda-graphs contradicts", "--accum-steps 2"),
         ("--dataset digits --data D", "--data D", "embedded"),
         ("--dataset fashion-mini --data D", "--data D", "embedded"),
