@@ -257,11 +257,12 @@ def _make_image_linear(linear: Maker, in_channels: int, image_size: int, out: in
 
 
 def fold_batchnorm(model: nn.Module) -> nn.Module:
-    """Return a copy with deconvolutions, in which each BatchNorm is folded into its convolution.
+    """Return a copy whose convolutions have each BatchNorm folded in, for inputs as they are.
 
-    Outputs in evaluation stay the same, see `deconv.convert`.
+    The copy has deconvolutions without running statistics. Its weights are those of a model with
+    deconvolution that `deconv.calibrate` has yet to see.
     """
-    return convert(model, pretrained=True, linear=False)
+    return convert(model, pretrained=True, linear=False, track_running_stats=False)
 
 
 @contextmanager

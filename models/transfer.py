@@ -62,14 +62,14 @@ def take_weights(
     has_batchnorm = any(name.endswith("running_var") for name in state)
     if build_batchnorm is None or not has_batchnorm:
         if has_batchnorm and not any(name.endswith("running_var") for name in model.state_dict()):
-            raise ValueError("the weights have BatchNorm, but the network has none")
+            raise ValueError("the weights have BatchNorm, but the network none")
         return _take_layers(model, state)
     twin = build_batchnorm()
     transfer = _take_layers(twin, state)
     folded = _take_layers(model, fold_batchnorm(twin).state_dict())
     if lost := folded.new + folded.unused:
         raise ValueError(f"{lost[0]}: the BatchNorm cannot be folded into a convolution")
-    return replace(transfer, needs_calibration=True)
+    return replace(transfer, needs_calibration=folded.needs_calibration)
 
 
 @torch.no_grad()

@@ -86,8 +86,8 @@ def test_deconvolution_starts_at_the_outputs_of_other_weights(trained, tmp_path,
     theirs, init = build(f"--arch simple_v2 --deconv {source == 'deconv'}"), trained / source
     theirs.load_state_dict(load_checkpoint(init / "checkpoint.pth.tar")["model"])
     if source == "deconv":
-        theirs, init = fuse(theirs.eval()), tmp_path / "fused.pth"
-        torch.save(theirs.state_dict(), init)
+        theirs, init = fuse(theirs.eval()), tmp_path / "fused.safetensors"
+        pytest.importorskip("safetensors.torch").save_file(theirs.state_dict(), init)
     start(f"--deconv True --init {init}", tmp_path)
     ours, images = started[-1], torch.randn(256, 1, 32, 32)
     expected = theirs.eval()(images)
@@ -144,7 +144,7 @@ def test_what_would_be_wrong_is_refused(trained, tmp_path, capsys):
         (f"--deconv True --block 8 --eps .1 --init {deconv}", "use --num-groups 16 --eps 0.01$"),
         (f"--deconv True --bias False --init {bn}", "--bias False contradicts --init"),
         (f"--deconv True --norm-type l1norm --init {bn}", "--norm-type l1norm contradicts --init"),
-        (f"--batchnorm False --init {bn}", "the weights have BatchNorm, but the network has none"),
+        (f"--batchnorm False --init {bn}", "the weights have BatchNorm, but the network none"),
         (f"--init {other}", f"--init {other}: no layer fits in name and shape"),
         (f"--init {code}", "may run code"),
         (f"--init {tmp_path / 'nowhere'}", "--init .*nowhere: No such file"),
