@@ -63,7 +63,13 @@ def load_predictor(place: str) -> Predictor:
     path = Path(place)
     if path.suffix in READERS:
         return READERS[path.suffix](path)
-    trained = load_network(place)
+    try:
+        trained = load_network(place)
+    except CheckpointError as error:
+        if not path.is_file() or place.endswith(".pth.tar"):
+            raise
+        remedy = "an exported file has to be named *.onnx or *.safetensors"
+        raise CheckpointError(f"{error}; {remedy}") from error
     spec = trained.spec
     preprocessing = describe_preprocessing(spec.name, spec.image_size, spec.in_channels)
     return Predictor(_run(trained.network), spec, preprocessing, trained.flags.loss)

@@ -144,12 +144,15 @@ def test_a_network_trained_to_another_loss_says_so(tmp_path, home, capsys):
 
 def test_bad_input_is_refused_in_one_line(home, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
-    (tmp_path / "bad.onnx").write_bytes(b"no network")
+    for name in ("bad.pt2", "bad.pth.tar", "bad.onnx"):
+        (tmp_path / name).write_bytes(b"no network")
     (tmp_path / "bad.safetensors").write_bytes(b"no network")
     for words, message in (
         ([home / "run", tmp_path / "empty"], f"{tmp_path / 'empty'}: no images in this folder"),
         ([home / "run", "x.png", "--csv", tmp_path / "no" / "x"], f"no folder {tmp_path / 'no'}"),
         ([tmp_path, "x.png"], f"{tmp_path}: no checkpoint"),
+        ([tmp_path / "bad.pth.tar", "x.png"], "not a checkpoint (File is not a zip file)\n"),
+        ([tmp_path / "bad.pt2", "x.png"], "an exported file has to be named *.onnx or *.saf"),
         ([tmp_path / "gone.onnx", "x.png"], "gone.onnx: No such file"),
         ([tmp_path / "bad.onnx", "x.png"], "bad.onnx: damaged, or not an ONNX file"),
         ([tmp_path / "bad.safetensors", "x.png"], "bad.safetensors: damaged, or not a"),
