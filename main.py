@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: lets shells complete flags, see docs/train.md
 """Train an image classifier, with BatchNorm or with deconvolution: `python main.py --help`."""
 
 from __future__ import annotations

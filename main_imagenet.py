@@ -1,3 +1,4 @@
+# PYTHON_ARGCOMPLETE_OK: lets shells complete flags, see docs/train.md
 """Train on ImageNet, or any such folder of images: `python main_imagenet.py --help`."""
 
 from __future__ import annotations

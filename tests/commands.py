@@ -28,7 +28,7 @@ def find_commands(path):
 
 
 def read_flags(argv, script=main):
-    """Return all flags as a script would take them; checkpoints are not there to be read."""
-    if "--resume" in argv:
+    """Return all flags as a script would take them; files are not there to be read."""
+    if {"--resume", "--config"} & set(argv):
         return script.build_script().parser.parse_typed(argv)
     return vars(read_settings(script.build_script(), argv)[0])

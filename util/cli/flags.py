@@ -67,7 +67,7 @@ def add_network_flags(
 
     add = parser.add_group("network")
     text = "architecture; `--arch help` lists them"
-    add("-a --arch", text, architecture, default, metavar="NAME")
+    add("-a --arch", text, architecture, default, complete=architectures, metavar="NAME")
     text = "normalize activations with BatchNorm"
     add("--batchnorm", text, str2bool, default_text="True, or False with --deconv")
     text = "give convolutions a bias"
@@ -168,6 +168,9 @@ def add_training_flags(
 ) -> None:
     """Add the flags of training; the keywords are defaults."""
     add = parser.add_group("training")
+    text = """YAML file of flags, such as `batch-size: 128`; or the folder of a run, for the flags
+        in its args.json. Flags on the command line override the file"""
+    add("--config", text, path_name, metavar="FILE")
     if presets:  # main_imagenet.py has none
         text = f"paper: the settings of the paper's tables, {presets['paper']}"
         add("--preset", f"{text}; flags on the command line override them", choices=presets)

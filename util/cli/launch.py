@@ -44,6 +44,7 @@ def start(
         SystemExit: code 2 for bad input, 1 if training diverged or another process failed, 130
             after SIGINT, 143 after SIGTERM, 129 after SIGHUP.
     """
+    script.parser.complete()
     argv = sys.argv[1:] if argv is None else argv
     console.open_streams()
     try:

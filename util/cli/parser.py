@@ -6,7 +6,7 @@ import argparse
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from difflib import get_close_matches
 from math import inf, nan
@@ -38,18 +38,20 @@ class Parser(argparse.ArgumentParser):
 
     Attributes:
         spelling: name in the namespace -> the flag as typed, or else its first long spelling.
+        source: file of the flags that are read, in front of error messages; "" on a command line.
     """
 
     def __init__(self, prog: str, description: str, examples: str | None = None) -> None:
         form = {"formatter_class": HelpFormatter, "allow_abbrev": False}
         super().__init__(prog, None, description, examples, **form)
         self.spelling: dict[str, str] = {}
+        self.source = ""
 
     def error(self, message: str, status: int = 2) -> NoReturn:
         """Print `message` on stderr as one line, `prog: error: message`, and exit."""
         lines = [" ".join(line.split()) for line in message.splitlines()]
         text = "; ".join(line for line in lines if line) + self._suggest_flag(message)
-        self.exit(status, f"{self.prog}: error: {text}\n")
+        self.exit(status, f"{self.prog}: error: {self.source}{text}\n")
 
     def _suggest_flag(self, message: str) -> str:
         """Return "; did you mean --flag?" where `message` is about an unknown flag.
@@ -73,6 +75,15 @@ class Parser(argparse.ArgumentParser):
             message = f"[process {os.environ['RANK']}] {message}"
         super().exit(status, message)
 
+    def complete(self) -> None:
+        """Answer a shell that asks for completions, by argcomplete, and exit; else return."""
+        if "_ARGCOMPLETE" in os.environ:
+            try:
+                import argcomplete
+            except ImportError:
+                self.exit(1)  # going on would start a training
+            argcomplete.autocomplete(self)
+
     def defaults(self) -> dict[str, Any]:
         """Return the value of every flag on an empty command line."""
         return vars(self.parse_args([]))
@@ -84,6 +95,11 @@ class Parser(argparse.ArgumentParser):
         typed = {word.partition("=")[0] for word in argv} & self._option_string_actions.keys()
         self.spelling |= {self._option_string_actions[name].dest: name for name in typed}
         return {name: value for name, value in flags.items() if value is not None}
+
+    def find_flag(self, name: str) -> argparse.Action | None:
+        """Return the flag that a file calls `name`, with - or _; None if there is none."""
+        flags = {action.dest: action for action in self._actions} | self._option_string_actions
+        return flags.get(f"--{name.lstrip('-').replace('_', '-')}", flags.get(name))
 
     def _move_positionals_first(self, argv: Sequence[str]) -> list[str]:
         """Move a positional to the front if it follows a flag with an optional or repeated value.
@@ -116,7 +132,7 @@ class Parser(argparse.ArgumentParser):
 
         The help is `text`, its lines joined, and in parentheses `default_text` or else the default.
         It calls a value N, unless `kwargs` has a metavar. A flag of type `str2bool` may be typed
-        without a value, which means True.
+        without a value, which means True. A shell completes the words of `complete`.
         """
         group = self.add_argument_group(title, description)
 
@@ -126,6 +142,7 @@ class Parser(argparse.ArgumentParser):
             parse: Callable[[str], Any] | None = None,
             default: Any = None,
             default_text: Any = None,
+            complete: Collection[str] = (),
             **kwargs: Any,
         ) -> None:
             default_text = default if default_text is None else default_text
@@ -133,9 +150,12 @@ class Parser(argparse.ArgumentParser):
             text = text.replace("%", "%%")
             if parse is str2bool:
                 kwargs = {"metavar": "BOOL", "nargs": "?", "const": True} | kwargs
+                complete = ("True", "False")
             if parse is not None:
                 kwargs = {"type": parse, "metavar": "N"} | kwargs
             action = group.add_argument(*flags.split(), help=text, default=default, **kwargs)
+            if complete:
+                action.completer = lambda **_: complete  # type: ignore[attr-defined]
             names = [name for name in flags.split() if name.startswith("--")]
             self.spelling[action.dest] = names[0] if names else kwargs["metavar"]
 

@@ -29,8 +29,8 @@ SKIPPED_NAME = "skipped.txt"
 DIVERGED_NAME = "diverged.json"
 # Flags that summary.json holds beside the metrics.
 SETTINGS = ("arch", "dataset", "seed", "batch_size", "optimizer", "lr", "weight_decay", "amp")
-
-PLACES = ("resume", "run_dir", "out")  # flags that TensorBoard shows as the name of the run
+# Flags that TensorBoard leaves out.
+PLACES = ("config", "resume", "run_dir", "out")
 
 
 class Recorder:

@@ -188,6 +188,23 @@ def test_an_interrupted_run_of_many_says_where_to_continue(tmp_path, line):
     assert "Traceback" not in ends[0][2] + ends[1][2], ends
 
 
+def test_a_shell_completes_the_values_of_a_flag(tmp_path):
+    pytest.importorskip("argcomplete")
+    line = "main.py --arch vgg1"
+    asked = {"_ARGCOMPLETE": "1", "_ARGCOMPLETE_STDOUT_FILENAME": str(tmp_path / "words")}
+    asked |= {"COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": " "}
+    assert finish(launch(sys.executable, "main.py", env=os.environ | asked)) == (0, "", "")
+    assert (tmp_path / "words").read_text() == "vgg11 vgg13 vgg16 vgg19"
+
+
+def test_a_shell_that_asks_in_vain_starts_no_training(tmp_path, monkeypatch):
+    monkeypatch.setenv("_ARGCOMPLETE", "1")
+    monkeypatch.setitem(sys.modules, "argcomplete", None)
+    with pytest.raises(SystemExit) as stop:
+        main.main(["--run-dir", str(tmp_path / "run")])
+    assert stop.value.code == 1 and not (tmp_path / "run").exists()
+
+
 def test_help_is_shown_once(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")  # set by another program; a rank of a run also has WORLD_SIZE
     monkeypatch.delenv("WORLD_SIZE", raising=False)
