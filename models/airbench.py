@@ -16,7 +16,7 @@ from .registry import LoadImages, init_weights
 
 WIDTHS = (64, 256, 256)  # channels of the groups, each of which halves the image
 SIDE = 2  # of the patches that the first layer whitens, in pixels
-IMAGES, CHUNK = 5000, 500  # images behind the first layer, and images whose patches fit in memory
+IMAGES, CHUNK = 5000, 100  # images behind the first layer, and images whose patches fit in memory
 EPS = 5e-4  # added to the eigenvalues, in units of variance
 NORM = {"eps": 1e-12, "momentum": 0.4}  # of BatchNorm
 
