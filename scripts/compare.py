@@ -98,7 +98,7 @@ def write_events(folder: Path, figure: Path, table: str) -> None:
     """Write the figure and the table as TensorBoard events, in place of earlier ones."""
     pixels = torch.from_numpy(imread(figure))[..., :3]  # H W C
     events = Events(folder, purge_step=0)
-    events.image("comparison", pixels.permute(2, 0, 1), 0)
+    events.image("test/comparison", pixels.permute(2, 0, 1), 0)  # beside the curves of the runs
     events.text("comparison", table, 0)
     events.close()
 

@@ -56,7 +56,7 @@ def test_tensorboard_shows_the_newest_figure_and_table(tmp_path):
     for compared in (runs[:1], runs):
         compare.main([*compared, *words])
     events = EventAccumulator(str(tmp_path / "events")).Reload()
-    (figure,) = events.Tensors("comparison")
+    (figure,) = events.Tensors("test/comparison")
     (table,) = events.Tensors("comparison/text_summary")
     width, _, pixels = figure.tensor_proto.string_val
     assert int(width) > 1000 and pixels.startswith(b"\x89PNG")
