@@ -21,6 +21,7 @@ from .ops.inverse_sqrt import MAX_STEPS, MAX_STEPS_FROM_ROWS, inverse_sqrt
 from .ops.normalize import EPS, INPUT_NORMS, normalize_samples
 from .ops.patches import Patches, PatchGrid, Sampling, sample
 from .ops.precision import autocasts, full_precision
+from .reuse import reuse
 from .running import Update, are_usable, collect, per_patch, settle, weigh_batch
 from .sync import BatchShare, GroupHandle, find_share, pool_statistics, require_group
 
@@ -76,7 +77,7 @@ class Whitening(Freezing):
         settle(self)
         with full_precision(x.device):
             if self.uses_running_stats:
-                return x, *self._fold(*self.running_whitening())
+                return x, *self._fold(*self._reused_whitening())
             _refuse_transforms(self)
             x, count, mean, cov, whiten = self.batch_whitening(x)
             weight, bias = self._fold(mean, whiten)
@@ -277,8 +278,6 @@ class Whitening(Freezing):
     def running_whitening(self) -> tuple[Tensor, Matrices]:
         """Return mu and D of the running statistics, as copies independent of the buffers.
 
-        D is not cached: no version counter reports every edit of a buffer.
-
         Raises:
             ValueError: there are no running statistics.
         """
@@ -291,6 +290,16 @@ class Whitening(Freezing):
             matrix = inverse_sqrt(cov, self.n_iter, self.root, self.eps)
             identity = torch.eye(cov.shape[-1], dtype=cov.dtype, device=cov.device)
             whiten[axis] = torch.where(seen, matrix, identity)
+        return mean.clone(), whiten
+
+    def _reused_whitening(self) -> tuple[Tensor, Matrices]:
+        """Return mu and D of the running statistics; D may serve several forwards, see `reuse`."""
+        settle(self)
+        mean = self.require_running_mean()
+        assert self.num_batches_tracked is not None
+        settings = self.n_iter, self.root, self.eps
+        sources = [self.num_batches_tracked, *self.running_covariances().values()]
+        whiten = reuse(self, settings, sources, lambda: self.running_whitening()[1])
         return mean.clone(), whiten
 
     @torch.no_grad()

@@ -119,7 +119,7 @@ def draw(seed, kind, number):
     counts = [pick.choice([1, 2, 3, 5, 8, 20]) for _ in range(3)]
     if kind == "Delinear":
         features = pick.choice([1, 4, 6, 12, 30, 64, 96] + [300] * (n_iter < 7))
-        options |= dict(in_features=features, out_features=pick.randint(1, 5))
+        options |= dict(in_features=features, out_features=pick.randint(1, 5), root=root)
         options["block"] = pick.choice([1, 2, 4, 50, 512])
         shapes = [(n, *[3] * (pick.random() < 0.2), features) for n in counts]
         return Case(kind, options, shapes, memory, seed=number)
