@@ -80,7 +80,7 @@ def build_script() -> Script:
 
 def own_rules(flags: Namespace) -> Rules:
     """Yield each flag of this script only, whether its value is allowed, and the error."""
-    for name in ("on_bad_image", "max_image_pixels"):
+    for name in ("on_bad_image", "max_image_pixels", "val_split"):
         yield name, not flags.dummy, "does nothing with --dummy, which has no images"
     yield "data", not flags.dummy, "contradicts --dummy, which needs no images"
     yield "test_iter", flags.test_run, "needs --test-run True"

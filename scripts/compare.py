@@ -111,12 +111,15 @@ def read_run(folder: Path, name: str) -> Run:
     summary, record = read_json(folder / "summary.json"), read_json(folder / RECORD_NAME)
     train, test = (_read_log(folder / f"{part}.log", EPOCH_COLUMNS) for part in ("train", "test"))
     batches = _read_log(folder / "train_batch.log", BATCH_COLUMNS)
-    if not 0 < len(train["epoch"]) == len(test["epoch"]):
-        raise ValueError(f"{folder}: train.log and test.log must have a row for each epoch")
+    path = folder / "val.log"
+    val = _read_log(path, EPOCH_COLUMNS) if path.is_file() else None
+    logs = {"train.log": train, "test.log": test} | ({"val.log": val} if val else {})
+    if not train["epoch"] or any(log["epoch"] != train["epoch"] for log in logs.values()):
+        raise ValueError(f"{folder}: {' and '.join(logs)} must have a row for each epoch")
     epoch_steps = summary.get("epoch_steps") or max(batches["batch"], default=1)
     total = summary.get("steps") or math.inf
     ends = [min(epoch * epoch_steps, total) for epoch in test["epoch"]]
-    curves = RunCurves(train, test, batches, ends, epoch_steps)
+    curves = RunCurves(train, test, batches, ends, epoch_steps, val)
     return Run(name, str(summary.get("kind", "run")), record.get("flags", {}), summary, curves)
 
 

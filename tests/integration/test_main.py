@@ -23,6 +23,7 @@ from util.data.images import DataSpec
 from util.data.sampler import EpochBatches
 from util.device import choose_algorithms
 from util.distributed.world import World
+from util.tracking.logger import read_log
 from util.training import recorder as recorder_module
 from util.training import trainer
 from util.training.recorder import Recorder
@@ -223,6 +224,35 @@ def test_summary_and_record_tell_the_run(finished):
     assert record["flags"]["batch_size"] == 128
     chosen = {name: record["flags"][name] for name in ("layout", "share_blocks", "image_size")}
     assert chosen == {"layout": "interleaved", "share_blocks": True, "image_size": 32}
+
+
+def test_held_out_images_choose_the_best_epoch_also_after_a_stop(tmp_path, capsys):
+    line = f"--val-split 0.2 --lr .02 --epochs 3 --checkpoint-epoch 1 {QUIET}"
+    summary = train(line, tmp_path / "whole")
+    told = capsys.readouterr().out
+    assert " training, 287 validation and 360 test images" in told and "--val-split" not in told
+    val, test = (read_log(tmp_path / "whole" / f"{part}.log") for part in ("val", "test"))
+    best = val["top1"].index(max(val["top1"]))
+    assert summary["best_epoch"] == best + 1
+    assert summary["best_val_top1"] == pytest.approx(val["top1"][best], abs=1e-3)
+    assert summary["best_test_top1"] == pytest.approx(test["top1"][best], abs=1e-3)
+    chosen = load_checkpoint(tmp_path / "whole" / "model_best.pth.tar")
+    assert (chosen["epoch"], chosen["config"]["val_split"]) == (best + 1, 0.2)
+    second = tmp_path / "whole" / "checkpoint_2.pth.tar"
+    main.main(["--resume", str(second), "--run-dir", str(tmp_path / "part")])
+    for name in ("val.log", "test.log"):
+        logs = [read_log(tmp_path / run / name) for run in ("whole", "part")]
+        assert all(logs[0][key] == logs[1][key] for key in ("epoch", "loss", "top1"))
+    wrong = ["--resume", tmp_path / "part", "--val-split", 0.1, "--epochs", 4]
+    assert "--val-split is 0.2 in the checkpoint, 0.1 in this run" in refusal(capsys, wrong)
+    main.main(["-e", "--resume", str(tmp_path / "part")])
+    assert "360 images" in capsys.readouterr().out
+
+
+def test_without_held_out_images_the_choice_on_test_images_is_said(tmp_path, capsys):
+    train(f"--max-steps 1 --lr .001 {QUIET}", tmp_path / "run")
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "--val-split" in line]
+    assert line.startswith("model_best.pth.tar is chosen on the test images")
 
 
 def test_checkpoint_is_tensors_and_plain_values(finished):

@@ -50,6 +50,17 @@ def test_the_command_prints_the_table_and_writes_table_and_figure(tmp_path):
         assert image.width > 1000
 
 
+def test_a_run_with_validation_images_is_compared_with_one_without(tmp_path):
+    runs = [make_run(tmp_path / name) for name in ("plain", "held-out")]
+    log = (tmp_path / "plain" / "test.log").read_text()
+    (tmp_path / "held-out" / "val.log").write_text(log)
+    compare.main([*runs, "--out", str(tmp_path / "cmp")])
+    assert "| held-out |" in (tmp_path / "cmp.md").read_text()
+    (tmp_path / "held-out" / "val.log").write_text(log.splitlines(True)[0])
+    with pytest.raises(SystemExit):
+        compare.main([*runs, "--out", str(tmp_path / "cmp")])
+
+
 def test_tensorboard_shows_the_newest_figure_and_table(tmp_path):
     runs = [make_run(tmp_path / kind, kind) for kind in ("bn", "deconv-mode5")]
     words = ["--out", str(tmp_path / "cmp"), "--tensorboard", str(tmp_path / "events")]

@@ -22,8 +22,7 @@ TWISTER_WORDS = 624  # size of the state of a Mersenne Twister
 EARLIER = {"root_final": "newton"}
 VALUES = ("loss", "top1", "top5", "lr", "seconds")  # columns of train.log and test.log
 HISTORY = ("epoch", "step", *(f"{part}_{key}" for part in ("train", "test") for key in VALUES))
-EMA_VALUES = ("ema_loss", "ema_top1")  # more columns of test.log, with --ema
-EMA_HISTORY = tuple(f"test_{key}" for key in EMA_VALUES)
+EMA_VALUES = ("ema_loss", "ema_top1")  # more columns of test.log and val.log, with --ema
 
 
 class Rule(NamedTuple):
@@ -88,11 +87,16 @@ def check_content(state: Any) -> None:
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
     check_value("cut", state.get("cut", state["meters"]), METERS)  # older checkpoints lack it
-    columns = HISTORY
+    tests, more = ["test"], []  # columns of the history beside HISTORY
+    val_split = state["config"].get("val_split")
+    if type(val_split) is float and val_split > 0:
+        tests.append("val")
+        more += [f"val_{key}" for key in VALUES]
     if state["config"].get("ema") is not None:
-        columns += EMA_HISTORY
+        more += [f"{test}_{key}" for test in tests for key in EMA_VALUES]
         check_value("ema", state.get("ema"), EMA)
-        check_value("history", state["history"], dict.fromkeys(EMA_HISTORY, METRICS))
+    check_value("history", state["history"], dict.fromkeys(more, METRICS))
+    more += HISTORY
     progress, history, spec = state["progress"], state["history"], state["spec"]
     channels = equal(spec["in_channels"])
     steps, epochs = progress["step"] + len(state["meters"]["rows"]), len(history["epoch"])
@@ -105,7 +109,7 @@ def check_content(state: Any) -> None:
         ("step", state["step"], equal(steps)),
         ("best_top1", state["best_top1"], equal(progress["best_top1"])),
         *((f"the length of spec.{key}", len(spec[key]), channels) for key in ("mean", "std")),
-        *((f"the length of history.{key}", len(history[key]), equal(epochs)) for key in columns),
+        *((f"the length of history.{key}", len(history[key]), equal(epochs)) for key in more),
     ):
         check_value(name, value, rule)
     for key in ("epoch", "step") if epochs else ():

@@ -152,6 +152,9 @@ def _add_image_flags(
     add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), size)
     text = "stop at an image file that cannot be decoded, or skip and list it"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
+    text = """fraction of the training images, of each class and by --seed, to hold out: they choose
+        the best epoch, model_best.pth.tar, in place of the test images"""
+    add("--val-split", text, bounded_float(minimum=0, below=1), 0.0, metavar="F")
     text = "most pixels of an image file; the memory must hold them, 3 bytes each"
     add("--max-image-pixels", text, bounded_int(1, 10**12), MAX_IMAGE_PIXELS)
     text = "processes that load images on this machine; 0 loads in the training processes"

@@ -10,6 +10,7 @@ from torchvision.datasets import CIFAR10, CIFAR100, MNIST, STL10, SVHN, FashionM
 
 from util.data.augment import Augmentation
 from util.data.embedded_sets import DIGIT_NAMES, EmbeddedSet, read_digits, read_fashion_mini
+from util.data.holdout import build_train_loader
 from util.data.image_files import grey_levels
 from util.data.image_folder import load_folder
 from util.data.images import DataSpec
@@ -99,5 +100,5 @@ def build_loaders(
     else:
         spec, train, test = load_folder(root, options, Path(cache_dir))
     augmentation = replace(entry.augmentation, fill=grey_levels(spec.mean))
-    train_loader = ImageLoader(spec, train, options, train=True, augmentation=augmentation)
+    train_loader = build_train_loader(spec, train, options, augmentation=augmentation)
     return spec, train_loader, ImageLoader(spec, test, options, train=False)

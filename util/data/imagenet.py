@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from util.data.augment import Augmentation
+from util.data.holdout import build_train_loader
 from util.data.image_files import grey_levels, random_crop
 from util.data.image_folder import list_splits, open_split
 from util.data.images import DataSpec, Pixels, Split
@@ -54,9 +55,12 @@ def build_imagenet_loaders(
     if test_only:
         return spec, None, test
     crop = partial(random_crop, image_size=options.image_size, seed=options.seed)
-    split = open_split(train_listings[0], options, crop, background=background)
-    flip = Augmentation(flip=True)
-    return spec, ImageLoader(spec, split, options, train=True, augmentation=flip), test
+    split, plain = (
+        open_split(train_listings[0], options, transform, background=background)
+        for transform in (crop, preprocessing)
+    )
+    form = {"augmentation": Augmentation(flip=True), "plain": plain.source}
+    return spec, build_train_loader(spec, split, options, **form), test
 
 
 def build_dummy_loaders(

@@ -101,6 +101,22 @@ class InMemory:
         return Pixels(images, {i: self.bad[i] for i in index[~good].tolist()})
 
 
+@dataclass(frozen=True)
+class Subset:
+    """Images `positions` (N,) of a source."""
+
+    source: Source
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def read(self, epoch: np.ndarray, index: np.ndarray) -> Pixels:
+        images, bad = self.source.read(epoch, self.positions[index])
+        own = dict(zip(self.positions[index].tolist(), index.tolist(), strict=True))
+        return Pixels(images, {own[position]: name for position, name in bad.items()})
+
+
 def read_batches(source: Source, threads: int = 1) -> Iterator[tuple[np.ndarray, Pixels]]:
     """Yield all indices and images as read in epoch 0, CHUNK at a time, with a progress bar."""
 

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 
 from util.data import MAX_IMAGE_PIXELS, MIN_IMAGE_SIZE
 from util.data.augment import NO_AUGMENTATION, Augmentation
-from util.data.images import DataSpec, Split, is_good
+from util.data.images import DataSpec, Split, Subset, is_good
 from util.data.random_transforms import NO_TRANSFORMS, RandomTransforms, build_transforms
 from util.data.sampler import EpochBatches, Key
 from util.errors import DataError
@@ -40,6 +40,7 @@ class LoaderOptions:
         auto_augment, random_erase, mixup, cutmix: of training images, see `build_transforms`.
         on_bad_image: "error" stops at an image that cannot be decoded. "skip" leaves the image out
             of its batch and names the file in `ImageLoader.skipped`.
+        val_split: fraction of the training images to hold out, see `build_train_loader`.
         max_image_pixels: a file with more pixels counts as one that cannot be decoded.
 
     Raises:
@@ -58,6 +59,7 @@ class LoaderOptions:
     mixup: float = 0.0
     cutmix: float = 0.0
     on_bad_image: str = "error"
+    val_split: float = 0.0
     max_image_pixels: int = MAX_IMAGE_PIXELS
 
     def __post_init__(self) -> None:
@@ -130,6 +132,7 @@ class ImageLoader(DataLoader):
 
     Attributes:
         skipped: names of the bad files that this process has left out.
+        validation: of a training loader, the loader of the held-out images; None: there are none.
     """
 
     def __init__(
@@ -170,6 +173,7 @@ class ImageLoader(DataLoader):
             generator=torch.Generator(),  # else each epoch draws from the global generator
         )
         self.skipped: set[str] = set()
+        self.validation: ImageLoader | None = None
 
     def draw_images(self, count: int) -> Tensor:
         """Return `count` images of the split, or all, normalised and not augmented, on every rank.
@@ -178,6 +182,11 @@ class ImageLoader(DataLoader):
         """
         plain = ImageSet(self.dataset.spec, self.dataset.split)
         return plain.__getitems__(self.batch_sampler.draw_keys(count))[0]
+
+    def image_numbers(self, batch: int) -> list[int]:
+        """Return the numbers in the dataset of the images of a batch (from 0) of this epoch."""
+        index, source = self.batch_sampler.images(batch), self.dataset.split.source
+        return source.positions[index].tolist() if isinstance(source, Subset) else index
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         with _explain_lost_worker() if self.num_workers else nullcontext():
@@ -191,10 +200,10 @@ class ImageLoader(DataLoader):
                 yield images, targets
 
 
-def count_images(train: ImageLoader, test: ImageLoader) -> dict[str, int]:
-    """Return the numbers of images, keyed by a phrase for error messages."""
-    train_size, test_size = len(train.dataset), len(test.dataset)
-    return {"number of training images": train_size, "number of test images": test_size}
+def count_images(*loaders: ImageLoader) -> dict[str, int]:
+    """Return the numbers of training, test and validation images, keyed by a phrase for errors."""
+    names = [f"number of {part} images" for part in ("training", "test", "validation")]
+    return dict(zip(names, (len(loader.dataset) for loader in loaders), strict=False))
 
 
 @contextmanager

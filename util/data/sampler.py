@@ -16,6 +16,7 @@ from torch.utils.data import Sampler
 # Random numbers of an image in an epoch. Each attempt at a random crop takes two, from CROP on.
 ORDER, TOP, LEFT, FLIP, CROP = range(5)
 POLICY, ERASE, MIX = range(100, 103)  # seeds of torchvision's transforms; MIX is of a batch
+HOLD_OUT = 103  # chooses validation images
 
 Key = tuple[int, int, int]  # epoch and index of an image, number of its batch
 

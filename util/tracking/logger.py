@@ -11,7 +11,7 @@ from typing import Any, TextIO
 
 from torch import Tensor
 
-from util.checkpoint.schema import HISTORY, VALUES
+from util.checkpoint.schema import VALUES
 from util.console import visible
 from util.files import atomic_write
 from util.tracking.tensorboard import Events, open_flags
@@ -20,11 +20,12 @@ EPOCH_COLUMNS = ("epoch", *VALUES)
 BATCH_COLUMNS = ("epoch", "batch", *VALUES)
 BATCH_LOG_NAME = "train_batch.log"
 PLOT_NAME = "TrainingPlots.png"
-PARTS = ("train", "test")
 
 
 class RunLogger:
     """Writes `train.log`, `test.log`, `train_batch.log`, TensorBoard events, `TrainingPlots.png`.
+
+    A run with validation images also has a `val.log`.
 
     Logs are tab-separated with a header row. Every row is flushed before the call returns.
     Accuracy is in percent, time in seconds. `train.log` and `test.log` give the seconds of each
@@ -40,9 +41,10 @@ class RunLogger:
             run had never been interrupted. None starts all files afresh.
         start_epoch, start_step: epochs and optimizer steps that count as finished before the first
             row, without a history.
-        test_columns: more metrics of each test.
+        test_columns: more metrics of each test and validation.
         batches: steps of the epoch under way; their rows and events stay.
         epoch_steps: optimizer steps of a whole epoch, for the axis of epochs; 0: unknown.
+        validates: True for a run with validation images.
     """
 
     def __init__(
@@ -58,14 +60,20 @@ class RunLogger:
         test_columns: Sequence[str] = (),
         batches: int = 0,
         epoch_steps: int = 0,
+        validates: bool = False,
     ) -> None:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._batch_path = self.run_dir / BATCH_LOG_NAME
         self._plot, self._start_step, self._epoch_steps = plot, start_step, epoch_steps
-        self._values = {"train": VALUES, "test": (*VALUES, *test_columns)}
-        names = (*HISTORY, *(f"test_{key}" for key in test_columns))
-        self.history = {key: list(history[key]) if history else [] for key in names}
+        parts = ("train", "val", "test") if validates else ("train", "test")
+        self._values = {
+            part: VALUES if part == "train" else (*VALUES, *test_columns) for part in parts
+        }
+        names = [f"{part}_{key}" for part, values in self._values.items() for key in values]
+        self.history = {
+            key: list(history[key]) if history else [] for key in ("epoch", "step", *names)
+        }
         self._logs = {
             part: _open_log(
                 self.run_dir / f"{part}.log", ("epoch", *values), self._epoch_rows(part)
@@ -90,14 +98,21 @@ class RunLogger:
         scalars = {f"train/batch_{key}": values[key] for key in ("loss", "top1")}
         self._scalars({**scalars, "lr": values["lr"]}, step)
 
-    def epoch(self, epoch: int, train: dict[str, Any], test: dict[str, Any]) -> None:
-        """Add a row to `train.log` and to `test.log`, and draw the curves so far.
+    def epoch(
+        self,
+        epoch: int,
+        train: dict[str, Any],
+        test: dict[str, Any],
+        val: dict[str, Any] | None = None,
+    ) -> None:
+        """Add a row to `train.log`, to `test.log` and to `val.log`, and draw the curves so far.
 
-        `train` holds VALUES and the numbers of images and of optimizer steps, `test` holds VALUES
-        without lr and `test_columns`.
+        `train` holds VALUES and the numbers of images and of optimizer steps. `test`, and `val` of
+        a run with validation images, hold VALUES without lr and `test_columns`.
         """
         step = self._finished_steps + int(train["steps"])
         parts = {"train": train, "test": {**test, "lr": train["lr"]}}
+        parts |= {"val": {**val, "lr": train["lr"]}} if val else {}
         self.history["epoch"].append(epoch)
         self.history["step"].append(step)
         for part, values in parts.items():  # before a full disk can refuse a row
@@ -115,9 +130,12 @@ class RunLogger:
     def _plot_curves(self) -> None:
         from util.tracking.plots import RunCurves, plot_training
 
-        train, test = ({key: self.history[f"{part}_{key}"] for key in VALUES} for part in PARTS)
+        parts = {
+            part: {key: self.history[f"{part}_{key}"] for key in VALUES} for part in self._values
+        }
         batches = _to_columns(BATCH_COLUMNS, _read_complete_rows(self._batch_path))
-        curves = RunCurves(train, test, batches, self.history["step"], self._epoch_steps)
+        ends = self.history["step"]
+        curves = RunCurves(batches=batches, ends=ends, epoch_steps=self._epoch_steps, **parts)
         title = visible("/".join(self.run_dir.resolve().parts[-2:]))
         plot_training(curves, self.run_dir / PLOT_NAME, title=title)
         gc.collect()  # a figure refers to itself: without a collection its pixels stay

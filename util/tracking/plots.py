@@ -57,6 +57,7 @@ class RunCurves:
         batches: columns of `train_batch.log`.
         ends: optimizer steps at the end of each epoch; a cut epoch ends where training ended.
         epoch_steps: optimizer steps of a whole epoch; 0: unknown.
+        val: as `test`, of the validation images; None: there are none.
     """
 
     train: Columns
@@ -64,6 +65,7 @@ class RunCurves:
     batches: Columns
     ends: Sequence[int]
     epoch_steps: int
+    val: Columns | None = None
 
     def training(self, metric: str) -> Series:
         """Return the rows of `train_batch.log`, means over --print-freq steps.
@@ -81,6 +83,10 @@ class RunCurves:
     def testing(self, metric: str) -> Series:
         """Return the test metric after each epoch."""
         return self._by_epoch(self.test[metric])
+
+    def validation(self, metric: str) -> Series:
+        """Return the validation metric after each epoch."""
+        return self._by_epoch(self.val[metric])
 
     def _by_epoch(self, values: Sequence[float]) -> Series:
         return Series(np.asarray(self.ends), self._seconds[1:], np.asarray(values, float))
@@ -211,11 +217,14 @@ def _draw_panels(
 def _draw_group(axes: Axes, group: RunGroup, metric: str, x: str, style: dict[str, Any]) -> None:
     """Draw the training and the test curve of a group, each in a band over the seeds."""
     color = style["color"]
-    for part in ("training", "testing"):
+    validates = all(run.val for run in group.runs)
+    for part in ("training", *(["validation"] if validates else []), "testing"):
         at, values = _align([getattr(run, part)(metric) for run in group.runs], x)
         mean, low, high = values.mean(0), values.min(0), values.max(0)
         if part == "training":
             axes.plot(at, mean, color=color, linestyle=style["linestyle"], linewidth=1.2, alpha=0.8)
+        elif part == "validation":
+            axes.plot(at, mean, color=color, linestyle=":", linewidth=1.5)
         else:
             size = 8 if len(at) <= 5 else 4 if len(at) <= 30 else 2
             axes.plot(at, mean, linewidth=2, markersize=size, zorder=3, **style)
@@ -251,6 +260,8 @@ def _describe_marks(groups: Sequence[RunGroup]) -> list[tuple[Any, str]]:
         (Line2D([], [], marker="o", markersize=7, linewidth=2, **grey), "test set"),
         (Line2D([], [], linewidth=1.2, **grey), f"training{mean}"),
     ]
+    if any(run.val for run in runs):
+        marks.append((Line2D([], [], linestyle=":", linewidth=1.5, **grey), "validation images"))
     if any(len(group.runs) > 1 for group in groups):
         marks.append((Patch(alpha=0.3, **grey), "lowest to highest seed"))
     return marks

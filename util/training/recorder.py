@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -13,7 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from util.checkpoint.schema import EMA_VALUES
-from util.checkpoint.store import save_checkpoint
+from util.checkpoint.store import BEST_NAME, save_checkpoint
 from util.console import print_line, shows_bars
 from util.device import describe_device
 from util.errors import RunError
@@ -68,11 +69,16 @@ class Recorder:
             f"{name}, {self._constants['parameters']:,} parameters, {self._constants['device']}"
             f"{f' in {ranks} processes' if ranks > 1 else ''}, in {self.run_dir}"
         )
-        train, test = (len(loader.dataset) for loader in state.loaders)
         print_line(
-            f"{train:,} training and {test:,} test images of {state.spec.num_classes:,} classes, "
+            f"{_describe_images(state)}, "
             f"{flags.optimizer} with lr {flags.lr:g}, {_describe_schedule(flags, plan)}"
         )
+        validates = len(state.loaders) > 2
+        if not validates:
+            print_line(
+                f"{BEST_NAME} is chosen on the test images; --val-split 0.1 chooses it on training "
+                "images that are held out"
+            )
         self.logger = RunLogger(
             self.run_dir,
             tensorboard=flags.tensorboardX,
@@ -84,6 +90,7 @@ class Recorder:
             test_columns=EMA_VALUES if state.average else (),
             batches=state.metrics.steps,
             epoch_steps=plan.epoch_steps,
+            validates=validates,
         )
 
     def batch(self, batch: int, metrics: Metrics) -> None:
@@ -107,22 +114,25 @@ class Recorder:
             if is_due:
                 self.logger.batch(epoch, step, {**metrics, **mean})
 
-    def epoch(self, train: Metrics, test: Metrics) -> None:
+    def epoch(self, train: Metrics, test: Metrics, val: Metrics | None = None) -> None:
         """Log the metrics of a finished epoch and update summary.json."""
         progress = self.state.progress
         average = f" average top1 {test['ema_top1']:.2f}%" if "ema_top1" in test else ""
         with self._warn_on_full_disk():
-            self.logger.epoch(progress.epoch, train, test)
+            self.logger.epoch(progress.epoch, train, test, val)
             self.logger.filters(*_first_filters(self.state.model))
+            seconds = train["seconds"] + test["seconds"] + (val["seconds"] if val else 0)
+            held_out = f"  val loss {val['loss']:.4f} top1 {val['top1']:5.2f}%" if val else ""
             print_line(
                 f"epoch {progress.epoch:{len(str(self.plan.epochs))}}/{self.plan.epochs}"
                 f"  train loss {train['loss']:.4f} top1 {train['top1']:5.2f}%"
+                f"{held_out}"
                 f"  test loss {test['loss']:.4f} top1 {test['top1']:5.2f}% top5 {test['top5']:.2f}%"
-                f"{average}"
-                f"  last lr {train['lr']:.2g}  {train['seconds'] + test['seconds']:.1f} s"
+                f"{average}  last lr {train['lr']:.2g}  {seconds:.1f} s"
             )
             memory = peak_memory_mb(self.state.accelerator.device)
-            self.logger.summary({**self._constants, **progress.summary(), "peak_memory_mb": memory})
+            metrics = {**progress.summary(), **self._best_metrics(), "peak_memory_mb": memory}
+            self.logger.summary({**self._constants, **metrics})
 
     def checkpoint(self, saved: dict[str, Any], *, last: bool = False) -> None:
         """Save a checkpoint, at the end of an epoch also as the best or a numbered one.
@@ -192,9 +202,24 @@ class Recorder:
         best = "no epoch had a finite test loss"
         if progress.best_epoch:
             name = "average" if self.state.average else "test"
-            best = f"best {name} top1 {progress.best_top1:.2f}% in epoch {progress.best_epoch}"
+            best = f"best {name} top1 {progress.best_top1:.2f}%"
+            metrics = self._best_metrics()
+            if "best_val_top1" in metrics:
+                best = f"best validation top1 {progress.best_top1:.2f}%"
+                best += f", {name} top1 {metrics['best_test_top1']:.2f}%"
+            best += f" in epoch {progress.best_epoch}"
         seconds = progress.train_seconds + progress.test_seconds
         print_line(f"finished {progress.step} steps in {seconds:.1f} s, {best}: {self.run_dir}")
+
+    def _best_metrics(self) -> dict[str, float]:
+        """Return the accuracies of the best epoch, in the test and of the metric that chose it."""
+        progress, history = self.state.progress, self.logger.history
+        if "val_top1" not in history:
+            return {"best_test_top1": progress.best_top1}
+        column = "test_ema_top1" if self.state.average else "test_top1"
+        tests = dict(zip(history["epoch"], history[column], strict=True))
+        test = tests.get(progress.best_epoch, -math.inf)
+        return {"best_val_top1": progress.best_top1, "best_test_top1": test}
 
     def close(self) -> None:
         """Close the logs and release the folder."""
@@ -234,6 +259,13 @@ def _describe_layers(flags: Namespace) -> str:
     if getattr(flags, "method", None) is not None:
         return f"method{flags.method}"
     return f"deconv-mode{flags.mode}" if flags.deconv else "bn" if flags.batchnorm else "plain"
+
+
+def _describe_images(state: TrainingState) -> str:
+    """Return the numbers of images and of classes in a few words."""
+    train, test, *validation = (f"{len(loader.dataset):,}" for loader in state.loaders)
+    train += f" training, {validation[0]} validation" if validation else " training"
+    return f"{train} and {test} test images of {state.spec.num_classes:,} classes"
 
 
 def _describe_schedule(flags: Namespace, plan: Plan) -> str:

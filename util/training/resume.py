@@ -68,22 +68,26 @@ class Progress:
     test_seconds: float = 0.0
     latest: Metrics = field(default_factory=dict)
 
-    def finish_epoch(self, train: Metrics, test: Metrics) -> None:
+    def finish_epoch(self, train: Metrics, test: Metrics, val: Metrics | None = None) -> None:
         """Add an epoch, given the metrics of `train_one_epoch` and `evaluate`.
 
-        The best epoch is that of the moving average, if there is one.
+        The metrics `val` of validation images, or else those of the test, choose the best epoch:
+        those of the moving average, if there is one.
         """
         self.epoch += 1
         self.step += int(train["steps"])
         self.images += int(train["images"])
         self.train_seconds += train["seconds"]
-        self.test_seconds += test["seconds"]
+        tests = {"test": test, **({"val": val} if val else {})}
+        self.test_seconds += sum(metrics["seconds"] for metrics in tests.values())
         self.latest = {f"train_{key}": train[key] for key in ("loss", "top1", "top5", "lr")}
-        tested = ("loss", "top1", "top5", *EMA_VALUES)
-        self.latest |= {f"test_{key}": test[key] for key in tested if key in test}
-        loss, top1 = EMA_VALUES if "ema_top1" in test else ("loss", "top1")
-        if math.isfinite(test[loss]) and test[top1] > self.best_top1:
-            self.best_top1, self.best_epoch = test[top1], self.epoch
+        for part, metrics in tests.items():
+            known = [key for key in ("loss", "top1", "top5", *EMA_VALUES) if key in metrics]
+            self.latest |= {f"{part}_{key}": metrics[key] for key in known}
+        chosen = val or test
+        loss, top1 = EMA_VALUES if "ema_top1" in chosen else ("loss", "top1")
+        if math.isfinite(chosen[loss]) and chosen[top1] > self.best_top1:
+            self.best_top1, self.best_epoch = chosen[top1], self.epoch
 
     @property
     def is_best(self) -> bool:
@@ -111,7 +115,7 @@ class TrainingState:
 
     Attributes:
         config: all flags by name.
-        loaders: the training loader and the test loader.
+        loaders: the training loader, the test loader and, if there is one, the validation loader.
         model: the model that is saved and tested; not its compiled replica.
         accelerator: holds the gradient scaler of fp16.
         progress: the finished epochs.
@@ -122,7 +126,7 @@ class TrainingState:
 
     config: dict[str, Any]
     spec: DataSpec
-    loaders: tuple[ImageLoader, ImageLoader]
+    loaders: tuple[ImageLoader, ...]
     model: nn.Module
     optimizer: Optimizer
     accelerator: Accelerator

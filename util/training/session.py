@@ -97,6 +97,7 @@ class RunContext:
             mixup=flags.mixup,
             cutmix=flags.cutmix,
             on_bad_image=flags.on_bad_image,
+            val_split=flags.val_split,
             max_image_pixels=flags.max_image_pixels,
         )
 
@@ -172,7 +173,8 @@ def fit(
     optimizer = builders.optimizer(flags, model)
     shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
     replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
-    loaders = train_loader, test_loader
+    validation = train_loader.validation
+    loaders = train_loader, test_loader, *([] if validation is None else [validation])
     state = TrainingState(vars(flags), spec, loaders, model, optimizer, accelerator, world, start)
     if flags.ema is not None:
         check_decay(flags.ema, total_steps)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 
 from util.checkpoint.schema import EMA_VALUES
+from util.data.loader import ImageLoader
 from util.errors import DataError, Stopped, TrainingDiverged
 from util.training.engine import evaluate, first_input, train_one_epoch
 from util.training.hooks import ModelHooks, enter_batch
@@ -49,7 +50,7 @@ class Trainer:
             try:
                 if state.metrics.steps < self.epoch_end:  # else only the test is left
                     self.train()
-                metrics, images = self.test()
+                tests, images = self.test()
             except Stopped:
                 state.world.on_rank0(partial(recorder.checkpoint, state.capture(), last=True))
                 raise
@@ -60,7 +61,7 @@ class Trainer:
                 if state.metrics.steps and state.world.size == 1:
                     recorder.checkpoint(state.capture(), last=True)
                 raise
-            self.finish_epoch(metrics, images)
+            self.finish_epoch(tests, images)
         recorder.finished()
 
     @property
@@ -107,26 +108,29 @@ class Trainer:
         if every and self.state.step % every == 0:
             self.recorder.checkpoint(self.state.capture())
 
-    def test(self) -> tuple[Metrics, list[Tensor]]:
-        """Return the metrics of the test, and its first batch of images if there is one.
+    def test(self) -> tuple[dict[str, Metrics], list[Tensor]]:
+        """Return the metrics of the test and of the validation, and the first batch of the test.
 
         The moving average, if there is one, adds EMA_VALUES, and the seconds of its own test.
         """
-        average = self.state.average
+        average, loaders = self.state.average, self.state.loaders[1:]
+        loaders = dict(zip(("test", "val"), loaders, strict=False))
         model = self.hooks.eval_model(self.state.model.eval())
         with first_input(model) as images:
-            metrics = self.evaluate(model)
+            tests = {part: self.evaluate(model, loader, part) for part, loader in loaders.items()}
         if average is not None:
-            averaged = self.evaluate(self.hooks.eval_model(average.module.eval()), "test average")
-            metrics["seconds"] += averaged["seconds"]
-            metrics |= {key: averaged[key.removeprefix("ema_")] for key in EMA_VALUES}
-        return metrics, images
+            model = self.hooks.eval_model(average.module.eval())
+            for part, loader in loaders.items():
+                averaged = self.evaluate(model, loader, f"{part} average")
+                tests[part]["seconds"] += averaged["seconds"]
+                tests[part] |= {key: averaged[key.removeprefix("ema_")] for key in EMA_VALUES}
+        return tests, images
 
-    def evaluate(self, model: nn.Module, title: str = "test") -> Metrics:
-        """Return the test metrics of a model in evaluation mode."""
+    def evaluate(self, model: nn.Module, loader: ImageLoader, title: str) -> Metrics:
+        """Return the metrics of a model in evaluation mode."""
         return evaluate(
             model,
-            self.state.loaders[1],
+            loader,
             self.criteria[1],
             accelerator=self.state.accelerator,
             world=self.state.world,
@@ -135,14 +139,14 @@ class Trainer:
             title=title,
         )
 
-    def finish_epoch(self, test: Metrics, images: list[Tensor]) -> None:
+    def finish_epoch(self, tests: dict[str, Metrics], images: list[Tensor]) -> None:
         """Count, log and save the epoch."""
         state, train = self.state, self.state.metrics.training_metrics()
-        state.progress.finish_epoch(train, test)
+        state.progress.finish_epoch(train, **tests)
         if state.metrics.steps < self.plan.epoch_steps:
             state.cut = state.metrics
         state.metrics = EpochMetrics()
-        self.recorder.epoch(train, test)
+        self.recorder.epoch(train, **tests)
         saved, ended = state.capture(), state.progress.step >= self.plan.total_steps
         self.recorder.checkpoint(saved, last=ended)
         self.recorder.layers(partial(self.hooks.diagnose, state.model), *images)
@@ -156,7 +160,7 @@ class Trainer:
             origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))
         first, step = next(origins, "the loss itself"), state.progress.step + error.batch
-        numbers = state.loaders[0].batch_sampler.images(error.batch - 1)
+        numbers = state.loaders[0].image_numbers(error.batch - 1)
         self.recorder.diverged(
             {"error": str(error), "step": step, "first": first, "images": numbers}
         )

@@ -120,6 +120,7 @@ ODD = [
     ("history/train_loss", [], "the length of history.train_loss is 0, not 1 as elsewhere"),
     ("history/epoch", [9], "history.epoch[-1] is 9, not 1 as elsewhere"),
     ("history/test_top1", ["99"], "history.test_top1[0] is '99', not a number"),
+    ("config/val_split", 0.5, "history.val_loss is missing"),
     ("rng", [], "rng is a list of 0, not a list of 1 or more"),
     ("rng/0/torch", torch.zeros(5056, dtype=torch.uint8), "rng[0].torch is a tensor of uint8"),
     (

@@ -91,6 +91,17 @@ def test_training_images_are_random_crops_half_of_them_mirrored(root):
     assert 18 <= mirrored <= 42  # of 60
 
 
+def test_held_out_images_are_preprocessed_as_test_images_are(root):
+    train = build(root, val_split=0.2)[1]
+    images, targets = epoch_of(train.validation)
+    assert targets.tolist() == [0, 1, 2] and len(train.dataset) == 12
+    files = sorted((root / "train").rglob("*.JPEG"))
+    for image, number in zip(images, train.validation.image_numbers(0), strict=True):
+        with Image.open(files[number]) as file:
+            expected = normalised(v2.CenterCrop(32)(v2.Resize(37)(file)))
+        torch.testing.assert_close(image, expected)
+
+
 def test_batches_do_not_depend_on_workers_or_processes(root):
     one = build(root)[1:]
     for processes in (1, 2, 4):

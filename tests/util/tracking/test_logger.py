@@ -50,6 +50,19 @@ def read_events(folder):
     return events.Reload()
 
 
+def test_a_run_with_validation_images_has_a_third_log_and_curve(tmp_path):
+    logger = RunLogger(tmp_path, tensorboard=True, plot=True, validates=True)
+    logger.epoch(1, values(1), values(1, top1=30.0), values(1, top1=20.0))
+    logger.close()
+    logger = RunLogger(
+        tmp_path, tensorboard=False, plot=False, validates=True, history=logger.history
+    )
+    logger.close()
+    assert read_log(tmp_path / "val.log")["top1"] == [20]
+    assert read_log(tmp_path / "test.log")["top1"] == [30]
+    assert [event.value for event in read_events(tmp_path).Scalars("val/top1")] == [20]
+
+
 def test_logs_have_a_header_and_one_row_for_each_call(tmp_path):
     log_run(tmp_path, [1, 2])
     assert (tmp_path / "train.log").read_text() == (

@@ -1,5 +1,6 @@
 import math
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -52,6 +53,17 @@ def check_plot(path):
         assert image.format == "PNG"
         assert 600 <= image.width <= 2000 and 400 <= image.height <= 2000
         assert len(image.convert("L").getcolors()) > 20
+
+
+def test_validation_is_a_dotted_curve_of_runs_that_have_it(tmp_path, figures):
+    curves = make_curves()
+    for val, expected in [(curves.test, 1), (None, 0)]:
+        plot_training(replace(curves, val=val), tmp_path / "plot.png")
+        for axes in figures[-1].axes:
+            dotted = [line for line in axes.lines if line.get_linestyle() == ":"]
+            assert [len(line.get_xdata()) for line in dotted] == [3] * expected
+        texts = [text.get_text() for text in figures[-1].legends[0].get_texts()]
+        assert texts.count("validation images") == expected
 
 
 @pytest.mark.parametrize("epochs", [1, 2, 100])

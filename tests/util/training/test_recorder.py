@@ -122,7 +122,7 @@ def test_an_epoch_is_a_line_and_the_end_names_the_best_epoch_and_the_folder(tmp_
     run_epoch(recorder)
     recorder.finished()
     recorder.close()
-    _, _, epoch, end = capsys.readouterr().out.splitlines()
+    *_, epoch, end = capsys.readouterr().out.splitlines()
     assert epoch == (
         "epoch  1/10  train loss 0.5000 top1 60.00%  test loss 0.5000 top1 60.00% top5 90.00%"
         "  last lr 0.1  4.0 s"
