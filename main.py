@@ -77,7 +77,7 @@ def data_rules(flags: Namespace) -> Rules:
     name = flags.dataset
     yield "data", not is_embedded(name), f"does not apply to {name}, which is embedded"
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
-    for flag in ("on_bad_image", "max_image_pixels"):
+    for flag in ("on_bad_image", "max_image_pixels", "cache_dir"):
         yield flag, name == "folder", "needs --dataset folder"
     yield "evaluate", flags.resume or not flags.evaluate, "needs --resume RUN"
 
@@ -90,7 +90,12 @@ def load_images(context: RunContext) -> tuple[DataSpec, ImageLoader | None, Imag
         spec = DataSpec(**context.saved["spec"])
         return spec, None, build_test_loader(spec, flags.data, options)
     return build_loaders(
-        flags.dataset, flags.data, options, cache_dir=cache_dir, mirror=flags.data_url
+        flags.dataset,
+        flags.data,
+        options,
+        cache_dir=cache_dir,
+        mirror=flags.data_url,
+        image_cache=flags.cache_dir,
     )
 
 

@@ -129,6 +129,8 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     mirror = os.environ.get(MIRROR_VARIABLE) or None
     default = f"${MIRROR_VARIABLE}, or the published address"
     add("--data-url", text, mirror_url, mirror, default, metavar="URL")
+    text = "keep the decoded images of --dataset folder in DIR, a local disk, for the next start"
+    add("--cache-dir", text, path_name, default_text="decode at each start", metavar="DIR")
     text = "side of the images after resizing, in pixels"
     _add_image_flags(add, text, MIN_IMAGE_SIZE, workers=0, models="--resume")
 

@@ -19,7 +19,7 @@ from util.errors import CheckpointError, describe
 
 # Never inherited. A file must not choose which paths are read and written, nor the machines.
 OF_THIS_MACHINE = {
-    *("config", "resume", "run_dir", "data", "data_url", "out"),
+    *("config", "resume", "run_dir", "data", "data_url", "cache_dir", "out"),
     *("use_gpu", "gpu", "start_epoch"),
     *("evaluate", "per_class", "use_ema"),
     *("world_size", "rank", "dist_url", "dist_backend", "multiprocessing_distributed"),

@@ -72,6 +72,7 @@ def build_loaders(
     *,
     cache_dir: str | os.PathLike[str],
     mirror: str | None = None,
+    image_cache: str | os.PathLike[str] | None = None,
 ) -> tuple[DataSpec, ImageLoader, ImageLoader]:
     """Return the description of a dataset, its training loader and its test loader.
 
@@ -82,6 +83,7 @@ def build_loaders(
         cache_dir: folder for the channel statistics of `folder`. Rank 0 writes them.
         mirror: address of a folder that holds the archives under their published names. None means
             the published addresses.
+        image_cache: folder for the decoded images of `folder`. None decodes them at each start.
 
     Raises:
         ValueError: an unknown dataset, or "skip" without image files.
@@ -98,7 +100,9 @@ def build_loaders(
     elif isinstance(entry, EmbeddedSet):
         spec, train, test = entry.load(dataset, options.image_size)
     else:
-        spec, train, test = load_folder(root, options, Path(cache_dir))
+        spec, train, test = load_folder(
+            root, options, Path(cache_dir), image_cache and Path(image_cache)
+        )
     augmentation = replace(entry.augmentation, fill=grey_levels(spec.mean))
     train_loader = build_train_loader(spec, train, options, augmentation=augmentation)
     return spec, train_loader, ImageLoader(spec, test, options, train=False)

@@ -1,4 +1,4 @@
-"""Caches of a folder of images: channel statistics, keyed by the image files."""
+"""Caches of a folder of images: channel statistics and decoded images, keyed by the files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,14 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from util.data.images import Statistics
+import numpy as np
+import torch
+
+from util.data.image_files import ImageFiles
+from util.data.images import InMemory, Source, Statistics, load_into_memory
 from util.errors import DataError
 from util.files import atomic_write
 
@@ -34,7 +39,63 @@ def save_statistics(cache: Path, statistics: Statistics, **facts: str | int) -> 
         print(f"warning: the channel statistics could not be saved: {error}", file=sys.stderr)
 
 
-def digest_files(root: Path, paths: Sequence[str], *facts: int) -> str:
+@dataclass(frozen=True)
+class ImageCache:
+    """File that holds the decoded images of a split.
+
+    Attributes:
+        path: of the file, which the images of a changed split replace.
+        key: of the image files and their decoding. A file with another key is not used.
+        writable: False only reads.
+    """
+
+    path: Path
+    key: str
+    writable: bool
+
+    def load(self, files: ImageFiles, threads: int) -> Source:
+        """Return images in memory, read from the cache or decoded; see `load_into_memory`."""
+        if saved := self.read(files):
+            return saved
+        source = load_into_memory(files, threads)
+        if self.writable and isinstance(source, InMemory):
+            self.write(files, source)
+        return source
+
+    def read(self, files: ImageFiles) -> InMemory | None:
+        """Return the images; None if the file is missing, damaged, or of other images."""
+        try:
+            with np.load(self.path, allow_pickle=False) as arrays:  # which verifies checksums
+                bad, transparent = arrays["bad"].tolist(), arrays["transparent"].tolist()
+                is_other = arrays["key"].item() != self.key or (bad and not files.skip)
+                if is_other or (
+                    transparent and arrays["background"].tolist() != [*files.background]
+                ):
+                    return None
+                images = torch.from_numpy(arrays["images"])
+        except Exception:  # a damaged file raises anything
+            return None
+        files.transparent.update(transparent)
+        return InMemory(images, {i: os.fsdecode(files.paths[i]) for i in bad})
+
+    def write(self, files: ImageFiles, source: InMemory) -> None:
+        """Write the images; warn of a failed write."""
+        arrays = {
+            "key": self.key,
+            "bad": np.array(sorted(source.bad), np.int64),
+            "background": np.array(files.background, np.int64),
+            "transparent": np.array(sorted(files.transparent), np.int64),
+            "images": source.images.numpy(),
+        }
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(self.path) as file:
+                np.savez(file, **arrays)
+        except OSError as error:
+            print(f"warning: decoded images could not be saved: {error}", file=sys.stderr)
+
+
+def digest_files(root: Path, paths: Sequence[str], *facts: object) -> str:
     """Return 16 hexadecimal digits that change with the folder, any file below it, or a fact."""
     words = "\n".join(map(str, [root.resolve(), *facts, ""]))
     digest = hashlib.sha256(os.fsencode(words))

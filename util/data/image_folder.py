@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import unicodedata
 from collections import Counter
@@ -11,10 +12,11 @@ from itertools import chain
 from pathlib import Path
 
 import numpy as np
+import PIL
 import torch
 
 from util.console import print_line
-from util.data.folder_cache import digest_files, read_statistics, save_statistics
+from util.data.folder_cache import ImageCache, digest_files, read_statistics, save_statistics
 from util.data.image_files import Colour, ImageFiles, Transform, grey_levels, readable_endings
 from util.data.images import DataSpec, Split, channel_statistics, load_into_memory
 from util.data.loader import LoaderOptions
@@ -53,14 +55,16 @@ class FolderScan:
 
 
 def load_folder(
-    root: Path, options: LoaderOptions, cache_dir: Path
+    root: Path, options: LoaderOptions, cache_dir: Path, image_cache: Path | None = None
 ) -> tuple[DataSpec, Split, Split]:
     """Return the description and the splits of a folder; decode what fits the memory budget.
 
     The folder holds train/ and test/ (or val/; with both, test/ is used). Every image is converted
     to RGB and resized as a whole; its aspect may change. Transparent pixels take the mean colour of
     the training images. Rank 0 writes the channel statistics into `cache_dir`, where the next run
-    reads them. As many threads as loader workers decode at once.
+    reads them. With `image_cache`, it also writes the decoded images into that folder, where the
+    next run reads them if all files are unchanged. As many threads as loader workers decode at
+    once.
 
     Raises:
         DataError: a folder is missing or empty, or classes differ. Without "skip", an image cannot
@@ -73,25 +77,29 @@ def load_folder(
     cache = cache_dir / f"channel-statistics-{digest}.json"
     statistics = read_statistics(cache)
 
-    def open_files(listing: Listing, background: Colour) -> Split:
+    def load(listing: Listing, background: Colour) -> tuple[ImageFiles, Split]:
         form = {"background": background, "min_size": preprocessing.min_size}
-        return open_split(listing, options, preprocessing, **form)
+        files, targets = open_split(listing, options, preprocessing, **form)
+        if image_cache is None:
+            return files, Split(load_into_memory(files, threads), targets)
+        form = image_size, options.max_image_pixels
+        key = digest_files(listing.root, listing.paths, DECODING, PIL.__version__, *form)
+        place = hashlib.sha256(os.fsencode(listing.root.resolve())).hexdigest()[:8]
+        path = image_cache / f"{listing.root.name}-{image_size}-{place}.npz"
+        return files, Split(ImageCache(path, key, options.rank == 0).load(files, threads), targets)
 
-    files, targets = open_files(listings[0], grey_levels(statistics[0]) if statistics else GREY)
-    train = load_into_memory(files, threads)
+    files, train = load(listings[0], grey_levels(statistics[0]) if statistics else GREY)
     if not statistics:
-        statistics = channel_statistics(train, threads)
+        statistics = channel_statistics(train.source, threads)
         if files.transparent:
             mean = visible_mean(files, threads)
-            files = replace(files, background=grey_levels(mean))
-            train = load_into_memory(files, threads)
-            statistics = mean, channel_statistics(train, threads)[1]
+            _, train = load(listings[0], grey_levels(mean))
+            statistics = mean, channel_statistics(train.source, threads)[1]
         if options.rank == 0:
             save_statistics(cache, statistics, folder=str(root), image_size=image_size)
     spec = DataSpec("folder", 3, image_size, tuple(listings[0].classes), *statistics)
-    test = open_files(listings[1], grey_levels(spec.mean))
-    splits = Split(train, targets), Split(load_into_memory(test.source, threads), test.targets)
-    return spec, *splits
+    _, test = load(listings[1], grey_levels(spec.mean))
+    return spec, train, test
 
 
 def visible_mean(files: ImageFiles, threads: int) -> tuple[float, ...]:
