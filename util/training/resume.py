@@ -84,16 +84,20 @@ class Progress:
         for part, metrics in tests.items():
             known = [key for key in ("loss", "top1", "top5", *EMA_VALUES) if key in metrics]
             self.latest |= {f"{part}_{key}": metrics[key] for key in known}
-        chosen = val or test
-        loss, top1 = EMA_VALUES if "ema_top1" in chosen else ("loss", "top1")
-        if math.isfinite(chosen[loss]) and chosen[top1] > self.best_top1:
-            self.best_top1, self.best_epoch = chosen[top1], self.epoch
+        loss, top1 = (self._chosen_metric(name) for name in ("loss", "top1"))
+        if math.isfinite(loss) and top1 > self.best_top1:
+            self.best_top1, self.best_epoch = top1, self.epoch
+
+    def _chosen_metric(self, name: str) -> float:
+        """Return the latest "loss" or "top1" that chooses the best epoch; NaN before the first."""
+        names = (f"{part}_{key}{name}" for part in ("val", "test") for key in ("ema_", ""))
+        return next((self.latest[known] for known in names if known in self.latest), math.nan)
 
     @property
     def is_best(self) -> bool:
         """True if the latest epoch is better than all before, also than its own cut-short test."""
         is_latest = self.epoch == self.best_epoch
-        return is_latest and self.latest.get("test_top1") == self.best_top1
+        return is_latest and self._chosen_metric("top1") == self.best_top1
 
     def summary(self) -> dict[str, float]:
         """Return the metrics for summary.json."""

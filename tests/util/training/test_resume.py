@@ -23,6 +23,20 @@ def finish(progress, top1, loss=1.0):
     progress.finish_epoch(make_metrics_of(50.0, steps=5, lr=0.1), make_metrics_of(top1, loss))
 
 
+def test_the_average_and_validation_images_choose_the_best_epoch_before_the_test():
+    test = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "seconds": 1.0}
+    val, average = {**test, "top1": 30.0}, {"ema_loss": 1.0, "ema_top1": 60.0}
+    for tests, best in [
+        ({"test": test}, 50.0),
+        ({"test": test | average}, 60.0),
+        ({"test": test | average, "val": val | {"ema_loss": 1.0, "ema_top1": 40.0}}, 40.0),
+        ({"test": test, "val": val}, 30.0),
+    ]:
+        progress = Progress()
+        progress.finish_epoch(make_metrics_of(50.0, steps=5, lr=0.1), **tests)
+        assert progress.best_top1 == best and progress.is_best
+
+
 def test_counts_and_sums():
     progress = Progress()
     finish(progress, 60.0)
