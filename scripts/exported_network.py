@@ -106,7 +106,8 @@ def read_facts(metadata: Mapping[str, str], path: Path) -> tuple[DataSpec, Prepr
         CheckpointError: the metadata are missing or not valid.
     """
     try:
-        facts = {k: v if FACTS.get(k) is TEXT else json.loads(v) for k, v in metadata.items()}
+        known = {key: metadata[key] for key in FACTS if key in metadata}  # others are the user's
+        facts = {k: v if FACTS[k] is TEXT else json.loads(v) for k, v in known.items()}
         check_value("", facts, FACTS)
     except ValueError as error:  # also of JSON
         reason = f"no complete metadata of its network ({error})"

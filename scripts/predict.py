@@ -48,12 +48,14 @@ Row = dict[str, Any]  # "image", and "classes" or "error"
 def main(argv: Sequence[str] | None = None) -> None:
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.csv and args.csv == args.json:
+        parser.error(f"--json {args.json}: is the file of --csv; name another one")
     outputs = {args.csv: format_csv, args.json: format_json}
     outputs = {Path(file): write for file, write in outputs.items() if file}
     with report_errors(parser, ValueError):
         for file in outputs:
-            if not file.parent.is_dir():
-                parser.error(f"{file}: no folder {file.parent}")
+            if file.is_dir() or not os.access(file.parent, os.W_OK):
+                parser.error(f"{file} cannot be written; name a file in a folder of yours")
         paths = find_images(args.images)
         predictor = load_predictor(args.network)
         if predictor.loss != "CE":

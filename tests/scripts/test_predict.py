@@ -149,7 +149,9 @@ def test_bad_input_is_refused_in_one_line(home, tmp_path, capsys):
     (tmp_path / "bad.safetensors").write_bytes(b"no network")
     for words, message in (
         ([home / "run", tmp_path / "empty"], f"{tmp_path / 'empty'}: no images in this folder"),
-        ([home / "run", "x.png", "--csv", tmp_path / "no" / "x"], f"no folder {tmp_path / 'no'}"),
+        ([home / "run", "x.png", "--csv", tmp_path / "no" / "x"], f"{tmp_path}/no/x cannot be"),
+        ([home / "run", "x.png", "--json", tmp_path], f"{tmp_path} cannot be written"),
+        ([home / "run", "x.png", "--csv", "out", "--json", "out"], "--json out: is the file of"),
         ([tmp_path, "x.png"], f"{tmp_path}: no checkpoint"),
         ([tmp_path / "bad.pth.tar", "x.png"], "not a checkpoint (File is not a zip file)\n"),
         ([tmp_path / "bad.pt2", "x.png"], "an exported file has to be named *.onnx or *.saf"),
@@ -174,8 +176,12 @@ def test_a_missing_package_is_named_with_its_install_command(name, monkeypatch, 
 
 
 def test_files_without_the_facts_are_refused(home, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(export, "format_metadata", lambda facts: {"arch": facts["arch"]})
+    written = exported_network.format_metadata
+    monkeypatch.setattr(export, "format_metadata", lambda facts: {"author": "me", **written(facts)})
     out = export_to("safetensors", home / "run", tmp_path / "network.safetensors")
+    run(out, home / "images" / "0.png")  # metadata of the user do no harm
+    monkeypatch.setattr(export, "format_metadata", lambda facts: {"arch": facts["arch"]})
+    export_to("safetensors", home / "run", out)
     run(out, "x.png", code=2)
     error = capsys.readouterr().err
     assert "no complete metadata of its network" in error and "export it again" in error
