@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from .constants import find_identity
-from .matmul import frobenius_norm
+from .matmul import frobenius_norm, scaled_product
 from .once import differentiable_once
 from .precision import in_full_products
 
@@ -102,7 +102,8 @@ def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tup
     scaled = cov / norm
     constant, slope, poles = TERMS[n_iter]
     root = torch.add(slope * scaled, identity, alpha=constant)
-    rows = None if rows is None else rows * (norm * rows.shape[1]).rsqrt()
+    scale = norm.rsqrt()
+    rows = None if rows is None else rows * scale
     resolvents = []
     for shift, weight in poles:
         if rows is None:
@@ -112,22 +113,24 @@ def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tup
         else:
             resolvents.append(_invert_from_rows(rows, eps / norm + shift, identity))
         root = torch.add(root, resolvents[-1], alpha=weight)
-    return root * norm.rsqrt(), scaled, norm, *resolvents
+    return root * scale, scaled, norm, *resolvents
 
 
 def _invert_from_rows(rows: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
-    """Return (X^T X + t I)^-1 from the M x M side, cheaper than from F x F for 2 M < F.
+    """Return (X^T X / M + t I)^-1 from the M x M side, cheaper than from F x F for 2 M < F.
 
-        (X^T X + t I)^-1 = (I - X^T (X X^T + t I)^-1 X) / t              (Woodbury)
+        (X^T X / M + t I)^-1 = (I - X^T (X X^T / M + t I)^-1 X / M) / t              (Woodbury)
 
     Args:
         rows: X, (G, M, F).
         shift: t, (G, 1, 1).
         identity: (F, F).
     """
-    small = shift * find_identity(rows[..., : rows.shape[1]])
-    factor = torch.linalg.cholesky_ex(small.baddbmm_(rows, rows.mT)).L
-    return torch.baddbmm(identity, rows.mT, torch.cholesky_solve(rows, factor), alpha=-1) / shift
+    share = 1 / rows.shape[1]
+    small = scaled_product(rows, rows.mT, share)
+    factor = torch.linalg.cholesky_ex(small.addcmul(find_identity(small), shift)).L
+    inner = torch.cholesky_solve(rows, factor)
+    return torch.baddbmm(identity, rows.mT, inner, alpha=-share) / shift
 
 
 class _Resolvents(torch.autograd.Function):

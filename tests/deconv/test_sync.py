@@ -13,7 +13,15 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from deconv import Delinear, FastDeconv, batch_share, convert, published, recalibrate
+from deconv import (
+    Delinear,
+    FastDeconv,
+    batch_share,
+    convert,
+    group_statistics,
+    published,
+    recalibrate,
+)
 from deconv.sync import find_share
 from tests.pairwise import loop_over
 
@@ -104,7 +112,8 @@ def two_forwards(net, forward, share):
 
 def two_forwards_under_ddp(share):
     net = network()
-    two_forwards(net, DistributedDataParallel(net), share)
+    with group_statistics(on_cpu=True):  # the second forward needs the statistics of the first
+        two_forwards(net, DistributedDataParallel(net), share)
     pickled = pickle.loads(pickle.dumps(copy.deepcopy(net)))
     return summed(gradients(net)), buffers(pickled)
 
