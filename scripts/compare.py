@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, stdev
@@ -196,6 +196,7 @@ COLUMNS: dict[str, Callable[[Run], Any]] = {
 }
 METRICS = {  # key in summary.json, format
     "final top-1 (%)": ("test_top1", ".2f"),
+    "final top-1 of the average (%)": ("test_ema_top1", ".2f"),
     "best top-1 (%)": ("best_test_top1", ".2f"),
     "test loss": ("test_loss", ".4f"),
     "training (s)": ("train_seconds", ".1f"),
@@ -207,24 +208,29 @@ METRICS = {  # key in summary.json, format
 
 def format_table(groups: Sequence[Sequence[Run]]) -> str:
     """Return a Markdown table: a row for each run, and one for the mean of several seeds."""
-    titles = [*COLUMNS, *METRICS]
+    runs = [run for group in groups for run in group]
+    has_average = any("test_ema_top1" in run.summary for run in runs)
+    metrics = {k: v for k, v in METRICS.items() if has_average or v[0] != "test_ema_top1"}
+    titles = [*COLUMNS, *metrics]
     rows = [titles, [":---" if title in ("run", "kind") else "---:" for title in titles]]
     for group in groups:
         for run in group:
-            rows.append(_format_row([run], {}))
+            rows.append(_format_row([run], {}, metrics.values()))
         if len(group) > 1:
             name, seeds = f"{name_group(group)} (mean ± std)", f"{len(group)} seeds"
-            rows.append(_format_row(group, {"run": name, "seed": seeds}))
+            rows.append(_format_row(group, {"run": name, "seed": seeds}, metrics.values()))
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
 
 
-def _format_row(runs: Sequence[Run], known: dict[str, str]) -> list[str]:
+def _format_row(
+    runs: Sequence[Run], known: dict[str, str], metrics: Iterable[tuple[str, str]]
+) -> list[str]:
     """Format what the runs have in common, and mean and deviation of each metric."""
     cells = []
     for column, read in COLUMNS.items():
         values = {known[column]} if column in known else {read(run) for run in runs}
         cells.append(_escape(values.pop() if len(values) == 1 else None))
-    for key, form in METRICS.values():
+    for key, form in metrics:
         values = [run.summary.get(key) for run in runs]
         if not all(isinstance(value, (int, float)) for value in values):
             cells.append("-")  # missing, or not finite (null)

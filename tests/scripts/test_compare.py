@@ -14,11 +14,11 @@ from util.tracking.logger import RunLogger
 ROOT = Path(compare.__file__).parent.parent
 
 
-def make_run(folder, kind="bn", epochs=2, flags=(), **summary):
-    logger = RunLogger(folder, tensorboard=False, plot=False)
+def make_run(folder, kind="bn", epochs=2, flags=(), test_columns=(), **summary):
+    logger = RunLogger(folder, tensorboard=False, plot=False, test_columns=test_columns)
     for epoch in range(1, epochs + 1):
         values = {"loss": 1.0, "top1": 50.0, "top5": 90.0, "lr": 0.1, "seconds": 2.0}
-        values |= {"steps": 4, "images": 8}
+        values |= {"steps": 4, "images": 8, **dict.fromkeys(test_columns, 51.0)}
         logger.batch(epoch, 4 * epoch, values)
         logger.epoch(epoch, values, values)
     known = {"kind": kind, "lr": 0.1, "epochs": epochs, "steps": 8, "epoch_steps": 4}
@@ -122,6 +122,15 @@ def test_what_a_run_did_not_tell_or_lost_to_infinity_is_a_dash(tmp_path, capsys)
     compare.main([run, "--out", str(tmp_path / "cmp")])
     row = (tmp_path / "cmp.md").read_text().splitlines()[2]
     assert row == "| a | bn | 0.1 | - | 2 | 8 | 49.50 | 50.12 | - | 4.0 | 1,234 | 9,231,114 | - |"
+
+
+def test_runs_with_a_moving_average_add_a_column(tmp_path):
+    average = {"test_columns": ("ema_loss", "ema_top1"), "test_ema_top1": 51.0}
+    runs = [make_run(tmp_path / "a", **average), make_run(tmp_path / "b")]
+    compare.main([*runs, "--out", str(tmp_path / "cmp")])
+    header, _, *rows = (tmp_path / "cmp.md").read_text().splitlines()
+    column = header.split(" | ").index("final top-1 of the average (%)")
+    assert [row.split(" | ")[column] for row in rows] == ["51.00", "-"]
 
 
 @loop_over(

@@ -59,7 +59,8 @@ def check_same_curves(first, second):
 
 def test_two_processes_train_as_one(tmp_path):
     line = "--dataset digits --arch simple_v2 --deconv True --batch-size 100 --max-steps 16"
-    line = f"{line} --lr .02 --mixup .2 --cutmix 1 --auto-augment ta_wide {QUIET}".split()
+    line = f"{line} --lr .02 --mixup .2 --cutmix 1 --auto-augment ta_wide"
+    line = f"{line} --accum-steps 2 --ema .8 {QUIET}".split()
     main.main([*line, "--run-dir", str(tmp_path / "one")])
     code, out, err = finish(launch(*TORCHRUN, "main.py", *line, "--run-dir", tmp_path / "two"))
     assert code == 0, err
