@@ -71,6 +71,7 @@ def test_a_finished_network_is_tested_as_it_was_trained(finished, capsys, tmp_pa
     assert told in capsys.readouterr().out and not list(tmp_path.iterdir())
     assert before == {path: path.stat().st_mtime_ns for path in finished.iterdir()}
     assert "-e needs --resume RUN" in refusal(capsys, ["-e"])
+    assert "had no --ema" in refusal(capsys, ["-e", "--resume", finished, "--use-ema"])
     for words in ("--mode 3", "--dataset fashion --data x"):
         assert "checkpoint" in refusal(capsys, ["-e", "--resume", finished, *words.split()])
 

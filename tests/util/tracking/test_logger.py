@@ -159,6 +159,21 @@ def test_starting_afresh_in_a_used_folder_keeps_nothing_of_the_old_run(tmp_path)
     assert read_log(tmp_path / "train_batch.log")["epoch"] == [1, 1]
 
 
+def test_more_metrics_of_the_test_have_columns_and_curves_and_are_resumed(tmp_path):
+    options = {"tensorboard": True, "plot": False, "test_columns": ("ema_top1",)}
+    history = None
+    for epoch in (1, 2):
+        logger = RunLogger(tmp_path, **options, history=history)
+        logger.epoch(epoch, values(epoch), values(epoch, ema_top1=20.0 * epoch))
+        logger.close()
+        history = logger.history
+    test = read_log(tmp_path / "test.log")
+    assert list(test)[-2:] == ["seconds", "ema_top1"] and test["ema_top1"] == [20, 40]
+    assert "ema_top1" not in read_log(tmp_path / "train.log")
+    points = read_events(tmp_path).Scalars("test/ema_top1")
+    assert [(point.step, point.value) for point in points] == [(4, 20.0), (8, 40.0)]
+
+
 def test_tensorboard_has_every_curve_and_the_filters(tmp_path):
     log_run(tmp_path, [1, 2], tensorboard=True)
     events = read_events(tmp_path)

@@ -8,6 +8,7 @@ from torch import nn
 from tests.states import SPEC, make_metrics, make_state, make_training, take_step
 from util.errors import CheckpointError
 from util.training.accelerator import Accelerator
+from util.training.ema import build_average
 from util.training.metrics import EpochMetrics
 from util.training.reopen import reopen_epoch
 from util.training.resume import Plan, Progress
@@ -80,6 +81,22 @@ def test_restore_inverts_capture(saved):
     training.restore(saved, PLAN, file="FILE")
     assert training.step == saved["step"] == 6
     assert repr(training.capture()) == repr(saved)
+
+
+def test_the_moving_average_and_its_statistics_are_restored():
+    runs = [make_training(nn.BatchNorm1d(2)) for _ in range(2)]
+    for run in runs:
+        run.average = build_average(run.model, 0.5)
+    for shift in (1.0, 3.0):
+        runs[0].model(torch.randn(4, 2) + shift)
+        runs[0].average.update_parameters(runs[0].model)
+    runs[1].restore({**runs[0].capture(), "step": 2}, PLAN, file="FILE")
+    for run in runs:
+        run.model(torch.ones(4, 2))
+        run.average.update_parameters(run.model)
+    first, second = (run.average.module.state_dict() for run in runs)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)
+    assert not torch.equal(first["running_mean"], runs[0].model.running_mean)
 
 
 def test_a_run_continues_in_another_precision(saved):
