@@ -152,7 +152,7 @@ def make_state(
     best = float(published.get("best_acc", published.get("best_acc1", -math.inf)))
     progress = Progress(epoch, epoch * steps, epoch * len(train_loader.dataset))
     if epoch and math.isfinite(best):
-        progress.best_top1, progress.best_epoch = best, epoch
+        progress.best_top1, progress.best_epoch, progress.best_step = best, epoch, progress.step
     optimizer = optimizer_from_flags(flags, model)
     loaders = train_loader, test_loader
     training = TrainingState(

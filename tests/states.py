@@ -45,6 +45,7 @@ def make_state(*, epoch=2, step=None, batches=0, best_epoch=0, **changes):
     """Return the checkpoint after `epoch` epochs of `step` steps in all, `batches` of the next."""
     step = 5 * epoch if step is None else step
     best = {"best_epoch": best_epoch, "best_top1": 10.0 * best_epoch} if best_epoch else {}
+    best |= {"best_step": step} if best_epoch == epoch else {}
     past = {"epoch": list(range(1, epoch + 1)), "step": [step] * epoch}
     training = make_training(
         torch.nn.Linear(3, 2),

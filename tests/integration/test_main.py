@@ -426,6 +426,7 @@ def test_resume_refuses_what_is_no_checkpoint(finished, tmp_path, capsys):
 def test_a_run_that_max_steps_ended_continues_as_if_it_had_never_ended(tmp_path, capsys):
     """Neither the test at its end nor the second start leave a trace in weights and logs."""
     line = f"--arch mlp --method 2 --dropout-rate .3 --epochs 2 --lr-scheduler step {QUIET} -p 4"
+    line += " --ema .9"
     train(line, tmp_path / "whole")
     train(f"{line} --max-steps 18", tmp_path / "parts")
     for flags, place in (

@@ -86,6 +86,7 @@ def check_content(state: Any) -> None:
     check_value("model._metadata", getattr(state["model"], "_metadata", {}), {str: {str: COUNT}})
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
+    check_value("progress.best_step", state["progress"].get("best_step", 0), COUNT)
     check_value("cut", state.get("cut", state["meters"]), METERS)  # older checkpoints lack it
     tests, more = ["test"], []  # columns of the history beside HISTORY
     val_split = state["config"].get("val_split")

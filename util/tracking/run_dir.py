@@ -125,8 +125,8 @@ def copy_previous_run(resume: str | None, saved: Mapping[str, Any] | None, run_d
     path, progress = Path(resume).resolve(), saved["progress"]
     beside = path.with_name(BEST_NAME)
     itself = progress["epoch"] == progress["best_epoch"] and saved["step"] == progress["step"]
-    top1 = progress["latest"].get("test_top1", progress["best_top1"])
-    itself &= top1 == progress["best_top1"]  # else the best is of this epoch, cut short
+    # An epoch that --max-steps cut short was tested there, too. Older checkpoints lack the step.
+    itself &= progress.get("best_step", progress["step"]) == progress["step"]
     best = path if itself else beside if _is_best(beside, progress) else None
     _replace(run_dir / BEST_NAME, best)
     if path != (run_dir / LATEST_NAME).resolve():

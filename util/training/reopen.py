@@ -36,7 +36,9 @@ def reopen_epoch(saved: dict[str, Any], epoch_steps: int) -> dict[str, Any]:
         "step": progress["step"] - steps,
         "images": progress["images"] - EpochMetrics(cut).average()["images"],
         "train_seconds": progress["train_seconds"] - last["train_seconds"],
-        "test_seconds": progress["test_seconds"] - last["test_seconds"],
+        "test_seconds": progress["test_seconds"]
+        - last["test_seconds"]
+        - last.get("val_seconds", 0),
         "latest": {key: history[key][-1] for key in progress["latest"] if history["epoch"]},
     }
     reopened = {**progress, **reopened}

@@ -64,6 +64,7 @@ class Progress:
     images: int = 0
     best_top1: float = -math.inf
     best_epoch: int = 0
+    best_step: int = 0
     train_seconds: float = 0.0
     test_seconds: float = 0.0
     latest: Metrics = field(default_factory=dict)
@@ -86,18 +87,17 @@ class Progress:
             self.latest |= {f"{part}_{key}": metrics[key] for key in known}
         loss, top1 = (self._chosen_metric(name) for name in ("loss", "top1"))
         if math.isfinite(loss) and top1 > self.best_top1:
-            self.best_top1, self.best_epoch = top1, self.epoch
+            self.best_top1, self.best_epoch, self.best_step = top1, self.epoch, self.step
 
     def _chosen_metric(self, name: str) -> float:
-        """Return the latest "loss" or "top1" that chooses the best epoch; NaN before the first."""
+        """Return the latest "loss" or "top1" that chooses the best epoch."""
         names = (f"{part}_{key}{name}" for part in ("val", "test") for key in ("ema_", ""))
-        return next((self.latest[known] for known in names if known in self.latest), math.nan)
+        return next(self.latest[known] for known in names if known in self.latest)
 
     @property
     def is_best(self) -> bool:
-        """True if the latest epoch is better than all before, also than its own cut-short test."""
-        is_latest = self.epoch == self.best_epoch
-        return is_latest and self._chosen_metric("top1") == self.best_top1
+        """True if the latest test is the best of all, also if its epoch was tested before."""
+        return 0 < self.step == self.best_step
 
     def summary(self) -> dict[str, float]:
         """Return the metrics for summary.json."""
