@@ -124,7 +124,7 @@ def check_unchanged(
 
     Raises:
         SystemExit: code 2, the images would be read from another place.
-        CheckpointError: names the first flag that differs.
+        CheckpointError: names the first flag that differs, and the remedy.
     """
     trained_on, is_chosen = config.get("data"), "data" in typed or getattr(flags, "dummy", False)
     if type(trained_on) is str and trained_on != flags.data and not is_chosen:
@@ -139,4 +139,9 @@ def check_unchanged(
         {parser.spelling[name]: settings[name] for name in parser.spelling if name in names}
         for settings in ({**parser.defaults(), **config}, vars(flags))
     )
-    check_compatible(before, now)
+    try:
+        check_compatible(before, now)
+    except CheckpointError as error:
+        place = f", also of --config {flags.config}" if flags.config else ""
+        other = "" if flags.evaluate else f", or start a new run with --init {flags.resume}"
+        raise CheckpointError(f"{error}; leave the flag out{place}{other}") from error

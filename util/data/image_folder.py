@@ -252,4 +252,5 @@ def require_same_classes(train: Listing, test: Listing) -> None:
         if (extra := sorted({*one.classes} - {*other.classes}))
     ]
     if differing:
-        raise DataError(f"train and test folders have different classes: {'; '.join(differing)}")
+        reason = f"train and test folders have different classes: {'; '.join(differing)}"
+        raise DataError(f"{reason}; give each class images in both, or move its folder elsewhere")

@@ -220,3 +220,19 @@ def test_a_flag_that_is_younger_than_the_checkpoint_had_its_default(tmp_path):
             read_settings(main.build_script(), [*line, *typed])
     with pytest.raises(CheckpointError, match="--freeze is False in the checkpoint, True"):
         read_settings(main.build_script(), [*line, "--freeze", "True"])
+
+
+def test_a_flag_that_differs_from_the_checkpoint_is_refused_with_a_remedy(tmp_path):
+    state, file = make_state(), tmp_path / "more.yaml"
+    state["config"] |= {"milestone": [0.5]}
+    file.write_text("seed: 7")
+    path = save_checkpoint(state, tmp_path)
+    line, typed = ["--resume", str(path)], ["--seed", "7"]
+    for words, remedy in (
+        (typed, f"leave the flag out, or start a new run with --init {path}"),
+        (["-e", "--norm-type", "l1norm"], "leave the flag out"),
+        (["--config", str(file)], f"leave the flag out, also of --config {file}, or start a new"),
+    ):
+        with pytest.raises(CheckpointError) as refusal:
+            read_settings(main.build_script(), [*line, *words])
+        assert remedy in str(refusal.value), words

@@ -262,7 +262,7 @@ def test_statistics_that_cannot_be_kept_are_used_all_the_same(root, capsys):
 
 def test_classes_that_differ_are_listed(tmp_path):
     make_folder(tmp_path, train=("cat", "dog", "eel"), test=("cat", "fox"), count=1)
-    with pytest.raises(DataError, match=r"train: dog, eel; only in .*test: fox$"):
+    with pytest.raises(DataError, match=r"train: dog, eel; only in .*test: fox; give each class"):
         build(tmp_path)
 
 

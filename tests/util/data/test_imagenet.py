@@ -176,7 +176,7 @@ def test_what_workers_need_can_be_pickled(root):
 
 def test_classes_that_differ_are_listed(root):
     (root / "val" / "n03").rename(root / "val" / "n04")
-    with pytest.raises(DataError, match=r"train: n03; only in .*val: n04$"):
+    with pytest.raises(DataError, match=r"train: n03; only in .*val: n04; give each class images"):
         build(root)
 
 
