@@ -55,7 +55,7 @@ def check_batch_size(
     world_size: int = 1,
     accum_steps: int = 1,
     *,
-    resumes: bool = False,
+    allow_rest: bool = False,
 ) -> None:
     """Raise RunError unless all ranks get images of each micro-batch, two where BatchNorm1d is.
 
@@ -68,7 +68,7 @@ def check_batch_size(
         batch_size: images per step, over all ranks.
         world_size: number of ranks.
         accum_steps: micro-batches per step.
-        resumes: True accepts a single image as the rest of an epoch, except for BatchNorm1d.
+        allow_rest: True accepts a single image as the rest of an epoch, except for BatchNorm1d.
     """
     if batch_size < world_size * accum_steps:
         parts = f"{world_size} processes" if world_size > 1 else ""
@@ -80,7 +80,7 @@ def check_batch_size(
     smallest = min(part.total for part in micro_batches)
     has_single = {
         nn.BatchNorm1d: 1 in (smallest // world_size, -(-smallest // world_size)),
-        nn.modules.batchnorm._BatchNorm: last == 1 < batch_size and not resumes,
+        nn.modules.batchnorm._BatchNorm: last == 1 < batch_size and not allow_rest,
     }
     kinds = tuple(kind for kind, single in has_single.items() if single)
     for norm in (module for module in model.modules() if isinstance(module, kinds)):

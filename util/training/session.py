@@ -155,10 +155,11 @@ def fit(
     """
     flags, saved, world = context.flags, context.saved, context.world
     spec, train_loader, test_loader = data
-    sizes = len(train_loader.dataset), flags.batch_size, world.size, flags.accum_steps
-    check_batch_size(model, *sizes, resumes=saved is not None)
     epoch_steps = min(len(train_loader), max_batches)
     total_steps = min(flags.epochs * epoch_steps, flags.max_steps or sys.maxsize)
+    sizes = len(train_loader.dataset), flags.batch_size, world.size, flags.accum_steps
+    reaches_rest = min(epoch_steps, total_steps) == len(train_loader)
+    check_batch_size(model, *sizes, allow_rest=saved is not None or not reaches_rest)
     test_batches = world.shard_count(max_batches)
     micro_batch = math.ceil(flags.batch_size / flags.accum_steps)
     plan = Plan(epoch_steps, total_steps, test_batches, flags.checkpoint_steps, micro_batch)

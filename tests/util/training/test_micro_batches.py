@@ -48,7 +48,7 @@ def test_a_single_image_is_no_last_batch_for_batchnorm2d():
     model = nn.Sequential(nn.BatchNorm2d(3))
     with pytest.raises(RunError, match=r"batch of 9 images has 1; .* too few for BatchNorm2d"):
         check_batch_size(model, 9, 4)
-    check_batch_size(model, 9, 4, resumes=True)
+    check_batch_size(model, 9, 4, allow_rest=True)
     for images, batch_size, ranks in [(9, 1, 1), (10, 4, 2), (8, 4, 1)]:
         check_batch_size(model, images, batch_size, ranks)
 
