@@ -199,7 +199,8 @@ def test_bad_images_end_the_run_or_are_listed(images, tmp_path, capsys):
             (data / split / name / "0.png").symlink_to(images / split / name / "0.png")
     (data / "train" / "dark" / "empty.jpg").touch()
     line = f"--epochs 1 --lr .01 --run-dir {tmp_path / 'run'}"
-    assert "empty.jpg" in refusal(capsys, line, data)
+    told = refusal(capsys, line, data)
+    assert "empty.jpg" in told and "--on-bad-image skip leaves such images out" in told
     run(f"{line} --on-bad-image skip", data)
     assert (tmp_path / "run" / "skipped.txt").read_text().splitlines() == [
         str(data / "train" / "dark" / "empty.jpg")

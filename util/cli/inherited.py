@@ -96,6 +96,9 @@ def check_config(script: Script, config: dict[str, Any], file: str | Path) -> No
     parser, arch = script.parser, config.get("arch")
     if type(arch) is not str or arch not in script.architectures:
         reason = f"config.arch: {describe(arch)} is no architecture of {parser.prog}"
+        owner = "main.py" if "dataset" in config else "main_imagenet.py"
+        if type(arch) is str and owner != parser.prog:
+            raise CheckpointError(f"{file}: arch {describe(arch)} is of {owner}; run that script")
         raise CheckpointError(f"{file}: damaged or foreign content: {reason}")
     for name, value in config.items():
         is_known = name in parser.spelling and name not in OF_THIS_MACHINE

@@ -24,7 +24,7 @@ from util.distributed.launcher import (
     local_rank,
     wait_for_first_error,
 )
-from util.errors import PeerFailed, TrainingDiverged
+from util.errors import BadImage, DataError, PeerFailed, TrainingDiverged
 from util.tracking.run_dir import find_run_dir
 from util.training.session import RunContext
 
@@ -73,7 +73,11 @@ def _report_run_errors(parser: Parser) -> Iterator[None]:
     """Turn expected errors into one line and an exit code; let the others pass."""
     try:
         with report_errors(parser):
-            yield
+            try:
+                yield
+            except BadImage as error:
+                remedy = "--on-bad-image skip leaves such images out"
+                raise DataError(f"{error}; {remedy}") from error
     except TrainingDiverged as error:
         parser.error(f"training diverged at {error}; try a lower --lr", 1)
     except PeerFailed:

@@ -236,3 +236,11 @@ def test_a_flag_that_differs_from_the_checkpoint_is_refused_with_a_remedy(tmp_pa
         with pytest.raises(CheckpointError) as refusal:
             read_settings(main.build_script(), [*line, *words])
         assert remedy in str(refusal.value), words
+
+
+def test_a_run_of_the_other_script_is_refused_by_its_name(tmp_path):
+    state = make_state()
+    state["config"] = {"epochs": state["config"]["epochs"], "arch": "resnet18d"}
+    line = ["--resume", str(save_checkpoint(state, tmp_path))]
+    with pytest.raises(CheckpointError, match="'resnet18d' is of main_imagenet.py; run that"):
+        read_settings(main.build_script(), line)
