@@ -136,6 +136,8 @@ def group_seeds(runs: Sequence[Run]) -> list[list[Run]]:
     repeats: Counter[tuple[str, Any]] = Counter()
     for run in runs:
         fixed = {name: value for name, value in run.flags.items() if name not in FREE_FLAGS}
+        # A flag may be recorded as an integer by default, and as a float where it was typed.
+        fixed = {k: float(value) if type(value) is int else value for k, value in fixed.items()}
         setting = json.dumps([run.kind, fixed], sort_keys=True)
         seed = (setting, run.flags.get("seed"))
         groups.setdefault((setting, repeats[seed]), []).append(run)

@@ -75,10 +75,11 @@ def test_tensorboard_shows_the_newest_figure_and_table(tmp_path):
 
 
 def test_runs_that_differ_in_the_seed_alone_become_a_group_with_mean_and_deviation(tmp_path):
+    default, typed = {"seed": 0, "rows_per_feature": 24}, {"seed": 1, "rows_per_feature": 24.0}
     runs = [
-        make_run(tmp_path / f"{kind}-seed{seed}", kind, flags={"seed": seed}, test_top1=top1)
+        make_run(tmp_path / f"{kind}-seed{flags['seed']}", kind, flags=flags, test_top1=top1)
         for kind in ("bn", "deconv-mode5")
-        for seed, top1 in ((0, 40.0), (1, 50.0))
+        for flags, top1 in ((default, 40.0), (typed, 50.0))
     ]
     runs.append(make_run(tmp_path / "bn-wide", flags={"seed": 2, "arch": "other"}))
     read = [compare.read_run(Path(run), Path(run).name) for run in runs]

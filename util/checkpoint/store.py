@@ -152,11 +152,18 @@ def check_compatible(saved: dict[str, Any], current: dict[str, Any]) -> None:
     """
     for key in {**current, **saved}:
         before, now = saved.get(key, _ABSENT), current.get(key, _ABSENT)
-        if repr(before) != repr(now):
+        if not _is_equal(before, now):
             name, before, now = _find_difference(key, before, now)
             raise CheckpointError(
                 f"cannot resume: {name} is {before} in the checkpoint, {now} in this run"
             )
+
+
+def _is_equal(before: Any, now: Any) -> bool:
+    """Compare two values. A flag may be an integer by default, and a float where it was typed."""
+    if type(before) in (int, float) and type(now) in (int, float) and before == now:
+        return True
+    return repr(before) == repr(now)
 
 
 def _find_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
@@ -165,7 +172,7 @@ def _find_difference(name: str, before: Any, now: Any) -> tuple[str, str, str]:
         if len(before) != len(now):
             return f"the number of {name}", str(len(before)), str(len(now))
         for index, pair in enumerate(zip(before, now, strict=True)):
-            if repr(pair[0]) != repr(pair[1]):
+            if not _is_equal(*pair):
                 return _find_difference(f"{name}[{index}]", *pair)
     return name, *(
         "absent" if v is _ABSENT else textwrap.shorten(repr(v), 80) for v in (before, now)

@@ -348,10 +348,13 @@ def test_the_generator_of_a_gpu_continues_where_it_was(tmp_path):
 def test_what_differs_from_the_checkpoint_is_named_with_both_values():
     saved = {"arch": "vgg11", "deconv": True, "block": 16}
     check_compatible(saved, dict(saved))
+    check_compatible(saved, {**saved, "block": 16.0})  # the default and a typed value
     with pytest.raises(CheckpointError, match="block is 16 in the checkpoint, 64 in this run"):
         check_compatible(saved, {**saved, "block": 64})
     with pytest.raises(CheckpointError, match="mode is absent in the checkpoint, 5 in this run"):
         check_compatible(saved, {**saved, "mode": 5})
+    with pytest.raises(CheckpointError, match="deconv is True in the checkpoint, 1 in this run"):
+        check_compatible(saved, {**saved, "deconv": 1})
     saved["classes"] = ("cat", "dog", "owl")
     for classes, message in (
         (("cat", "dog"), "the number of classes is 3 in the checkpoint, 2 in this run"),
