@@ -70,9 +70,9 @@ class RunCurves:
     def training(self, metric: str) -> Series:
         """Return the rows of `train_batch.log`, means over --print-freq steps.
 
-        A run without such rows gives the means of its epochs.
+        A run with fewer rows than epochs, all of them short, gives the means of its epochs.
         """
-        if not self.batches["batch"]:
+        if len(self.batches["batch"]) < len(self.ends):
             return self._by_epoch(self.train[metric])
         batch, epoch = (np.asarray(self.batches[key], int) for key in ("batch", "epoch"))
         starts = self._seconds[(epoch - 1).clip(0, len(self.ends))]

@@ -173,6 +173,13 @@ def test_axes_begin_at_the_start_of_training(tmp_path, figures):
     assert [axes.get_xlim()[0] for axes in figures[0].axes] == [0] * 4
 
 
+def test_a_run_with_fewer_rows_of_batches_than_epochs_shows_its_training_by_epoch():
+    run = make_curves(epochs=5, rows=0, epoch_steps=3)
+    row = {"epoch": [4], "batch": [1], "loss": [2.5], "top1": [9.0], "seconds": [1.0]}
+    curve = replace(run, batches=row).training("loss")
+    assert curve.step.tolist() == run.ends and curve.values.tolist() == run.train["loss"]
+
+
 def test_one_epoch_without_rows_of_batches_and_many_groups_can_be_drawn(tmp_path):
     names = [f"{'long name ' * 8}{i}" for i in range(12)]
     groups = [make_group(name, f"deconv-{name[-1]}", epochs=1, rows=0) for name in names]
