@@ -132,7 +132,8 @@ def train_all(runs: Sequence[Run], out: Path, extra: Sequence[str], finished: in
     words = [sys.executable, runner.MAIN.file, *FLAGS.split(), *extra]
     lines = {run.name: [*words, *run.list_flags(out)] for run in runs}
     with stop_on_signal() as asked:
-        runner.run_all(lines, out, min(2, os.cpu_count() or 1), report, asked)
+        slots = [None] * min(2, os.cpu_count() or 1)  # of no GPU in particular
+        runner.run_all(lines, out, slots, report, asked)
         if number := asked():
             raise SystemExit(128 + number)
     return {run: results[run] for run in runs}

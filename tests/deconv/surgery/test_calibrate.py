@@ -94,7 +94,8 @@ def test_the_weight_is_w_over_d_and_the_bias_gains_w_mu():
     torch.manual_seed(0)
     old = nn.Linear(3, 2).double()
     rows = torch.randn(2, 50, 3, dtype=torch.float64) @ torch.randn(3, 3).double() + 1
-    new = convert(nn.Sequential(old), pretrained=True, linear=["0"], calibrate=rows, n_iter=15)[0]
+    options = {"linear": ["0"], "root_linear": "newton", "n_iter": 15}  # an exact root
+    new = convert(nn.Sequential(old), pretrained=True, calibrate=rows, **options)[0]
     cov = torch.stack([torch.cov(batch.T, correction=0) for batch in rows]).mean(0)
     values, vectors = torch.linalg.eigh(cov + 0.01 * torch.eye(3))
     root = vectors @ values.sqrt().diag() @ vectors.T  # D^-1
