@@ -86,7 +86,8 @@ def check_content(state: Any) -> None:
     check_value("model._metadata", getattr(state["model"], "_metadata", {}), {str: {str: COUNT}})
     if state["scaler"]:  # only --amp fp16 has one
         check_value("scaler", state["scaler"], SCALER)
-    check_value("progress.best_step", state["progress"].get("best_step", 0), COUNT)
+    for key, rule in (("best_step", COUNT), ("best_test_top1", PROGRESS["best_top1"])):
+        check_value(f"progress.{key}", state["progress"].get(key, 0), rule)
     check_value("cut", state.get("cut", state["meters"]), METERS)  # older checkpoints lack it
     tests, more = ["test"], []  # columns of the history beside HISTORY
     val_split = state["config"].get("val_split")

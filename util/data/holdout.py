@@ -30,7 +30,7 @@ def choose_held_out(
     for target, name in enumerate(classes):
         images = np.flatnonzero(targets == target)
         if len(images) == 1:
-            reason = f"the class {name} has a single training image, which cannot be split"
+            reason = f"the class {name} has a single training image; add some, or leave this out"
             raise DataError(f"--val-split {fraction:g}: {reason}")
         count = min(max(round(fraction * len(images)), 1), len(images) - 1)
         held_out[images[np.argsort(words[images], kind="stable")[:count]]] = True

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
@@ -213,13 +212,11 @@ class Recorder:
 
     def _best_metrics(self) -> dict[str, float]:
         """Return the accuracies of the best epoch, in the test and of the metric that chose it."""
-        progress, history = self.state.progress, self.logger.history
-        if "val_top1" not in history:
+        progress = self.state.progress
+        if "val_top1" not in self.logger.history:
             return {"best_test_top1": progress.best_top1}
-        column = "test_ema_top1" if self.state.average else "test_top1"
-        tests = dict(zip(history["epoch"], history[column], strict=True))
-        test = tests.get(progress.best_epoch, -math.inf)
-        return {"best_val_top1": progress.best_top1, "best_test_top1": test}
+        tests = {"best_test_top1": progress.best_test_top1}
+        return {"best_val_top1": progress.best_top1, **tests}
 
     def close(self) -> None:
         """Close the logs and release the folder."""

@@ -56,7 +56,8 @@ class Plan:
 class Progress:
     """Counts and sums over the finished epochs; accuracy in percent, time in seconds.
 
-    `best_epoch` is 0 until an epoch has a finite test loss.
+    `best_epoch` is 0 until an epoch has a finite test loss. `best_test_top1` is the test accuracy
+    at `best_step`, where validation images may have chosen the best.
     """
 
     epoch: int = 0
@@ -65,6 +66,7 @@ class Progress:
     best_top1: float = -math.inf
     best_epoch: int = 0
     best_step: int = 0
+    best_test_top1: float = -math.inf
     train_seconds: float = 0.0
     test_seconds: float = 0.0
     latest: Metrics = field(default_factory=dict)
@@ -88,6 +90,7 @@ class Progress:
         loss, top1 = (self._chosen_metric(name) for name in ("loss", "top1"))
         if math.isfinite(loss) and top1 > self.best_top1:
             self.best_top1, self.best_epoch, self.best_step = top1, self.epoch, self.step
+            self.best_test_top1 = test.get("ema_top1", test["top1"])
 
     def _chosen_metric(self, name: str) -> float:
         """Return the latest "loss" or "top1" that chooses the best epoch."""

@@ -36,6 +36,9 @@ def test_the_average_and_validation_images_choose_the_best_epoch_before_the_test
         progress = Progress()
         progress.finish_epoch(make_metrics_of(50.0, steps=5, lr=0.1), **tests)
         assert progress.best_top1 == best and progress.is_best
+        worse = make_metrics_of(99.0), make_metrics_of(0.0)
+        progress.finish_epoch(make_metrics_of(50.0, steps=5, lr=0.1), *worse)
+        assert progress.best_test_top1 == (60.0 if "ema_top1" in tests["test"] else 50.0)
 
 
 def test_counts_and_sums():
