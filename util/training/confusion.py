@@ -49,7 +49,7 @@ def report_classes(counts: Tensor, classes: Sequence[str], folder: Path) -> None
         classes: names, by target.
         folder: receives confusion_matrix.csv and confusion_matrix.png.
     """
-    width = max(map(len, classes))
+    width = max(map(len, ["class", *classes]))
     print_line(f"{'class':{width}}  {'top1':>7}  images")
     for name, hits, images in zip(classes, counts.diag(), counts.sum(1), strict=True):
         if images:

@@ -39,3 +39,9 @@ def test_classes_are_printed_and_the_matrix_is_written(tmp_path, capsys):
     assert len(rows) == 4
     with Image.open(tmp_path / "confusion_matrix.png") as figure:
         assert len(figure.convert("RGB").getcolors(2**24)) > 3
+
+
+def test_columns_align_where_names_are_shorter_than_their_heading(tmp_path, capsys):
+    report_classes(torch.eye(2, dtype=torch.int64), ("a", "b"), tmp_path)
+    heading, *rows, _ = capsys.readouterr().out.splitlines()
+    assert {len(row) for row in rows} == {len(heading)}
