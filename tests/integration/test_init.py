@@ -135,8 +135,10 @@ def test_what_would_be_wrong_is_refused(trained, tmp_path, capsys):
     senet = tmp_path / "senet.pth"
     layers = make_layers(deconv=False)
     torch.save(build_model("senet", layers, in_channels=1).state_dict(), senet)
-    bn, deconv = trained / "bn", trained / "deconv"
+    bn, deconv, onnx = trained / "bn", trained / "deconv", tmp_path / "network.onnx"
+    onnx.touch()
     for line, reason in (
+        (f"--init {onnx}", "not read from this format; give a run, a checkpoint"),
         (f"--init {bn} --resume {bn}", "--init .*bn contradicts --resume"),
         (f"--init {bn} -e", "--init .*bn contradicts -e"),
         (f"--init {deconv}", "holds deconvolution layers; add --deconv True"),

@@ -526,6 +526,12 @@ def test_a_checkpoint_is_found_from_home_and_may_lack_newer_flags(tmp_path, monk
         assert "is finished" in capsys.readouterr().out
 
 
+def test_a_finished_run_with_an_average_says_so_where_fewer_steps_are_asked_for(tmp_path, capsys):
+    train(f"--arch simple_v1 --ema .8 --max-steps 6 {QUIET}", tmp_path / "run")
+    main.main(["--resume", str(tmp_path / "run"), "--max-steps", "4"])
+    assert "is finished: 6 of 4 steps" in capsys.readouterr().out
+
+
 def test_each_epoch_has_an_order_of_its_own(tmp_path, monkeypatch):
     orders = []
     draw = EpochBatches.__iter__

@@ -15,6 +15,7 @@ from util.checkpoint.store import load_checkpoint, load_foreign, load_newest, se
 from util.console import print_line
 from util.errors import CheckpointError, ContentError
 
+EXPORTED = (".onnx", ".pt2")  # programs, whose weights are not read
 WRAPPED = "module."  # prefix of all names in a state_dict of DataParallel
 
 
@@ -49,6 +50,9 @@ def read_weights(place: str) -> Weights:
         for error in errors:
             print_line(f"warning: {error}; taking {path}")
         return Weights(str(path), select_weights(saved), {**EARLIER, **saved["config"]})
+    if place.endswith(EXPORTED):
+        remedy = "give a run, a checkpoint, a state_dict or a file *.safetensors"
+        raise CheckpointError(f"{place}: weights are not read from this format; {remedy}")
     content = _read_safetensors(place) if place.endswith(".safetensors") else load_foreign(place)
     if isinstance(content, dict) and "format_version" in content:
         saved = load_checkpoint(place)

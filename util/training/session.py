@@ -178,7 +178,8 @@ def fit(
     loaders = train_loader, test_loader, *([] if validation is None else [validation])
     state = TrainingState(vars(flags), spec, loaders, model, optimizer, accelerator, world, start)
     if flags.ema is not None:
-        check_decay(flags.ema, total_steps)
+        if not saved:
+            check_decay(flags.ema, total_steps)
         state.average = build_average(model, flags.ema)
     seed_everything(flags.seed + world.rank)  # dropout differs between ranks
     if saved:
