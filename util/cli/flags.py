@@ -129,7 +129,7 @@ def add_data_flags(parser: Parser, datasets: Collection[str]) -> None:
     mirror = os.environ.get(MIRROR_VARIABLE) or None
     default = f"${MIRROR_VARIABLE}, or the published address"
     add("--data-url", text, mirror_url, mirror, default, metavar="URL")
-    text = "keep the decoded images of --dataset folder in DIR, a local disk, for the next start"
+    text = "cache the decoded images of --dataset folder in DIR, a local disk, for the next start"
     add("--cache-dir", text, path_name, default_text="decode at each start", metavar="DIR")
     text = "side of the images after resizing, in pixels"
     _add_image_flags(add, text, MIN_IMAGE_SIZE, workers=0, models="--resume")
@@ -154,16 +154,16 @@ def _add_image_flags(
     add("--image-size", text, bounded_int(MIN_IMAGE_SIZE, 4096), size)
     text = "stop at an image file that cannot be decoded, or skip and list it"
     add("--on-bad-image", text, None, "error", choices=("error", "skip"))
-    text = """fraction of the training images, of each class and by --seed, to hold out: they choose
-        the best epoch, model_best.pth.tar, in place of the test images"""
+    text = """hold out the fraction F of the training images of each class, drawn by --seed; they
+        choose the best epoch, model_best.pth.tar, in place of the test images"""
     add("--val-split", text, bounded_float(minimum=0, below=1), 0.0, metavar="F")
-    text = "most pixels of an image file; the memory must hold them, 3 bytes each"
+    text = "refuse image files of more pixels; each pixel takes 3 bytes of memory"
     add("--max-image-pixels", text, bounded_int(1, 10**12), MAX_IMAGE_PIXELS)
     text = "processes that load images on this machine; 0 loads in the training processes"
     add("-j --num-workers --workers", text, bounded_int(0, 1024), workers)
     text = f"test the model of {models} and exit; flags about training are ignored"
     add("-e --evaluate", text, str2bool, False)
-    text = """with -e: print the accuracy of each class, and write confusion_matrix.csv and
+    text = """with -e, print the accuracy of each class, and write confusion_matrix.csv and
         confusion_matrix.png into the folder of the run"""
     add("--per-class", text, str2bool, False)
 
@@ -173,8 +173,8 @@ def add_training_flags(
 ) -> None:
     """Add the flags of training; the keywords are defaults."""
     add = parser.add_group("training")
-    text = """YAML file of flags, such as `batch-size: 128`; or the folder of a run, for the flags
-        in its args.json. Flags on the command line override the file"""
+    text = """YAML file of flags, such as `batch-size: 128`, or the folder of a run, for the flags
+        in its args.json; flags on the command line override them"""
     add("--config", text, path_name, metavar="FILE")
     if presets:  # main_imagenet.py has none
         text = f"paper: the settings of the paper's tables, {presets['paper']}"
@@ -185,17 +185,17 @@ def add_training_flags(
     add("--max-steps", text, bounded_int(1))
     text = "images per optimizer step, over all devices together"
     add("-b --batch-size", text, bounded_int(1, 10**6), batch_size)
-    text = """micro-batches per optimizer step: the images of a step pass the network in N parts,
-        one after the other, which saves memory. Their gradients are averaged. Each part has its own
-        batch statistics, so that BatchNorm and deconvolution see batches of 1/N the size"""
+    text = """split each batch into N micro-batches, forwarded one after the other to save memory;
+        the step takes their mean gradient. Each micro-batch has its own batch statistics, in
+        BatchNorm and in deconvolution"""
     add("--accum-steps", text, bounded_int(1, 10**6), 1)
     text = "CE: cross-entropy; L2: half the squared distance to the one-hot target"
     add("--loss", text, None, "CE", choices=LOSSES)
-    text = "share of each target that --loss CE spreads evenly over all classes; not of the test"
+    text = "share of each training target that --loss CE spreads evenly over all classes"
     share = bounded_float(minimum=0, below=1)
     add("--label-smoothing", text, share, 0.0, metavar="E")
-    text = """optimizer; Muon steps the weights of convolutions and linear layers, and AdamW at the
-        same rate the classifier, biases and norms"""
+    text = """optimizer; Muon updates the weights of convolutions and linear layers, and leaves
+        classifier, biases and norms to AdamW at the same rate"""
     add("--optimizer", text, None, "SGD", choices=OPTIMIZERS)
     rate = bounded_float(above=0, below=FLOAT32_LIMIT)
     decoupled = "with AdamW and Muon"
@@ -205,19 +205,19 @@ def add_training_flags(
     bounds = bounded_float(minimum=0, below=FLOAT32_LIMIT)
     default = f"{weight_decay:g}, or {DECOUPLED['weight_decay']:g} {decoupled}"
     form = {"metavar": "W", "dest": "weight_decay", "default_text": default}
-    text = "weight decay: an L2 penalty, or decoupled from the gradient with AdamW and Muon"
+    text = "weight decay: decoupled with AdamW and Muon, else an L2 penalty"
     add("--wd --weight-decay", text, bounds, weight_decay, **form)
     text = "exempt biases and the scales of norms from weight decay"
     add("--no-decay-norm-bias", text, str2bool, False)
-    text = "scale the gradients of a step down to this norm where their joint norm is larger"
+    text = "scale the gradients of a step down to NORM if their joint norm is larger"
     add("--clip-grad", text, bounded_float(above=0, below=FLOAT32_LIMIT), metavar="NORM")
-    text = """also keep an exponential moving average of weights and running statistics, over about
-        1 / (1 - DECAY) steps. It is tested beside the trained weights after each epoch, and
-        model_best is chosen by its accuracy"""
+    text = """keep an exponential moving average of weights and running statistics, over about
+        1 / (1 - DECAY) steps. The average is tested after each epoch beside the trained weights,
+        and its accuracy chooses model_best.pth.tar"""
     add("--ema", text, bounded_float(above=0, below=1), metavar="DECAY")
-    text = "with -e, test the moving average of --ema; False: the trained weights"
+    text = "with -e, test the moving average of --ema; False tests the trained weights"
     add("--use-ema", text, str2bool, default_text="True if there is an average")
-    text = """cosine, linear: decay to 0 over the run, step by step; multistep: multiply by
+    text = """cosine and linear: decay to 0 over the run, step by step; multistep: multiply by
         --multistep-gamma at each --milestone; step: multiply by --multistep-gamma
         every --scheduler-step-size epochs"""
     add("--lr-scheduler", text, None, "cosine", choices=SCHEDULES)
@@ -233,18 +233,19 @@ def add_training_flags(
     text = "random seed; on a CPU, runs with the same seed and flags agree bit for bit"
     add("--seed", text, bounded_int(0, 2**62), 0)
 
-    add = parser.add_group("augmentation", "Training images, beside the dataset's crop and flip.")
-    text = """random operations on colour and geometry, image by image: ra, RandAugment; ta_wide,
-        TrivialAugment; augmix, AugMix; imagenet and cifar10, learned policies of AutoAugment"""
+    text = "Applied to training images, in addition to the dataset's crop and flip."
+    add = parser.add_group("augmentation", text)
+    text = """random operations on the colour and geometry of each image. ra: RandAugment; ta_wide:
+        TrivialAugment; augmix: AugMix; imagenet and cifar10: learned policies of AutoAugment"""
     add("--auto-augment", text, None, "off", choices=AUTO_AUGMENT)
-    text = "probability to erase a random rectangle of an image"
+    text = "erase a random rectangle of an image with probability P"
     add("--random-erase", text, bounded_float(minimum=0, maximum=1), 0.0, metavar="P")
     text = """mix each image and its target with another of the batch, in shares drawn from
-        Beta(ALPHA, ALPHA); 0 is off. With --cutmix, each batch draws one of both. Training accuracy
-        counts the class of the larger share"""
+        Beta(ALPHA, ALPHA); 0 turns this off. With --cutmix as well, each batch draws one of the
+        two. Training accuracy counts the class of the larger share"""
     share = bounded_float(minimum=0, maximum=100)
     add("--mixup", text, share, 0.0, metavar="ALPHA")
-    text = "paste a rectangle of another image into each image, in shares as those of --mixup"
+    text = "paste a rectangle of another image into each image; shares as with --mixup, 0 is off"
     add("--cutmix", text, share, 0.0, metavar="ALPHA")
 
 
@@ -265,23 +266,23 @@ def add_output_flags(parser: Parser) -> None:
     add = parser.add_group("output")
     text = """write runs to DIR/<dataset>-<arch>-<kind>/<time>/ and cached dataset statistics to
         DIR"""
-    default = "./runs, or the folder above those of the resumed run or of --run-dir"
+    default = "./runs, or as in the resumed run, or the parent of --run-dir"
     add("--out", text, path_name, None, default, metavar="DIR")
     add("--run-dir", "write the run to exactly this folder", path_name, metavar="DIR")
     text = """folder of a run to continue from its newest checkpoint, up to --epochs in total, or a
         checkpoint file; auto: the newest checkpoint in --run-dir, or a fresh start if there is
         none. Flags that are left out are taken from the checkpoint, except paths and flags about
-        GPUs and machines. A run that --max-steps ended continues to the end of its epochs, or
-        with a new --max-steps. More steps or epochs stretch the learning rate schedule"""
+        GPUs and machines. A run that --max-steps ended continues to the end of its epochs, or to
+        a new --max-steps. More steps or epochs stretch the learning rate schedule"""
     add("--resume", text, path_name, metavar="RUN")
-    text = """start a new run from the weights of an earlier run, a checkpoint or a state_dict;
-        layers of other names or shapes are new and are listed. With --deconv True, BatchNorm is
-        folded in, and the first training batches calibrate the weights"""
+    text = """start a new run from the weights of an earlier run, a checkpoint or a state_dict.
+        Layers of other names or shapes start anew and are listed. With --deconv True, BatchNorm is
+        folded into the weights, and the first training batches calibrate them"""
     add("--init", text, path_name, metavar="RUN|FILE")
     text = "keep an extra checkpoint_<epoch>.pth.tar every N epochs; 0 keeps none"
     add("--checkpoint-epoch", text, bounded_int(0), 0)
-    text = """keep the checkpoints of the last N epochs as checkpoint_<epoch>.pth.tar; 1 keeps
-        checkpoint.pth.tar only"""
+    text = """keep the checkpoints of the last N epochs as checkpoint_<epoch>.pth.tar; 1 keeps only
+        checkpoint.pth.tar"""
     add("--checkpoint-hist", text, bounded_int(1), 1)
     text = "steps between two rows of train_batch.log, TensorBoard points or printed lines"
     add("-p --print-freq", text, bounded_int(1), 10)
@@ -300,7 +301,7 @@ def add_advanced_flags(parser: Parser) -> None:
         cholesky, the fastest, which whitens with a triangular factor in place of the root"""
     roots = ("newton", "resolvent", "cholesky")
     add("--root", text, None, "cholesky", choices=roots)
-    text = """--root of the last fully connected layer, and of every linear layer that whitens in
+    text = """--root for the last fully connected layer, and for every linear layer that whitens in
         simple_v1 and mlp"""
     like_root = "as --root, but resolvent in place of cholesky"
     add("--root-final --root-fc", text, default_text=like_root, choices=roots)
@@ -333,7 +334,7 @@ def add_advanced_flags(parser: Parser) -> None:
     text = "store images and 4-d weights in channels_last memory format, faster on some devices"
     add("--channels-last", text, str2bool, False)
     text = "capture a training step as a CUDA graph, which saves the time to launch kernels"
-    default = "True on one GPU without --compile and --accum-steps"
+    default = "True on one GPU without --compile or --accum-steps"
     add("--cuda-graphs", text, str2bool, default_text=default)
     text = "use only operations with reproducible results, which may be slower on a GPU"
     add("--deterministic", text, str2bool, False)
