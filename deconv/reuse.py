@@ -1,4 +1,4 @@
-"""Reuse D in evaluation for as long as the running statistics keep their values."""
+"""Reuse D in evaluation while the running statistics keep their values."""
 
 from __future__ import annotations
 
@@ -29,9 +29,8 @@ def reuse(
 ) -> Matrices:
     """Return D of a layer, from `make` unless nothing has changed since the last call.
 
-    Values are compared, since no version counter reports every edit of a tensor: edits through
-    `.data`, by numpy and by CUDA graphs bump none. A comparison on a GPU would wait for the device,
-    so D is reused on a CPU only.
+    Values are compared, because version counters miss edits through `.data`, by numpy and by CUDA
+    graphs. A comparison on a GPU would wait for the device, so D is reused on a CPU only.
 
     Args:
         layer: the layer.
@@ -51,7 +50,7 @@ def reuse(
 
 
 def _is_comparable(tensor: Tensor) -> bool:
-    """Return True for a tensor whose values are at hand."""
+    """Return True for a CPU tensor whose values can be read now."""
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     transformed = torch._C._are_functorch_transforms_active()

@@ -22,7 +22,7 @@ NORM = {"eps": 1e-12, "momentum": 0.4}  # of BatchNorm
 
 
 class PatchWhitening(nn.Conv2d):
-    """Frozen convolution that whitens patches; each filter also stands with the opposite sign.
+    """Frozen convolution that whitens patches; the filters come in pairs of opposite sign.
 
     (N, C, H, W) -> (N, 8 C, H - 1, W - 1).
 

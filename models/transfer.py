@@ -24,7 +24,7 @@ class Transfer:
         new: names of the layers that keep their initial weights. Layers of other shapes are among
             them, with both shapes.
         unused: names of the layers that the network does not have.
-        needs_calibration: True if a layer that whitens took weights for inputs as they are.
+        needs_calibration: True if a whitening layer took weights for inputs without whitening.
     """
 
     taken: int

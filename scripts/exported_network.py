@@ -1,4 +1,4 @@
-"""Facts that an exported file holds about its network, and networks read from such files."""
+"""Write facts about a network into exported files; read networks and facts from them."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def describe_network(trained: TrainedNetwork) -> dict[str, Any]:
 
 
 def format_metadata(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return facts as metadata, which is text: each fact that is none becomes JSON."""
+    """Return facts as text metadata; a fact that is not text becomes JSON."""
     return {key: fact if isinstance(fact, str) else json.dumps(fact) for key, fact in facts.items()}
 
 

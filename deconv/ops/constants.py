@@ -1,4 +1,4 @@
-"""Constant tensors that steps share, so that they are computed once."""
+"""Cache constant tensors, so that training steps compute them once."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ Constants = tuple[Tensor, ...]
 def cache_constants(make: Callable[..., Constants]) -> Callable[..., Constants]:
     """Cache the constant tensors that `make` computes from hashable arguments and `device`.
 
-    A CUDA graph reads its tensors at fixed addresses: what is used during a capture is never freed.
-    Under a compiler, a tensor subclass or a transform of torch.func, `make` runs each time, as its
-    result may hold no numbers.
+    A CUDA graph reads its tensors at fixed addresses. A tensor that is used during a capture is
+    therefore never freed. Under a compiler, a tensor subclass or a transform of torch.func, `make`
+    runs each time, because its result may hold no numbers.
     """
     # Outside inference mode: a later backward may save the tensors.
     cached = lru_cache(maxsize=128)(torch.inference_mode(False)(make))
@@ -58,10 +58,10 @@ def _make_lower_mask(side: int, device: torch.device) -> Constants:
 
 
 def find_identity(matrices: Tensor) -> Tensor:
-    """Return the identity of the side of matrices (..., d, d), in their dtype, (d, d)."""
+    """Return the identity (d, d) for matrices (..., d, d), in the dtype of the matrices."""
     return _make_identity(matrices.shape[-1], matrices.dtype, like=matrices)[0]
 
 
 def find_lower_mask(matrices: Tensor) -> Tensor:
-    """Return True on and below the diagonal of the side of matrices (..., d, d), (d, d)."""
+    """Return a mask (d, d) for matrices (..., d, d): True on and below the diagonal."""
     return _make_lower_mask(matrices.shape[-1], like=matrices)[0]

@@ -155,7 +155,7 @@ def _format_rates(records: Records) -> str:
 
 
 def draw(records: Records, path: Path) -> None:
-    """Plot accuracy and loss against steps and seconds, one picture per network."""
+    """Plot accuracy and loss against steps and seconds, one figure per network."""
     for name, groups in _list_groups(records).items():
         if groups:
             plot_comparison(groups, _name_picture(path, name), title=NETWORKS[name].title)

@@ -1,4 +1,4 @@
-"""Weights of a network, read from a checkpoint or from a file of another program."""
+"""Read the weights of a network from a checkpoint or a file of another program."""
 
 from __future__ import annotations
 

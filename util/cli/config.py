@@ -1,4 +1,4 @@
-"""Flags from a file: YAML that a user writes, or the args.json that a run writes."""
+"""Read flags from a YAML file of a user or from the args.json of a run."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ OF_ONE_START = {
 def read_config(path: str, parser: Parser) -> tuple[dict[str, Any], dict[str, Any]]:
     """Return the flags of a YAML file and the flags of an args.json, one of them empty.
 
-    The flags of YAML count as typed. The flags of args.json do not: a run records all of its flags,
-    also those without effect.
+    The flags of YAML count as typed. The flags of args.json do not, because a run also records
+    flags without effect.
 
     Args:
         path: YAML file whose keys are flags, args.json, or the folder of a run.

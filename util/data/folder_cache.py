@@ -1,4 +1,4 @@
-"""Caches of a folder of images: channel statistics and decoded images, keyed by the files."""
+"""Cache channel statistics and decoded images of a folder, keyed by its files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation images: a part of the training images, which no step trains on."""
+"""Hold out validation images from the training images."""
 
 from __future__ import annotations
 
@@ -19,8 +19,7 @@ def choose_held_out(
 ) -> np.ndarray:
     """Return a mask (N,) of the images to hold out, a function of the arguments alone.
 
-    Of each class it holds out the rounded fraction, but at least one image, and leaves at least
-    one.
+    The mask holds out the rounded fraction of each class: at least one image, and not all.
 
     Raises:
         DataError: a class has a single image.

@@ -1,4 +1,4 @@
-"""Folders of test images for a trained network, which knows its classes already."""
+"""Load test images from a folder for a trained network, whose classes are known."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocessing of test images: described once, applied by tests, predictions and exports."""
+"""Describe and apply the preprocessing of test images, for tests, predictions and exports."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Random transforms of torchvision, each seeded by its image or its batch.
+"""Apply torchvision's random transforms, each seeded by its image or its batch.
 
-torchvision draws from torch's global generator, once per call. Each image therefore has a call of
-its own, after a seed that is a function of its key. The global generator keeps its state.
+torchvision draws from torch's global generator, once per call. Each image therefore has its own
+call, which is seeded by the key of the image. The global generator keeps its state.
 """
 
 from __future__ import annotations

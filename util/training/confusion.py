@@ -1,4 +1,4 @@
-"""Accuracy of each class, and the confusion matrix as a table and a figure."""
+"""Report the accuracy of each class, and the confusion matrix as a table and a figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Moving average of a model over the optimizer steps, to test and use in its place."""
+"""Build the moving average of a model over its optimizer steps."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Initial weights of a run: taken from an earlier run or a file, and calibrated."""
+"""Take the initial weights of a run from an earlier run or a file, and calibrate them."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def start_from(
     hooks: ModelHooks,
     build: Callable[[Namespace], nn.Module],
 ) -> None:
-    """Start `model` from the weights that --init names, and list the layers without any.
+    """Copy the weights that --init names into `model`, and list the layers that keep their own.
 
-    Weights for inputs that are not whitened, of BatchNorm for instance, are calibrated.
+    Weights for inputs without whitening, such as those of BatchNorm, are calibrated.
 
     Args:
         context: of the run.

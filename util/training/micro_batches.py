@@ -1,4 +1,4 @@
-"""Micro-batches: parts of a batch that are forwarded one after the other, to save memory."""
+"""Split a batch into micro-batches, which are forwarded one after the other to save memory."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ def check_batch_size(
     *,
     allow_rest: bool = False,
 ) -> None:
-    """Raise RunError unless all ranks get images of each micro-batch, two where BatchNorm1d is.
+    """Raise RunError if a rank gets too few images of a micro-batch: none, or one for BatchNorm1d.
 
-    A run with another BatchNorm may train on single images, but not on a single one as the rest of
-    an epoch: this image would weigh as much as all images of another batch.
+    Other kinds of BatchNorm may train on single images. Among larger batches, a single image must
+    not be the last batch of an epoch: it would weigh as much as all images of another batch.
 
     Args:
         model: the network.

@@ -1,4 +1,4 @@
-"""Muon for the weights of hidden layers, AdamW for all other parameters, as one optimizer."""
+"""Optimize the weights of hidden layers by Muon, and all other parameters by AdamW."""
 
 from __future__ import annotations
 
