@@ -1,4 +1,4 @@
-"""Compare deconvolution with the layers and optimizers that people use beside it.
+"""Compare deconvolution with rival layers and optimizers.
 
     python scripts/paper/rivals.py --cifar10 DIR --dry-run
     python scripts/paper/rivals.py --cifar10 DIR --only vgg11
@@ -85,7 +85,7 @@ def read_more(folder: Path) -> dict[str, Any]:
 
 
 def find_best(case: Case, records: Records) -> tuple[float | None, list[str]]:
-    """Return the best rate of the records, None before the search has ended, and its runs."""
+    """Return the best rate of the records and its runs; the rate is None before the search ends."""
     _, best = search(case, partial(look_up_top1, records))
     return best, [] if best is None else [name_run(case, best, seed) for seed in SEEDS]
 
@@ -131,7 +131,7 @@ def _format_accuracy(records: Records) -> str:
 
 
 def _show_views(records: Records, names: Sequence[str]) -> str | None:
-    """Return the mean test top-1 on six views and each run's, None without one."""
+    """Return the test top-1 on six views, as mean and by run; None if not measured."""
     runs = [records.get(name, {}) for name in names]
     seen = {name: {"test_top1": run["views_top1"]} for name, run in zip(names, runs, strict=True)
             if "views_top1" in run}  # fmt: skip
@@ -187,7 +187,7 @@ def _list_groups(records: Records) -> dict[str, list[RunGroup]]:
 def _make_curves(
     record: dict[str, Any], time: dict[str, Any] | None, network: Network
 ) -> RunCurves:
-    """Return the curves of a run, with the seconds of steps timed in turn, or else its own."""
+    """Return the curves of a run, in seconds of steps timed in turn if measured, else its own."""
     step = time["seconds"] if time else record["train_seconds"] / record["steps"]
     length = -(-network.steps // network.epochs)
     epochs = record["epochs"]

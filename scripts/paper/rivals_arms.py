@@ -1,4 +1,4 @@
-"""Networks, arms and learning rates of `rivals.py`."""
+"""Define the networks, arms and learning rates of `rivals.py`."""
 
 from __future__ import annotations
 

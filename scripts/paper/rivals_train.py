@@ -74,7 +74,7 @@ def build_script() -> Script:
 
 
 def own_rules(flags: Namespace) -> Rules:
-    """Yield each flag of this script only, whether its value is allowed, and the error."""
+    """Yield the rules of this script's own flags: flag, True if its value is allowed, error."""
     for name in ("evaluate", "init"):
         yield name, False, "is an option of main.py only"
     yield "arch", flags.arch in NETWORKS, f"is not offered here: choose {', '.join(NETWORKS)}"

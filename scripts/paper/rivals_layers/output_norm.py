@@ -1,4 +1,4 @@
-"""Deconvolution whose outputs have unit variance, as those of BatchNorm have.
+"""Deconvolution with outputs of unit variance, like those of BatchNorm.
 
 An experiment: whitened inputs alone leave the scale of the outputs to the weight.
 """
