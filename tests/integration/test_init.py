@@ -82,7 +82,7 @@ def test_weights_of_the_same_layers_are_all_taken(trained, tmp_path, started, ca
 
 @loop_over("source", ["bn", "deconv"])
 def test_deconvolution_starts_at_the_outputs_of_other_weights(trained, tmp_path, started, source):
-    """Of BatchNorm, and of the plain layers that an export has."""
+    """Take weights of BatchNorm, and of the plain layers of an export."""
     theirs, init = build(f"--arch simple_v2 --deconv {source == 'deconv'}"), trained / source
     theirs.load_state_dict(load_checkpoint(init / "checkpoint.pth.tar")["model"])
     if source == "deconv":

@@ -165,7 +165,7 @@ def rows(path):
 
 
 def curves(run_dir):
-    """What TensorBoard shows, but for times: (step, value) by tag."""
+    """Return the points that TensorBoard shows, without times: (step, value) by tag."""
     events = EventAccumulator(str(run_dir), size_guidance={"scalars": 0}).Reload()
     tags = [tag for tag in events.Tags()["scalars"] if not tag.startswith("time/")]
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in tags}

@@ -502,5 +502,5 @@ def test_a_network_converted_by_default_trains_at_the_recommended_rate():
 def test_a_network_converted_by_default_trains_on_larger_images(seed):
     torch.manual_seed(seed)
     images, labels = read_images(64)
-    losses = train(convert(resnet18()), images, labels, steps=40)  # 1000 classes, as in the README
-    assert sum(losses[-5:]) / 5 < 2, losses  # from 7; a plain last layer diverges
+    losses = train(convert(resnet18()), images, labels, steps=60)  # 1000 classes, as in the README
+    assert sum(losses[-5:]) / 5 < 1, losses  # after 40 steps, one of three seeds exceeds 1
