@@ -79,6 +79,7 @@ def data_rules(flags: Namespace) -> Rules:
     yield "data_url", is_downloaded(name), f"does not apply to {name}, which is not downloaded"
     for flag in ("on_bad_image", "max_image_pixels", "cache_dir"):
         yield flag, name == "folder", "needs --dataset folder"
+    yield "cache_dir", not flags.evaluate, "has no effect with -e, which reads the test images once"
     yield "evaluate", flags.resume or not flags.evaluate, "needs --resume RUN"
 
 

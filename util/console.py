@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -26,6 +26,12 @@ def mute() -> None:
 def visible(text: str) -> str:
     """Return the text as one printable line; escape control characters, e.g. of file names."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def join_names(names: Sequence[str], limit: int = 10) -> str:
+    """Return names for a message, separated by commas; count those beyond the limit."""
+    rest = len(names) - limit
+    return ", ".join(names[:limit]) + (f" and {rest} more" if rest > 0 else "")
 
 
 def print_line(text: str) -> None:

@@ -129,16 +129,7 @@ class ChannelDeconv(nn.Module):
             old.lerp_(new, step.to(old.dtype))
         self.num_batches_tracked += 1
 
-    def _load_from_state_dict(
-        self,
-        state_dict: dict[str, Any],
-        prefix: str,
-        metadata: dict[str, Any],
-        strict: bool,
-        missing: list[str],
-        unexpected: list[str],
-        errors: list[str],
-    ) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *report: Any) -> None:
         """Load a state_dict; reshape statistics whose number of elements fits.
 
         Incomplete statistics are an error even with strict=False.
@@ -146,14 +137,13 @@ class ChannelDeconv(nn.Module):
         try:
             require_all_statistics(self, state_dict, prefix)
         except ValueError as error:
-            errors.append(f"{prefix[:-1] or 'the layer'} (ChannelDeconv): {error}")
+            report[-1].append(f"{prefix[:-1] or 'the layer'} (ChannelDeconv): {error}")
             return
         for name, buffer in self._buffers.items():
             value = state_dict.get(prefix + name)
             if isinstance(value, Tensor) and buffer is not None and value.numel() == buffer.numel():
                 state_dict[prefix + name] = value.reshape(buffer.shape)
-        report = (strict, missing, unexpected, errors)
-        super()._load_from_state_dict(state_dict, prefix, metadata, *report)
+        super()._load_from_state_dict(state_dict, prefix, *report)
 
     def extra_repr(self) -> str:
         return f"block={self.block}, eps={self.eps}, n_iter={self.n_iter}, momentum={self.momentum}"

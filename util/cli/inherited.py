@@ -28,15 +28,8 @@ MAY_CHANGE = OF_THIS_MACHINE | {
     *("epochs", "max_steps", "preset", "threads", "num_workers"),
     *("on_bad_image", "max_image_pixels"),
     *("deterministic", "compile", "cuda_graphs", "channels_last"),
-    *(
-        "checkpoint_epoch",
-        "checkpoint_hist",
-        "checkpoint_steps",
-        "print_freq",
-        "msg",
-        "save_plot",
-        "tensorboardX",
-    ),
+    *("checkpoint_epoch", "checkpoint_hist", "checkpoint_steps", "print_freq", "msg"),
+    *("save_plot", "tensorboardX"),
 }
 # All that --evaluate inherits: the flags of the model and of its test.
 OF_NETWORK = {

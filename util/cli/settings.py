@@ -116,15 +116,8 @@ def choose_layers(flags: Namespace) -> dict[str, Any]:
     """Return the flags about layers as the keyword arguments of `models.make_layers`."""
     unchanged = (
         *("deconv", "mode", "eps", "stem_iter", "bias", "batchnorm"),
-        *(
-            "sync_stats",
-            "layout",
-            "root",
-            "root_final",
-            "rows_per_feature",
-            "freeze",
-            "freeze_iter",
-        ),
+        *("sync_stats", "layout", "root", "root_final", "rows_per_feature"),
+        *("freeze", "freeze_iter"),
     )
     return {name: getattr(flags, name) for name in unchanged} | {
         "block": flags.num_groups,

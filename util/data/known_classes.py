@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from itertools import chain
 from pathlib import Path
 
-from util.console import print_line
+from util.console import join_names, print_line
 from util.data.image_files import grey_levels
 from util.data.image_folder import (
     FolderScan,
@@ -22,8 +22,6 @@ from util.data.images import DataSpec
 from util.data.loader import ImageLoader, LoaderOptions
 from util.data.preprocessing import describe_preprocessing
 from util.errors import DataError
-
-MAX_NAMES = 10  # classes that a message lists
 
 
 def build_test_loader(
@@ -70,20 +68,14 @@ def list_known_classes(scan: FolderScan, classes: Sequence[str]) -> Listing:
         DataError: a class folder is not one of `classes`, or there is no image.
     """
     if foreign := [str(scan.root / name) for name in scan.images if name not in classes]:
-        advice = f"it knows {shorten(classes)}; move the folders away"
-        raise DataError(f"the network does not know the classes of {shorten(foreign)}: {advice}")
+        advice = f"it knows {join_names(classes)}; move the folders away"
+        raise DataError(f"the network does not know the classes of {join_names(foreign)}: {advice}")
     files = [scan.images.get(name, []) for name in classes]
     missing = [name for name, paths in zip(classes, files, strict=True) if not paths]
     if len(missing) == len(classes):
-        raise DataError(f"no images in {scan.root}/CLASS/*: CLASS is one of {shorten(classes)}")
+        raise DataError(f"no images in {scan.root}/CLASS/*: CLASS is one of {join_names(classes)}")
     if missing:
         count = f"{len(missing)} of {len(classes)} classes"
-        print_line(f"{scan.root}: no images of {count}: {shorten(missing)}")
+        print_line(f"{scan.root}: no images of {count}: {join_names(missing)}")
     targets = [target for target, paths in enumerate(files) for _ in paths]
     return Listing(scan.root, [*classes], [*chain(*files)], targets)
-
-
-def shorten(names: Sequence[str]) -> str:
-    """Return the names in one line, at most MAX_NAMES of them."""
-    rest = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

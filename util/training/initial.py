@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
 from util.checkpoint.weights import Weights, read_weights
-from util.console import print_line
+from util.console import join_names, print_line
 from util.data.loader import ImageLoader
 from util.errors import CheckpointError, RunError
 from util.training.hooks import ModelHooks, enter_batch
 from util.training.session import RunContext
 
 CALIBRATION_BATCHES = 10
-MAX_NAMES = 8  # of layers, in a line
 # Weights of a deconvolution fit only the whitening that they were trained with.
 OF_WHITENING = (
     *("method", "mode", "num_groups", "num_groups_final", "layout", "share_blocks"),
@@ -58,7 +57,7 @@ def start_from(
     print_line(f"{transfer.taken} of {transfer.total} tensors taken from {weights.file}")
     for kind, layers in (("new", transfer.new), ("unused", transfer.unused)):
         if layers:
-            print_line(f"{kind} layers: {_list_names(layers)}")
+            print_line(f"{kind} layers: {join_names(layers)}")
     if transfer.needs_calibration:
         calibrate_weights(context, loader, model, hooks)
 
@@ -115,8 +114,3 @@ def _choose_batchnorm(flags: Namespace) -> Namespace:
     if getattr(flags, "method", None) is not None:
         plain |= {"method": 1, "bias": True}
     return Namespace(**{**vars(flags), **plain})
-
-
-def _list_names(names: Sequence[str]) -> str:
-    rest = len(names) - MAX_NAMES
-    return ", ".join(names[:MAX_NAMES]) + (f" and {rest} more" if rest > 0 else "")

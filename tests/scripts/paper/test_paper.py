@@ -9,7 +9,6 @@ import time
 
 import pytest
 import torch
-from PIL import Image
 
 from scripts import trained_network
 from scripts.paper import best_rates, filters, records, regression, report, runner, table1
@@ -40,7 +39,8 @@ def test_main_accepts_every_run_and_ends_where_the_recipe_says(recipe, tmp_path)
         steps = read.epochs * runner.count_steps(run.dataset, read.batch_size)
         assert run.steps == min(read.max_steps or steps, steps), run.name
         assert read.dataset == {"cifar10": "folder"}.get(run.dataset, run.dataset)
-        assert read.amp == "bf16" and 0 < run.seconds / run.steps < 60
+        assert read.amp == "bf16" and run.seconds > 0
+        assert run.seconds < 40 * 3600 or run.steps >= 20 * 391
         assert recipe.name == "regression" or run.gpu_seconds < run.seconds
 
 
@@ -347,17 +347,6 @@ def test_a_signal_reaches_the_runs_which_may_save(number, tmp_path, monkeypatch)
             child.kill()
             child.wait(WAIT_SECONDS)
         signal.signal(number, before)
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
-        folder = tmp_path / "images" / part / name
-        folder.mkdir(parents=True)
-        for number in range(6):
-            noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    return tmp_path / "images"
 
 
 def test_a_run_of_the_main_script_becomes_a_record_without_paths(image_folder, tmp_path, capsys):

@@ -6,7 +6,6 @@ from argparse import Namespace
 
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from deconv import FastDeconv
@@ -104,27 +103,18 @@ def fail(message, status=2):
     raise SystemExit(message)
 
 
-@pytest.fixture
-def images(tmp_path):
-    for part, name in (("train", "cat"), ("train", "dog"), ("test", "cat"), ("test", "dog")):
-        folder = tmp_path / "images" / part / name
-        folder.mkdir(parents=True)
-        for number in range(8):
-            noise = torch.randint(256, (32, 32, 3), dtype=torch.uint8)
-            Image.fromarray(noise.numpy()).save(folder / f"{number}.png")
-    return tmp_path / "images"
-
-
-def test_a_run_becomes_a_record_with_six_views_and_continues_where_it_was_stopped(images, tmp_path):
+def test_a_run_becomes_a_record_with_six_views_and_continues_where_it_was_stopped(
+    image_folder, tmp_path
+):
     line = "--arch airbench --recipe airbench --rival decorrelation --optimizer Muon --lr 0.24"
     line += " --lr-scheduler linear"
     line += " --epochs 2 --print-freq 1 --checkpoint-epoch 1 --label-smoothing 0.2 --batch-size 8"
-    line += f" --dataset folder --data {images} --out {tmp_path} {QUIET}"
+    line += f" --dataset folder --data {image_folder} --out {tmp_path} {QUIET}"
     whole, parts = tmp_path / "runs" / "rivals" / "whole", tmp_path / "parts"
     rivals_train.main([*line.split(), "--run-dir", str(whole)])
     parts.mkdir()
     (whole / "checkpoint_1.pth.tar").rename(parts / "checkpoint.pth.tar")
-    words = ["--data", str(images), "--run-dir", str(parts)]
+    words = ["--data", str(image_folder), "--run-dir", str(parts)]
     rivals_train.main([*words, "--resume", str(parts / "checkpoint.pth.tar")])
     one, other = (load_checkpoint(folder / "checkpoint.pth.tar") for folder in (whole, parts))
     assert one["step"] == other["step"] == 4

@@ -123,6 +123,11 @@ def test_preset_serves_batchnorm_too():
         ("--arch simple_v1 --batchnorm True", "--batchnorm does not", "one layer"),
         ("--multiprocessing-distributed False", "--multiprocessing-distributed", "--gpu N"),
         ("--multiprocessing-distributed --gpu 0", "--multiprocessing-distributed", "--gpu 0"),
+        (
+            "-e --dataset folder --cache-dir CACHE",
+            "--cache-dir CACHE",
+            "has no effect with -e",
+        ),
     ],
 )
 def test_flags_without_an_effect_are_refused_by_name(capsys, line, flag, reason):
