@@ -11,7 +11,7 @@
 DIR contains images as train/CLASS/* and test/CLASS/*. The optimizer is SGD with momentum 0.9,
 weight decay 5e-4 and a cosine schedule. The loss at the start is the mean over ten training
 batches, in training mode. Finished trainings in --out are reused. --plot draws the losses of the
-first seed.
+first seed, one panel for each network in --out.
 """
 
 from __future__ import annotations
@@ -48,8 +48,10 @@ ARMS = {
 }
 START_BATCHES = 10  # batches of the loss at the start
 SMOOTHED = 10  # steps that one point of the plot averages
+PANEL_NAME = "panel.json"
 
 Result = dict[str, Any]  # of one training
+Panel = dict[str, list[tuple[float, float]]]  # pairs (step, loss) by label
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
@@ -59,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     study = Study(flags)
     results = {arm: study.run_arm(arm) for arm in ARMS}
     print(format_results(results, study.begin()["test_top1"], flags), flush=True)
+    study.write_panel(list_curves(results))
     if flags.plot:
-        draw(results, flags)
+        plot_losses(read_panels(Path(flags.out)), flags.plot)
 
 
 class Study:
@@ -115,6 +118,13 @@ class Study:
 
         name = f"{arm}-lr{lr:g}-steps{flags.steps}-seed{seed}-from-{self.weights.stem}"
         return self.remember(name, run)
+
+    def write_panel(self, curves: Panel) -> None:
+        """Write the curves of this network for the plot of all networks."""
+        flags = self.flags
+        title = f"{flags.arch}, from {flags.begin} steps with BatchNorm"
+        with atomic_write(self.folder / PANEL_NAME) as stream:
+            stream.write(json.dumps({"title": title, "curves": curves}).encode())
 
     def load(self, seed: int) -> tuple[ImageLoader, ImageLoader]:
         """Return the loaders of training and test images."""
@@ -221,16 +231,22 @@ def format_results(
     return f"{format_table(header, rows)}\nBefore fine-tuning: test top-1 {begin:.2f} %."
 
 
-def draw(results: dict[str, dict[float, list[Result]]], flags: Namespace) -> None:
-    """Plot the training losses of the first seed, each arm at its best rate."""
-    lines = {}
+def list_curves(results: dict[str, dict[float, list[Result]]]) -> Panel:
+    """Return the smoothed training losses of the first seed, each arm at its best rate."""
+    curves = {}
     for arm, by_rate in results.items():
         best = find_best(by_rate)
         losses = by_rate[best][0]["curve"]
         chunks = [losses[i : i + SMOOTHED] for i in range(0, len(losses), SMOOTHED)]
         points = [(i * SMOOTHED + len(chunk) / 2, mean(chunk)) for i, chunk in enumerate(chunks)]
-        lines[f"{ARMS[arm]}, lr {best:g}"] = points
-    plot_losses({f"{flags.arch}, from {flags.begin} steps with BatchNorm": lines}, flags.plot)
+        curves[f"{ARMS[arm]}, lr {best:g}"] = points
+    return curves
+
+
+def read_panels(folder: Path) -> dict[str, Panel]:
+    """Return the curves of all networks in the folder --out, by title."""
+    panels = [json.loads(file.read_text()) for file in sorted(folder.glob(f"*/{PANEL_NAME}"))]
+    return {panel["title"]: panel["curves"] for panel in panels}
 
 
 def make_parser() -> Parser:

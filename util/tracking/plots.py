@@ -155,16 +155,22 @@ def plot_comparison(
 def plot_losses(
     panels: Mapping[str, Mapping[str, Sequence[Sequence[float]]]], path: str | Path
 ) -> None:
-    """Plot training loss against optimizer steps, one panel per title, log scale, as a PNG.
+    """Plot training loss against optimizer steps, one panel per title, as a PNG.
+
+    A panel whose losses span more than a decade has a log scale.
 
     Args:
         panels: maps a title to a panel; a panel maps a label to pairs (step, loss).
         path: file to write.
     """
-    figure = Figure(figsize=(12, 7), layout="constrained")
-    grid = figure.subplots(2, math.ceil(len(panels) / 2), squeeze=False)
+    rows = 1 if len(panels) <= 3 else 2
+    columns = math.ceil(len(panels) / rows)
+    figure = Figure(figsize=(4.5 * columns, 3.6 * rows), layout="constrained")
+    grid = figure.subplots(rows, columns, squeeze=False)
     for axes, (title, lines) in zip(grid.flat, panels.items(), strict=False):
-        axes.set_yscale("log")
+        shown = [loss for points in lines.values() for _, loss in points]
+        # Ticks of a log scale are sparse and hard to read within a decade.
+        axes.set_yscale("log" if shown and max(shown) > 10 * min(shown) else "linear")
         for number, (label, points) in enumerate(lines.items()):
             steps, losses = zip(*points, strict=True)
             color = (BATCHNORM_COLOR, *DECONV_COLORS)[number]

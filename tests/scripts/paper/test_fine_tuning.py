@@ -1,5 +1,6 @@
 """scripts/paper/fine_tuning.py: a whole study on few small images, and its repetition."""
 
+import json
 import re
 
 import numpy as np
@@ -25,7 +26,7 @@ def line(tmp_path):
 def test_a_study_is_made_once_and_repeated_from_its_files(line, tmp_path, capsys, monkeypatch):
     fine_tuning.main(line)
     first = capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "lenet").glob("*.json"))) == 1 + 3 * 3
+    assert len(list((tmp_path / "out" / "lenet").glob("*.json"))) == 1 + 3 * 3 + 1
     (bn, converted, calibrated) = (row for row in first.splitlines() if row.startswith("| lenet"))
     start = [float(re.findall(r"\d\.\d{3}", row)[0]) for row in (bn, converted, calibrated)]
     assert all(0 < loss < 20 for loss in start) and "Before fine-tuning: test top-1" in first
@@ -34,6 +35,13 @@ def test_a_study_is_made_once_and_repeated_from_its_files(line, tmp_path, capsys
     fine_tuning.main([*line, "--plot", str(tmp_path / "plot.png")])
     again = capsys.readouterr().out
     assert again == first[first.index("| network") :] and (tmp_path / "plot.png").stat().st_size
+    (tmp_path / "out" / "vgg11").mkdir()
+    other = {"title": "vgg11", "curves": {"BatchNorm, lr 0.01": [(1, 2.0)]}}
+    (tmp_path / "out" / "vgg11" / "panel.json").write_text(json.dumps(other))
+    panels = fine_tuning.read_panels(tmp_path / "out")
+    assert panels.pop("vgg11") == {"BatchNorm, lr 0.01": [[1, 2.0]]}
+    labels = [label.split(", lr")[0] for label in panels.popitem()[1]]
+    assert labels == [*fine_tuning.ARMS.values()]
 
 
 def test_an_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed():
