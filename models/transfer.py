@@ -62,7 +62,10 @@ def take_weights(
     has_batchnorm = any(name.endswith("running_var") for name in state)
     if build_batchnorm is None or not has_batchnorm:
         if has_batchnorm and not any(name.endswith("running_var") for name in model.state_dict()):
-            raise ValueError("the weights have BatchNorm, but the network none")
+            raise ValueError(
+                "the weights have BatchNorm, but the network none; build it with BatchNorm or "
+                "deconvolution"
+            )
         return _take_layers(model, state)
     twin = build_batchnorm()
     transfer = _take_layers(twin, state)

@@ -146,7 +146,7 @@ def test_what_would_be_wrong_is_refused(trained, tmp_path, capsys):
         (f"--deconv True --block 8 --eps .1 --init {deconv}", "use --num-groups 16 --eps 0.01$"),
         (f"--deconv True --bias False --init {bn}", "--bias False contradicts --init"),
         (f"--deconv True --norm-type l1norm --init {bn}", "--norm-type l1norm contradicts --init"),
-        (f"--batchnorm False --init {bn}", "the weights have BatchNorm, but the network none"),
+        (f"--batchnorm False --init {bn}", "the network none; build it with BatchNorm"),
         (f"--init {other}", f"--init {other}: no layer fits in name and shape"),
         (f"--init {code}", "may run code"),
         (f"--init {tmp_path / 'nowhere'}", "--init .*nowhere: No such file"),

@@ -67,6 +67,8 @@ class RunLogger:
         self._batch_path = self.run_dir / BATCH_LOG_NAME
         self._plot, self._start_step, self._epoch_steps = plot, start_step, epoch_steps
         parts = ("train", "val", "test") if validates else ("train", "test")
+        if not validates:  # an earlier run in this folder may have validated
+            (self.run_dir / "val.log").unlink(missing_ok=True)
         self._values = {
             part: VALUES if part == "train" else (*VALUES, *test_columns) for part in parts
         }

@@ -61,6 +61,8 @@ def test_a_run_with_validation_images_has_a_third_log_and_curve(tmp_path):
     assert read_log(tmp_path / "val.log")["top1"] == [20]
     assert read_log(tmp_path / "test.log")["top1"] == [30]
     assert [event.value for event in read_events(tmp_path).Scalars("val/top1")] == [20]
+    RunLogger(tmp_path, tensorboard=False, plot=False).close()
+    assert not (tmp_path / "val.log").exists()
 
 
 def test_logs_have_a_header_and_one_row_for_each_call(tmp_path):
