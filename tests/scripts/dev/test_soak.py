@@ -50,5 +50,4 @@ def test_the_table_of_a_run_is_printed(capsys, monkeypatch):
 
 @pytest.mark.slow
 def test_nothing_grows_in_two_thousand_steps():
-    """simple_v2 does not meet the limit of memory yet, see docs/reliability.md."""
     soak.main(["--", "--arch", "mlp", "--method", "4"])
