@@ -26,7 +26,7 @@ steps (Algorithm 1 of the paper):
 
 No feature map is whitened: one ordinary convolution runs with the folded weight and bias. In
 evaluation mu and Cov are running averages, and the layer equals a plain convolution. Inside
-DistributedDataParallel, or with a `process_group`, they are over the patches of all ranks.
+DistributedDataParallel, or with a `process_group`, mu and Cov are over the patches of all ranks.
 `Whitening.fold_whitening` in whitening.py runs the four steps for every kind of layer.
 
 | symbol | shape or unit | meaning | name in the code |

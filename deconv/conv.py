@@ -29,7 +29,8 @@ MODES: dict[int, tuple[str, ...]] = {
 class Convolution(Whitening):
     """Base class of deconvolutions in any number of dimensions; see `FastDeconv`.
 
-    A subclass defines `plain`, the class of torch that it replaces, and `convolve`, its function.
+    A subclass defines `plain`, the class of torch that it replaces, and `convolve`, the function of
+    torch for it.
     """
 
     plain: Callable[..., nn.Module]
@@ -266,9 +267,8 @@ class FastDeconv(Convolution, nn.Conv2d):
             participate as well; for unequal parts of the batch, see `batch_share`. Image sizes may
             differ: the weight of a rank is its number of images times their patches. All ranks must
             run the layer equally often and start from equal buffers. A layer sends one message in
-            the forward and one in the backward (mode 1: two each). A message has 1 + 2 C T + G d^2
-            numbers, for T taps (1 in mode 3) and G matrices of side d. Evaluation with running
-            statistics sends no message.
+            the forward and one in the backward (mode 1: two each), see docs/scaling.md. Evaluation
+            with running statistics sends no message.
         process_group: ranks that always share, for models outside DistributedDataParallel, such as
             models under fully_shard. Every rank must run the layer; the others wait otherwise.
             None (default): the ranks of the active DistributedDataParallel. Without one, each rank
@@ -292,8 +292,8 @@ class FastDeconv(Convolution, nn.Conv2d):
         (N, C, H, W) or (C, H, W), as in `torch.nn.Conv2d`. N = 0 does not change the statistics.
 
     Raises:
-        ValueError: an argument is out of range, or the input has another number of channels,
-            another dtype or a size below the kernel.
+        ValueError: an argument is out of range; the input has another number of channels, another
+            dtype or a size below the kernel.
 
     Example:
         layer = FastDeconv(64, 128, 3, padding=1)
@@ -309,13 +309,29 @@ class FastDeconv(Convolution, nn.Conv2d):
 
 
 class FastDeconv1d(Convolution, nn.Conv1d):
-    """`FastDeconv` for sequences (N, C, L), in place of `nn.Conv1d`."""
+    """`FastDeconv` for sequences (N, C, L), in place of `nn.Conv1d`.
+
+    Args:
+        arguments: as in `torch.nn.Conv1d`, with the keywords of `FastDeconv`.
+
+    Example:
+        layer = FastDeconv1d(1, 32, 8, stride=4)
+        y = layer(torch.randn(8, 1, 4000))  # (8, 32, 999)
+    """
 
     plain, convolve = nn.Conv1d, staticmethod(F.conv1d)
 
 
 class FastDeconv3d(Convolution, nn.Conv3d):
-    """`FastDeconv` for volumes (N, C, D, H, W), in place of `nn.Conv3d`."""
+    """`FastDeconv` for volumes (N, C, D, H, W), in place of `nn.Conv3d`.
+
+    Args:
+        arguments: as in `torch.nn.Conv3d`, with the keywords of `FastDeconv`.
+
+    Example:
+        layer = FastDeconv3d(3, 16, 3, padding=1)
+        y = layer(torch.randn(8, 3, 4, 32, 32))  # (8, 16, 4, 32, 32)
+    """
 
     plain, convolve = nn.Conv3d, staticmethod(F.conv3d)
 

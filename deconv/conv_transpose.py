@@ -15,32 +15,32 @@ from .recording import record_call
 
 
 class _Transposed(Convolution):
-    """Transposed convolution that whitens the patches its kernel sees.
+    """Transposed convolution that whitens the patches its kernel sees; see `FastDeconv`.
 
-    A transposed convolution of stride s equals an ordinary one, of stride 1 with a flipped kernel,
-    on the image with s - 1 zeros between its pixels. The patches of this wider image are whitened
-    as those of `FastDeconv`:
+    A transposed convolution of stride s equals an ordinary one with a flipped kernel and stride 1.
+    The ordinary convolution acts on the image with s - 1 zeros between its pixels. The layer
+    whitens the patches of this wider image as `FastDeconv` does:
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu)
 
-    mu is the mean over all output pixels. W D mu is one number per channel: the layer equals a
-    plain transposed convolution, at the borders and at any stride. Taps of different phases (output
-    pixels modulo s) never meet a pixel at once. D is nearly one matrix per phase, and removes the
-    correlation of neighbouring pixels. Different means of the phases count as variance.
+    mu is the mean over all output pixels. W D mu is one number per channel, so the layer equals a
+    plain transposed convolution, at the borders and at any stride. The pixels of one patch meet
+    taps of a single phase (position modulo s). D is nearly one matrix per phase, and removes
+    the correlation of neighbouring pixels. Different means of the phases count as variance.
 
     The wider image is never allocated.
 
     NOTE (differs from paper): the paper has no transposed convolutions. Whitening the channels of
-    single pixels instead would leave a mean that no bias can hold: the number of taps that meet a
-    pixel depends on phase and border.
+    single pixels instead would leave a mean that no bias can represent: the number of taps that
+    meet a pixel depends on phase and border.
 
     Args:
         in_channels, out_channels, kernel_size, stride, padding, output_padding, groups, bias,
             dilation, padding_mode: as in `torch.nn.ConvTranspose2d`; only zero padding.
-        options: the keywords of `FastDeconv`, for patches of the wider image. In n dimensions one
-            pixel of s^n is not zero: variances are smaller, and `eps` weighs more. If
-            `sampling_stride` shares a divisor with the stride, the next larger number without one
-            is taken, so that all phases are sampled.
+        options: the keywords of `FastDeconv`, for patches of the wider image. In n dimensions, one
+            pixel of s^n is not zero: variances are smaller, and `eps` weighs more. Sampling takes
+            the first number from `sampling_stride` on that has no common divisor with the stride,
+            to reach all phases.
 
     Shape:
         As in `torch.nn.ConvTranspose2d`, with its `output_size`. The statistics cover the output

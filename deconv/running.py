@@ -47,9 +47,9 @@ def group_statistics(on_cpu: bool = False) -> Iterator[None]:
     """Update the running statistics of all layers at once, at the end of this context.
 
     The running statistics are the same as without the context. On a GPU, 15 kernels replace nine
-    for each layer. Buffers stay unchanged until the end of the context. A second forward of a layer
-    and its state_dict first apply the waiting updates. An exception discards the updates. Compiled
-    layers update their statistics themselves.
+    for each layer. Buffers stay unchanged until the end of the context. A second forward of a
+    layer, or reading its state_dict, applies the waiting updates first. An exception discards the
+    updates. Compiled layers update their statistics themselves.
 
     Put the context around forwards only. A CUDA graph must contain the whole context.
 

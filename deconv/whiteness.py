@@ -34,8 +34,8 @@ class LayerWhiteness:
         after: whiteness of the whitened patches.
         condition: ratio of the largest to the smallest eigenvalue, eps added to both; the largest
             ratio of all matrices.
-        under_floor: fraction of directions below the soft floor of `n_iter` steps, that is with an
-            eigenvalue of Cov + eps I below 1.5^(-2 n_iter) of its norm. They stay small.
+        under_floor: fraction of directions below the soft floor, which stay small. Their eigenvalue
+            of Cov + eps I is below 1.5^(-2 n_iter) of its norm.
         spectrum: eigenvalues of all matrices, (G, F), ascending, in units of variance.
         covariances: of the patches before and after, (G, F, F) each, on the model's device.
         error: the reason why the layer cannot be measured, or "". All metrics are then NaN.
@@ -79,9 +79,9 @@ def whiteness(model: nn.Module, batch: torch.Tensor) -> Whiteness:
 
     The model runs once in evaluation and is not changed. Each layer whitens by its running
     statistics, or by the batch if it has none. All modes are measured by the joint covariance of
-    the features of a block, although mode 3 whitens only across channels and mode 2 only across
-    pixels. For a layer that is called several times, the first input counts. The batch is that of
-    this rank alone.
+    the features of a block. Mode 3 whitens only across channels, mode 2 only across pixels. For a
+    layer that is called several times, the first input counts. The batch is that of this rank
+    alone.
 
     Args:
         model: a model whose forward takes `batch`, or a single layer.

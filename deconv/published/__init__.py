@@ -4,8 +4,9 @@
     from deconv.published import NormalizedDeconv, NormalizedDelinear
 
 Code that copied the published layers changes one import line. Outputs, gradients, running
-statistics and state_dict equal those of the published layers. Checkpoints load in both directions.
-New models should use the layers of `deconv`, which take less time at equal accuracy.
+statistics and state_dict equal those of the published layers, except as the classes state: for
+example, `DeConv2d` has the state_dict of `deconv.FastDeconv`. Published checkpoints load. New
+models should use the layers of `deconv`, which take less time at equal accuracy.
 
 `PUBLISHED` contains the keywords that select the published numerics in `deconv.FastDeconv` and
 `convert`.

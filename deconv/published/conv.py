@@ -105,8 +105,8 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         (N, C_in, L) -> (N, C_out, L_out), as in `torch.nn.Conv1d`.
 
     Raises:
-        ValueError: an argument is out of range, the input has another shape, or the input is a
-            signal and the layer can no longer become 1-d.
+        ValueError: an argument is out of range; the input has another shape, or is a signal and
+            the layer can no longer become 1-d.
         TypeError: a subclass passes `num_groups`, which needs `FastDeconv2019`.
 
     Example:
@@ -215,7 +215,12 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
 
 
 class FastDeconv1d(_FastDeconv, layers.FastDeconv1d):
-    """Published convolution of 2020 for signals (N, C, L); see `FastDeconv`."""
+    """Published convolution of 2020 for signals (N, C, L); see `FastDeconv`.
+
+    Example:
+        layer = FastDeconv1d(1, 16, 64, stride=8)
+        y = layer(torch.randn(8, 1, 1024))  # (8, 16, 121)
+    """
 
 
 class FastDeconv2019(FastDeconv):

@@ -34,8 +34,8 @@ def calibrate(
     Outputs in evaluation stay the same. In training, the layer uses mu and D of the current batch,
     which are close to the stored ones. Outputs are therefore nearly the same.
 
-    One pass over the batches calibrates all layers. The forward runs the model in evaluation, so
-    inputs of a layer do not depend on the whitening of other layers. mu and Cov are plain means
+    One pass over the batches calibrates all layers. The model runs in evaluation, so inputs of a
+    layer do not depend on the whitening of other layers. mu and Cov are plain means
     over all finite batches. If a forward calls a layer several times, each call counts as a batch.
 
     A layer without a finite batch does not change. A layer without a bias gets one, with the

@@ -42,10 +42,10 @@ def convert(
     Each BatchNorm becomes an Identity. The activation inside timm's BatchNormAct2d remains. `plan`
     lists the treatment of each layer and the reason.
 
-    A BatchNorm next to a convolution that is kept is kept as well. It is also kept if `torch.fx`
-    cannot trace the forward that calls it. The same applies if this forward reads its tensors by
-    name or checks the class of layers. Layers that share a module or a weight still share it.
-    Forward hooks of replaced layers move to their replacements.
+    A BatchNorm after a convolution that is kept is kept as well. A BatchNorm is also kept if
+    `torch.fx` cannot trace the forward that calls it. The same applies if this forward reads the
+    tensors of the BatchNorm by name, or checks the classes of layers. Layers that share a module or
+    a weight still share it. Forward hooks of replaced layers move to their replacements.
 
     Without `pretrained`, activations become inplace=False unless each replaced BatchNorm is paired
     with a convolution before it. An Identity returns its input, which the model may use elsewhere.
@@ -67,14 +67,15 @@ def convert(
         n_iter: Newton-Schulz steps of each layer, 1 to 15 (default 5).
         bias: if any BatchNorm is replaced, add a zero bias to convolutions without one (default
             True).
-        linear: True (default) replaces each `nn.Linear` that ends the model by a Delinear, because
-            its input is no longer normalised. A classifier is an example. A list of name patterns,
-            such as ["fc"], replaces the linear layers that match. False replaces none.
+        linear: True (default) replaces each `nn.Linear` that ends the model, such as a classifier,
+            by a Delinear, because its input is no longer normalised. A list of name patterns, such
+            as ["fc"], replaces the linear layers that match. False replaces none.
         block_linear: maximum number of features that a Delinear whitens together (default 512).
-        root_linear: root of a Delinear (default None: that of `options`, except "cholesky").
+        root_linear: root of a Delinear (default None: the `root` of `options`, or "resolvent" in
+            place of "cholesky").
         pretrained: keep the outputs of the model in evaluation (default False).
-        calibrate: training batches, of which the first 10 are used (default None); it needs
-            `pretrained`. Weights are rewritten so that training also starts at these outputs.
+        calibrate: training batches, of which the first 10 are used (default None); needs
+            `pretrained`. It rewrites weights so that training starts at the evaluation outputs.
         forward: function of (model, batch) that runs the model on a batch of `calibrate` (default:
             call the model with the first tensor of the batch).
         skip: name patterns of layers to keep, such as "*.se.*" or "layer4.*" (default: none).
@@ -87,7 +88,7 @@ def convert(
     Raises:
         ValueError: nothing can be replaced; a lazy layer has no shape yet; a part of the model is
             wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard); an option is
-            out of range; a pattern matches no layer; or the model cannot be calibrated.
+            out of range; a pattern matches no layer; the model cannot be calibrated.
         TypeError: an option is unknown, or a batch of `calibrate` needs `forward`.
 
     Example:

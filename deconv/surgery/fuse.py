@@ -30,14 +30,14 @@ def fuse(model: nn.Module) -> nn.Module:
 
         y = W D (x - mu) + b = (W D) x + (b - W D mu)
 
-    Each FastDeconv becomes the convolution of torch of its kind, each Delinear an `nn.Linear`, with
-    W D as weight and b - W D mu as bias; mu and D are the running statistics. Each ChannelAffine of
-    `convert` becomes a depthwise 1 x 1 convolution. A layer with `input_norm` becomes a
-    `NormalizedLayer`: an `InputNorm`, then the plain layer. Outputs equal those of `model.eval()`
-    up to rounding.
+    Each FastDeconv becomes the convolution of torch of its kind, each Delinear an `nn.Linear`. The
+    new weight is W D and the new bias b - W D mu, for mu and D of the running statistics. Each
+    ChannelAffine of `convert` becomes a depthwise 1 x 1 convolution. A layer with `input_norm`
+    becomes a `NormalizedLayer`: an `InputNorm`, then the plain layer. A `ChannelDeconv` stays.
+    Outputs equal those of `model.eval()` up to rounding.
 
-    Layers that share a module still share it. Forward hooks of replaced layers are kept, since they
-    may change outputs; their backward and state_dict hooks are dropped.
+    A module that several others share stays shared. Forward hooks of replaced layers are kept,
+    since they may change outputs. Backward and state_dict hooks of replaced layers are dropped.
 
     Args:
         model: a model in evaluation mode, or a single layer; it is not changed. Code of the model
@@ -45,12 +45,12 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Returns:
         The copy, in evaluation mode, with the device, dtype, memory format and `requires_grad` of
-        each parameter. A new bias follows its weight.
+        each parameter. A new bias has the `requires_grad` of its weight.
 
     Raises:
-        ValueError: the model or a deconvolution layer is in training mode, a part of the model is
-            wrapped (DistributedDataParallel, torch.compile) or sharded (fully_shard), or a hook
-            computes a layer's weight.
+        ValueError: the model or a deconvolution layer is in training mode; a layer has no running
+            statistics; a part of the model is wrapped (DistributedDataParallel, torch.compile) or
+            sharded (fully_shard); a hook computes a layer's weight.
 
     Example:
         >>> model = nn.Sequential(FastDeconv(3, 8, 3), nn.ReLU())

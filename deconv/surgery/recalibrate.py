@@ -24,9 +24,9 @@ def recalibrate(
 
     Use it after surgery, or after averaging the weights of several models. Weights do not change.
     Each layer whitens by its batch, as in training. Its new statistics are the plain mean of mu and
-    of Cov over all finite batches, or over all its calls if a forward calls it several times.
-    Other layers work as in evaluation; dropout, for example, drops nothing. A layer that no finite
-    batch reaches keeps its statistics. An error leaves all statistics as they were.
+    of Cov over all finite batches. If a forward calls a layer several times, each call counts as a
+    batch. Other layers work as in evaluation; dropout, for example, drops nothing. A layer that no
+    finite batch reaches keeps its statistics. An error leaves all statistics as they were.
 
     With several ranks, layers share statistics as in training: inside DistributedDataParallel, with
     a `process_group` and in `batch_share`. All ranks must then call this function with equally many
@@ -35,10 +35,11 @@ def recalibrate(
 
     Args:
         model: a model whose forward takes a batch; training flags are restored afterwards.
-        batches: (N, ...) inputs as in training, or tuples that start with them, as loaders yield.
-            They are moved to the device of the model.
-        limit: maximum number of batches.
-        forward: runs the model on a batch of any kind, which it also moves to the device.
+        batches: inputs (N, ...) as in training, or tuples that start with inputs. They are moved to
+            the device of the model.
+        limit: maximum number of batches (default 50).
+        forward: function of (model, batch) that moves a batch to the device and runs the model
+            (default: call the model with the first tensor of the batch).
 
     Returns:
         The number of batches used.
@@ -46,7 +47,7 @@ def recalibrate(
     Raises:
         ValueError: no deconvolution layer has running statistics, there is no finite batch, or
             `limit` is below 1.
-        TypeError: a batch is of another kind, and there is no `forward`.
+        TypeError: a batch contains no tensor where expected, and `forward` is None.
 
     Example:
         >>> model = nn.Sequential(FastDeconv(3, 8, 3), nn.ReLU())

@@ -86,3 +86,14 @@ def test_the_table_of_the_plan_is_the_printed_one():
     assert shown == lines[: len(shown)]
     shown = [line.split() for line in last.splitlines()]
     assert shown == lines[-len(shown) :]
+
+
+def test_every_message_in_the_table_of_faults_is_one_of_the_package():
+    package = Path(deconv.__file__).parent.rglob("*.py")
+    source = re.sub(r'"\n +f?"', "", "".join(path.read_text() for path in package))
+    _, faults = TEXT.split("## When it goes wrong")
+    quoted = re.findall(r"^\| `([^`]* [^`]*)` \|", faults, re.MULTILINE)
+    assert len(quoted) >= 5
+    for message in quoted:
+        own = not message.startswith("cannot import name")  # a message of Python
+        assert not own or all(part in source for part in message.split("NAME")), message
