@@ -225,7 +225,9 @@ def make_steps(
     )
     model = accelerator.to_device(build(case, kind, flags))
     criterion = build_criterion("CE", flags.classes)
-    optimizer = build_optimizer("SGD", model.parameters(), lr=0.01, weight_decay=5e-4)
+    rates = {"lr": 0.01, "weight_decay": 5e-4}
+    fused = device.type == "cuda"  # as main.py does
+    optimizer = build_optimizer("SGD", model.parameters(), **rates, fused=fused)
     images = torch.randn(case.batch_size, 3, flags.image_size, flags.image_size)
     targets = torch.randint(flags.classes, (case.batch_size,))
     images, targets = accelerator.batch_to_device(images, targets)

@@ -1,5 +1,6 @@
 """Faults injected into the real program, in processes of its own: see docs/reliability.md."""
 
+import itertools
 import json
 import os
 import signal
@@ -21,6 +22,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import main
 from util.checkpoint.store import load_checkpoint
 from util.data.sampler import EpochBatches
+from util.training.accelerator import Accelerator
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -300,6 +302,43 @@ def test_numbers_gone_bad_stop_the_run_before_the_update(
     assert (report["step"], report["first"]) == (5, first)
     assert report["images"] == order.images(4)
     assert load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")["step"] == 4
+
+
+def test_results_read_a_step_late_change_no_bit_of_a_run(images, tmp_path, monkeypatch):
+    words = f"--dataset folder --data {images} {LINE} --deconv True --ema .5 --epochs 1".split()
+    train(tmp_path, *words, "--run-dir", tmp_path / "now")
+    monkeypatch.setattr(Accelerator, "reads_late", True)  # as on a GPU
+    train(tmp_path, *words, "--run-dir", tmp_path / "late", "--checkpoint-steps", 5)
+    assert_same_run(tmp_path / "now", tmp_path / "late")
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_bad_batch_that_is_read_a_step_late_reaches_no_checkpoint(
+    images, tmp_path, monkeypatch, capsys, every
+):
+    """The batch of step 5; the check comes before a checkpoint, or in the forward of step 6."""
+    steps, move = itertools.count(1), Accelerator.batch_to_device
+
+    def spoil(self, images, targets):
+        return move(self, images * (torch.nan if next(steps) == 5 else 1), targets)
+
+    monkeypatch.setattr(Accelerator, "reads_late", True)
+    monkeypatch.setattr(Accelerator, "batch_to_device", spoil)
+    words = f"--dataset folder --data {images} {LINE} --lr-scheduler step".split()
+    words += ["--checkpoint-steps", every]
+    with pytest.raises(SystemExit):
+        train(tmp_path, *words, "--run-dir", tmp_path / "run")
+    assert "batch 5: the loss is nan (step 5), first in the output" in capsys.readouterr().err
+    assert next(steps) == (6 if every == 1 else 7)
+    order = EpochBatches(24, 4)
+    order.set_epoch(1)
+    report = json.loads((tmp_path / "run" / "diverged.json").read_text())
+    assert (report["step"], report["images"]) == (5, order.images(4))
+    saved = load_checkpoint(tmp_path / "run" / "checkpoint.pth.tar")
+    train(tmp_path, *words, "--max-steps", 4, "--run-dir", tmp_path / "good")
+    good = load_checkpoint(tmp_path / "good" / "checkpoint.pth.tar")
+    assert saved["step"] == good["step"] == 4
+    assert repr(flatten(saved["model"])) == repr(flatten(good["model"]))
 
 
 def test_a_damaged_checkpoint_costs_the_steps_since_the_one_before(images, tmp_path, capsys):

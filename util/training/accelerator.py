@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grad_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from util.training.cuda_graphs import GraphedModel
@@ -48,6 +48,11 @@ class Accelerator:
         self.scaler = torch.amp.GradScaler(device.type, enabled=amp == "fp16")
         self.compiled, self.cuda_graphs = compiled, cuda_graphs
         self.clip_grad = clip_grad
+
+    @property
+    def reads_late(self) -> bool:
+        """True if results of a step are read during the next step, so that a GPU need not idle."""
+        return self.device.type == "cuda"
 
     def to_device(self, model: nn.Module) -> nn.Module:
         """Move `model` to the device, in the chosen memory format."""
@@ -93,30 +98,46 @@ class Accelerator:
         scale falls below SMALLEST_SCALE.
         """
         if self.scaler.is_enabled():
-            is_lost = self.scaler.get_scale() < SMALLEST_SCALE
-            return torch.tensor(math.nan if is_lost else 0.0, device=self.device)
-        gradients = [p.grad for p in _parameters(optimizer) if p.grad is not None]
+            scale = self.scaler.scale(torch.ones((), device=self.device))
+            return torch.where(scale < SMALLEST_SCALE, math.nan, 0.0)
+        gradients = _gradients(optimizer)
         if self.device.type == "cpu":  # faster there, but more kernel launches on a GPU
             return torch.stack([end for g in gradients for end in g.aminmax()]).abs().max()
         return get_total_norm(gradients, torch.inf)
 
-    def step(self, optimizer: Optimizer) -> None:
-        """Clip the gradients and update the parameters.
+    def step(self, optimizer: Optimizer, is_bad: Tensor) -> None:
+        """Clip the gradients and update the parameters, unless the step `is_bad`.
 
-        fp16 skips overflowed gradients and halves the loss scale.
+        fp16 skips overflowed gradients as well and halves the loss scale.
+
+        Args:
+            optimizer: a fused one reads `is_bad` on the GPU. Any other waits for the GPU here.
+            is_bad: () bool on the device. If True, parameters, state of the optimizer and finite
+                gradients stay as they are.
         """
+        self.scaler.unscale_(optimizer)
+        gradients = _gradients(optimizer)
         if self.clip_grad is not None:
-            self.scaler.unscale_(optimizer)
-            clip_grad_norm_(_parameters(optimizer), self.clip_grad)
-        self.scaler.step(optimizer)
+            norm = get_total_norm(gradients).masked_fill(is_bad, 0.0)  # NaN would spread
+            clip_grads_with_norm_(_parameters(optimizer), self.clip_grad, norm)
+        if self.scaler.is_enabled():
+            is_bad = is_bad | ~get_total_norm(gradients, torch.inf).isfinite()
+        if optimizer.defaults.get("fused"):
+            optimizer.found_inf, optimizer.grad_scale = is_bad.float(), None
+            optimizer.step()
+        elif not is_bad:
+            optimizer.step()
         self.scaler.update()
 
     def update(self, loss: Tensor, optimizer: Optimizer) -> None:
-        """Take a whole step on `loss`; a largest gradient that is not finite has no effect."""
+        """Take a whole step on `loss`, unless a gradient is not finite."""
         optimizer.zero_grad()
         self.backward(loss)
-        self.largest_gradient(optimizer)
-        self.step(optimizer)
+        self.step(optimizer, ~self.largest_gradient(optimizer).isfinite())
+
+
+def _gradients(optimizer: Optimizer) -> list[Tensor]:
+    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

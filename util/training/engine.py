@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -15,15 +14,16 @@ from torch.utils.data import DataLoader
 
 from util.console import progress_bar
 from util.distributed.world import World
-from util.errors import RunError, Stopped, TrainingDiverged
+from util.errors import RunError, Stopped
 from util.training.accelerator import Accelerator
 from util.training.hooks import BatchContext, enter_batch
-from util.training.metrics import EpochMetrics, Metrics, average_rows, count_hits
+from util.training.metrics import EpochMetrics, Metrics, count_hits
 from util.training.micro_batches import average_gradients, split_batch
 from util.training.optim import Criterion
 from util.training.signals import StopRequest, never_stop
+from util.training.step_reader import HostCopy, PendingStep, StepReader
 
-REFRESH_SECONDS = 1.0  # between updates of the progress bar, each of which waits for a GPU
+REFRESH_SECONDS = 1.0  # between updates of the progress bar; a test waits for a GPU each time
 
 
 def train_one_epoch(
@@ -39,6 +39,8 @@ def train_one_epoch(
     micro_batch: int | None = None,
     max_steps: int | None = None,
     on_batch: Callable[[int, Metrics], None] = lambda batch, metrics: None,
+    on_update: Callable[[], None] = lambda: None,
+    reads_now: Callable[[int], bool] = lambda batch: False,
     stop_request: StopRequest = never_stop,
     batch_context: BatchContext | None = None,
     title: str = "train",
@@ -59,9 +61,13 @@ def train_one_epoch(
         micro_batch: most images of a forward, over all ranks; a larger batch is split, and its
             gradients are averaged. None: no limit.
         max_steps: most steps of the epoch, earlier batches included; None: no limit.
-        on_batch: called after each step with the number of the batch in the epoch, from 1, and its
-            metrics: loss, top1, top5, images, lr, and seconds since the epoch began.
-        stop_request: a request on any rank stops all ranks after the step, except the last step.
+        on_batch: called for each step with the number of the batch in the epoch, from 1, and its
+            metrics: loss, top1, top5, images, lr, and seconds since the epoch began. If the
+            accelerator reads late, the call comes during the next step.
+        on_update: called after each update of the parameters.
+        reads_now: number of a batch -> True if `on_batch` must be called before the next step.
+        stop_request: a request on any rank stops all ranks after the step, except the last step;
+            one step later if the accelerator reads late.
         batch_context: makes the context of each forward.
         title: title of the progress bar.
 
@@ -69,8 +75,9 @@ def train_one_epoch(
         loss, top1, top5 (percent), images, seconds, steps, and lr of the last step.
 
     Raises:
-        TrainingDiverged: a loss or gradient is not finite, on all ranks at once, before the step
-            updates any parameter. Running statistics may include the batch.
+        TrainingDiverged: a loss or gradient is not finite, on all ranks at once. Neither this step
+            nor a later one has updated any parameter. Running statistics may include the batch and
+            the next one.
         Stopped: by `stop_request`, on all ranks at once.
         DataError: the loader fails; the earlier steps stand.
         RunError: BatchNorm met a single image, which has no variance.
@@ -79,18 +86,21 @@ def train_one_epoch(
     epoch_metrics = EpochMetrics() if epoch_metrics is None else epoch_metrics
     first, steps = epoch_metrics.steps + 1, epoch_metrics.steps + len(loader)
     steps = steps if max_steps is None else min(max_steps, steps)
-    with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
+    reader = StepReader(optimizer, epoch_metrics, on_batch, title)
+    watch = closing(_watch(loader, epoch_metrics, steps, title))
+    with epoch_metrics.timed(), reader, watch as batches:
         for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
             offset, total = world.batch_offset(len(images), images.device)
-            parts, rows = split_batch(offset, total, micro_batch), []
-            optimizer.zero_grad()
+            parts, rows, stops = split_batch(offset, total, micro_batch), [], False
             try:
                 for part in parts:
                     own = images[part.own], targets[part.own]
                     with average_gradients(model, last=part is parts[-1]):
                         with enter_batch(batch_context, part.offset, part.total):
                             loss, row = _forward(model, criterion, accelerator, *own)
+                        if part is parts[0]:  # a GPU has this forward to do meanwhile
+                            stops = reader.read()
                         # The average over ranks of the summed losses is the mean over the batch.
                         weight = len(own[0]) / max(total, 1) * world.size
                         accelerator.backward(loss * weight)
@@ -102,22 +112,16 @@ def train_one_epoch(
                     f"{title}, batch {step}: a single image is too few for BatchNorm; choose "
                     "another --batch-size"
                 ) from error
-            sums = world.sum(torch.cat([*rows, row.new_tensor([stop_request()])]))
+            sums = world.sum(torch.cat([*rows, row.new_full((1,), stop_request())]))
             largest = accelerator.largest_gradient(optimizer)
-            sums = torch.cat([sums, largest.to(sums)[None]]).cpu()  # a GPU waits here only
-            *_, stops, largest = sums.tolist()
-            rows = sums[:-2].reshape(-1, 4)
-            row = rows.sum(0)
-            metrics = average_rows([row])
-            for name, value in (("loss", metrics["loss"]), ("largest gradient", largest)):
-                if metrics["images"] and not math.isfinite(value):
-                    message = f"{title}, batch {step}: the {name} is {value:g}"
-                    bad = int(rows.isfinite().all(1).int().argmin())  # else the first
-                    raise TrainingDiverged(message, step, images[parts[bad].own])
-            accelerator.step(optimizer)
-            epoch_metrics.add(row, optimizer.param_groups[0]["lr"])
+            results = torch.cat([sums, largest.to(sums)[None]])
+            lr, shares = optimizer.param_groups[0]["lr"], [images[part.own] for part in parts]
+            reader.add(PendingStep(step, lr, shares, HostCopy(results)))
+            accelerator.step(optimizer, ~results.isfinite().all())
             scheduler.step()
-            on_batch(step, {**metrics, "lr": epoch_metrics.lr, "seconds": epoch_metrics.seconds})
+            on_update()
+            if stops or not accelerator.reads_late or reads_now(step):
+                stops = reader.read() or stops
             if stops and step < steps:
                 raise Stopped(stop_request())
     return epoch_metrics.training_metrics()
@@ -151,7 +155,8 @@ def evaluate(
     model.eval()
     steps = len(loader) if max_steps is None else min(max_steps, len(loader))
     epoch_metrics = EpochMetrics()
-    with closing(_watch(loader, epoch_metrics, steps, title)) as batches:
+    watch = closing(_watch(loader, epoch_metrics, steps, title))
+    with epoch_metrics.timed(), watch as batches:
         for batch in batches:
             images, targets = accelerator.batch_to_device(*batch)
             epoch_metrics.add(_forward(model, criterion, accelerator, images, targets)[1])
@@ -193,13 +198,15 @@ def _forward(
 def _watch(
     loader: DataLoader, epoch_metrics: EpochMetrics, steps: int, title: str
 ) -> Generator[list[Tensor], None, None]:
-    """Yield batches up to `steps` of the epoch, timed, below a progress bar with the metrics."""
+    """Yield batches up to `steps` of the epoch, below a progress bar with the metrics so far."""
     done, next_refresh = epoch_metrics.steps, 0.0
     bar = progress_bar(islice(loader, steps - done), title, total=steps, initial=done)
-    with epoch_metrics.timed(), bar:
+    with bar:
         for batch in bar:
             yield batch
-            if not bar.disable and epoch_metrics.seconds >= next_refresh:
+            if bar.disable or not epoch_metrics.steps:
+                continue
+            if epoch_metrics.seconds >= next_refresh:
                 metrics = epoch_metrics.average()
                 next_refresh = metrics["seconds"] + REFRESH_SECONDS
                 throughput = metrics["images"] / metrics["seconds"]

@@ -21,6 +21,9 @@ class Muon(Optimizer):
     `torch.optim.Muon` takes matrices only. The weight of a convolution (O, C, h, w) is stepped as
     the matrix (O, C * h * w), and so is its momentum.
 
+    Muon has no fused kernel. `Accelerator.step` therefore waits for the GPU once a step, and skips
+    a bad step on the host.
+
     Args:
         params: parameter groups. A group with "matrices": True is stepped by Muon.
         lr: learning rate of both halves.

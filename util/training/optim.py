@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, Adam, AdamW, Optimizer
@@ -57,21 +58,42 @@ def build_optimizer(
     lr: float,
     momentum: float = 0.9,
     weight_decay: float = 0.0,
+    fused: bool = False,
 ) -> Optimizer:
-    """Return an optimizer of OPTIMIZERS; only SGD uses `momentum`.
+    """Return an optimizer of OPTIMIZERS.
 
-    `params` are parameters or the groups of `group_parameters`. Weight decay is an L2 penalty in
-    SGD, Adam and AMSGrad, and decoupled from the gradient in AdamW and Muon.
+    Weight decay is an L2 penalty in SGD, Adam and AMSGrad, and decoupled from the gradient in AdamW
+    and Muon.
+
+    Args:
+        name: key of OPTIMIZERS.
+        params: parameters, or the groups of `group_parameters`.
+        lr: learning rate.
+        momentum: of SGD alone.
+        weight_decay: weight decay.
+        fused: step in a kernel that can skip a bad step on a GPU, see `Accelerator.step`. Results
+            differ in the last bits. Muon has no such kernel.
     """
+    rates = {"lr": lr, "weight_decay": weight_decay}
     if name == "SGD":
-        return SGD(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
+        optimizer = SGD(params, **rates, momentum=momentum, fused=fused or None)
+        if fused and momentum:
+            _clear_momentum(optimizer)
+        return optimizer
     if name == "AdamW":
-        return AdamW(params, lr=lr, weight_decay=weight_decay)
+        return AdamW(params, **rates, fused=fused or None)
     if name == "Muon":
-        return Muon(params, lr=lr, weight_decay=weight_decay)
+        return Muon(params, **rates)
     if name in OPTIMIZERS:
-        return Adam(params, lr=lr, weight_decay=weight_decay, amsgrad=name == "AMSGrad")
+        return Adam(params, **rates, amsgrad=name == "AMSGrad", fused=fused or None)
     raise ValueError(f"optimizer must be one of {OPTIMIZERS}, got {name!r}")
+
+
+def _clear_momentum(optimizer: SGD) -> None:
+    """Set the momentum to 0; torch leaves it uninitialised if the first fused step is skipped."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
 
 
 def group_parameters(

@@ -291,7 +291,8 @@ def _example_state(
     example = nn.Parameter(torch.zeros_like(parameter, device="meta"))
     example.grad = torch.zeros_like(example)
     twin = copy.copy(optimizer)
-    twin.state, twin.param_groups = defaultdict(dict), [{**group, "params": [example]}]
+    group = {**group, "params": [example], "fused": None}  # no fused kernel runs on "meta"
+    twin.state, twin.param_groups = defaultdict(dict), [group]
     twin.step()
     return twin.state[example]
 

@@ -107,7 +107,8 @@ def optimizer_from_flags(flags: Namespace, model: nn.Module) -> Optimizer:
     rates = {"lr": flags.lr, "momentum": flags.momentum, "weight_decay": flags.weight_decay}
     decays_all = not flags.no_decay_norm_bias
     groups = group_parameters(model, flags.optimizer, decay_norm_bias=decays_all)
-    return build_optimizer(flags.optimizer, groups, **rates)
+    fused = next(model.parameters()).is_cuda
+    return build_optimizer(flags.optimizer, groups, **rates, fused=fused)
 
 
 def scheduler_from_flags(

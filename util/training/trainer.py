@@ -86,6 +86,8 @@ class Trainer:
             micro_batch=self.plan.micro_batch,
             max_steps=self.epoch_end,
             on_batch=self.after_batch,
+            on_update=self.update_average,
+            reads_now=self.saves_after,
             stop_request=self.stop_request,
             batch_context=self.hooks.batch_context,
             title=f"epoch {epoch}/{self.plan.epochs}",
@@ -94,18 +96,25 @@ class Trainer:
             state.world.average_buffers(model)
         self.save_if_due()
 
-    def after_batch(self, batch: int, metrics: Metrics) -> None:
-        """Update the moving average, log the step, and save if a checkpoint is due."""
+    def update_average(self) -> None:
+        """Move the moving average, if there is one, towards the model."""
         if self.state.average is not None:
             self.state.average.update_parameters(self.state.model)
+
+    def after_batch(self, batch: int, metrics: Metrics) -> None:
+        """Log the step, and save if a checkpoint is due."""
         self.recorder.batch(batch, metrics)
         if batch < self.epoch_end:  # after the last step `train` averages the buffers, then saves
             self.save_if_due()
 
+    def saves_after(self, batch: int) -> bool:
+        """Return True if a checkpoint is due after this batch of the epoch."""
+        every = self.plan.checkpoint_steps
+        return every > 0 and (self.state.progress.step + batch) % every == 0
+
     def save_if_due(self) -> None:
         """Save every `checkpoint_steps` steps."""
-        every = self.plan.checkpoint_steps
-        if every and self.state.step % every == 0:
+        if self.saves_after(self.state.metrics.steps):
             self.recorder.checkpoint(self.state.capture())
 
     def test(self) -> tuple[dict[str, Metrics], list[Tensor]]:
