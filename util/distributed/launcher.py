@@ -110,7 +110,8 @@ def _address_flags(flags: Namespace) -> list[str]:
 def init_processes(device: torch.device, backend: str | None = None) -> Iterator[World]:
     """Join the world of this process, of size 1 without a launcher; leave it after the block.
 
-    `backend` is "nccl" or "gloo". None: nccl for GPUs, else gloo.
+    `backend` is "nccl" or "gloo". None: nccl for GPUs, else gloo. Messages in host memory always
+    use gloo.
 
     Raises:
         RunError: nccl without a GPU.
@@ -129,7 +130,7 @@ def init_processes(device: torch.device, backend: str | None = None) -> Iterator
     if any(store.get(key) == b"failed" for key in keys):
         raise PeerFailed
     dist.init_process_group(
-        backend,
+        "cpu:gloo,cuda:nccl" if backend == "nccl" else backend,
         store=store,
         rank=rank,
         world_size=size,

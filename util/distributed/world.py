@@ -51,14 +51,15 @@ class World:
             dist.all_reduce(values)
         return values
 
-    def batch_offset(self, count: int, device: torch.device) -> tuple[int, int]:
+    def batch_offset(self, count: int) -> tuple[int, int]:
         """Return the number of images of lower ranks, and of all ranks, in a batch.
 
-        `count` is the number of this process, `device` the device of the message.
+        `count` is the number of this process. The message is in host memory, since a message on a
+        GPU would wait for all earlier work.
         """
         if self.size == 1:
             return 0, count
-        counts = torch.zeros(self.size, dtype=torch.long, device=device)
+        counts = torch.zeros(self.size, dtype=torch.long)
         counts[self.rank] = count
         counts = self.sum(counts).tolist()
         return sum(counts[: self.rank]), sum(counts)

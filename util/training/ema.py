@@ -2,33 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from torch import Tensor, nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+import torch
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from util.errors import RunError
 
 
-def build_average(model: nn.Module, decay: float) -> AveragedModel:
-    """Return the exponential moving average of a model, which `update_parameters` moves by a step.
+class ExponentialAverage(AveragedModel):
+    """Exponential moving average of a model, which `update_parameters` moves by a step.
 
     Weights and running statistics are averaged, counters are copied. The first update copies all.
+    An update in torch's class waits for the GPU, because the class moves `n_averaged` there.
 
     Args:
         model: model to average, on its device.
         decay: share of the old average in the new one; about 1 / (1 - decay) steps are averaged.
     """
-    move = get_ema_multi_avg_fn(decay)
 
-    def update(averages: Sequence[Tensor], values: Sequence[Tensor], count: Tensor) -> None:
-        if averages[0].is_floating_point():
-            move(averages, values, count)
-            return
-        for average, value in zip(averages, values, strict=True):
-            average.copy_(value)
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        super().__init__(model, use_buffers=True)
+        self.decay = decay
 
-    return AveragedModel(model, multi_avg_fn=update, use_buffers=True)
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Move the average towards `model`."""
+        tensors = ([*each.parameters(), *each.buffers()] for each in (self.module, model))
+        is_first = self.n_averaged == 0
+        averaged, copied = [], []
+        for average, value in zip(*tensors, strict=True):
+            is_copied = is_first or not average.is_floating_point()
+            (copied if is_copied else averaged).append((average, value))
+        if averaged:
+            averages, values = zip(*averaged, strict=True)
+            torch._foreach_lerp_(averages, values, 1 - self.decay)
+        if copied:
+            torch._foreach_copy_(*zip(*copied, strict=True))
+        self.n_averaged += 1
 
 
 def check_decay(decay: float, steps: int) -> None:

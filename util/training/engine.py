@@ -91,7 +91,7 @@ def train_one_epoch(
     with epoch_metrics.timed(), reader, watch as batches:
         for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
-            offset, total = world.batch_offset(len(images), images.device)
+            offset, total = world.batch_offset(len(images))
             parts, rows, stops = split_batch(offset, total, micro_batch), [], False
             try:
                 for part in parts:

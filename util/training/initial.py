@@ -72,7 +72,7 @@ def calibrate_weights(
 
     def forward(model: nn.Module, batch: tuple[Tensor, Tensor]) -> None:
         images, _ = accelerator.batch_to_device(*batch)
-        offset = context.world.batch_offset(len(images), images.device)
+        offset = context.world.batch_offset(len(images))
         with enter_batch(hooks.batch_context, *offset):
             model(images)
 

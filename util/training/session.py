@@ -30,7 +30,7 @@ from util.errors import RunError, Stopped
 from util.random_state import seed_everything
 from util.training.accelerator import Accelerator
 from util.training.confusion import ConfusionMatrix, report_classes
-from util.training.ema import build_average, check_decay
+from util.training.ema import ExponentialAverage, check_decay
 from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
 from util.training.micro_batches import check_batch_size
@@ -181,7 +181,7 @@ def fit(
     if flags.ema is not None:
         if not saved:
             check_decay(flags.ema, total_steps)
-        state.average = build_average(model, flags.ema)
+        state.average = ExponentialAverage(model, flags.ema)
     seed_everything(flags.seed + world.rank)  # dropout differs between ranks
     if saved:
         if saved["progress"]["step"] < total_steps:

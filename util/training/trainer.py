@@ -164,7 +164,7 @@ class Trainer:
     def explain(self, error: TrainingDiverged) -> TrainingDiverged:
         """Return the error with step, layer and images; the recorder writes them to a file."""
         state = self.state
-        offset = state.world.batch_offset(len(error.images), error.images.device)
+        offset = state.world.batch_offset(len(error.images))
         with enter_batch(self.hooks.batch_context, *offset):
             origin = find_nonfinite(state.model, state.accelerator, error.images)
         origins = filter(None, state.world.gather(origin))

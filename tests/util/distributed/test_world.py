@@ -16,9 +16,10 @@ from util.data.loader import LoaderOptions
 from util.data.sampler import EpochBatches
 from util.distributed.launcher import check_agreement, init_processes
 from util.distributed.world import World
-from util.errors import PeerFailed, RunError
+from util.errors import PeerFailed, RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
 from util.training.engine import evaluate, train_one_epoch
+from util.training.metrics import EpochMetrics
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -48,7 +49,7 @@ def run_world(size, action, *args):
 
 
 def use_every_operation(world, folder):
-    first, total = world.batch_offset((4, 0, 3)[world.rank], CPU)
+    first, total = world.batch_offset((4, 0, 3)[world.rank])
     assert (first, total) == ((0, 4, 4)[world.rank], 7)
     assert (world.rank, world.size, world.local_size) == (dist.get_rank(), 3, 3)
     mine = torch.full((2,), float(world.rank))
@@ -106,6 +107,8 @@ def test_three_processes(tmp_path):
 
 class Double(Accelerator):
     """Computes in float64, where sums in another order differ by less than 1e-10."""
+
+    reads_late = True  # as on GPUs
 
     def batch_to_device(self, images, targets):
         return images.double(), targets
@@ -175,6 +178,41 @@ def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
         trained = train_digits(World(), 359, micro_batch)
         torch.save(trained, tmp_path / f"trained{micro_batch}.pt")
     run_world(3, compare_with_one_process, tmp_path)
+
+
+def end_together(world):
+    """In process 1 alone the third batch is bad, or a stop is requested in the third step."""
+    for fault, error in (("batch", TrainingDiverged), ("stop", Stopped)):
+        torch.manual_seed(0)
+        model = nn.Linear(2, 3).double()
+        batches = [(torch.randn(2, 2), torch.tensor([0, 1])) for _ in range(6)]
+        if world.rank == 1 and fault == "batch":
+            batches[2][0].fill_(torch.nan)
+        requests = iter([0, 0, 15] if world.rank == 1 and fault == "stop" else [0] * 7)
+        optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+        scheduler = build_scheduler("cosine", optimizer, total_steps=6, epoch_steps=6)
+        metrics, weights = EpochMetrics(), []
+        keep = lambda weights=weights, model=model: weights.append(model.weight.tolist())
+        with pytest.raises(error) as caught:
+            train_one_epoch(
+                world.replicate(model),
+                batches,
+                build_criterion("CE", 3),
+                optimizer,
+                scheduler,
+                accelerator=Double(CPU),
+                world=world,
+                epoch_metrics=metrics,
+                on_update=keep,
+                stop_request=lambda requests=requests: next(requests, 15),
+            )
+        if fault == "batch":
+            assert caught.value.batch == 3 and weights[1] == weights[2] == model.weight.tolist()
+        assert world.gather(metrics.steps) == ([2, 2] if fault == "batch" else [4, 4])
+
+
+def test_results_read_late_end_all_processes_at_the_same_step():
+    run_world(2, end_together)
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 6])

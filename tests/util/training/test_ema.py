@@ -4,12 +4,12 @@ from torch import nn
 
 from deconv import FastDeconv
 from util.errors import RunError
-from util.training.ema import build_average, check_decay
+from util.training.ema import ExponentialAverage, check_decay
 
 
 def test_weights_and_running_statistics_follow_the_recursion_and_counters_are_copied():
     model = nn.Sequential(FastDeconv(2, 4, 3), nn.BatchNorm2d(4))
-    average = build_average(model, 0.8)
+    average = ExponentialAverage(model, 0.8)
     for step in range(5):
         model(torch.randn(8, 2, 6, 6))
         with torch.no_grad():

@@ -8,7 +8,7 @@ from torch import nn
 from tests.states import SPEC, make_metrics, make_state, make_training, take_step
 from util.errors import CheckpointError
 from util.training.accelerator import Accelerator
-from util.training.ema import build_average
+from util.training.ema import ExponentialAverage
 from util.training.metrics import EpochMetrics
 from util.training.reopen import reopen_epoch
 from util.training.resume import Plan, Progress
@@ -89,7 +89,7 @@ def test_restore_inverts_capture(saved):
 def test_the_moving_average_and_its_statistics_are_restored():
     runs = [make_training(nn.BatchNorm1d(2)) for _ in range(2)]
     for run in runs:
-        run.average = build_average(run.model, 0.5)
+        run.average = ExponentialAverage(run.model, 0.5)
     for shift in (1.0, 3.0):
         runs[0].model(torch.randn(4, 2) + shift)
         runs[0].average.update_parameters(runs[0].model)

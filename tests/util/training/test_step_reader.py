@@ -7,6 +7,7 @@ from sys import modules
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
 from deconv import FastDeconv
@@ -14,7 +15,7 @@ from tests.pairwise import loop_over
 from util.errors import DataError, Stopped, TrainingDiverged
 from util.training import engine
 from util.training.accelerator import Accelerator
-from util.training.ema import build_average
+from util.training.ema import ExponentialAverage
 from util.training.engine import train_one_epoch
 from util.training.metrics import EpochMetrics
 from util.training.nonfinite import find_nonfinite
@@ -146,6 +147,15 @@ class Meta(Late):
         return nullcontext()
 
 
+class NoBlockingCopies(TorchDispatchMode):
+    """Refuse copies to the device that would wait for it on a GPU."""
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        if operator is torch.ops.aten._to_copy.default and args[0].device == CPU:
+            assert kwargs.get("non_blocking"), kwargs
+        return operator(*args, **(kwargs or {}))
+
+
 @loop_over("amp", ["off", "fp16"])
 def test_no_step_reads_from_the_device_before_the_forward_of_the_next(monkeypatch, amp):
     events = []
@@ -165,7 +175,8 @@ def test_no_step_reads_from_the_device_before_the_forward_of_the_next(monkeypatc
     targets = [torch.zeros(4, dtype=torch.long)] * 3
     model = nn.Sequential(FastDeconv(2, 3, 3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(27, 3))
     accelerator = Meta(torch.device("meta"), amp=amp, clip_grad=1.0)
-    average = build_average(accelerator.to_device(model), 0.5)
+    average = ExponentialAverage(accelerator.to_device(model), 0.5)
+    model(images[0].to("meta"))  # layers move their constants once
     model.register_forward_pre_hook(lambda *_: events.append("forward"))
 
     def update():
@@ -177,7 +188,8 @@ def test_no_step_reads_from_the_device_before_the_forward_of_the_next(monkeypatc
         scheduler = build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3)
         batches = list(zip(images, targets, strict=True))
         args = model, batches, CRITERION, optimizer, scheduler
-        train_one_epoch(*args, accelerator=accelerator, on_update=update)
+        with NoBlockingCopies():
+            train_one_epoch(*args, accelerator=accelerator, on_update=update)
 
     train(fused=True)
     step = ["forward", "read", "update"]
