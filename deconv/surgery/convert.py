@@ -42,10 +42,12 @@ def convert(
     Each BatchNorm becomes an Identity. The activation inside timm's BatchNormAct2d remains. `plan`
     lists the treatment of each layer and the reason.
 
-    A BatchNorm after a convolution that is kept is kept as well. A BatchNorm is also kept if
-    `torch.fx` cannot trace the forward that calls it. The same applies if this forward reads the
-    tensors of the BatchNorm by name, or checks the classes of layers. Layers that share a module or
-    a weight still share it. Forward hooks of replaced layers move to their replacements.
+    A BatchNorm after a convolution that is kept is kept as well. Without a convolution before it,
+    as in a pre-activation block, a BatchNorm is kept before a convolution that is kept. A BatchNorm
+    is also kept if `torch.fx` cannot trace the forward that calls it. The same applies if this
+    forward reads the tensors of the BatchNorm by name, or checks the classes of layers. Layers that
+    share a module or a weight still share it. Forward hooks of replaced layers move to their
+    replacements.
 
     Without `pretrained`, activations become inplace=False unless each replaced BatchNorm is paired
     with a convolution before it. An Identity returns its input, which the model may use elsewhere.

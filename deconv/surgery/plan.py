@@ -73,6 +73,11 @@ class Row:
     ends_model: bool = field(default=False, repr=False)
     dims: int = field(default=2, repr=False)
 
+    @property
+    def whitens(self) -> bool:
+        """Return True if the layer is a deconvolution, or becomes one."""
+        return self.layer is not None or isinstance(self.module, Whitening)
+
 
 class Plan(tuple[Row, ...]):
     """Rows of a plan; `str` formats them as a table, with counts and the expected gain."""
@@ -101,9 +106,7 @@ class Plan(tuple[Row, ...]):
         """Return one sentence on the limits of the expected gain, or ""."""
         convs = [row for row in self if _name_kind(row.module) == "convolution"]
         norms = [row for row in self if _name_kind(row.module) == "norm"]
-        whiten = [
-            row for row in convs if row.layer is not None or isinstance(row.module, Whitening)
-        ]
+        whiten = [row for row in convs if row.whitens]
         if not whiten:
             return "No convolution is replaced, so no gain is expected." if convs else ""
         lost = any(row.action == REPLACED for row in norms)
@@ -126,8 +129,9 @@ class Plan(tuple[Row, ...]):
             return f"Convolutions have {of_all:.1%} of the weights, which limits the gain."
         if lost or not any(row.layer for row in whiten):
             return ""
-        kinds = " and ".join(sorted({type(row.module).__name__ for row in norms}))
-        norm = f"{kinds} stays" if norms else "The model has no norm"
+        kinds = sorted({type(row.module).__name__ for row in norms})
+        stays = "stay" if len(kinds) > 1 else "stays"
+        norm = f"{' and '.join(kinds)} {stays}" if norms else "The model has no norm"
         return f"{norm}: whitening adds to its cost, and larger learning rates may help."
 
 
@@ -368,9 +372,7 @@ class _BatchNormPlanner:
     ) -> None:
         self.layers, self.rows, self.flow = layers, rows, flow
         self.tied, self.pretrained = tied, pretrained
-        self.whitens = any(
-            row.layer is not None or isinstance(row.module, Whitening) for row in rows.values()
-        )
+        self.whitens = any(row.whitens for row in rows.values())
         # SyncBatchNorm has one class for all dimensions: take the dimensions of the convolutions.
         seen = {len(conv.kernel_size) for conv in layers.values() if isinstance(conv, _ConvNd)}
         self.sync_dims = seen.pop() if len(seen) == 1 else 2
@@ -455,6 +457,9 @@ class _BatchNormPlanner:
         after = [self.rows.get(id(layer)) for layer in consumers]
         if after and all(row is not None and row.layer is not None for row in after):
             return True, "the layers after it whiten"
+        for row in after:
+            if row is not None and isinstance(row.module, _ConvNd) and not row.whitens:
+                return False, f"precedes {row.name}, which is {row.action}"
         if self._sees_maps(norm):
             return True, "whitening replaces normalisation of maps"
         return False, "may normalise vectors: linear=[NAME] whitens a linear layer after it"

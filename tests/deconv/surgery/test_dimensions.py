@@ -101,6 +101,13 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     torch.testing.assert_close(kept(x), model(x))
 
 
+def test_a_batchnorm_before_a_skipped_convolution_stays():
+    """As in a pre-activation block, whose sum would reach the plain convolution unnormalised."""
+    block = [nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)]
+    rows = plan(nn.Sequential(nn.Conv2d(4, 4, 2), *block), skip=["4"])
+    assert (rows[1].action, rows[1].reason) == ("kept", "precedes 4, which is skipped")
+
+
 @loop_over("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
 @loop_over("last", [nn.Flatten, lambda: nn.Linear(4, 4)])
 def test_a_batchnorm_that_sees_vectors_for_certain_stays(norm, last):
