@@ -125,6 +125,7 @@ class Accelerator:
         if optimizer.defaults.get("fused"):
             optimizer.found_inf, optimizer.grad_scale = is_bad.float(), None
             optimizer.step()
+            del optimizer.found_inf, optimizer.grad_scale
         elif not is_bad:
             optimizer.step()
         self.scaler.update()

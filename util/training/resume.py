@@ -190,6 +190,7 @@ class TrainingState:
             groups = self.optimizer.state_dict()["param_groups"]
             state = saved["optimizer"]["state"]
             self.optimizer.load_state_dict({"state": state, "param_groups": groups})
+            _match_layout(self.optimizer)
             if saved["scaler"]:  # only --amp fp16 has one
                 self.accelerator.scaler.load_state_dict(saved["scaler"])
         if len(saved["rng"]) == self.world.size:  # one random state per rank
@@ -282,6 +283,14 @@ def _check_optimizer_state(saved: dict[str, Any], optimizer: Optimizer) -> None:
             names = " and ".join(f"({', '.join(one)})" for one in (state, expected))
             raise ContentError(f"optimizer.state.{number} differs, of {names} here")
         _check_tensors(f"optimizer.state.{number}", state, expected)
+
+
+def _match_layout(optimizer: Optimizer) -> None:
+    """Store state in the memory format of its parameter, as fused kernels require."""
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
 
 
 def _example_state(

@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -5,11 +6,13 @@ import pytest
 import torch
 from torch import nn
 
+from tests.pairwise import loop_over
 from tests.states import SPEC, make_metrics, make_state, make_training, take_step
 from util.errors import CheckpointError
 from util.training.accelerator import Accelerator
 from util.training.ema import ExponentialAverage
 from util.training.metrics import EpochMetrics
+from util.training.optim import build_optimizer
 from util.training.reopen import reopen_epoch
 from util.training.resume import Plan, Progress
 
@@ -115,6 +118,31 @@ def test_a_run_continues_in_another_precision(saved):
         training.accelerator = accelerator
         training.restore({**saved, "scaler": state}, PLAN, file="FILE")
         assert training.capture()["scaler"].get("scale") == scale
+
+
+@loop_over("name", ["SGD", "Adam", "AMSGrad", "AdamW"])
+def test_a_run_continues_with_a_fused_optimizer_in_another_memory_format(name):
+    """As on a GPU: from a CPU to a GPU and back, with or without --channels-last."""
+    plain, last = torch.contiguous_format, torch.channels_last
+    weights = []
+    for second in ((False, plain), (True, plain), (True, last), (False, last)):
+        torch.manual_seed(0)
+        saved = None
+        for fused, memory_format in ((False, plain), second, (False, plain)):
+            training = make_training(nn.Conv2d(3, 4, 3).to(memory_format=memory_format))
+            parameters = list(training.model.parameters())
+            training.optimizer = build_optimizer(name, parameters, lr=0.1, fused=fused)
+            if saved:
+                training.restore(saved, PLAN, file="FILE")
+            for _ in range(2):
+                for parameter in parameters:
+                    values = torch.randn(parameter.shape)
+                    parameter.grad = torch.empty_like(parameter).copy_(values)
+                training.optimizer.step()
+            saved = copy.deepcopy(training.capture())
+        weights.append(training.model.weight.detach())
+    for other in weights[1:]:
+        torch.testing.assert_close(other, weights[0])
 
 
 @pytest.mark.parametrize(
