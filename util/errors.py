@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -52,11 +53,14 @@ class TrainingDiverged(RuntimeError):
     Attributes:
         batch: number in the epoch, from 1.
         images: (N, C, H, W), the part of the batch that this process has.
+        parameters: parameters whose gradient is not finite.
     """
 
-    def __init__(self, message: str, batch: int, images: Tensor) -> None:
+    def __init__(
+        self, message: str, batch: int, images: Tensor, parameters: Sequence[Tensor] = ()
+    ) -> None:
         super().__init__(message)
-        self.batch, self.images = batch, images
+        self.batch, self.images, self.parameters = batch, images, parameters
 
 
 class PeerFailed(RuntimeError):

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 from torch.optim import Optimizer
 
 from util.training.cuda_graphs import GraphedModel
@@ -91,19 +91,26 @@ class Accelerator:
         """Add the gradients of `loss` to those of the parameters."""
         self.scaler.scale(loss).backward()
 
-    def largest_gradient(self, optimizer: Optimizer) -> Tensor:
-        """Return the largest magnitude of all gradients; NaN if one is NaN.
+    def largest_gradients(self, optimizer: Optimizer) -> Tensor:
+        """Return the largest magnitude of each gradient, NaN if a value of it is NaN.
 
-        With fp16, gradients may overflow (see `step`) and the result is 0, or NaN once the loss
-        scale falls below SMALLEST_SCALE.
+        With fp16, gradients may overflow (see `step`), and the result is 0. Once the loss scale
+        falls below SMALLEST_SCALE, the result is not finite.
+
+        Returns:
+            (P,), for the P parameters of `list_trained`.
         """
-        if self.scaler.is_enabled():
-            scale = self.scaler.scale(torch.ones((), device=self.device))
-            return torch.where(scale < SMALLEST_SCALE, math.nan, 0.0)
         gradients = _gradients(optimizer)
         if self.device.type == "cpu":  # faster there, but more kernel launches on a GPU
-            return torch.stack([end for g in gradients for end in g.aminmax()]).abs().max()
-        return get_total_norm(gradients, torch.inf)
+            ends = torch.stack([end for g in gradients for end in g.aminmax()])
+            largest = ends.abs().reshape(-1, 2).amax(1)
+        else:
+            largest = torch.stack(torch._foreach_norm(gradients, torch.inf))
+        if not self.scaler.is_enabled():
+            return largest
+        scale = self.scaler.scale(torch.ones((), device=self.device))
+        lost = largest.masked_fill(largest.isfinite().all(), math.nan)
+        return torch.where(scale < SMALLEST_SCALE, lost, 0.0)
 
     def step(self, optimizer: Optimizer, is_bad: Tensor) -> None:
         """Clip the gradients and update the parameters, unless the step `is_bad`.
@@ -112,16 +119,14 @@ class Accelerator:
 
         Args:
             optimizer: a fused one reads `is_bad` on the GPU. Any other waits for the GPU here.
-            is_bad: () bool on the device. If True, parameters, state of the optimizer and finite
-                gradients stay as they are.
+            is_bad: () bool on the device. If True, parameters and state of the optimizer stay as
+                they are.
         """
         self.scaler.unscale_(optimizer)
-        gradients = _gradients(optimizer)
         if self.clip_grad is not None:
-            norm = get_total_norm(gradients).masked_fill(is_bad, 0.0)  # NaN would spread
-            clip_grads_with_norm_(_parameters(optimizer), self.clip_grad, norm)
+            clip_grad_norm_(_parameters(optimizer), self.clip_grad)
         if self.scaler.is_enabled():
-            is_bad = is_bad | ~get_total_norm(gradients, torch.inf).isfinite()
+            is_bad = is_bad | ~get_total_norm(_gradients(optimizer), torch.inf).isfinite()
         if optimizer.defaults.get("fused"):
             optimizer.found_inf, optimizer.grad_scale = is_bad.float(), None
             optimizer.step()
@@ -134,11 +139,16 @@ class Accelerator:
         """Take a whole step on `loss`, unless a gradient is not finite."""
         optimizer.zero_grad()
         self.backward(loss)
-        self.step(optimizer, ~self.largest_gradient(optimizer).isfinite())
+        self.step(optimizer, ~self.largest_gradients(optimizer).isfinite().all())
+
+
+def list_trained(optimizer: Optimizer) -> list[nn.Parameter]:
+    """Return the parameters that have a gradient."""
+    return [parameter for parameter in _parameters(optimizer) if parameter.grad is not None]
 
 
 def _gradients(optimizer: Optimizer) -> list[Tensor]:
-    return [p.grad for p in _parameters(optimizer) if p.grad is not None]
+    return [parameter.grad for parameter in list_trained(optimizer)]
 
 
 def _parameters(optimizer: Optimizer) -> list[nn.Parameter]:

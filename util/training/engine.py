@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from util.console import progress_bar
 from util.distributed.world import World
 from util.errors import RunError, Stopped
-from util.training.accelerator import Accelerator
+from util.training.accelerator import Accelerator, list_trained
 from util.training.hooks import BatchContext, enter_batch
 from util.training.metrics import EpochMetrics, Metrics, count_hits
 from util.training.micro_batches import average_gradients, split_batch
@@ -86,13 +86,14 @@ def train_one_epoch(
     epoch_metrics = EpochMetrics() if epoch_metrics is None else epoch_metrics
     first, steps = epoch_metrics.steps + 1, epoch_metrics.steps + len(loader)
     steps = steps if max_steps is None else min(max_steps, steps)
-    reader = StepReader(optimizer, epoch_metrics, on_batch, title)
+    reader = StepReader(epoch_metrics, on_batch, title)
     watch = closing(_watch(loader, epoch_metrics, steps, title))
     with epoch_metrics.timed(), reader, watch as batches:
         for step, batch in enumerate(batches, start=first):
             images, targets = accelerator.batch_to_device(*batch)
             offset, total = world.batch_offset(len(images))
             parts, rows, stops = split_batch(offset, total, micro_batch), [], False
+            optimizer.zero_grad()
             try:
                 for part in parts:
                     own = images[part.own], targets[part.own]
@@ -113,10 +114,10 @@ def train_one_epoch(
                     "another --batch-size"
                 ) from error
             sums = world.sum(torch.cat([*rows, row.new_full((1,), stop_request())]))
-            largest = accelerator.largest_gradient(optimizer)
-            results = torch.cat([sums, largest.to(sums)[None]])
+            results = torch.cat([sums, accelerator.largest_gradients(optimizer).to(sums)])
             lr, shares = optimizer.param_groups[0]["lr"], [images[part.own] for part in parts]
-            reader.add(PendingStep(step, lr, shares, HostCopy(results)))
+            trained = list_trained(optimizer)
+            reader.add(PendingStep(step, lr, shares, trained, HostCopy(results)))
             accelerator.step(optimizer, ~results.isfinite().all())
             scheduler.step()
             on_update()

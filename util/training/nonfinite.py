@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -10,16 +11,19 @@ from torch import Tensor, nn
 from util.training.accelerator import Accelerator
 
 
-def find_nonfinite(model: nn.Module, accelerator: Accelerator, images: Tensor) -> str | None:
+def find_nonfinite(
+    model: nn.Module, accelerator: Accelerator, images: Tensor, parameters: Sequence[Tensor] = ()
+) -> str | None:
     """Return the first layer output, else the first gradient, that is not finite.
 
     The result is `the output of features.4 (BatchNorm2d)` or `the gradient of classifier.weight`.
     The forward updates running statistics again. Layers that communicate need all ranks to call.
 
     Args:
-        model: after the step's backward.
+        model: before the step's update.
         accelerator: precision of the step.
         images: (N, C, H, W) images of the step, on the device of `model`.
+        parameters: parameters whose gradient is not finite.
     """
     layers: list[str] = []
 
@@ -33,7 +37,7 @@ def find_nonfinite(model: nn.Module, accelerator: Accelerator, images: Tensor) -
         model.train()(images)
     for hook in hooks:
         hook.remove()
-    gradients = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    bad = [name for name, gradient in gradients if not gradient.isfinite().all()]
+    known = {id(parameter) for parameter in parameters}
+    bad = [name for name, parameter in model.named_parameters() if id(parameter) in known]
     # Backward reaches the last parameter first.
     return next(iter([*layers, *(f"the gradient of {name}" for name in reversed(bad))]), None)

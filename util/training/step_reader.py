@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from util.errors import DataError, TrainingDiverged
 from util.training.metrics import EpochMetrics, Metrics, average_rows
@@ -38,41 +37,36 @@ class PendingStep(NamedTuple):
         number: number of the step in the epoch, from 1.
         lr: learning rate of the update.
         parts: images (N, C, H, W) of each micro-batch that this rank has.
+        parameters: parameters that have a gradient.
         results: four sums of each micro-batch, see `EpochMetrics`; the number of ranks that ask to
-            stop; and the largest gradient.
+            stop; and the largest magnitude of the gradient of each parameter.
     """
 
     number: int
     lr: float
     parts: Sequence[Tensor]
+    parameters: Sequence[Tensor]
     results: HostCopy
 
 
 class StepReader:
     """Checks, counts and reports training steps; the end of the context reads the last one.
 
-    At most one step is pending. Its gradients stay until `read`, for `find_nonfinite`.
+    At most one step is pending.
 
     Args:
-        optimizer: holds the gradients.
         epoch_metrics: receives the sums of each step.
         on_batch: receives the number and the metrics of each step.
         title: first words of an error.
     """
 
     def __init__(
-        self,
-        optimizer: Optimizer,
-        epoch_metrics: EpochMetrics,
-        on_batch: Callable[[int, Metrics], None],
-        title: str,
+        self, epoch_metrics: EpochMetrics, on_batch: Callable[[int, Metrics], None], title: str
     ) -> None:
-        self.optimizer, self.epoch_metrics = optimizer, epoch_metrics
-        self.on_batch, self.title = on_batch, title
+        self.epoch_metrics, self.on_batch, self.title = epoch_metrics, on_batch, title
         self._pending: PendingStep | None = None
 
     def __enter__(self) -> StepReader:
-        self.optimizer.zero_grad()
         return self
 
     def __exit__(
@@ -97,18 +91,18 @@ class StepReader:
         step, self._pending = self._pending, None
         if step is None:
             return False
-        results = step.results.read()
-        rows = results[:-2].reshape(-1, 4)
-        stops, largest = results[-2:].tolist()
+        results, sums = step.results.read(), 4 * len(step.parts)
+        rows, stops, largest = results[:sums].reshape(-1, 4), results[sums], results[sums + 1 :]
         row = rows.sum(0)
         metrics = average_rows([row])
-        for name, value in (("loss", metrics["loss"]), ("largest gradient", largest)):
+        for name, value in (("loss", metrics["loss"]), ("largest gradient", float(largest.max()))):
             if metrics["images"] and not math.isfinite(value):
                 message = f"{self.title}, batch {step.number}: the {name} is {value:g}"
-                bad = int(rows.isfinite().all(1).int().argmin())  # else the first
-                raise TrainingDiverged(message, step.number, step.parts[bad])
-        self.optimizer.zero_grad()
+                images = step.parts[int(rows.isfinite().all(1).int().argmin())]  # else the first
+                pairs = zip(step.parameters, largest.isfinite(), strict=True)
+                bad = [parameter for parameter, is_finite in pairs if not is_finite]
+                raise TrainingDiverged(message, step.number, images, bad)
         self.epoch_metrics.add(row, step.lr)
         times = {"lr": step.lr, "seconds": self.epoch_metrics.seconds}
         self.on_batch(step.number, {**metrics, **times})
-        return stops > 0
+        return bool(stops)

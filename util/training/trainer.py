@@ -166,7 +166,8 @@ class Trainer:
         state = self.state
         offset = state.world.batch_offset(len(error.images))
         with enter_batch(self.hooks.batch_context, *offset):
-            origin = find_nonfinite(state.model, state.accelerator, error.images)
+            bad = error.images, error.parameters
+            origin = find_nonfinite(state.model, state.accelerator, *bad)
         origins = filter(None, state.world.gather(origin))
         first, step = next(origins, "the loss itself"), state.progress.step + error.batch
         numbers = state.loaders[0].image_numbers(error.batch - 1)
@@ -175,4 +176,4 @@ class Trainer:
         )
         images = ", ".join([*map(str, numbers[:8]), *(["..."] if len(numbers) > 8 else [])])
         message = f"{error} (step {step}), first in {first}, with training images {images}"
-        return TrainingDiverged(message, error.batch, error.images)
+        return TrainingDiverged(message, error.batch, *bad)

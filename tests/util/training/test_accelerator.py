@@ -53,9 +53,9 @@ def test_fp16_gradients_that_overflow_at_every_scale_count_as_nan():
     accelerator, model = Accelerator(CPU, amp="fp16"), nn.Linear(2, 1)
     optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
     accelerator.backward(model(torch.ones(1, 2)).sum())
-    assert accelerator.largest_gradient(optimizer) == 0
+    assert not accelerator.largest_gradients(optimizer).any()
     accelerator.scaler.load_state_dict({**accelerator.scaler.state_dict(), "scale": 2.0**-15})
-    assert accelerator.largest_gradient(optimizer).isnan()
+    assert accelerator.largest_gradients(optimizer).isnan().all()
 
 
 def test_the_largest_gradient_is_found_and_nan_if_one_is_nan():
@@ -64,7 +64,7 @@ def test_the_largest_gradient_is_found_and_nan_if_one_is_nan():
     accelerator = Accelerator(CPU)
     for gradient, largest in (([3.0, -4e30], 4e30), ([1e-3, 0.0], 1e-3), ([math.nan, 1.0], None)):
         weight.grad = torch.tensor(gradient)
-        found = accelerator.largest_gradient(optimizer)
+        (found,) = accelerator.largest_gradients(optimizer)
         assert found.isnan() if largest is None else found == largest
 
 
