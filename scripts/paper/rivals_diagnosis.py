@@ -122,6 +122,7 @@ def run(context: RunContext, spec: DataSpec, loader: ImageLoader) -> dict[str, A
     model = rivals_train.build_network(flags, spec).train()
     init_from_images(model, loader.draw_images)
     loader = rivals_train.augment_as_airbench(loader, context)
+    loader.batch_sampler.set_epoch(1)
     builders = rivals_train.choose_builders(flags)
     optimizer, total = builders.optimizer(flags, model), NETWORKS["airbench"].steps
     scheduler = builders.scheduler(flags, optimizer, Plan(len(loader), total, 0), 0)
