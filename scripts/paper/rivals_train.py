@@ -3,9 +3,10 @@
     python scripts/paper/rivals_train.py --arch vgg11 --rival iter-norm --batchnorm False
     python scripts/paper/rivals_train.py --arch airbench --recipe airbench --lr-scheduler linear
 
-`--rival` replaces layers of the network, see `rivals_layers/`. `--recipe airbench` takes optimizer,
-schedule and augmentation from `airbench.py`, and tests the trained network on six views of each
-image. All other flags are those of main.py.
+`--rival` replaces layers of the network, see `rivals_layers/`. `--stats-momentum` is the momentum
+of the running statistics of deconvolutions. `--recipe airbench` takes optimizer, schedule and
+augmentation from `airbench.py`, and tests the trained network on six views of each image. All other
+flags are those of main.py.
 """
 
 from __future__ import annotations
@@ -34,9 +35,10 @@ from scripts.paper.rivals_layers.decorrelation import (
     decorrelate,
 )
 from scripts.paper.rivals_layers.iter_norm import IterNorm
-from scripts.paper.rivals_layers.output_norm import NormalizedDeconv
+from scripts.paper.rivals_layers.output_norm import NormalizedDeconv, normalize_behind_pooling
 from scripts.paper.rivals_layers.weight_standardization import StandardizedConv2d
 from util.cli.launch import start
+from util.cli.parser import bounded_float
 from util.cli.script import Rules, Script
 from util.cli.settings import choose_layers
 from util.console import print_line
@@ -51,6 +53,7 @@ from util.training.session import Builders, RunContext, fit
 
 NETWORKS = ("vgg11", "resnet18", "airbench")
 AIRBENCH = "airbench"  # network and recipe
+POOLED = "output-norm-pooled"
 GROUPS = 32  # of GroupNorm
 VIEWS_NAME = "views.json"  # in the folder of a run: test top-1 on six views, in percent
 # Flags that the recipe of airbench replaces.
@@ -63,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_script() -> Script:
-    """Return the command line of main.py with two more flags, and the rules."""
+    """Return the command line of main.py with three more flags, and the rules."""
     script = main_script.build_script()
     script.parser.prog = "rivals_train.py"
     add = script.parser.add_group("rivals")
     add("--rival", "layers of the network", None, "none", choices=("none", *RIVALS))
+    text = "weight of a batch in the running statistics of deconvolutions"
+    add("--stats-momentum", text, bounded_float(above=0, maximum=1), 0.1, metavar="M")
     text = "main: the optimizer and images of main.py; airbench: those of airbench"
     add("--recipe", text, None, "main", choices=("main", AIRBENCH))
     return replace(script, rules=lambda flags: chain(script.rules(flags), own_rules(flags)))
@@ -78,13 +83,15 @@ def own_rules(flags: Namespace) -> Rules:
     for name in ("evaluate", "init"):
         yield name, False, "is an option of main.py only"
     yield "arch", flags.arch in NETWORKS, f"is not offered here: choose {', '.join(NETWORKS)}"
-    if flags.rival == "output-norm":
+    if flags.rival in ("output-norm", POOLED):
         yield "rival", flags.deconv, "needs --deconv True"
+        yield "rival", flags.rival != POOLED or flags.arch == AIRBENCH, f"needs --arch {AIRBENCH}"
     elif flags.rival != "none":
         yield "rival", not flags.deconv, "contradicts --deconv True; leave one of them out"
         keeps_norm = flags.rival == "decorrelation"
         fault = "replaces BatchNorm, needs --batchnorm False"
         yield "rival", keeps_norm or not flags.batchnorm, fault
+    yield "stats_momentum", flags.deconv, "needs --deconv True"
     yield "recipe", flags.recipe == "main" or flags.arch == AIRBENCH, f"needs --arch {AIRBENCH}"
     is_linear = flags.recipe == "main" or flags.lr_scheduler == "linear"
     yield "recipe", is_linear, "needs --lr-scheduler linear"
@@ -141,6 +148,7 @@ RIVALS: dict[str, Callable[[Layers, str], Layers]] = {
     "iter-norm": partial(replace_norm, make_iter_norm),
     "decorrelation": decorrelate_inputs,
     "output-norm": normalize_outputs,
+    POOLED: lambda layers, arch: layers,  # changes the network, see `build_network`
 }
 
 
@@ -173,10 +181,15 @@ def train(context: RunContext) -> None:
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
     """Build the network that the flags describe."""
-    layers = make_layers(**choose_layers(flags))
+    own = {"momentum": flags.stats_momentum} if flags.deconv else {}
+    layers = make_layers(**choose_layers(flags), **own)
     if flags.rival != "none":
         layers = RIVALS[flags.rival](layers, flags.arch)
-    return main_script.build_network(flags, spec, layers)
+    model = main_script.build_network(flags, spec, layers)
+    if flags.rival == POOLED:
+        for group in model.groups:
+            normalize_behind_pooling(group)
+    return model
 
 
 def choose_builders(flags: Namespace) -> Builders:

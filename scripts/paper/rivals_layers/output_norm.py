@@ -8,10 +8,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deconv import FastDeconv
 from deconv.ops.blocks import transform_along
+from models.airbench import NORM
 
 
 class NormalizedDeconv(FastDeconv):
@@ -77,3 +78,15 @@ class NormalizedDeconv(FastDeconv):
         weight, bias = super()._fold_running()
         with torch.no_grad():
             return self.normalize(weight, bias, self.running_cov_joint)
+
+
+def normalize_behind_pooling(group: nn.Sequential) -> None:
+    """Give all inputs of GELU in a group of airbench unit variance, in place.
+
+    Pooling moves the mean and the variance, so BatchNorm without a scale follows it. The second
+    deconvolution, which no pooling follows, becomes a `NormalizedDeconv`.
+    """
+    conv, _, _, _, second, *_ = group
+    group[2] = nn.BatchNorm2d(conv.out_channels, **NORM)
+    group[2].weight.requires_grad_(False)
+    NormalizedDeconv.from_deconv(second)

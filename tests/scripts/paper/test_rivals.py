@@ -64,6 +64,27 @@ def test_an_arm_has_its_layers_in_every_network(arm, kinds, absent):
         assert not plain or arm in ("bn-sgd", "gn", "iternorm"), network
 
 
+def test_batchnorm_follows_pooling_and_the_other_outputs_are_normalized_by_their_layer():
+    line = "--arch airbench --deconv True --rival output-norm-pooled --stats-momentum 0.4"
+    model = rivals_train.build_network(read_flags(line), rivals_steps.CIFAR10).train()
+    for group in model.groups:
+        group[3].register_forward_pre_hook(check_moments)
+    model(torch.randn(32, 3, 32, 32).cumsum(3))
+    kinds = [type(layer) for layer in model.groups[0]]
+    assert kinds[:3] == [FastDeconv, nn.MaxPool2d, nn.BatchNorm2d]
+    assert kinds[4:6] == [NormalizedDeconv, nn.Identity]
+    assert model.groups[0][0].momentum == model.groups[2][4].momentum == 0.4
+    assert all(
+        p.requires_grad == (name == "bias") for name, p in model.groups[0][2].named_parameters()
+    )
+
+
+def check_moments(module, args):
+    variance, mean = torch.var_mean(args[0], (0, 2, 3), correction=0)
+    torch.testing.assert_close(variance, torch.ones_like(mean), rtol=1e-3, atol=0)
+    torch.testing.assert_close(mean, torch.zeros_like(mean), rtol=0, atol=1e-3)
+
+
 def read_flags(line):
     return read_settings(rivals_train.build_script(), line.split())[0]
 
@@ -72,6 +93,11 @@ def read_flags(line):
     ("line", "fault"),
     [
         ("--rival output-norm", "--rival output-norm needs --deconv True"),
+        (
+            "--rival output-norm-pooled --deconv True",
+            "--rival output-norm-pooled needs --arch airbench",
+        ),
+        ("--stats-momentum 0.5", "--stats-momentum 0.5 needs --deconv True"),
         ("--rival iter-norm --deconv True", "--rival iter-norm contradicts --deconv True"),
         ("--rival iter-norm", "--rival iter-norm replaces BatchNorm, needs --batchnorm False"),
         ("--arch lenet", "--arch lenet is not offered here: choose vgg11, resnet18, airbench"),
