@@ -54,15 +54,15 @@ def choose_device(
 def choose_graphs(wanted: bool | None, device: torch.device, size: int, compiled: bool) -> bool:
     """Return True if training steps run as CUDA graphs.
 
-    `wanted` is --cuda-graphs, where None means whenever possible; `size` is the world size,
-    `compiled` is --compile. Raise RunError if graphs are wanted, but impossible.
+    `wanted` is --cuda-graphs, where None means on one GPU, as no measurement covers several; `size`
+    is the world size, `compiled` is --compile. Raise RunError if graphs are wanted, but impossible.
     """
-    possible = device.type == "cuda" and size == 1
-    if wanted and not possible:
-        raise RunError(f"--cuda-graphs True: needs one GPU, here {size} x {device.type}")
+    is_gpu = device.type == "cuda"
+    if wanted and not is_gpu:
+        raise RunError(f"--cuda-graphs True: needs a GPU, here {device.type}")
     if wanted and compiled:
         raise RunError("--cuda-graphs True: contradicts --compile")
-    return possible and not compiled if wanted is None else wanted
+    return is_gpu and size == 1 and not compiled if wanted is None else wanted
 
 
 def choose_algorithms(deterministic: bool) -> None:

@@ -4,13 +4,24 @@ import json
 
 import pytest
 import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 
 import main
 from deconv import FastDeconv
 from deconv.ops.inverse_sqrt import ROOTS
+from models import model_hooks
+from util.errors import TrainingDiverged
 from util.tracking.logger import read_log
+from util.training.accelerator import Accelerator
+from util.training.ema import ExponentialAverage
+from util.training.engine import train_one_epoch
+from util.training.hooks import ModelHooks
+from util.training.nonfinite import find_nonfinite
+from util.training.optim import build_criterion, build_optimizer, build_scheduler
 
 pytestmark = pytest.mark.gpu
+GPU, HOOKS = torch.device("cuda", 0), ModelHooks(**model_hooks())
 LINE = "--dataset digits --arch vgg11 --deconv True --batch-size 128 --lr .05 --epochs 2"
 
 
@@ -96,6 +107,82 @@ def test_replayed_steps_learn_what_launched_ones_do(tmp_path, line):
     )
     for figure in ("train_loss", "test_loss"):  # sums that threads add in any order, 14 steps long
         assert replayed[figure] == pytest.approx(plain[figure], rel=5e-3)
+
+
+def test_replayed_steps_on_all_gpus_learn_what_launched_ones_do(tmp_path):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU only")
+    line = "--sync-stats False --max-steps 14 --lr .001"
+    plain, replayed = (
+        train(f"{line} --cuda-graphs {graphs}", tmp_path / graphs) for graphs in ("False", "True")
+    )
+    assert replayed["test_loss"] == pytest.approx(plain["test_loss"], rel=5e-3)
+
+
+def make_parts(name="SGD", **options):
+    """Return a small network with its training on six batches, and the accelerator."""
+    torch.manual_seed(0)
+    accelerator = Accelerator(GPU, **options)
+    layers = FastDeconv(3, 8, 3, sync_stats=False), nn.BatchNorm2d(8), nn.ReLU()
+    model = accelerator.to_device(nn.Sequential(*layers, nn.Flatten(), nn.Linear(800, 2)))
+    images = [torch.randn(16, 3, 12, 12).pin_memory() for _ in range(6)]
+    targets = (torch.arange(16) % 2).pin_memory()
+    optimizer = build_optimizer(name, model.parameters(), lr=0.01, fused=True)
+    scheduler = build_scheduler("cosine", optimizer, total_steps=12, epoch_steps=6)
+    batches = [(batch, targets) for batch in images]
+    return model, (batches, build_criterion("CE", 2), optimizer, scheduler), accelerator
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AMSGrad", "AdamW"])
+@pytest.mark.parametrize("options", [{}, {"cuda_graphs": True}, {"amp": "fp16", "clip_grad": 1.0}])
+def test_no_step_waits_for_the_gpu(name, options):
+    model, args, accelerator = make_parts(name, **options)
+    network = accelerator.compile_for_training(model, (16, 3, 12, 12), HOOKS)
+    average = ExponentialAverage(model, 0.5)
+    step = {"accelerator": accelerator, "batch_context": HOOKS.batch_context}
+    train_one_epoch(network, *args, **step)  # layers move their constants once
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        train_one_epoch(network, *args, **step, on_update=lambda: average.update_parameters(model))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("name", ["SGD", "Adam", "AMSGrad", "AdamW", "Muon"])
+def test_a_bad_batch_changes_no_parameter(name, graphs):
+    model, (batches, *args), accelerator = make_parts(name, cuda_graphs=graphs)
+    network = accelerator.compile_for_training(model, (16, 3, 12, 12), HOOKS)
+    batches[3][0][5] = torch.nan
+    seen = []
+    with pytest.raises(TrainingDiverged, match="batch 4: the loss is nan") as caught:
+        train_one_epoch(
+            network,
+            batches,
+            *args,
+            accelerator=accelerator,
+            on_update=lambda: seen.append([p.tolist() for p in model.parameters()]),
+            batch_context=HOOKS.batch_context,
+        )
+    assert [p.tolist() for p in model.parameters()] == seen[2]
+    found = find_nonfinite(model, accelerator, caught.value.images, caught.value.parameters)
+    assert found == "the output of 0 (FastDeconv)"
+
+
+def test_replayed_steps_below_ddp_learn_what_launched_ones_do():
+    """A world of one GPU, whose messages go to itself."""
+    world = {"store": distributed.HashStore(), "rank": 0, "world_size": 1, "device_id": GPU}
+    distributed.init_process_group("cpu:gloo,cuda:nccl", **world)
+    states = []
+    for graphs, is_replicated in ((False, False), (True, True)):
+        model, args, accelerator = make_parts(cuda_graphs=graphs)
+        network = accelerator.compile_for_training(model, (16, 3, 12, 12), HOOKS)
+        network = DistributedDataParallel(network) if is_replicated else network
+        context = HOOKS.batch_context
+        train_one_epoch(network, *args, accelerator=accelerator, batch_context=context)
+        states.append(model.state_dict())
+    distributed.destroy_process_group()
+    torch.testing.assert_close(*states, rtol=1e-3, atol=1e-5)
 
 
 def test_a_compiled_network_learns(tmp_path):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from util.device import choose_device, count_processes
+from util.device import choose_device, choose_graphs, count_processes
 from util.errors import RunError
 
 
@@ -30,6 +30,22 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch):
         choose_device(True, None, None)
     with pytest.raises(RunError, match="--gpu 3: PyTorch sees 0"):
         choose_device(None, 3, None)
+
+
+def test_cuda_graphs_are_the_default_on_one_gpu_and_need_a_gpu():
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    for device, size, compiled, expected in (
+        (gpu, 1, False, True),
+        (gpu, 1, True, False),
+        (gpu, 2, False, False),
+        (cpu, 1, False, False),
+    ):
+        assert choose_graphs(None, device, size, compiled) == expected
+    assert choose_graphs(True, gpu, 2, False) and not choose_graphs(False, gpu, 1, False)
+    with pytest.raises(RunError, match="--cuda-graphs True: needs a GPU, here cpu"):
+        choose_graphs(True, cpu, 1, False)
+    with pytest.raises(RunError, match="contradicts --compile"):
+        choose_graphs(True, gpu, 1, True)
 
 
 def test_threads_are_set():

@@ -11,6 +11,20 @@ from util.errors import RunError
 from util.training.hooks import ModelHooks, enter_batch
 
 
+def check_messages(model: nn.Module, processes: int) -> None:
+    """Raise RunError if layers share statistics between several processes in the forward.
+
+    NCCL requires that all ranks replay a captured message, or that none does. The last batch of an
+    epoch and bad images give one rank a full part and another rank a smaller one.
+    """
+    shares = any(getattr(layer, "sync_stats", False) for layer in model.modules())
+    if shares and processes > 1:
+        raise RunError(
+            f"--cuda-graphs True: layers share statistics between {processes} processes, and their "
+            "messages are not captured; add --sync-stats False or leave --cuda-graphs out"
+        )
+
+
 class _Step(nn.Sequential):
     """Forward of a model in its batch context, which a graph captures with it."""
 
@@ -31,9 +45,14 @@ class GraphedModel(nn.Module):
     A graph has a fixed control flow. Each phase of the model has its own graph, which is captured
     before the first step in this phase. A replay runs no Python code, so `hooks.advance` counts it.
 
+    In several processes, wrap this module by DistributedDataParallel. Graphs then contain no
+    message: gradients are averaged after the replayed backward ("Partial-network capture",
+    https://docs.pytorch.org/docs/stable/notes/cuda.html#usage-with-distributeddataparallel).
+
     Args:
         model: on its GPU. A capture leaves buffers, phase and random state unchanged.
-        images: a full batch of any content; later batches are copied into its memory.
+        images: a full batch of this process, of any content; later batches are copied into its
+            memory.
         hooks: hooks of the model; `phase`, `advance` and `hold` are used.
 
     Raises:

@@ -30,6 +30,7 @@ from util.errors import RunError, Stopped
 from util.random_state import seed_everything
 from util.training.accelerator import Accelerator
 from util.training.confusion import ConfusionMatrix, report_classes
+from util.training.cuda_graphs import check_messages
 from util.training.ema import ExponentialAverage, check_decay
 from util.training.engine import evaluate
 from util.training.hooks import ModelHooks
@@ -173,7 +174,10 @@ def fit(
     accelerator = context.build_accelerator()
     accelerator.to_device(model)
     optimizer = builders.optimizer(flags, model)
-    shape = flags.batch_size, spec.in_channels, spec.image_size, spec.image_size
+    if accelerator.cuda_graphs:
+        check_messages(model, world.size)
+    part = world.shard_count(flags.batch_size)  # images of a full batch in this process
+    shape = part, spec.in_channels, spec.image_size, spec.image_size
     replica = world.replicate(accelerator.compile_for_training(model, shape, hooks))
     validation = train_loader.validation
     loaders = train_loader, test_loader, *([] if validation is None else [validation])

@@ -3,14 +3,15 @@
 import os
 import socket
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import distributed as dist
 from torch import multiprocessing, nn
 
-from deconv import batch_share
-from models import build_model, make_layers
+from deconv import FastDeconv, batch_share
+from models import build_model, make_layers, model_hooks
 from util.data.datasets import build_loaders
 from util.data.loader import LoaderOptions
 from util.data.sampler import EpochBatches
@@ -19,6 +20,7 @@ from util.distributed.world import World
 from util.errors import PeerFailed, RunError, Stopped, TrainingDiverged
 from util.training.accelerator import Accelerator
 from util.training.engine import evaluate, train_one_epoch
+from util.training.hooks import ModelHooks
 from util.training.metrics import EpochMetrics
 from util.training.optim import build_criterion, build_optimizer, build_scheduler
 
@@ -178,6 +180,60 @@ def test_processes_that_share_batches_train_and_test_as_one(tmp_path):
         trained = train_digits(World(), 359, micro_batch)
         torch.save(trained, tmp_path / f"trained{micro_batch}.pt")
     run_world(3, compare_with_one_process, tmp_path)
+
+
+def capture_as_one_function(step, args):
+    """Return what a captured step is: one function, whose backward returns all gradients."""
+    forward, parameters = step.forward, tuple(step.parameters())
+
+    class Captured(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, images, *parameters):
+            with torch.enable_grad():
+                ctx.logits = forward(images)
+            return ctx.logits.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return None, *torch.autograd.grad(ctx.logits, parameters, grad)
+
+    return lambda images: replays.append(len(images)) or Captured.apply(images, *parameters)
+
+
+replays = []
+
+
+def train_with_graphs(world):
+    """Batches of 5 and 4 images; of 5 images, process 0 has 3."""
+    hooks, states = ModelHooks(**model_hooks()), []
+    for is_captured in (True, False):
+        torch.manual_seed(0)
+        layers = FastDeconv(2, 3, 3, sync_stats=False), nn.BatchNorm2d(3)
+        model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(27, 2)).double()
+        full = world.shard_count(5)
+        batches = [torch.randn(5, 2, 5, 5), torch.randn(4, 2, 5, 5), torch.randn(5, 2, 5, 5)]
+        parts = [batch.chunk(2)[world.rank] for batch in batches]
+        accelerator = Double(CPU, cuda_graphs=is_captured)
+        with patch.object(torch.cuda, "make_graphed_callables", capture_as_one_function):
+            network = accelerator.compile_for_training(model.double(), (full, 2, 5, 5), hooks)
+        optimizer = build_optimizer("SGD", model.parameters(), lr=0.1)
+        train_one_epoch(
+            world.replicate(network),
+            [(part, torch.arange(len(part)) % 2) for part in parts],
+            build_criterion("CE", 2),
+            optimizer,
+            build_scheduler("cosine", optimizer, total_steps=3, epoch_steps=3),
+            accelerator=accelerator,
+            world=world,
+            batch_context=hooks.batch_context,
+        )
+        states.append(model.state_dict())
+    assert replays == [[3, 3], [2, 2, 2]][world.rank]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
+
+
+def test_captured_steps_average_their_gradients_over_processes():
+    run_world(2, train_with_graphs)
 
 
 def end_together(world):

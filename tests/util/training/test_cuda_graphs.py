@@ -3,13 +3,16 @@
 import copy
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import nn
 
 from deconv import FastDeconv
 from deconv.freezing import Freezing
 from models import model_hooks
+from util.errors import RunError
 from util.training.accelerator import Accelerator
+from util.training.cuda_graphs import check_messages
 from util.training.hooks import ModelHooks
 from util.training.optim import build_optimizer
 
@@ -79,6 +82,14 @@ def test_a_restored_model_goes_on_in_its_phase(monkeypatch):
     model.load_state_dict(copy.deepcopy(twin.state_dict()))
     compare(range(5, 22), model, network, twin)
     assert captured == [False, True]
+
+
+def test_layers_that_share_statistics_between_processes_are_refused():
+    for layer, processes in ((FastDeconv(3, 4, 3), 1), (nn.BatchNorm2d(3), 2)):
+        check_messages(nn.Sequential(layer), processes)
+    check_messages(FastDeconv(3, 4, 3, sync_stats=False), 2)
+    with pytest.raises(RunError, match="--cuda-graphs True: .* 2 processes.*--sync-stats False"):
+        check_messages(nn.Sequential(FastDeconv(3, 4, 3)), 2)
 
 
 def test_a_capture_within_a_step_keeps_the_precision_without_its_cache(monkeypatch):
