@@ -333,8 +333,8 @@ def add_advanced_flags(parser: Parser) -> None:
     add = parser.add_group("advanced: devices and machines")
     text = "store images and 4-d weights in channels_last memory format, faster on some devices"
     add("--channels-last", text, str2bool, False)
-    text = """capture a training step as a CUDA graph, which saves the time to launch kernels;
-        deconvolution on several GPUs needs --sync-stats False"""
+    text = """capture a training step as a CUDA graph, which saves the time to launch kernels; with
+        deconvolution on several GPUs, add --sync-stats False"""
     default = "True on one GPU without --compile or --accum-steps"
     add("--cuda-graphs", text, str2bool, default_text=default)
     text = "use only operations with reproducible results, which may be slower on a GPU"
