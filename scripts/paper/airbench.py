@@ -90,7 +90,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def build_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
     """Return the optimizer; --lr is the rate of the convolutions, which are the first group.
 
-    Biases and the last layer have the rates of the recipe with Muon and SGD, and --lr with AdamW.
+    With Muon and SGD, biases have the rate of the recipe and the last layer has --head-rate. With
+    AdamW, both have --lr.
     The key "share" of a group is the share of the run in which it is trained.
     """
     whitening, head = model.stem[0].bias, model.linear.weight
@@ -102,7 +103,7 @@ def build_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
         {"params": convs},
         {"params": [whitening], "rate": BIAS_RATE, "share": WHITENING_SHARE},
         {"params": rest, "rate": BIAS_RATE},
-        {"params": [head], "rate": HEAD_RATE},
+        {"params": [head], "rate": flags.head_rate},
     ]
     for group in groups:
         rate = group.pop("rate", None)

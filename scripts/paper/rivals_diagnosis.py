@@ -24,7 +24,6 @@ features of an input patch, eps added.
 from __future__ import annotations
 
 import json
-import shlex
 import sys
 from argparse import Namespace
 from collections.abc import Sequence
@@ -71,10 +70,8 @@ Values = dict[str, float]
 def main(argv: Sequence[str] | None = None) -> None:
     parser = make_parser()
     flags = parser.parse_args(argv)
-    if max(flags.measure) > flags.steps:
-        parser.error(
-            f"--measure {max(flags.measure)} is after the last step, --steps {flags.steps}"
-        )
+    if (last := max(flags.measure)) > flags.steps:
+        parser.error(f"--measure {last} is after the last step, --steps {flags.steps}")
     torch.set_num_threads(flags.threads)
     contexts = {arm: make_context(arm, flags) for arm in ARMS}
     spec, loader, _ = main_script.load_images(contexts[ARMS[0]])
@@ -107,8 +104,8 @@ def make_parser() -> Parser:
 def make_context(arm: str, flags: Namespace) -> RunContext:
     """Return the settings of an arm, and this process; `measure` are the measured steps."""
     line = make_flags(("airbench", arm), flags.lr, flags.seed)
-    words = [*shlex.split(line), "--dataset", "folder", "--data", flags.data]
-    words += ["--batch-size", str(flags.batch_size)]
+    words = [*line.split(), "--batch-size", str(flags.batch_size)]
+    words += ["--dataset", "folder", "--data", flags.data]
     words += ["--cache-dir", flags.cache_dir] if flags.cache_dir else []
     settings, _ = read_settings(rivals_train.build_script(), words)
     settings.steps, settings.measure = flags.steps, flags.measure
@@ -182,11 +179,11 @@ def measure_layer(conv: nn.Conv2d, x: Tensor, rate: float) -> Values:
     """Return the values of a layer by its input and the gradient of its weight."""
     cov, blocks, root = find_whitening(conv, x)
     D = expand(root, blocks)
-    weight, received = conv.weight.flatten(1), conv.weight.grad.flatten(1)
-    whitens = isinstance(conv, FastDeconv)
-    gradient = torch.linalg.solve(D.mT, received, left=False) if whitens else received
-    kernel, update = weight * len(weight) ** 0.5 / weight.norm(), orthogonalize(received)
-    kernel, update = (kernel @ D, update @ D) if whitens else (kernel, update)
+    weight, gradient = conv.weight.flatten(1), conv.weight.grad.flatten(1)
+    kernel, update = weight * len(weight) ** 0.5 / weight.norm(), orthogonalize(gradient)
+    if isinstance(conv, FastDeconv):  # the gradient of W is G D^T
+        gradient = torch.linalg.solve(D.mT, gradient, left=False)
+        kernel, update = kernel @ D, update @ D
     change = rate * (update @ cov * update).sum().sqrt() / (kernel @ cov * kernel).sum().sqrt()
     values, vectors = torch.linalg.eigh(root.mT @ root)
     half = expand(vectors @ (values.clamp(min=0).sqrt()[..., None] * vectors.mT), blocks)
@@ -240,18 +237,14 @@ def format_content(content: dict[str, Any]) -> str:
     arms = content["arms"]
     losses = zip(*(arm["losses"] for arm in arms.values()), strict=True)
     rows = [[step, *(f"{loss:.4f}" for loss in row)] for step, row in enumerate(losses)]
-    columns = {
-        f"{name}, step {step}": list(layers.values())
-        for name, arm in arms.items()
-        for step, layers in arm["steps"].items()
-    }
-    keys = next(iter(columns.values()))[0]
+    steps = [(name, step) for name, arm in arms.items() for step in arm["steps"]]
+    columns = [[*arms[name]["steps"][step].values()] for name, step in steps]
     medians = [
-        [key, *(f"{median(row[key] for row in rows):.3g}" for rows in columns.values())]
-        for key in keys
+        [key, *(f"{median(layer[key] for layer in layers):.3g}" for layers in columns)]
+        for key in columns[0][0]
     ]
-    tables = format_table(["step", *arms], rows), format_table(["median of", *columns], medians)
-    return "\n".join(tables)
+    header = ["median of", *(f"{name}, step {step}" for name, step in steps)]
+    return f"{format_table(['step', *arms], rows)}\n{format_table(header, medians)}"
 
 
 if __name__ == "__main__":

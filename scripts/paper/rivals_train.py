@@ -5,8 +5,8 @@
 
 `--rival` replaces layers of the network, see `rivals_layers/`. `--stats-momentum` is the momentum
 of the running statistics of deconvolutions. `--recipe airbench` takes optimizer, schedule and
-augmentation from `airbench.py`, and tests the trained network on six views of each image. All other
-flags are those of main.py.
+augmentation from `airbench.py`, and tests the trained network on six views of each image;
+`--head-rate` is the rate of its last layer. All other flags are those of main.py.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_script() -> Script:
-    """Return the command line of main.py with three more flags, and the rules."""
+    """Return the command line of main.py with four more flags, and the rules."""
     script = main_script.build_script()
     script.parser.prog = "rivals_train.py"
     add = script.parser.add_group("rivals")
@@ -75,6 +75,8 @@ def build_script() -> Script:
     add("--stats-momentum", text, bounded_float(above=0, maximum=1), 0.1, metavar="M")
     text = "main: the optimizer and images of main.py; airbench: those of airbench"
     add("--recipe", text, None, "main", choices=("main", AIRBENCH))
+    text = f"learning rate of the last layer in --recipe {AIRBENCH}, per image of a batch"
+    add("--head-rate", text, bounded_float(above=0), airbench.HEAD_RATE, metavar="LR")
     return replace(script, rules=lambda flags: chain(script.rules(flags), own_rules(flags)))
 
 
@@ -99,6 +101,8 @@ def own_rules(flags: Namespace) -> Rules:
     yield "weight_decay", takes_decay, f"has no effect on Muon in --recipe {AIRBENCH}; leave it out"
     for name in REPLACED:
         yield name, flags.recipe == "main", f"is set by --recipe {AIRBENCH}; leave it out"
+    yield "head_rate", flags.recipe == AIRBENCH, f"needs --recipe {AIRBENCH}"
+    yield "head_rate", flags.optimizer != "AdamW", "has no effect on AdamW; leave it out"
     known = flags.recipe == "main" or flags.optimizer in ("SGD", "AdamW", "Muon")
     yield "optimizer", known, f"is not offered by --recipe {AIRBENCH}: choose SGD, AdamW or Muon"
 

@@ -98,6 +98,12 @@ def read_flags(line):
             "--rival output-norm-pooled needs --arch airbench",
         ),
         ("--stats-momentum 0.5", "--stats-momentum 0.5 needs --deconv True"),
+        ("--head-rate 0.2", "--head-rate 0.2 needs --recipe airbench"),
+        (
+            "--arch airbench --recipe airbench --lr-scheduler linear --optimizer AdamW"
+            " --head-rate 0.2",
+            "--head-rate 0.2 has no effect on AdamW",
+        ),
         ("--rival iter-norm --deconv True", "--rival iter-norm contradicts --deconv True"),
         ("--rival iter-norm", "--rival iter-norm replaces BatchNorm, needs --batchnorm False"),
         ("--arch lenet", "--arch lenet is not offered here: choose vgg11, resnet18, airbench"),
