@@ -90,8 +90,8 @@ def orthogonalize(matrix: Tensor) -> Tensor:
 def build_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
     """Return the optimizer; --lr is the rate of the convolutions, which are the first group.
 
-    With Muon and SGD, biases have the rate of the recipe and the last layer has --head-rate. With
-    AdamW, both have --lr.
+    With Muon and SGD, biases have --bias-rate and the last layer has --head-rate. With AdamW, both
+    have --lr.
     The key "share" of a group is the share of the run in which it is trained.
     """
     whitening, head = model.stem[0].bias, model.linear.weight
@@ -101,8 +101,8 @@ def build_optimizer(flags: Namespace, model: nn.Module) -> Optimizer:
     rest = [p for p in model.parameters() if p.requires_grad and id(p) not in listed]
     groups: list[dict[str, Any]] = [
         {"params": convs},
-        {"params": [whitening], "rate": BIAS_RATE, "share": WHITENING_SHARE},
-        {"params": rest, "rate": BIAS_RATE},
+        {"params": [whitening], "rate": flags.bias_rate, "share": WHITENING_SHARE},
+        {"params": rest, "rate": flags.bias_rate},
         {"params": [head], "rate": flags.head_rate},
     ]
     for group in groups:

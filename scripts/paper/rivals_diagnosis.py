@@ -151,8 +151,7 @@ class Watch:
 
     def _keep(self, module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         self.inputs[module] = x = args[0].detach()
-        is_gelu = isinstance(module, nn.GELU)
-        self.channels[module] = describe_channels(x if is_gelu else output.detach())
+        self.channels[module] = describe_channels(x if module in self.gelus else output.detach())
 
     @torch.no_grad()
     def measure(self, rate: float) -> dict[str, Values]:

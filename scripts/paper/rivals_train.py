@@ -6,7 +6,7 @@
 `--rival` replaces layers of the network, see `rivals_layers/`. `--stats-momentum` is the momentum
 of the running statistics of deconvolutions. `--recipe airbench` takes optimizer, schedule and
 augmentation from `airbench.py`, and tests the trained network on six views of each image;
-`--head-rate` is the rate of its last layer. All other flags are those of main.py.
+`--bias-rate` and `--head-rate` change two of its rates. All other flags are those of main.py.
 """
 
 from __future__ import annotations
@@ -56,6 +56,11 @@ AIRBENCH = "airbench"  # network and recipe
 POOLED = "output-norm-pooled"
 GROUPS = 32  # of GroupNorm
 VIEWS_NAME = "views.json"  # in the folder of a run: test top-1 on six views, in percent
+# Rates of the recipe of airbench beside --lr: flag, parameters, default.
+OWN_RATES = (
+    ("bias", "biases and norms", airbench.BIAS_RATE),
+    ("head", "the last layer", airbench.HEAD_RATE),
+)
 # Flags that the recipe of airbench replaces.
 REPLACED = ("momentum", "warmup_epochs", "no_decay_norm_bias")
 
@@ -66,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def build_script() -> Script:
-    """Return the command line of main.py with four more flags, and the rules."""
+    """Return the command line of main.py with five more flags, and the rules."""
     script = main_script.build_script()
     script.parser.prog = "rivals_train.py"
     add = script.parser.add_group("rivals")
@@ -75,8 +80,9 @@ def build_script() -> Script:
     add("--stats-momentum", text, bounded_float(above=0, maximum=1), 0.1, metavar="M")
     text = "main: the optimizer and images of main.py; airbench: those of airbench"
     add("--recipe", text, None, "main", choices=("main", AIRBENCH))
-    text = f"learning rate of the last layer in --recipe {AIRBENCH}, per image of a batch"
-    add("--head-rate", text, bounded_float(above=0), airbench.HEAD_RATE, metavar="LR")
+    for name, what, rate in OWN_RATES:
+        text = f"learning rate of {what} in --recipe {AIRBENCH}, per image of a batch"
+        add(f"--{name}-rate", text, bounded_float(above=0), rate, metavar="LR")
     return replace(script, rules=lambda flags: chain(script.rules(flags), own_rules(flags)))
 
 
@@ -101,8 +107,9 @@ def own_rules(flags: Namespace) -> Rules:
     yield "weight_decay", takes_decay, f"has no effect on Muon in --recipe {AIRBENCH}; leave it out"
     for name in REPLACED:
         yield name, flags.recipe == "main", f"is set by --recipe {AIRBENCH}; leave it out"
-    yield "head_rate", flags.recipe == AIRBENCH, f"needs --recipe {AIRBENCH}"
-    yield "head_rate", flags.optimizer != "AdamW", "has no effect on AdamW; leave it out"
+    for name, *_ in OWN_RATES:
+        yield f"{name}_rate", flags.recipe == AIRBENCH, f"needs --recipe {AIRBENCH}"
+        yield f"{name}_rate", flags.optimizer != "AdamW", "has no effect on AdamW; leave it out"
     known = flags.recipe == "main" or flags.optimizer in ("SGD", "AdamW", "Muon")
     yield "optimizer", known, f"is not offered by --recipe {AIRBENCH}: choose SGD, AdamW or Muon"
 

@@ -53,7 +53,7 @@ def test_muon_steps_matrices_of_fixed_norm_and_the_rest_as_sgd():
 
 
 def make_flags(optimizer):
-    rates = {"lr": 0.24, "head_rate": 0.5, "weight_decay": 0.01}
+    rates = {"lr": 0.24, "bias_rate": 0.1, "head_rate": 0.5, "weight_decay": 0.01}
     return Namespace(optimizer=optimizer, batch_size=2000, **rates)
 
 
@@ -69,7 +69,7 @@ def test_every_learned_parameter_is_stepped_once_at_its_rate(optimizer, deconv):
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "conv" if parameter.ndim == 4 else "head" if parameter.ndim == 2 else "bias"
-            expected = {"conv": 0.24, "head": 0.5 * 2000, "bias": 0.053 * 2000}[kind]
+            expected = {"conv": 0.24, "head": 0.5 * 2000, "bias": 0.1 * 2000}[kind]
             assert rates[id(parameter)] == (0.24 if optimizer == "AdamW" else expected), name
 
 
@@ -82,7 +82,7 @@ def test_rates_fall_linearly_and_that_of_the_first_bias_earlier():
         for step in range(start, 16):
             convs, first, *_, head = (group["lr"] for group in optimizer.param_groups)
             assert convs == pytest.approx(0.24 * (1 - step / 16))
-            assert first == pytest.approx(106 * max(0, 1 - step / 6))
+            assert first == pytest.approx(200 * max(0, 1 - step / 6))
             assert head == pytest.approx(1000 * (1 - step / 16))
             optimizer.step()
             scheduler.step()

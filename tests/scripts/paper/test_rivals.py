@@ -99,6 +99,7 @@ def read_flags(line):
         ),
         ("--stats-momentum 0.5", "--stats-momentum 0.5 needs --deconv True"),
         ("--head-rate 0.2", "--head-rate 0.2 needs --recipe airbench"),
+        ("--bias-rate 0.01", "--bias-rate 0.01 needs --recipe airbench"),
         (
             "--arch airbench --recipe airbench --lr-scheduler linear --optimizer AdamW"
             " --head-rate 0.2",
