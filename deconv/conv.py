@@ -24,6 +24,8 @@ MODES: dict[int, tuple[str, ...]] = {
     4: ("joint",),
     5: ("joint",),
 }
+ROWS_PER_FEATURE = 24.0
+MIN_ROWS = 2048  # with fewer, the scale of an output varies by over 3 % from batch to batch
 
 
 class Convolution(Whitening):
@@ -65,7 +67,7 @@ class Convolution(Whitening):
         n_iter: int = 5,
         momentum: float | None = 0.1,
         sampling_stride: int = 3,
-        rows_per_feature: float = 24,
+        rows_per_feature: float | None = None,
         root: str = "cholesky",
         layout: str = "interleaved",
         shared: bool = True,
@@ -86,7 +88,7 @@ class Convolution(Whitening):
                 f"sampling_stride must be a whole number of patches, at least 1, "
                 f"got {sampling_stride}"
             )
-        if not rows_per_feature >= 0:
+        if rows_per_feature is not None and not rows_per_feature >= 0:
             raise ValueError(
                 f"rows_per_feature must be 0 (all) or a number, got {rows_per_feature}"
             )
@@ -169,7 +171,7 @@ class Convolution(Whitening):
             unit = self.blocks.unit // self.blocks.taps
             return self._pixel_grid(), replace(self.blocks, taps=1, unit=unit)
         grid = self.patch_grid(1 if self.mode == 4 else self.sampling_stride)
-        if self.mode == 4 or not self.rows_per_feature:
+        if self.mode == 4 or self.rows_per_feature == 0:
             return grid, self.blocks
         return self.subsample(x, grid), self.blocks
 
@@ -186,13 +188,17 @@ class Convolution(Whitening):
         return PatchGrid(one, step, one, (0, 0) * len(one))
 
     def subsample(self, x: Tensor, grid: PatchGrid) -> Sampling:
-        """Return enough patches for about `rows_per_feature` rows per feature of each matrix.
+        """Return enough patches for the rows of each matrix that `rows_per_feature` asks for.
 
         Ranks that share statistics sample the patches that one rank with the whole batch would.
         """
         share = self.find_share()
         first, total = (0, len(x)) if share is None else share.locate(len(x))
-        patches = self.rows_per_feature * self.blocks.features / self.blocks.sharing
+        features, per_feature = self.blocks.features, self.rows_per_feature
+        rows = max(ROWS_PER_FEATURE * features, MIN_ROWS)
+        if per_feature is not None:
+            rows = per_feature * features
+        patches = rows / self.blocks.sharing
         positions = grid.count(x.shape[2:])
         per_image = max(round(min(patches / max(total, 1), positions)), 1)
         return grid if per_image >= positions else PatchSubset(grid, per_image, first)
@@ -214,7 +220,8 @@ class Convolution(Whitening):
         return (
             f"{super().extra_repr()}, mode={self.mode}, {self._whitening_repr(self.block)}, "
             f"sampling_stride={self.sampling_stride}, "
-            f"rows_per_feature={self.rows_per_feature}, root={self.root}"
+            + ("" if (rows := self.rows_per_feature) is None else f"rows_per_feature={rows}, ")
+            + f"root={self.root}"
         )
 
 
@@ -250,10 +257,11 @@ class FastDeconv(Convolution, nn.Conv2d):
             mean of all batches, as in BatchNorm.
         sampling_stride: distance of sampled patches (default 3), in output pixels. Mode 3 samples
             input pixels at this distance, mode 4 every patch.
-        rows_per_feature: rows per feature for the covariance (default 24), in modes 1, 2 and 5. The
-            layer takes as many patches at `sampling_stride` as give this number, at least one per
-            image. A patch has one row per block that shares the matrix. 0: all patches at
-            `sampling_stride`, as published. The mean is over all patches at `sampling_stride`.
+        rows_per_feature: rows per feature for the covariance, in modes 1, 2 and 5. None (default):
+            24, and at least 2,048 rows. The layer takes as many patches at `sampling_stride` as
+            give this number, at least one per image. A patch has one row per block that shares the
+            matrix. 0: all patches at `sampling_stride`, as published. The mean is over all patches
+            at `sampling_stride`.
         root: algorithm that computes D (default "cholesky"), see `inverse_sqrt`.
             "newton": `n_iter` steps of Newton-Schulz, as published.
             "resolvent": equal to "newton" within 0.75 %, from one inverse for `n_iter` up to 5.

@@ -102,7 +102,7 @@ def make_layers(
     freeze_iter: int = 100,
     root: str = "cholesky",
     root_final: str | None = None,
-    rows_per_feature: float = 24,
+    rows_per_feature: float | None = None,
     **layer_options: Any,
 ) -> Layers:
     """Bind all options of layers into the bundle that `build_model` takes.
@@ -125,7 +125,7 @@ def make_layers(
         freeze_iter: steps with batch statistics in a cycle of 10 * freeze_iter.
         root: algorithm of the inverse square root. The methods set their own.
         root_final: the same for linear layers; None: see `find_linear_root`.
-        rows_per_feature: minimum of sampled patches per feature. The methods set their own.
+        rows_per_feature: of the FastDeconv layers. The methods set their own.
         **layer_options: further keywords of FastDeconv; Delinear gets those that it knows.
 
     Raises:

@@ -225,6 +225,22 @@ def test_grouped_layers_keep_one_copy_of_their_matrices_for_the_backward():
     assert count_kept(2) < 2.5 * count_kept(1)
 
 
+@loop_over(
+    ("layer", "patches"),
+    [
+        (FastDeconv(16, 8, 3), 24 * 144),
+        (FastDeconv(32, 8, 3), 24 * 144 / 2),  # two blocks share a matrix
+        (FastDeconv(32, 32, 3, groups=32), 2048),
+        (FastDeconv(32, 8, 1), 2048 / 2),
+        (FastDeconv(32, 32, 3, groups=32, rows_per_feature=24), 24 * 9),
+    ],
+)
+def test_by_default_small_matrices_are_estimated_from_2048_rows(layer, patches):
+    x = torch.empty(8, layer.in_channels, 100, 100, device="meta")
+    sampling, _ = layer.choose_patches(x)
+    assert sampling.per_image == round(patches / 8)
+
+
 @pytest.mark.parametrize(("shares", "per_feature"), [(1, 8), (2, 8), (3, 8), (2, 0), (2, 1e9)])
 def test_ranks_with_equal_shares_sample_the_patches_that_one_rank_would(
     monkeypatch, shares, per_feature
@@ -340,7 +356,7 @@ def test_wrong_number_of_channels_is_named():
 
 
 def test_a_layer_shows_what_it_looks_at_and_by_which_root_it_whitens():
-    assert "rows_per_feature=24, root=cholesky" in repr(FastDeconv(4, 8, 3))
+    assert "sampling_stride=3, root=cholesky" in repr(FastDeconv(4, 8, 3))
     shown = repr(FastDeconv(4, 8, 3, rows_per_feature=4, root="newton"))
     assert "rows_per_feature=4, root=newton" in shown
 

@@ -423,7 +423,7 @@ def test_compiled_layers_share_under_ddp_and_refuse_to_be_run_again_without(tmp_
     for rank in range(2):
         *values, error = torch.load(tmp_path / f"{rank}.pt")
         close(values, [gradients(layer), buffers(layer)])
-        assert "checkpointing runs compiled layers again" in error
+        assert "activation checkpointing recomputes compiled layers" in error
 
 
 def test_models_that_ranks_train_apart_do_not_mix(found):

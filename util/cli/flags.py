@@ -308,7 +308,8 @@ def add_advanced_flags(parser: Parser) -> None:
     text = """modes 1, 2 and 5: estimate a covariance of F features from about N * F rows, where a
         patch gives one row for each block. The patches are spread over the images of a batch; 0
         uses every patch that --stride selects"""
-    add("--rows-per-feature", text, bounded_float(minimum=0), 24)
+    rows = "24, and at least 2048 rows"
+    add("--rows-per-feature", text, bounded_float(minimum=0), default_text=rows)
     text = """contiguous: a block has adjacent channels; interleaved: (channel, pixel) features
         in modes 4 and 5, and channels in the other modes, are dealt to the blocks in turn"""
     add("--layout", text, None, "interleaved", choices=("contiguous", "interleaved"))

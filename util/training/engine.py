@@ -163,6 +163,7 @@ def evaluate(
             epoch_metrics.add(_forward(model, criterion, accelerator, images, targets)[1])
             if stop_request():
                 break
+        epoch_metrics.fetch()  # the time includes what a GPU still has to do
     if any(world.gather(stop_request())):
         raise Stopped(stop_request())
     return epoch_metrics.average(world)

@@ -57,6 +57,10 @@ class EpochMetrics:
         self.rows.append(row)
         self.lr = lr
 
+    def fetch(self) -> None:
+        """Move the rows to host memory, which waits for a GPU."""
+        self.rows = list(self._table())
+
     @property
     def steps(self) -> int:
         """Number of batches so far."""

@@ -1,5 +1,6 @@
 import copy
 import io
+import time
 
 import pytest
 import torch
@@ -39,6 +40,13 @@ def test_evaluate_counts_every_image_once_and_changes_nothing():
     assert metrics["top1"] == pytest.approx(100 * (logits.argmax(1) == targets).sum() / 10)
     assert (metrics["top5"], metrics["images"]) == (100, 10)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+def test_the_seconds_of_a_test_include_the_wait_for_its_results(monkeypatch):
+    model, loader, *_ = make_parts()
+    table = EpochMetrics._table
+    monkeypatch.setattr(EpochMetrics, "_table", lambda self: time.sleep(0.2) or table(self))
+    assert evaluate(model, loader, CRITERION, accelerator=CPU)["seconds"] > 0.2
 
 
 def test_train_steps_as_written_out_by_hand():
