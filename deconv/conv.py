@@ -194,10 +194,11 @@ class Convolution(Whitening):
         """
         share = self.find_share()
         first, total = (0, len(x)) if share is None else share.locate(len(x))
-        features, per_feature = self.blocks.features, self.rows_per_feature
-        rows = max(ROWS_PER_FEATURE * features, MIN_ROWS)
-        if per_feature is not None:
-            rows = per_feature * features
+        features = self.blocks.features
+        if self.rows_per_feature is None:
+            rows = max(ROWS_PER_FEATURE * features, MIN_ROWS)
+        else:
+            rows = self.rows_per_feature * features
         patches = rows / self.blocks.sharing
         positions = grid.count(x.shape[2:])
         per_image = max(round(min(patches / max(total, 1), positions)), 1)

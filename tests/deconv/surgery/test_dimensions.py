@@ -102,7 +102,7 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
 
 
 def test_a_batchnorm_before_a_skipped_convolution_stays():
-    """As in a pre-activation block, whose sum would reach the plain convolution unnormalised."""
+    """Keep the norm of a pre-activation block: the plain convolution needs normalised inputs."""
     block = [nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)]
     rows = plan(nn.Sequential(nn.Conv2d(4, 4, 2), *block), skip=["4"])
     assert (rows[1].action, rows[1].reason) == ("kept", "precedes 4, which is skipped")

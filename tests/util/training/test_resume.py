@@ -122,7 +122,7 @@ def test_a_run_continues_in_another_precision(saved):
 
 @loop_over("name", ["SGD", "Adam", "AMSGrad", "AdamW"])
 def test_a_run_continues_with_a_fused_optimizer_in_another_memory_format(name):
-    """As on a GPU: from a CPU to a GPU and back, with or without --channels-last."""
+    """Move a run from a CPU to a GPU and back, with or without --channels-last."""
     plain, last = torch.contiguous_format, torch.channels_last
     weights = []
     for second in ((False, plain), (True, plain), (True, last), (False, last)):
