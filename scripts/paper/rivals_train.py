@@ -54,6 +54,7 @@ from util.training.session import Builders, RunContext, fit
 NETWORKS = ("vgg11", "resnet18", "airbench")
 AIRBENCH = "airbench"  # network and recipe
 POOLED = "output-norm-pooled"
+BEHIND = "batchnorm-behind"
 GROUPS = 32  # of GroupNorm
 VIEWS_NAME = "views.json"  # in the folder of a run: test top-1 on six views, in percent
 # Rates of the recipe of airbench beside --lr: flag, parameters, default.
@@ -91,7 +92,7 @@ def own_rules(flags: Namespace) -> Rules:
     for name in ("evaluate", "init"):
         yield name, False, "is an option of main.py only"
     yield "arch", flags.arch in NETWORKS, f"is not offered here: choose {', '.join(NETWORKS)}"
-    if flags.rival in ("output-norm", POOLED):
+    if flags.rival in ("output-norm", POOLED, BEHIND):
         yield "rival", flags.deconv, "needs --deconv True"
         yield "rival", flags.rival != POOLED or flags.arch == AIRBENCH, f"needs --arch {AIRBENCH}"
     elif flags.rival != "none":
@@ -141,6 +142,12 @@ def decorrelate_inputs(layers: Layers, arch: str) -> Layers:
     return replace(layers, conv=conv, stem=conv, linear=DecorrelatedLinear)
 
 
+def normalize_behind(layers: Layers, arch: str) -> Layers:
+    """Put BatchNorm behind all deconvolutions, where the network has it without deconvolution."""
+    conv, stem = (partial(make, bias=False) for make in (layers.conv, layers.stem))
+    return replace(layers, conv=conv, stem=stem, norm=nn.BatchNorm2d)
+
+
 def normalize_outputs(layers: Layers, arch: str) -> Layers:
     """Give the outputs of all deconvolutions unit variance."""
     makers = {"conv": layers.conv, "stem": layers.stem}
@@ -158,6 +165,7 @@ RIVALS: dict[str, Callable[[Layers, str], Layers]] = {
     "group-norm": partial(replace_norm, make_group_norm),
     "iter-norm": partial(replace_norm, make_iter_norm),
     "decorrelation": decorrelate_inputs,
+    BEHIND: normalize_behind,
     "output-norm": normalize_outputs,
     POOLED: lambda layers, arch: layers,  # changes the network, see `build_network`
 }

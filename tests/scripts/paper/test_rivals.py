@@ -79,6 +79,17 @@ def test_batchnorm_follows_pooling_and_the_other_outputs_are_normalized_by_their
     )
 
 
+@loop_over(("arch", "count"), [("airbench", 6), ("vgg11", 8), ("resnet18", 20)])
+def test_batchnorm_stands_behind_deconvolutions_where_the_network_has_it(arch, count):
+    flags = read_flags(f"--arch {arch} --deconv True --rival batchnorm-behind")
+    with torch.device("meta"):
+        model = rivals_train.build_network(flags, rivals_steps.CIFAR10)
+    kinds = [type(layer) for layer in model.modules()]
+    deconvs = [layer for layer in model.modules() if isinstance(layer, FastDeconv)]
+    assert kinds.count(FastDeconv) == kinds.count(nn.BatchNorm2d) == count
+    assert all(layer.bias is None for layer in deconvs)
+
+
 def check_moments(module, args):
     variance, mean = torch.var_mean(args[0], (0, 2, 3), correction=0)
     torch.testing.assert_close(variance, torch.ones_like(mean), rtol=1e-3, atol=0)
@@ -93,6 +104,7 @@ def read_flags(line):
     ("line", "fault"),
     [
         ("--rival output-norm", "--rival output-norm needs --deconv True"),
+        ("--rival batchnorm-behind", "--rival batchnorm-behind needs --deconv True"),
         (
             "--rival output-norm-pooled --deconv True",
             "--rival output-norm-pooled needs --arch airbench",
