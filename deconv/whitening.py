@@ -96,6 +96,7 @@ class Whitening(Freezing):
         """Return x, the number of patches, mu (C*T,), and Cov and D of the batch by axis.
 
         Mode 1 has two axes. Patches whitened along the first axis are whitened along the second.
+        A gradient of Cov must be symmetric, see `mean_and_covariance`.
         """
         sampling, blocks = self.choose_patches(x)
         means: list[Tensor] = []
@@ -105,7 +106,7 @@ class Whitening(Freezing):
         share = self.find_share()
         for axis in self.axes:
             patches = sample(x, sampling)
-            stats = mean_and_covariance(patches, blocks, axis, whitened)
+            stats = mean_and_covariance(patches, blocks, axis, whitened, symmetric_grad=True)
             if share is not None:
                 reference = self.running_patch_mean()
                 stats = pool_statistics(stats, blocks, axis, whitened, reference, share.group)

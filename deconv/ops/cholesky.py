@@ -50,11 +50,15 @@ def _invert_factor(cov: Tensor, floor: float, eps: float) -> tuple[Tensor, Tenso
 
 
 def _wide_norm(cov: Tensor) -> Tensor:
-    """Return `frobenius_norm(cov)` in two launches, of squares in float64 where a device has it."""
+    """Return `frobenius_norm(cov)` in few launches, of squares in float64 where a device has it.
+
+    The norm of a single matrix stays a float64 scalar. Elementwise operations convert a scalar to
+    the dtype of their matrices, in the same launch.
+    """
     if cov.device.type not in (*DEVICES, "meta"):
         return frobenius_norm(cov)
     norm = torch.linalg.vector_norm(cov, dim=(1, 2), keepdim=True, dtype=torch.float64)
-    norm = norm.to(cov.dtype)
+    norm = norm.squeeze() if len(cov) == 1 else norm.to(cov.dtype)
     # The inverse of infinity is 0. Larger matrices have 0 * infinity beside the diagonal.
     return norm.fmod(torch.inf) if cov.shape[-1] == 1 else norm
 

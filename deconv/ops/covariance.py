@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
-from .matmul import outer_products
+from .matmul import outer_products, saves_launches, scaled_transform
 from .once import differentiable_once
 from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
 from .precision import in_full_products
@@ -34,6 +34,7 @@ def mean_and_covariance(
     blocks: Blocks,
     axis: str = "joint",
     whitened: tuple[str, Tensor] | None = None,
+    symmetric_grad: bool = False,
 ) -> Statistics:
     """Return mean and covariance of patches.
 
@@ -54,6 +55,9 @@ def mean_and_covariance(
         blocks: the view of a patch as blocks.
         axis: "joint", "channel" or "pixel", see `Blocks.to_vectors`.
         whitened: an axis and its matrices (G, d, d) that whiten the patches first.
+        symmetric_grad: the gradient of the covariance is symmetric, as `inverse_sqrt` returns it.
+            The backward pass then has two launches less. Any other gradient would give wrong
+            gradients of the images.
 
     Returns:
         Statistics in at least float32, 0 for no patches at all. Pass its `images` to the
@@ -65,7 +69,8 @@ def mean_and_covariance(
     """
     before, matrix = whitened or ("", None)
     x, sampling = patches
-    x, centre, cov, *mean = _MeanAndCovariance.apply(x, matrix, before, sampling, blocks, axis)
+    settings = before, sampling, blocks, axis, symmetric_grad
+    x, centre, cov, *mean = _MeanAndCovariance.apply(x, matrix, *settings)
     return Statistics(x, patches.grid_count, mean[0] if mean else centre, cov, centre)
 
 
@@ -85,8 +90,9 @@ class _MeanAndCovariance(torch.autograd.Function):
         sampling: Sampling,
         blocks: Blocks,
         axis: str,
+        symmetric_grad: bool,
     ) -> tuple[Tensor, ...]:
-        ctx.settings = before, sampling, blocks, axis
+        ctx.settings = before, sampling, blocks, axis, symmetric_grad
         ctx.patches = max(Patches(x, sampling).samples, 1)
         ctx.set_materialize_grads(False)
         selection = select_pixels(x, sampling)
@@ -127,18 +133,20 @@ class _MeanAndCovariance(torch.autograd.Function):
         grad_mean: Tensor | None = None,
     ) -> tuple[Tensor | None, ...]:
         x, matrix, centre, kept, weights, *selection = ctx.saved_tensors
-        before, sampling, blocks, axis = ctx.settings
+        before, sampling, blocks, axis, symmetric_grad = ctx.settings
         grad = x.new_zeros(x.shape) if grad is None else _make_writable(grad)
         if grad_cov is None:
             grad_cov = centre.new_zeros(blocks.matrices, *(blocks.side(axis),) * 2)
-        symmetric = (grad_cov + grad_cov.mT) / ctx.rows
+        if not symmetric_grad:
+            grad_cov = (grad_cov + grad_cov.mT) / 2
         grad_matrix = None if matrix is None else torch.zeros_like(matrix)
         for part, grad_part in _split(x, grad, sampling):
             maps = kept
             if maps is None:
                 maps = gather(part, sampling, selection).sub_(centre[:, None])
             vectors = maps if matrix is None else transform_along(before, maps, matrix, blocks)
-            slope = transform_along(axis, vectors, symmetric, blocks)
+            slope = scaled_transform(grad_cov, blocks.to_vectors(axis, vectors), 2 / ctx.rows)
+            slope = blocks.from_vectors(axis, slope, maps.shape)
             if grad_matrix is not None:
                 left, right = (blocks.to_vectors(before, each) for each in (slope, maps))
                 grad_matrix += outer_products(left, right, blocks.matrices)
@@ -146,10 +154,9 @@ class _MeanAndCovariance(torch.autograd.Function):
             if grad_centre is not None:
                 slope.add_(grad_centre[:, None], alpha=1 / ctx.patches)
             scatter(slope, grad_part, sampling, selection)
-        if grad_mean is not None:  # of all patches: equal for every image
-            pixels = grad_mean.unflatten(0, (x.shape[1], -1)) @ weights
-            grad.add_(pixels.reshape(x.shape[1:]), alpha=1 / max(len(x), 1))
-        return grad, grad_matrix, None, None, None, None
+        if grad_mean is not None:
+            _add_to_every_image(grad, grad_mean.unflatten(0, (x.shape[1], -1)), weights)
+        return grad, grad_matrix, None, None, None, None, None
 
 
 def second_moment(maps: Tensor, axis: str, blocks: Blocks) -> Tensor:
@@ -184,6 +191,22 @@ def _average_pixels(x: Tensor, weights: Tensor) -> Tensor:
     """Return the mean (C*T,) of all patches of a grid on x, by `weigh_pixels`; 0 for no images."""
     average = x.mean if len(x) else x.sum
     return (average(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
+
+
+def _add_to_every_image(grad: Tensor, taps: Tensor, weights: Tensor) -> None:
+    """Add the gradient taps @ weights / N of the mean of all patches, the adjoint of its average.
+
+    Args:
+        grad: (N, C, *size), changed in place.
+        taps: (C, T), gradient of the mean.
+        weights: (T, pixels), from `weigh_pixels`.
+    """
+    share = 1 / max(len(grad), 1)
+    if not saves_launches(grad.device) or grad.dtype != weights.dtype:
+        grad.add_((taps @ weights).reshape(grad.shape[1:]), alpha=share)
+        return
+    taps, weights = (factor.expand(len(grad), -1, -1) for factor in (taps, weights))
+    grad.view(*taps.shape[:2], weights.shape[2]).baddbmm_(taps, weights, alpha=share)
 
 
 def _average(maps: Tensor) -> Tensor:

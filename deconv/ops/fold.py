@@ -48,13 +48,9 @@ def fold(
     if torch.is_grad_enabled() and mean.requires_grad:
         rows, bias = _ShiftBias.apply(rows, mean, bias)
     else:
-        bias = _shift_bias(multiply(rows, mean), bias)
+        shift = multiply(rows, mean).flatten()
+        bias = -shift if bias is None else bias - shift
     return rows.reshape(weight.shape), bias
-
-
-def _shift_bias(shift: Tensor, bias: Tensor | None) -> Tensor:
-    shift = shift.flatten()
-    return -shift if bias is None else bias - shift
 
 
 class _ShiftBias(torch.autograd.Function):
@@ -66,7 +62,8 @@ class _ShiftBias(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, mean: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
         ctx.save_for_backward(rows, mean)
-        return rows, _shift_bias(rows @ mean, bias)
+        shift = scaled_product(rows, mean, -1).flatten()
+        return rows, shift if bias is None else bias + shift
 
     @staticmethod
     @in_full_products

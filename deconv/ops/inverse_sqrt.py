@@ -6,6 +6,7 @@ Source: Ye et al., ICLR 2020, section 3.2; Higham, Functions of Matrices, 2008, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,7 +55,7 @@ def inverse_sqrt(
             MAX_STEPS_FROM_ROWS steps.
 
     Returns:
-        (G, F, F).
+        (G, F, F). The gradient that D returns to `cov` is symmetric.
 
     Raises:
         ValueError: `n_iter` is below 1, or above MAX_STEPS for "resolvent".
@@ -69,7 +70,7 @@ def inverse_sqrt(
     if root == "resolvent":
         return inverse_sqrt_by_resolvents(cov, n_iter, eps, rows)
     newton: Callable[..., Tensor] = newton_schulz
-    sources: tuple[Tensor, ...] = (cov,)
+    sources: tuple[Tensor, ...] = (_SymmetricGradient.apply(cov) if cov.requires_grad else cov,)
     if rows is not None and n_iter <= MAX_STEPS_FROM_ROWS:
         newton, sources = newton_schulz_from_rows, (rows, cov)
     if rounds_compiled(cov.device):
@@ -150,6 +151,18 @@ def newton_schulz_from_rows(rows: Tensor, cov: Tensor, eps: float, n_iter: int) 
     product = multiply(multiply(X.mT, Z[1]), X * scale)  # Z[1] * scale would underflow
     identity = torch.eye(product.shape[-1], dtype=product.dtype, device=product.device)
     return Z[0] * scale * identity + product
+
+
+class _SymmetricGradient(torch.autograd.Function):
+    """Return a symmetric matrix; average its gradient and the transposed gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, cov: Tensor) -> Tensor:
+        return cov.view_as(cov)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return (grad + grad.mT) / 2
 
 
 def newton_schulz_response(eigenvalues: Tensor, n_iter: int) -> Tensor:

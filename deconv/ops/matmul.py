@@ -29,6 +29,11 @@ def _is_amd() -> bool:
 CONVOLVES = _is_amd() and torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()
 
 
+def saves_launches(device: torch.device) -> bool:
+    """Return True for a GPU, where fewer launches are worth more operations."""
+    return device.type != "cpu"
+
+
 def transform(matrices: Tensor, maps: Tensor) -> Tensor:
     """Multiply every vector of group g by the matrix of group g.
 
@@ -88,6 +93,17 @@ def scaled_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     """
     result = left.new_empty(len(left), left.shape[1], right.shape[2])
     return result.baddbmm_(left, right, beta=0, alpha=scale)
+
+
+def scaled_transform(matrices: Tensor, maps: Tensor, scale: float) -> Tensor:
+    """Return scale * `transform(matrices, maps)`: for use inside a Function, as `scaled_product`.
+
+    A single map takes one launch.
+    """
+    if len(maps) != 1 or _suits_convolution(maps, matrices.shape[1]):
+        return _multiply(matrices * scale, maps)
+    vectors = maps.reshape(len(matrices), -1, maps.shape[2])
+    return scaled_product(matrices, vectors, scale).reshape(maps.shape)
 
 
 def _compute_product(
@@ -197,8 +213,11 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
     parts = [x.unflatten(1, (groups, side)) for x in pair]  # R G d L
     if left.device.type == "cpu" and 2 * left.shape[2] >= side:  # products as small as the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
-    parts = [x.permute(1, 2, 0, 3).flatten(2) for x in parts]  # G d R*L
-    return scaled_product(parts[0], parts[-1].mT, scale)
+    rows = [x.permute(1, 2, 0, 3) for x in parts]  # G d R L
+    if len(rows) == 2 and 1 not in left.shape[::2]:  # one launch copies both, unless R*L is a view
+        rows = [*torch.cat(rows).chunk(2)]
+    rows = [each.flatten(2) for each in rows]  # G d R*L
+    return scaled_product(rows[0], rows[-1].mT, scale)
 
 
 def _needs_function(*factors: Tensor) -> bool:

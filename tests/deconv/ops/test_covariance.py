@@ -21,6 +21,12 @@ AXES = ["joint", "channel", "pixel"]
 LAYOUTS = {"interleaved": 1, "contiguous": 12}
 
 
+@pytest.fixture(autouse=True, params=["CPU", "GPU"])
+def operations(request, monkeypatch):
+    """Run each test by the operations of either device."""
+    monkeypatch.setattr(covariance, "saves_launches", lambda device: request.param == "GPU")
+
+
 def gather(x, sampling):
     return gather_by(x, sampling, select_pixels(x, sampling))
 
@@ -152,6 +158,18 @@ def test_a_statistic_that_is_used_alone_has_its_own_gradient(sampling, statistic
     expected = plain(x, sampling, INTERLEAVED, "joint")[statistic]
     slope = torch.randn_like(found)
     grads = [torch.autograd.grad(each, x, slope)[0] for each in (found, expected)]
+    torch.testing.assert_close(*grads)
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_a_gradient_known_to_be_symmetric_has_the_same_effect(sampling):
+    x = images().requires_grad_()
+    slope = torch.randn(1, 12, 12, dtype=x.dtype)
+    grads = []
+    for known in (False, True):
+        patches = Patches(x, SAMPLINGS[sampling])
+        stats = mean_and_covariance(patches, INTERLEAVED, symmetric_grad=known)
+        grads += torch.autograd.grad(stats.cov, x, slope + slope.mT)
     torch.testing.assert_close(*grads)
 
 

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from deconv.ops.inverse_sqrt import inverse_sqrt, newton_schulz, newton_schulz_response
+from deconv.ops.inverse_sqrt import (
+    ROOTS,
+    inverse_sqrt,
+    newton_schulz,
+    newton_schulz_response,
+)
 
 
 def random_spd(batch, side, low=1e-1, seed=0):
@@ -67,6 +72,14 @@ def test_result_is_symmetric_and_independent_of_scale():
 def test_gradient_matches_finite_differences():
     A = random_spd(2, 4).requires_grad_()
     assert torch.autograd.gradcheck(lambda a: inverse_sqrt((a + a.mT) / 2, 5), A)
+
+
+@pytest.mark.parametrize("root", ROOTS)
+def test_every_root_returns_a_symmetric_gradient(root):
+    A = random_spd(2, 4).requires_grad_()
+    D = inverse_sqrt(A, 5, root)
+    (grad,) = torch.autograd.grad(D, A, torch.randn_like(D))
+    torch.testing.assert_close(grad, grad.mT)
 
 
 def test_refuses_zero_steps():
