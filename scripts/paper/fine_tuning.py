@@ -10,8 +10,8 @@
 
 DIR contains images as train/CLASS/* and test/CLASS/*. The optimizer is SGD with momentum 0.9,
 weight decay 5e-4 and a cosine schedule. The loss at the start is the mean over ten training
-batches, in training mode. Finished trainings in --out are reused. --plot draws the losses of the
-first seed, one panel for each network in --out.
+batches, in training mode. --skip and --eps are passed to `convert`. Finished trainings in --out
+are reused. --plot draws the losses of the first seed, one panel for each network in --out.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from itertools import count, islice
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +47,7 @@ ARMS = {
     "converted": "deconvolution, converted",
     "calibrated": "deconvolution, converted and calibrated",
 }
+EPS = 0.01  # default of `convert`
 START_BATCHES = 10  # batches of the loss at the start
 SMOOTHED = 10  # steps that one point of the plot averages
 PANEL_NAME = "panel.json"
@@ -110,13 +112,15 @@ class Study:
             network.load_state_dict(torch.load(self.weights, weights_only=True))
             if arm != "bn":
                 batches = iterate(loaders[0]) if arm == "calibrated" else None
-                network = convert(network, pretrained=True, linear=True, calibrate=batches)
+                options = {"eps": flags.eps, "skip": flags.skip}
+                network = convert(network, pretrained=True, calibrate=batches, **options)
             start = measure_start(network, loaders[0])
             curve = train(network, loaders, lr, flags.steps)
             top1 = test(network, loaders[1])
             return {"start": start, "curve": curve, "test_top1": top1, "begin": begin["test_top1"]}
 
-        name = f"{arm}-lr{lr:g}-steps{flags.steps}-seed{seed}-from-{self.weights.stem}"
+        kind = arm if arm == "bn" else arm + name_conversion(flags)
+        name = f"{kind}-lr{lr:g}-steps{flags.steps}-seed{seed}-from-{self.weights.stem}"
         return self.remember(name, run)
 
     def write_panel(self, curves: Panel) -> None:
@@ -143,6 +147,12 @@ class Study:
                 stream.write(json.dumps(result).encode())
             print(f"{name}: test top-1 {result['test_top1']:.2f} %", flush=True)
         return json.loads(file.read_text())
+
+
+def name_conversion(flags: Namespace) -> str:
+    """Return the part of a file name that tells --eps and --skip, "" for the defaults."""
+    eps = "" if flags.eps == EPS else f"-eps{flags.eps:g}"
+    return eps + "".join(f"-skip-{quote(pattern, safe='')}" for pattern in flags.skip)
 
 
 def build_network(flags: Namespace) -> nn.Module:
@@ -262,6 +272,10 @@ def make_parser() -> Parser:
     add("--steps", "steps of fine-tuning", bounded_int(1), 200, metavar="N")
     text = "learning rates of fine-tuning"
     add("--lr", text, rate, [0.003, 0.01, 0.03], "0.003 0.01 0.03", nargs="+", metavar="LR")
+    text = "layers that the conversion keeps, as patterns of names such as '*conv_dw*'"
+    add("--skip", text, str, [], "none", nargs="+", metavar="PATTERN")
+    text = "added to the diagonal of covariances, in units of variance"
+    add("--eps", text, rate, EPS, metavar="E")
     add("--seeds", "seeds of the runs", bounded_int(0), [0, 1, 2], "0 1 2", nargs="+", metavar="N")
     add("--threads", "CPU threads", bounded_int(1, 1024), 1, metavar="N")
     add("--out", "write results to this folder", path_name, "runs/fine-tuning", metavar="DIR")

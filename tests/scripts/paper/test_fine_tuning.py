@@ -44,6 +44,20 @@ def test_a_study_is_made_once_and_repeated_from_its_files(line, tmp_path, capsys
     assert labels == [*fine_tuning.ARMS.values()]
 
 
+def test_conversions_keep_the_layers_of_skip_and_have_their_own_files(line, tmp_path, monkeypatch):
+    found = []
+    monkeypatch.setattr(fine_tuning, "convert", lambda network, **o: found.append(o) or network)
+    short = ["--skip", "*conv1*", "--eps", "0.1", "--seeds", "0", "--lr", "0.01"]
+    fine_tuning.main([*line, *short])
+    assert {(o["eps"], *o["skip"]) for o in found} == {(0.1, "*conv1*")} and len(found) == 2
+    names = sorted(file.name for file in (tmp_path / "out" / "lenet").glob("*seed0*"))
+    assert [name.split("-lr")[0] for name in names] == [
+        "bn",
+        "calibrated-eps0.1-skip-%2Aconv1%2A",
+        "converted-eps0.1-skip-%2Aconv1%2A",
+    ]
+
+
 def test_an_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed():
     def run(top1):
         return {"start": 1.0, "curve": [2.0, 1.0], "test_top1": top1}
