@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
+from .gathering import gather, gather_centred, scatter, select_pixels, weigh_pixels
 from .matmul import outer_products, saves_launches, scaled_transform
 from .once import differentiable_once
-from .patches import Patches, PatchSubset, Sampling, gather, scatter, select_pixels, weigh_pixels
+from .patches import Patches, PatchSubset, Sampling
 from .precision import in_full_products
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
@@ -98,18 +99,19 @@ class _MeanAndCovariance(torch.autograd.Function):
         selection = select_pixels(x, sampling)
         chunks = list(_split(x, x, sampling))
         grid = sampling.grid if isinstance(sampling, PatchSubset) else sampling
-        gathered = gather(x, sampling, selection) if len(chunks) == 1 else None
-        if gathered is None:
-            centre = _average_pixels(x, weigh_pixels(x, grid))
+        gathered = None
+        if len(chunks) == 1:
+            gathered, centre = gather_centred(x, sampling, selection)
         else:
-            centre = _average(gathered)
+            centre = _average_pixels(x, weigh_pixels(x, grid))
         needs_mean = grid is not sampling and matrix is None
         weights = weigh_pixels(x, grid) if needs_mean else None
         ctx.rows = ctx.patches * len(centre) // (blocks.matrices * blocks.side(axis))
         cov: Tensor | None = None
         for part, _ in chunks:
-            maps = gather(part, sampling, selection) if gathered is None else gathered
-            maps = maps.sub_(centre[:, None])
+            maps = gathered
+            if maps is None:
+                maps = gather(part, sampling, selection).sub_(centre[:, None])
             if matrix is not None:
                 maps = transform_along(before, maps, matrix, blocks)
             vectors = blocks.to_vectors(axis, maps)
@@ -207,14 +209,6 @@ def _add_to_every_image(grad: Tensor, taps: Tensor, weights: Tensor) -> None:
         return
     taps, weights = (factor.expand(len(grad), -1, -1) for factor in (taps, weights))
     grad.view(*taps.shape[:2], weights.shape[2]).baddbmm_(taps, weights, alpha=share)
-
-
-def _average(maps: Tensor) -> Tensor:
-    """Return the mean (C*T,) of patches (N, C*T, P), 0 for none."""
-    if not maps.numel():
-        return maps.sum((0, 2))
-    # On a CPU a mean over both dimensions at once is slow where P is short.
-    return maps.mean(0).mean(1) if maps.device.type == "cpu" else maps.mean((0, 2))
 
 
 def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:

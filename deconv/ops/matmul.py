@@ -95,6 +95,14 @@ def scaled_product(left: Tensor, right: Tensor, scale: float = 1.0) -> Tensor:
     return result.baddbmm_(left, right, beta=0, alpha=scale)
 
 
+def add_product(base: Tensor, left: Tensor, right: Tensor) -> None:
+    """Add left @ right to base in place, (G, m, n), in one launch if their dtypes agree."""
+    if base.dtype == left.dtype == right.dtype:
+        base.baddbmm_(left, right)
+    else:
+        base += left @ right
+
+
 def scaled_transform(matrices: Tensor, maps: Tensor, scale: float) -> Tensor:
     """Return scale * `transform(matrices, maps)`: for use inside a Function, as `scaled_product`.
 
@@ -102,7 +110,7 @@ def scaled_transform(matrices: Tensor, maps: Tensor, scale: float) -> Tensor:
     """
     if len(maps) != 1 or _suits_convolution(maps, matrices.shape[1]):
         return _multiply(matrices * scale, maps)
-    vectors = maps.reshape(len(matrices), -1, maps.shape[2])
+    vectors = maps.reshape(len(matrices), matrices.shape[1], maps.shape[2])
     return scaled_product(matrices, vectors, scale).reshape(maps.shape)
 
 

@@ -1,4 +1,4 @@
-"""Sample the patches that a convolution sees, and add gradients back to their pixels."""
+"""Positions of the patches that a convolution sees: a grid, or a subset of one."""
 
 from __future__ import annotations
 
@@ -11,13 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .constants import Constants, cache_constants
-from .matmul import multiply
-
-SMALL = 128  # pixels of an image up to which a product with a 0-1 matrix gathers fastest
-
 Slices = tuple[Any, ...]  # a slice per spatial dimension
-Selection = Constants
 
 
 @dataclass(frozen=True)
@@ -177,141 +171,3 @@ def sample(x: Tensor, sampling: Sampling) -> Patches:
         sampling: a regular grid, or a subset of one.
     """
     return Patches(x, sampling)
-
-
-def number_pixels(grid: PatchGrid, size: Sequence[int], device: torch.device) -> Tensor:
-    """Return the index of the pixel under each tap at each position, (T, P).
-
-    Padding, and zeros between spread pixels, have the index prod(size).
-    """
-    pixels = torch.arange(prod(size), device=device).reshape(*size)
-    numbers = pixels.new_full((grid.taps, *grid.positions(size)), prod(size))
-    for tap, where, under in grid.split_taps(size):
-        numbers[tap][where] = pixels[under]
-    return numbers.flatten(1)
-
-
-def select_pixels(x: Tensor, sampling: Sampling) -> Selection:
-    """Return the constant tensors by which `gather` and `scatter` find the pixels of patches.
-
-    For a subset of a grid: pixel indices (N, 1, T*P) and, where some taps may lie in the padding, a
-    mask of the same shape. For a grid on small images: a 0-1 matrix (pixels, T*P), as a product is
-    faster than strided copies. For all other grids: nothing.
-
-    Args:
-        x: (N, C, *size).
-        sampling: the patches.
-    """
-    count, _, *size = x.shape
-    if isinstance(sampling, PatchSubset):
-        return _index_subset(sampling, count, tuple(size), like=x)
-    if prod(size) > SMALL or prod(size) * sampling.taps == 1:
-        return ()
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return _make_gather_matrix(sampling, tuple(size), dtype, like=x)
-
-
-@cache_constants
-def _index_subset(
-    subset: PatchSubset, count: int, size: tuple[int, ...], device: torch.device
-) -> Selection:
-    chosen = subset.choose(count, size, device)  # N P
-    pixels = number_pixels(subset.grid, size, device)[:, chosen]  # T N P
-    pixels = pixels.transpose(0, 1).flatten(1)[:, None]  # N 1 T*P
-    if subset.grid.stays_inside:
-        return (pixels,)
-    inside = pixels < prod(size)
-    return torch.where(inside, pixels, 0), inside
-
-
-@cache_constants
-def _make_gather_matrix(
-    grid: PatchGrid, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Selection:
-    numbers = number_pixels(grid, size, device).flatten()
-    pixels = torch.arange(prod(size), device=device)
-    return ((pixels[:, None] == numbers).to(dtype),)
-
-
-@cache_constants
-def _make_mean_weights(
-    grid: PatchGrid, size: tuple[int, ...], dtype: torch.dtype, device: torch.device
-) -> Selection:
-    weights = torch.zeros(grid.taps, *size, dtype=dtype, device=device)
-    for tap, _, pixels in grid.split_taps(size):
-        weights[tap][pixels] = 1 / grid.count(size)
-    return (weights.flatten(1),)
-
-
-def weigh_pixels(x: Tensor, grid: PatchGrid) -> Tensor:
-    """Return the weights by which pixels enter the mean of each tap over all patches.
-
-    Args:
-        x: (N, C, *size).
-        grid: the patches.
-
-    Returns:
-        (T, pixels), at least float32: 1 / P where the tap meets the pixel, else 0.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    return _make_mean_weights(grid, tuple(x.shape[2:]), dtype, like=x)[0]
-
-
-def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
-    """Return the sampled patches of x (N, C, *size) as (N, C*T, P) in new memory.
-
-    Features are channel-major, as in `weight.flatten(1)`; float32 at least.
-
-    Args:
-        x: (N, C, *size).
-        sampling: the patches.
-        selection: `select_pixels(x, sampling)`.
-
-    Raises:
-        ValueError: x is smaller than the kernel.
-    """
-    dtype = torch.promote_types(x.dtype, torch.float32)
-    count, channels, *size = x.shape
-    shape = count, channels * sampling.taps, sampling.count(size)
-    if isinstance(sampling, PatchSubset):
-        pixels, *inside = selection
-        patches = x.flatten(2).gather(2, pixels.expand(-1, channels, -1)).to(dtype)
-        for mask in inside:
-            patches *= mask
-        return patches.reshape(shape)
-    if selection:
-        return multiply(x.to(dtype).flatten(2), selection[0]).reshape(shape)
-    make = x.new_empty if sampling.stays_inside else x.new_zeros
-    patches = make(count, channels, sampling.taps, *sampling.positions(size), dtype=dtype)
-    for tap, where, under in sampling.split_taps(size):
-        at, below = (..., *where), (..., *under)
-        patches[:, :, tap][at] = x[below]
-    return patches.reshape(shape)
-
-
-def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection) -> None:
-    """Add every element of `patches` to its pixel of x, in place: the adjoint of `gather`.
-
-    Args:
-        patches: (N, C*T, P). Of a subset, zeros are written where a tap lies in the padding.
-        x: (N, C, *size).
-        sampling: the patches.
-        selection: `select_pixels(x, sampling)`.
-    """
-    count, channels, *size = x.shape
-    if isinstance(sampling, PatchSubset):
-        pixels, *inside = selection
-        pixels = pixels.expand(-1, channels, -1)
-        patches = patches.reshape(pixels.shape)
-        for mask in inside:
-            patches *= mask
-        x.view(count, channels, prod(size)).scatter_add_(2, pixels, patches.to(x.dtype))
-        return
-    if selection:
-        matrix = selection[0].mT
-        x += (patches.reshape(count, channels, len(matrix)) @ matrix).reshape(x.shape)
-        return
-    patches = patches.reshape(count, channels, sampling.taps, *sampling.positions(size))
-    for tap, where, under in sampling.split_taps(size):
-        at, below = (..., *where), (..., *under)
-        x[below].add_(patches[:, :, tap][at])

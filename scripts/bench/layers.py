@@ -43,6 +43,7 @@ FUNCTIONS = {  # that the layers call, by module and name
     (whitening, "inverse_sqrt"): "root",
     (whitening, "fold"): "fold",
     (covariance, "gather"): PATCHES,  # inside the second step, forward and backward
+    (covariance, "gather_centred"): PATCHES,
     (covariance, "scatter"): PATCHES,
     (covariance, "select_pixels"): PATCHES,
 }

@@ -10,7 +10,8 @@ from torch.nn import functional as F
 import deconv
 from deconv import Delinear, FastDeconv, FastDeconvTranspose1d, fuse
 from deconv.conv import MODES, ROOTS
-from deconv.ops.patches import PatchSubset, gather, select_pixels
+from deconv.ops.gathering import gather, select_pixels
+from deconv.ops.patches import PatchSubset
 from deconv.surgery.plan import DECONVOLUTIONS
 from deconv.sync import BatchShare
 from tests.oracle import (

@@ -5,11 +5,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.ops import covariance
+from deconv.ops import covariance, gathering
 from deconv.ops.blocks import Blocks, transform_along
 from deconv.ops.covariance import mean_and_covariance, second_moment
-from deconv.ops.patches import SMALL, Patches, PatchGrid, PatchSubset, select_pixels
-from deconv.ops.patches import gather as gather_by
+from deconv.ops.gathering import SMALL, select_pixels
+from deconv.ops.gathering import gather as gather_by
+from deconv.ops.patches import Patches, PatchGrid, PatchSubset
 from tests.pairwise import pairwise
 
 GRID = PatchGrid((3, 2), (2, 1), (1, 2), (1, 0, 2, 1))
@@ -24,7 +25,8 @@ LAYOUTS = {"interleaved": 1, "contiguous": 12}
 @pytest.fixture(autouse=True, params=["CPU", "GPU"])
 def operations(request, monkeypatch):
     """Run each test by the operations of either device."""
-    monkeypatch.setattr(covariance, "saves_launches", lambda device: request.param == "GPU")
+    for module in (covariance, gathering):
+        monkeypatch.setattr(module, "saves_launches", lambda device: request.param == "GPU")
 
 
 def gather(x, sampling):

@@ -38,8 +38,8 @@ def test_whitening_launches_few_kernels_beside_those_of_the_convolution():
         count_launches(nn.Sequential(layer, deepcopy(layer)), shape),
     )
     assert plain == (2, 3)
-    assert two[0] - one[0] - plain[0] <= 16  # statistics of all layers take 15 more
-    assert one[1] - plain[1] <= 17
+    assert two[0] - one[0] - plain[0] <= 14  # statistics of all layers take 15 more
+    assert one[1] - plain[1] <= 16
 
 
 def test_a_linear_layer_whitens_few_rows_in_few_launches():

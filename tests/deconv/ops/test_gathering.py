@@ -2,15 +2,18 @@
 
 import functools
 import weakref
+from dataclasses import replace
+from unittest import mock
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-from deconv.ops import constants
+from deconv.ops import constants, gathering
 from deconv.ops.constants import cache_constants
-from deconv.ops.patches import PatchGrid, PatchSubset, scatter, select_pixels
-from deconv.ops.patches import gather as gather_patches
+from deconv.ops.gathering import gather as gather_patches
+from deconv.ops.gathering import scatter, select_pixels
+from deconv.ops.patches import PatchGrid, PatchSubset
 from tests.pairwise import loop_over, pairwise
 
 SHAPES = [
@@ -118,6 +121,31 @@ def test_subset_are_those_patches_of_the_grid(size, per_image, last):
     other = torch.randn_like(maps)
     scatter(other, y, subset, select_pixels(x, subset))
     torch.testing.assert_close((other * maps).sum(), (y * x).sum())
+
+
+SAMPLINGS = [SEEN, PatchSubset(SEEN, 2, first=3), PatchSubset(replace(SEEN, padding=(0,) * 4), 2)]
+
+
+@loop_over("last", [False, True])
+@loop_over("sampling", SAMPLINGS)
+@loop_over("size", [(9, 12), (4, 4), (20, 7)])  # two of them by a product
+def test_a_gpu_joins_the_patches_of_all_images(size, sampling, last):
+    x = torch.randn(3, 4, *size)
+    if last:
+        x = x.to(memory_format=torch.channels_last)
+    apart = gather(x, sampling).transpose(0, 1).flatten(1)
+    with mock.patch.object(gathering, "saves_launches", lambda device: True):
+        selection = select_pixels(x, sampling)
+        joined = gather(x, sampling, selection)
+        y, other = torch.zeros_like(x), torch.randn_like(joined)
+        centred, centre = gathering.gather_centred(x, sampling, selection)
+        scatter(other.clone(), y, sampling, selection)
+    assert joined.shape == (1, *apart.shape)
+    rows = [sorted(patches.T.tolist()) for patches in (joined[0], apart)]
+    assert rows[0] == rows[1]
+    torch.testing.assert_close((other * joined).sum(), (y * x).sum())
+    torch.testing.assert_close(centre, joined[0].mean(1))
+    torch.testing.assert_close(centred, joined - centre[:, None])
 
 
 @pytest.mark.parametrize("size", SIZES)
