@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,7 +24,7 @@ class ChannelAffine(nn.Module):
         scale: (C,), becomes a parameter.
         shift: (C,), becomes a parameter.
         requires_grad: of both parameters.
-        dims: spatial dimensions of the input, 1 to 3.
+        dims: spatial dimensions of the input, 1 to 3; 0: any number, or none, as for vectors.
 
     Shape:
         (N, C, *size) -> (N, C, *size).
@@ -39,11 +41,15 @@ class ChannelAffine(nn.Module):
         self.dims = dims
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # named as in BatchNorm
+        if not self.dims:
+            return (input.transpose(1, -1) * self.scale + self.shift).transpose(1, -1)
         shape = (-1, *(1,) * self.dims)
         return input * self.scale.reshape(shape) + self.shift.reshape(shape)
 
     def fuse(self) -> nn.Module:
-        """Return the map as a depthwise convolution with 1 x 1 kernels."""
+        """Return the map as a depthwise convolution with 1 x 1 kernels; a copy if `dims` is 0."""
+        if not self.dims:
+            return copy.deepcopy(self)
         channels, kind = len(self.scale), (nn.Conv1d, nn.Conv2d, nn.Conv3d)[self.dims - 1]
         plain = kind(channels, channels, 1, groups=channels, device="meta")
         weight = self.scale.detach().clone().reshape(-1, 1, *(1,) * self.dims)

@@ -67,7 +67,8 @@ def calibrate(
     _refuse_shared_parameters(model)
     flags = [(module, module.training) for module in model.modules()]
     try:
-        plain = fuse(model.eval())
+        model.eval()  # a `train` of the user's may return nothing
+        plain = fuse(model)
     finally:
         for module, training in flags:
             module.training = training

@@ -32,8 +32,9 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Each FastDeconv becomes the convolution of torch of its kind, each Delinear an `nn.Linear`. The
     new weight is W D and the new bias b - W D mu, for mu and D of the running statistics. Each
-    ChannelAffine of `convert` becomes a depthwise 1 x 1 convolution. A layer with `input_norm`
-    becomes a `NormalizedLayer`: an `InputNorm`, then the plain layer. A `ChannelDeconv` stays.
+    ChannelAffine of `convert` becomes a depthwise 1 x 1 convolution, or stays if its input may be
+    vectors. A layer with `input_norm` becomes a `NormalizedLayer`: an `InputNorm`, then the plain
+    layer. A `ChannelDeconv` stays.
     Outputs equal those of `model.eval()` up to rounding.
 
     A module that several others share stays shared. Forward hooks of replaced layers are kept,

@@ -60,7 +60,7 @@ class Row:
         partner: for a convolution, the BatchNorm that follows it and is folded into it; for a
             BatchNorm, that convolution.
         ends_model: for a linear layer, True if the model returns its output.
-        dims: for a BatchNorm, the number of spatial dimensions of its input.
+        dims: for a BatchNorm, the number of spatial dimensions of its input; 0: possibly vectors.
     """
 
     name: str
@@ -382,7 +382,8 @@ class _BatchNormPlanner:
         row = self._plan(name, norm)
         if self.pretrained and row.action == REPLACED and self._is_tied(norm):
             row = replace(row, reason=f"{row.reason}; its weight is no longer tied")
-        self.rows[id(norm)] = replace(row, dims=count_dims(norm, self.sync_dims))
+        dims = count_dims(norm, self.sync_dims) if self._sees_maps(norm) else 0
+        self.rows[id(norm)] = replace(row, dims=dims)
         if row.partner is not None:
             self.rows[id(row.partner)] = replace(self.rows[id(row.partner)], partner=norm)
 
@@ -453,9 +454,9 @@ class _BatchNormPlanner:
         """Return True if a deconvolution makes a BatchNorm redundant, and the reason."""
         if not self.whitens:
             return False, "no layer of the model whitens: see the rows of the convolutions"
-        consumers = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
+        consumers, is_complete = self.flow.find_consumers(norm, (_ConvNd, nn.Linear))
         after = [self.rows.get(id(layer)) for layer in consumers]
-        if after and all(row is not None and row.layer is not None for row in after):
+        if is_complete and all(row is not None and row.layer is not None for row in after):
             return True, "the layers after it whiten"
         for row in after:
             if row is not None and isinstance(row.module, _ConvNd) and not row.whitens:

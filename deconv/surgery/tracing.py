@@ -203,24 +203,39 @@ class Dataflow:
 
     def find_consumers(
         self, module: nn.Module, kinds: tuple[type[nn.Module], ...]
-    ) -> list[nn.Module]:
+    ) -> tuple[list[nn.Module], bool]:
         """Return the first modules of the given classes on all paths of this module's output.
 
-        The list is empty if any path reaches the output of the calling forward without one.
+        Paths lead into and out of modules whose forward is traced.
+
+        Returns:
+            The modules; and True if there are some, and no path ends elsewhere.
         """
         consumers: list[nn.Module] = []
         calls, seen = [self._find_call(module)], set[fx.Node]()
+        is_complete = True
         while calls:
             call = calls.pop()
-            if call is None or call.op == "output":
-                return []
-            for user in call.users.keys() - seen:
+            if call is None:
+                is_complete = False
+                continue
+            for user in [user for user in call.users if user not in seen]:
                 seen.add(user)
-                if isinstance(self._called.get(user), kinds):
+                called = self._called.get(user)
+                if user.op == "output":
+                    calls.append(self._find_call(self._callers[user.graph]))
+                elif isinstance(called, kinds):
                     consumers.append(self._called[user])
+                elif called is not None and any(isinstance(m, kinds) for m in called.modules()):
+                    calls.extend(self._list_inputs(called) or [user])
                 else:
                     calls.append(user)
-        return consumers
+        return consumers, is_complete and bool(consumers)
+
+    def _list_inputs(self, module: nn.Module) -> list[fx.Node]:
+        """Return the arguments in the trace of the module's forward; none without a trace."""
+        graphs = [graph for graph, caller in self._callers.items() if caller is module]
+        return [node for graph in graphs for node in graph.nodes if node.op == "placeholder"]
 
     def is_returned(self, module: nn.Module) -> bool | None:
         """Return True if the model returns this module's output, without further weights or gates.

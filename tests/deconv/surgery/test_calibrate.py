@@ -167,6 +167,15 @@ def test_a_layer_that_no_batch_reaches_stays_as_it_is():
     torch.testing.assert_close(new.unused.weight, model.unused.weight)
 
 
+def test_a_model_whose_train_returns_nothing_is_calibrated():
+    class Quiet(nn.Sequential):
+        def train(self, mode=True):
+            super().train(mode)
+
+    model = Quiet(*three_layers())
+    assert_kept(model, convert(model, pretrained=True, calibrate=images()), images()[0])
+
+
 def test_batches_of_any_kind_are_taken_by_a_forward():
     model, data = three_layers(), images()
     named = [{"pixels": x} for x in data]

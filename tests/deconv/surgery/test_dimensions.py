@@ -101,11 +101,51 @@ def test_batchnorm_after_the_activation_goes_in_all_dimensions(dims, inner):
     torch.testing.assert_close(kept(x), model(x))
 
 
-def test_a_batchnorm_before_a_skipped_convolution_stays():
+class Shortcut(nn.Sequential):
+    """A block that also adds the output of its first layer."""
+
+    def forward(self, x):
+        y = self[0](x)
+        return self[1](y) + y
+
+
+NORM, SKIPPED = nn.BatchNorm2d(4), nn.Conv2d(4, 4, 1)
+
+
+@loop_over(
+    ("name", "after"),
+    [
+        ("3", [NORM, nn.ReLU(), SKIPPED]),
+        ("1.1", [Shortcut(NORM, SKIPPED)]),
+        ("2", [nn.Sequential(NORM, nn.ReLU()), SKIPPED]),
+        ("2.1", [NORM, nn.Sequential(nn.ReLU(), SKIPPED), nn.Conv2d(4, 4, 1)]),
+    ],
+)
+def test_a_batchnorm_before_a_skipped_convolution_stays(name, after):
     """Keep the norm of a pre-activation block: the plain convolution needs normalised inputs."""
-    block = [nn.MaxPool2d(2), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 4, 1)]
-    rows = plan(nn.Sequential(nn.Conv2d(4, 4, 2), *block), skip=["4"])
-    assert (rows[1].action, rows[1].reason) == ("kept", "precedes 4, which is skipped")
+    before = nn.Sequential(nn.Conv2d(4, 4, 2), nn.MaxPool2d(2))
+    rows = plan(nn.Sequential(before, *after), skip=[name])
+    row = next(row for row in rows if row.module is NORM)
+    assert (row.action, row.reason) == ("kept", f"precedes {name}, which is skipped")
+
+
+@loop_over(
+    ("first", "last", "shape"),
+    [
+        (nn.Flatten(), nn.Linear(3, 2), (4, 3)),
+        (nn.Flatten(), nn.Linear(3, 2), (3, 3)),  # as many images as features
+        (nn.Identity(), nn.Conv1d(3, 2, 2), (4, 3, 5)),
+    ],
+)
+@loop_over("kind", [nn.BatchNorm1d, nn.SyncBatchNorm])
+def test_a_batchnorm_of_vectors_before_a_whitened_layer_keeps_its_outputs(kind, first, last, shape):
+    model = nn.Sequential(first, kind(3), last).double().eval()
+    nn.init.normal_(model[1].running_mean)
+    linear = ["2"] if isinstance(last, nn.Linear) else False
+    new, x = convert(model, pretrained=True, linear=linear), torch.randn(shape)
+    assert type(new[1]) is ChannelAffine
+    for network in (new, fuse(new)):
+        torch.testing.assert_close(network(x), model(x))
 
 
 @loop_over("norm", [nn.BatchNorm1d, nn.SyncBatchNorm])
