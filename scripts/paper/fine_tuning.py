@@ -51,6 +51,7 @@ EPS = 0.01  # default of `convert`
 START_BATCHES = 10  # batches of the loss at the start
 SMOOTHED = 10  # steps that one point of the plot averages
 PANEL_NAME = "panel.json"
+IMAGES_NAME = "images.json"  # images and batches of the trainings in a folder
 
 Result = dict[str, Any]  # of one training
 Panel = dict[str, list[tuple[float, float]]]  # pairs (step, loss) by label
@@ -75,6 +76,20 @@ class Study:
         self.flags = flags
         self.folder = Path(flags.out) / flags.arch.replace("/", "-")
         self.folder.mkdir(parents=True, exist_ok=True)
+        self.check_images()
+
+    def check_images(self) -> None:
+        """Exit if the folder has trainings on other images or batches, whose names are equal."""
+        images = {name: getattr(self.flags, name) for name in ("image_size", "batch_size")}
+        images["data"] = str(Path(self.flags.data).resolve())
+        file = self.folder / IMAGES_NAME
+        if not file.exists():
+            with atomic_write(file) as stream:
+                stream.write(json.dumps(images).encode())
+        for name, before in json.loads(file.read_text()).items():
+            if before != images[name]:
+                flag = f"--{name.replace('_', '-')}"
+                sys.exit(f"{self.folder} has trainings with {flag} {before}: choose another --out")
 
     def run_arm(self, arm: str) -> dict[float, list[Result]]:
         """Return the results of an arm by rate: all seeds at the best rate, one seed elsewhere."""
@@ -136,7 +151,10 @@ class Study:
         options = LoaderOptions(
             batch_size=flags.batch_size, image_size=flags.image_size, seed=seed, num_workers=0
         )
-        return build_loaders("folder", flags.data, options, cache_dir=Path(flags.out))[1:]
+        train, test = build_loaders("folder", flags.data, options, cache_dir=Path(flags.out))[1:]
+        if len(train.dataset) < flags.batch_size:
+            sys.exit(f"--batch-size {flags.batch_size}: there are {len(train.dataset)} images")
+        return train, test
 
     def remember(self, name: str, run: Callable[[], Result]) -> Result:
         """Return the cached result of this name, or run the training and cache its result."""

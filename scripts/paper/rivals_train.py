@@ -176,6 +176,11 @@ def train(context: RunContext) -> None:
     flags = context.flags
     if context.world.size > 1:
         raise RunError("rivals_train.py trains in one process: choose one GPU by --gpu N")
+    if flags.rival == "decorrelation" and context.build_accelerator().cuda_graphs:
+        raise RunError(
+            "--rival decorrelation: keeps images for its update, which CUDA graphs do not; add "
+            "--cuda-graphs False"
+        )
     spec, train_loader, test_loader = main_script.load_images(context)
     hooks = ModelHooks(**model_hooks())
     seed_everything(flags.seed)
@@ -191,11 +196,12 @@ def train(context: RunContext) -> None:
         hooks=hooks,
         builders=choose_builders(flags),
     )
-    if flags.recipe == AIRBENCH and context.run_dir:
+    if flags.recipe == AIRBENCH:
         top1 = test_views(context, test_loader, hooks.eval_model(model.eval()))
         print_line(f"test top1 {top1:.2f}% on six views")
-        with atomic_write(context.run_dir / VIEWS_NAME) as file:
-            file.write(json.dumps({"views_top1": top1}).encode())
+        if context.run_dir:
+            with atomic_write(context.run_dir / VIEWS_NAME) as file:
+                file.write(json.dumps({"views_top1": top1}).encode())
 
 
 def build_network(flags: Namespace, spec: DataSpec) -> nn.Module:
@@ -228,8 +234,10 @@ def choose_builders(flags: Namespace) -> Builders:
 def augment_as_airbench(loader: ImageLoader, context: RunContext) -> ImageLoader:
     """Return a loader of the same training images with the augmentation of airbench."""
     dataset, options = loader.dataset, context.loader_options()
-    augmentation = airbench.AlternatingFlip()
-    return ImageLoader(dataset.spec, dataset.split, options, train=True, augmentation=augmentation)
+    own = {"train": True, "augmentation": airbench.AlternatingFlip()}
+    augmented = ImageLoader(dataset.spec, dataset.split, options, **own)
+    augmented.validation = loader.validation
+    return augmented
 
 
 def test_views(context: RunContext, loader: ImageLoader, model: nn.Module) -> float:

@@ -38,6 +38,8 @@ OF_NETWORK = {
     *("deconv_iter", "stem_iter", "eps", "stride", "layout", "share_blocks", "image_size"),
     *("root", "root_final", "rows_per_feature", "norm_type", "freeze", "freeze_iter", "pretrained"),
 }
+# Flags of other scripts that change the network, and the value for an unchanged one.
+FOREIGN = {"rival": "none"}
 
 
 def load_saved(script: Script, typed: dict[str, Any]) -> dict[str, Any] | None:
@@ -97,6 +99,12 @@ def check_config(script: Script, config: dict[str, Any], file: str | Path) -> No
         is_known = name in parser.spelling and name not in OF_THIS_MACHINE
         if is_known and (reason := parser.explain_misfit(name, value)):
             raise CheckpointError(f"{file}: damaged or foreign content: config.{name} {reason}")
+    for name, value in FOREIGN.items():
+        if name not in parser.spelling and config.get(name, value) != value:
+            raise CheckpointError(
+                f"{file}: has the layers of --{name} {config[name]}; only the script that trained "
+                "it builds them"
+            )
     for name, value in EARLIER.items():
         config.setdefault(name, value)
 

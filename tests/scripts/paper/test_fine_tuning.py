@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from scripts.paper import fine_tuning
+from tests.pairwise import loop_over
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def line(tmp_path):
 def test_a_study_is_made_once_and_repeated_from_its_files(line, tmp_path, capsys, monkeypatch):
     fine_tuning.main(line)
     first = capsys.readouterr().out
-    assert len(list((tmp_path / "out" / "lenet").glob("*.json"))) == 1 + 3 * 3 + 1
+    assert len(list((tmp_path / "out" / "lenet").glob("*.json"))) == 1 + 3 * 3 + 2
     (bn, converted, calibrated) = (row for row in first.splitlines() if row.startswith("| lenet"))
     start = [float(re.findall(r"\d\.\d{3}", row)[0]) for row in (bn, converted, calibrated)]
     assert all(0 < loss < 20 for loss in start) and "Before fine-tuning: test top-1" in first
@@ -56,6 +57,21 @@ def test_conversions_keep_the_layers_of_skip_and_have_their_own_files(line, tmp_
         "calibrated-eps0.1-skip-%2Aconv1%2A",
         "converted-eps0.1-skip-%2Aconv1%2A",
     ]
+
+
+@loop_over(
+    ("words", "fault"),
+    [
+        ("--image-size 40", "has trainings with --image-size 32: choose another --out"),
+        ("--batch-size 4", "has trainings with --batch-size 8: choose another --out"),
+        ("--arch vgg11 --batch-size 64", "--batch-size 64: there are 20 images"),
+    ],
+)
+def test_trainings_on_other_images_and_batches_without_an_end_are_refused(line, words, fault):
+    study = fine_tuning.Study(fine_tuning.make_parser().parse_args(line))
+    study.load(0)
+    with pytest.raises(SystemExit, match=re.escape(fault)):
+        fine_tuning.main([*line, *words.split()])
 
 
 def test_an_arm_is_shown_at_the_rate_that_is_best_with_the_first_seed():

@@ -3,12 +3,14 @@
 import json
 import math
 from argparse import Namespace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from deconv import FastDeconv
+from models import airbench
 from scripts.paper import records, rivals, rivals_arms, rivals_steps, rivals_train, runner
 from scripts.paper.rivals_layers.decorrelation import DecorrelatedConv2d, DecorrelatedLinear
 from scripts.paper.rivals_layers.iter_norm import IterNorm
@@ -17,6 +19,8 @@ from scripts.paper.rivals_layers.weight_standardization import StandardizedConv2
 from tests.pairwise import loop_over
 from util.checkpoint.store import load_checkpoint
 from util.cli.settings import read_settings
+from util.distributed.world import World
+from util.errors import RunError
 from util.tracking import plots
 
 QUIET = "--save-plot False --tensorboard False --threads 1 --use-gpu False"
@@ -144,6 +148,16 @@ def test_flags_that_contradict_each_other_are_refused(line, fault):
     assert fault in str(stop.value)
 
 
+def test_decorrelation_refuses_cuda_graphs_which_keep_no_images():
+    context = SimpleNamespace(
+        flags=read_flags("--rival decorrelation"),
+        world=World(),
+        build_accelerator=lambda: SimpleNamespace(cuda_graphs=True),
+    )
+    with pytest.raises(RunError, match="decorrelation: .* add --cuda-graphs False"):
+        rivals_train.train(context)
+
+
 def fail(message, status=2):
     raise SystemExit(message)
 
@@ -174,6 +188,21 @@ def test_a_run_becomes_a_record_with_six_views_and_continues_where_it_was_stoppe
     record = runner.gather(recipe, whole.parent, {})["whole"]
     assert record["views_top1"] == views[0]["views_top1"]
     assert [step for step, _ in record["top1_curve"]] == [1, 2, 3, 4]
+
+
+def test_a_run_in_a_new_folder_has_six_views_and_its_validation(
+    image_folder, tmp_path, monkeypatch, capsys
+):
+    data = []
+    monkeypatch.setattr(airbench, "WIDTHS", (24, 24, 24))
+    monkeypatch.setattr(
+        rivals_train, "fit", lambda context, loaders, *_, **__: data.extend(loaders)
+    )
+    line = "--arch airbench --recipe airbench --lr-scheduler linear --val-split 0.5 --batch-size 4"
+    line += f" --dataset folder --data {image_folder} --out {tmp_path} {QUIET}"
+    rivals_train.main(line.split())
+    assert "% on six views" in capsys.readouterr().out
+    assert len(data[1].validation.dataset) == len(data[1].dataset)
 
 
 def make_record(top1, rate, seed, **more):

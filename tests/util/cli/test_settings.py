@@ -21,6 +21,13 @@ def test_runs_from_before_root_final_keep_the_steps_in_their_linear_layers():
     assert read("--arch vgg11 --deconv True").root_final is None
 
 
+def test_a_run_with_layers_of_another_script_is_refused():
+    script = main.build_script()
+    check_config(script, {"arch": "vgg11", "rival": "none"}, "FILE")
+    with pytest.raises(CheckpointError, match="FILE: has the layers of --rival output-norm; only"):
+        check_config(script, {"arch": "vgg11", "rival": "output-norm"}, "FILE")
+
+
 def read(line):
     flags, saved = read_settings(main.build_script(), line.split())
     assert saved is None
