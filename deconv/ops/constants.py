@@ -48,8 +48,8 @@ def _captures_graph(device: torch.device) -> bool:
 
 
 @cache_constants
-def _make_identity(side: int, dtype: torch.dtype, device: torch.device) -> Constants:
-    return (torch.eye(side, dtype=dtype, device=device),)
+def _make_identity(side: int, scale: float, dtype: torch.dtype, device: torch.device) -> Constants:
+    return (torch.eye(side, dtype=dtype, device=device) * scale,)
 
 
 @cache_constants
@@ -57,9 +57,9 @@ def _make_lower_mask(side: int, device: torch.device) -> Constants:
     return (torch.ones(side, side, dtype=torch.bool, device=device).tril(),)
 
 
-def find_identity(matrices: Tensor) -> Tensor:
-    """Return the identity (d, d) for matrices (..., d, d), in the dtype of the matrices."""
-    return _make_identity(matrices.shape[-1], matrices.dtype, like=matrices)[0]
+def find_identity(matrices: Tensor, scale: float = 1.0) -> Tensor:
+    """Return `scale` times the identity (d, d) for matrices (..., d, d), in their dtype."""
+    return _make_identity(matrices.shape[-1], scale, matrices.dtype, like=matrices)[0]
 
 
 def find_lower_mask(matrices: Tensor) -> Tensor:

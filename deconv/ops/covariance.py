@@ -17,7 +17,8 @@ from .precision import in_full_products
 
 # Bytes of patches in memory at a time. A CPU keeps as many in its cache, from gathering to product.
 CPU_CHUNK, CHUNK = 4 << 20, 256 << 20
-KEPT = 2 << 20  # bytes of patches up to which the backward pass keeps them, not gathers them again
+# Bytes of patches up to which the backward pass keeps them, not gathers them again.
+CPU_KEPT, KEPT = 2 << 20, 8 << 20
 
 
 class Statistics(NamedTuple):
@@ -185,8 +186,10 @@ def centre_rows(stats: Statistics, patches: Patches, blocks: Blocks) -> Tensor:
 
 def keeps_patches(patches: Patches) -> bool:
     """Return True if the gathered patches are few enough to keep for the backward pass."""
-    subset = isinstance(patches.sampling, PatchSubset)
-    return subset or len(patches.images) * patches.bytes_per_image <= KEPT
+    if isinstance(patches.sampling, PatchSubset):
+        return True
+    kept = KEPT if saves_launches(patches.images.device) else CPU_KEPT
+    return len(patches.images) * patches.bytes_per_image <= kept
 
 
 def _average_pixels(x: Tensor, weights: Tensor) -> Tensor:
@@ -214,7 +217,7 @@ def _add_to_every_image(grad: Tensor, taps: Tensor, weights: Tensor) -> None:
 def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield x and grad in chunks of images whose patches fit into memory or cache."""
     patches = Patches(x, sampling)
-    chunk = CPU_CHUNK if x.device.type == "cpu" else CHUNK
+    chunk = CHUNK if saves_launches(x.device) else CPU_CHUNK
     count = max(chunk // max(patches.bytes_per_image, 1), 1)
     if keeps_patches(patches) or len(x) <= count:
         yield x, grad

@@ -95,13 +95,13 @@ def inverse_sqrt_by_resolvents(
 
 
 def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tuple[Tensor, ...]:
-    """Return D and the terms of its gradient: A / |A|_F, |A|_F and the resolvents."""
+    """Return D and the terms of its gradient: A / |A|_F, |A|_F^(-1/2), |A|_F and the resolvents."""
     identity = find_identity(cov)
     cov = torch.add(cov, identity, alpha=eps)
     norm = frobenius_norm(cov)
     scaled = cov / norm
     constant, slope, poles = TERMS[n_iter]
-    root = torch.add(slope * scaled, identity, alpha=constant)
+    root = torch.add(find_identity(cov, constant), scaled, alpha=slope)
     scale = norm.rsqrt()
     rows = None if rows is None else rows * scale
     resolvents = []
@@ -111,9 +111,11 @@ def _sum_terms(cov: Tensor, rows: Tensor | None, n_iter: int, eps: float) -> tup
             half = torch.linalg.solve_triangular(factor, identity.expand_as(cov), upper=False)
             resolvents.append(half.mT @ half)
         else:
-            resolvents.append(_invert_from_rows(rows, eps / norm + shift, identity))
+            one, shifted = find_identity(norm), find_identity(norm, shift)  # 1 x 1
+            shifted = torch.addcdiv(shifted, one, norm, value=eps)
+            resolvents.append(_invert_from_rows(rows, shifted, identity))
         root = torch.add(root, resolvents[-1], alpha=weight)
-    return root * scale, scaled, norm, *resolvents
+    return root * scale, scaled, scale, norm, *resolvents
 
 
 def _invert_from_rows(rows: Tensor, shift: Tensor, identity: Tensor) -> Tensor:
@@ -147,17 +149,16 @@ class _Resolvents(torch.autograd.Function):
     @differentiable_once
     @in_full_products
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        root, scaled, norm, *resolvents = ctx.saved_tensors
-        grad = grad.add(grad.mT).mul_(0.5 * norm**-1.5)
-        result = grad * ctx.terms.slope
+        root, scaled, scale, norm, *resolvents = ctx.saved_tensors
+        grad = grad.add(grad.mT).mul_(scale / norm)  # twice the gradient of A'
+        result = grad * (0.5 * ctx.terms.slope)
         for (_, weight), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
-            # Not in place: under autocast the factors would have two types.
-            result = torch.baddbmm(result, resolvent @ grad, resolvent, alpha=-weight)
+            result.baddbmm_(scaled_product(resolvent, grad), resolvent, alpha=-0.5 * weight)
         # D = z(A') / sqrt(|A|) and A' = A / |A| both shrink as |A| grows.
-        shrinkage = 0.5 * norm.sqrt() * _inner(root, grad) + _inner(scaled, result)
+        shrinkage = _inner(scaled, result).addcdiv_(_inner(root, grad), scale, value=0.25)
         return result.addcmul_(scaled, shrinkage, value=-1), None, None, None
 
 
 def _inner(left: Tensor, right: Tensor) -> Tensor:
     """Return the sum of products of all elements, (G, 1, 1)."""
-    return left.flatten(1)[:, None] @ right.flatten(1)[..., None]
+    return scaled_product(left.flatten(1)[:, None], right.flatten(1)[..., None])

@@ -92,8 +92,9 @@ def plain(x, sampling, blocks, axis, before=None):
     ),
 )
 def test_equals_all_patches_at_once(monkeypatch, part, kept, sampling, axis, layout, shared):
-    monkeypatch.setattr(covariance, "CPU_CHUNK", part)
-    monkeypatch.setattr(covariance, "KEPT", kept)
+    for device in ("", "CPU_"):
+        monkeypatch.setattr(covariance, f"{device}CHUNK", part)
+        monkeypatch.setattr(covariance, f"{device}KEPT", kept)
     unit = LAYOUTS[layout] if axis == "joint" or layout == "contiguous" else 6
     blocks = Blocks(1, 4, 2, 6, unit, shared)
     x = images().requires_grad_()
