@@ -61,6 +61,8 @@ def group_statistics(on_cpu: bool = False) -> Iterator[None]:
             loss = criterion(model(images), labels)
         loss.backward()
     """
+    if _collector.waiting:  # of an outer context, for the same layers perhaps
+        _apply_waiting()
     before = _collector.waiting, _collector.on_cpu
     _collector.waiting, _collector.on_cpu = [], on_cpu
     try:

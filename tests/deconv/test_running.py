@@ -112,3 +112,14 @@ def test_contexts_nest_and_the_cpu_updates_layer_by_layer():
             layer(x)
         assert layer.num_batches_tracked == 2
     assert not collect(None)
+
+
+def test_an_inner_context_begins_after_the_updates_of_the_outer_one(pair):
+    grouped, single = pair
+    one, two = batches(2)
+    single(one), single(two)
+    with group_statistics(on_cpu=True):
+        grouped(one)
+        with group_statistics(on_cpu=True):
+            grouped(two)
+    assert_equal(grouped, single)
