@@ -115,7 +115,7 @@ def inherit_flags(saved: Mapping[str, Any], typed: Collection[str], parser: Pars
     names = parser.spelling.keys() - OF_THIS_MACHINE
     if "evaluate" in typed:
         names &= OF_NETWORK
-    is_reached = saved["step"] >= (config.get("max_steps") or inf)
+    is_reached = saved["progress"]["step"] >= (config.get("max_steps") or inf)  # and tested
     if "epochs" in typed or is_reached:  # or an inherited --max-steps would end the run early
         names -= {"max_steps"}
     return {name: config[name] for name in names & config.keys()}

@@ -16,9 +16,16 @@ from util.errors import CheckpointError
 def test_runs_from_before_root_final_keep_the_steps_in_their_linear_layers():
     script, config = main.build_script(), {"arch": "vgg11", "root": "cholesky"}
     check_config(script, config, "FILE")
-    inherited = inherit_flags({"config": config, "step": 0}, (), script.parser)
+    inherited = inherit_flags({"config": config, "progress": {"step": 0}}, (), script.parser)
     assert inherited == {"arch": "vgg11", "root": "cholesky", "root_final": "newton"}
     assert read("--arch vgg11 --deconv True").root_final is None
+
+
+def test_a_run_stopped_in_the_test_after_its_max_steps_keeps_them():
+    parser = main.build_script().parser
+    for tested, inherited in ((5, {"max_steps": 8}), (8, {})):
+        saved = {"config": {"max_steps": 8}, "step": 8, "progress": {"step": tested}}
+        assert inherit_flags(saved, (), parser) == inherited
 
 
 def test_a_run_with_layers_of_another_script_is_refused():
