@@ -267,13 +267,24 @@ class Dataflow:
         return any(user.op == "output" for user in seen)
 
     def find_inplace_function(self, module: nn.Module) -> str | None:
-        """Return the name of a function that changes this module's output in place, or None."""
-        call = self._find_call(module)
-        for user in call.users if call is not None else ():
-            name = getattr(user.target, "__name__", str(user.target))
-            functional = user.op in ("call_function", "call_method")
-            if functional and (user.kwargs.get("inplace") or name.endswith("_")):
-                return name
+        """Return the name of a function that changes this module's output in place, or None.
+
+        The function may be in another traced forward, unless only this module uses its input.
+        Modules with an attribute `inplace` do not count, since `convert` switches it off.
+        """
+        calls, exclusive = [self._find_call(module)], self.find_exclusive_source(module) is not None
+        while calls:
+            call = calls.pop()
+            for user in call.users if call is not None else ():
+                called = self._called.get(user)
+                if user.op == "output" and not exclusive:
+                    calls.append(self._find_call(self._callers[user.graph]))
+                elif not (called is None or hasattr(called, "inplace") or exclusive):
+                    calls.extend(self._list_inputs(called))
+                name = getattr(user.target, "__name__", str(user.target))
+                functional = user.op in ("call_function", "call_method")
+                if functional and (user.kwargs.get("inplace") or name.endswith("_")):
+                    return name
         return None
 
     def _find_call(self, module: nn.Module) -> fx.Node | None:
@@ -291,9 +302,12 @@ class _Tracer(fx.Tracer):
 
 
 def _is_traced(module: nn.Module) -> bool:
-    """Return True if the module has a forward of its own that calls other modules."""
-    calls = next(module.children(), None) is not None and _defines_forward(module)
-    return calls and not (is_batchnorm(module) and is_known_batchnorm(module))
+    """Return True if the module has a forward of its own, not one of a layer."""
+    has_children = next(module.children(), None) is not None
+    tensors = chain(module.parameters(), module.buffers())
+    is_function = next(tensors, None) is None and not type(module).__module__.startswith("torch.nn")
+    own = (has_children or is_function) and _defines_forward(module)
+    return own and not (is_batchnorm(module) and is_known_batchnorm(module))
 
 
 @contextmanager

@@ -11,7 +11,6 @@ from torch.nn.utils import parametrizations, prune
 
 from deconv import Delinear, FastDeconv3d, convert, plan
 from tests.deconv.surgery.helpers import (
-    PreActivation,
     actions,
     assert_kept,
     pair,
@@ -21,12 +20,31 @@ from tests.deconv.surgery.helpers import (
 from tests.pairwise import loop_over
 
 
-def test_an_inplace_function_keeps_the_batchnorm_before_it():
-    class InPlace(PreActivation):
-        def forward(self, x):
-            return x + self.conv1(F.relu(self.bn1(x), inplace=True))
+class InPlace(nn.Module):
+    def forward(self, x):
+        return F.relu(x, inplace=True)
 
-    assert reasons(InPlace())["bn1"] == (
+
+@loop_over(
+    ("norm", "act"),
+    [
+        (nn.BatchNorm2d(4), lambda x: F.relu(x, inplace=True)),
+        (nn.BatchNorm2d(4), InPlace()),
+        (nn.BatchNorm2d(4), nn.Sequential(InPlace(), nn.Dropout())),
+        (nn.Sequential(nn.BatchNorm2d(4)), lambda x: F.relu(x, inplace=True)),
+    ],
+)
+def test_an_inplace_function_keeps_the_batchnorm_before_it(norm, act):
+    class Block(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bn, self.act, self.conv = norm, act, nn.Conv2d(4, 4, 1)
+
+        def forward(self, x):
+            return x + self.conv(self.act(self.bn(x)))
+
+    name = "bn" if type(norm) is nn.BatchNorm2d else "bn.0"
+    assert reasons(Block())[name] == (
         "skipped: relu would overwrite its input in place: call it out of place"
     )
 
