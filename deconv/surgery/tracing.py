@@ -209,10 +209,11 @@ class Dataflow:
         Paths lead into and out of modules whose forward is traced.
 
         Returns:
-            The modules; and True if there are some, and no path ends elsewhere.
+            The modules; and True if there are some, and all paths meet one before they leave the
+            calling forward.
         """
         consumers: list[nn.Module] = []
-        calls, seen = [self._find_call(module)], set[fx.Node]()
+        calls, seen, entered = [self._find_call(module)], set[fx.Node](), set[nn.Module]()
         is_complete = True
         while calls:
             call = calls.pop()
@@ -223,10 +224,13 @@ class Dataflow:
                 seen.add(user)
                 called = self._called.get(user)
                 if user.op == "output":
-                    calls.append(self._find_call(self._callers[user.graph]))
+                    caller = self._callers[user.graph]
+                    is_complete &= caller in entered
+                    calls.append(self._find_call(caller))
                 elif isinstance(called, kinds):
                     consumers.append(self._called[user])
                 elif called is not None and any(isinstance(m, kinds) for m in called.modules()):
+                    entered.add(called)
                     calls.extend(self._list_inputs(called) or [user])
                 else:
                     calls.append(user)
