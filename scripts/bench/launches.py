@@ -97,6 +97,9 @@ def kernels(func: Any, args: tuple[Any, ...], result: Any) -> int:
         return 0
     if operator is aten.convolution:  # cuDNN adds the bias in a second kernel
         return 1 if args[2] is None else 2
+    if operator is aten.addmm:  # cuBLASLt adds a vector to a product of matrices within the product
+        sizes = *args[1].shape, *args[2].shape
+        return 1 if args[0].dim() == 1 and 1 not in sizes else 2
     if operator is aten.convolution_backward:  # one kernel per gradient
         return sum(tensor is not None for tensor in result)
     return 2 if operator in TWO_KERNELS else 1

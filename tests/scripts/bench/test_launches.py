@@ -29,6 +29,14 @@ def test_views_and_allocations_launch_nothing():
         assert counter.count == 3  # cuDNN adds the bias in a kernel of its own
 
 
+def test_a_product_adds_a_vector_in_its_own_kernel_but_copies_a_matrix():
+    vector, matrix = torch.empty(4), torch.empty(4, 4)
+    for base, rows, kernels in ((vector, 3, 1), (matrix[:3], 3, 2), (vector, 1, 2)):
+        with Launches() as counter:
+            torch.addmm(base, matrix[:rows], matrix)
+        assert counter.count == kernels, (base.shape, rows)
+
+
 def test_whitening_launches_few_kernels_beside_those_of_the_convolution():
     shape = (64, 128, 16, 16)
     plain = count_launches(nn.Conv2d(128, 128, 3, padding=1), shape)
