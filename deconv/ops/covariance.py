@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
-from .gathering import gather, gather_centred, scatter, select_pixels, weigh_pixels
+from .gathering import gather_centred, scatter, select_pixels, weigh_pixels
 from .matmul import outer_products, saves_launches, scaled_transform
 from .once import differentiable_once
 from .patches import Patches, PatchSubset, Sampling
@@ -112,7 +112,7 @@ class _MeanAndCovariance(torch.autograd.Function):
         for part, _ in chunks:
             maps = gathered
             if maps is None:
-                maps = gather(part, sampling, selection).sub_(centre[:, None])
+                maps, _ = gather_centred(part, sampling, selection, centre)
             if matrix is not None:
                 maps = transform_along(before, maps, matrix, blocks)
             vectors = blocks.to_vectors(axis, maps)
@@ -146,7 +146,7 @@ class _MeanAndCovariance(torch.autograd.Function):
         for part, grad_part in _split(x, grad, sampling):
             maps = kept
             if maps is None:
-                maps = gather(part, sampling, selection).sub_(centre[:, None])
+                maps, _ = gather_centred(part, sampling, selection, centre)
             vectors = maps if matrix is None else transform_along(before, maps, matrix, blocks)
             slope = scaled_transform(grad_cov, blocks.to_vectors(axis, vectors), 2 / ctx.rows)
             slope = blocks.from_vectors(axis, slope, maps.shape)
@@ -179,7 +179,7 @@ def move_centre(stats: Statistics, mean: Tensor, axis: str, blocks: Blocks) -> S
 def centre_rows(stats: Statistics, patches: Patches, blocks: Blocks) -> Tensor:
     """Return the centred vectors of F features, (G, rows, F), that the covariance consists of."""
     x, sampling = stats.images, patches.sampling
-    maps = gather(x, sampling, select_pixels(x, sampling)) - stats.mean[:, None]
+    maps, _ = gather_centred(x, sampling, select_pixels(x, sampling), stats.mean)
     vectors = blocks.to_vectors("joint", maps).unflatten(1, (blocks.matrices, -1))  # R G F L
     return vectors.permute(1, 0, 3, 2).flatten(1, 2)
 

@@ -166,7 +166,9 @@ def gather(x: Tensor, sampling: Sampling, selection: Selection) -> Tensor:
     return patches.reshape(maps, channels * sampling.taps, length)
 
 
-def gather_centred(x: Tensor, sampling: Sampling, selection: Selection) -> tuple[Tensor, Tensor]:
+def gather_centred(
+    x: Tensor, sampling: Sampling, selection: Selection, centre: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Return the sampled patches minus their mean, and the mean (C*T,), 0 for no patches.
 
     On a GPU the mask of the padding takes no launch of its own: the mean is a product with masked
@@ -176,10 +178,17 @@ def gather_centred(x: Tensor, sampling: Sampling, selection: Selection) -> tuple
         x: (N, C, *size).
         sampling: the patches.
         selection: `select_pixels(x, sampling)`.
+        centre: subtracted in place of the mean, (C*T,).
     """
-    if len(selection) < 3:
+    if _is_whole(sampling, x.shape[2:]):  # a difference needs no copy
+        images = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
+        if saves_launches(x.device):
+            images = images.transpose(0, 1).flatten(1)[None]
+        centre = _average(images) if centre is None else centre
+        return images - centre[:, None], centre
+    if centre is not None or len(selection) < 3:
         patches = gather(x, sampling, selection)
-        centre = _average(patches)
+        centre = _average(patches) if centre is None else centre
         return patches.sub_(centre[:, None]), centre
     pixels, mask, weights = selection
     taps, rows, _ = weights.shape
@@ -222,6 +231,12 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
         for tap, where, under in sampling.split_taps(size):
             at, below = (..., *where), (..., *under)
             x[below].add_(by_image[:, :, tap][at])
+
+
+def _is_whole(sampling: Sampling, size: Sequence[int]) -> bool:
+    """Return True if the patches are the pixels of the images, each once and in order."""
+    grid = isinstance(sampling, PatchGrid) and sampling.stays_inside and sampling.taps == 1
+    return grid and sampling.count(size) == prod(size)
 
 
 def _align(images: Tensor, pixels: Tensor) -> tuple[Tensor, int, Tensor]:

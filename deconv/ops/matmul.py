@@ -219,10 +219,13 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
         return total.view(groups, side, side) * scale
     pair = (left,) if left is right else (left, right)  # one copy where both are the same
     parts = [x.unflatten(1, (groups, side)) for x in pair]  # R G d L
-    if left.device.type == "cpu" and 2 * left.shape[2] >= side:  # products as small as the vectors
+    on_gpu = saves_launches(left.device)
+    if not on_gpu and 2 * left.shape[2] >= side:  # products as small as the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     rows = [x.permute(1, 2, 0, 3) for x in parts]  # G d R L
-    if len(rows) == 2 and 1 not in left.shape[::2]:  # one launch copies both, unless R*L is a view
+    if (
+        on_gpu and len(rows) == 2 and 1 not in left.shape[::2]
+    ):  # one copy of both; else R*L is a view
         rows = [*torch.cat(rows).chunk(2)]
     rows = [each.flatten(2) for each in rows]  # G d R*L
     return scaled_product(rows[0], rows[-1].mT, scale)

@@ -151,11 +151,17 @@ class _Resolvents(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         root, scaled, scale, norm, *resolvents = ctx.saved_tensors
         grad = grad.add(grad.mT).mul_(scale / norm)  # twice the gradient of A'
-        result = grad * (0.5 * ctx.terms.slope)
-        for (_, weight), resolvent in zip(ctx.terms.poles, resolvents, strict=True):
-            result.baddbmm_(scaled_product(resolvent, grad), resolvent, alpha=-0.5 * weight)
+        pull = _inner(root, grad)
+        products = [scaled_product(resolvent, grad) for resolvent in resolvents]
+        factor = 0.5 * ctx.terms.slope  # of `grad`, applied with the first product
+        for product, resolvent, (_, weight) in zip(
+            products, resolvents, ctx.terms.poles, strict=True
+        ):
+            grad.baddbmm_(product, resolvent, beta=factor, alpha=-0.5 * weight)
+            factor = 1.0
+        result = grad if products else grad * factor
         # D = z(A') / sqrt(|A|) and A' = A / |A| both shrink as |A| grows.
-        shrinkage = _inner(scaled, result).addcdiv_(_inner(root, grad), scale, value=0.25)
+        shrinkage = _inner(scaled, result).addcdiv_(pull, scale, value=0.25)
         return result.addcmul_(scaled, shrinkage, value=-1), None, None, None
 
 

@@ -42,8 +42,7 @@ FUNCTIONS = {  # that the layers call, by module and name
     (whitening, "centre_rows"): STATISTICS,
     (whitening, "inverse_sqrt"): "root",
     (whitening, "fold"): "fold",
-    (covariance, "gather"): PATCHES,  # inside the second step, forward and backward
-    (covariance, "gather_centred"): PATCHES,
+    (covariance, "gather_centred"): PATCHES,  # inside the second step, forward and backward
     (covariance, "scatter"): PATCHES,
     (covariance, "select_pixels"): PATCHES,
 }
