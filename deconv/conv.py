@@ -260,9 +260,9 @@ class FastDeconv(Convolution, nn.Conv2d):
             input pixels at this distance, mode 4 every patch.
         rows_per_feature: rows per feature for the covariance, in modes 1, 2 and 5. None (default):
             24, and at least 2,048 rows. The layer takes as many patches at `sampling_stride` as
-            give this number, at least one per image. A patch has one row per block that shares the
-            matrix. 0: all patches at `sampling_stride`, as published. The mean is over all patches
-            at `sampling_stride`.
+            give this number, rounded to whole patches per image, at least one. A patch has one row
+            per block that shares the matrix. 0: all patches at `sampling_stride`, as published. The
+            mean is over all patches at `sampling_stride`.
         root: algorithm that computes D (default "cholesky"), see `inverse_sqrt`.
             "newton": `n_iter` steps of Newton-Schulz, as published.
             "resolvent": equal to "newton" within 0.75 %, from one inverse for `n_iter` up to 5.

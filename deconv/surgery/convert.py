@@ -100,6 +100,8 @@ def convert(
     """
     if calibrate is not None and not pretrained:
         raise ValueError("calibrate keeps the outputs of a trained model: it needs pretrained=True")
+    if forward is not None and calibrate is None:
+        raise ValueError("forward runs the model on batches of calibrate: it needs calibrate")
     if pretrained and options.get("input_norm", "none") != "none":
         raise ValueError(
             f"input_norm={options['input_norm']!r} changes the outputs that pretrained=True keeps: "

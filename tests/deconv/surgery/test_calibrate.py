@@ -195,6 +195,7 @@ def tied():
     ("model", "data", "options", "message"),
     [
         (pair(), images(), {"pretrained": False}, "calibrate .* needs pretrained=True"),
+        (pair(), None, {"forward": print}, "forward .* needs calibrate"),
         (pair(), images(), {"input_norm": "layer"}, "input_norm='layer' .* pretrained=True"),
         (pair(), [], {}, "no finite batch among 0 batches"),
         (pair(), [images(1)[0] * torch.nan], {}, "no finite batch among 1 batches"),
