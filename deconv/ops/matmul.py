@@ -223,10 +223,9 @@ def _sum_products(left: Tensor, right: Tensor, groups: int, scale: float) -> Ten
     if not on_gpu and 2 * left.shape[2] >= side:  # products as small as the vectors
         return (parts[0] @ parts[-1].mT).sum(0) * scale
     rows = [x.permute(1, 2, 0, 3) for x in parts]  # G d R L
-    if (
-        on_gpu and len(rows) == 2 and 1 not in left.shape[::2]
-    ):  # one copy of both; else R*L is a view
-        rows = [*torch.cat(rows).chunk(2)]
+    copies = 1 not in left.shape[::2]  # else R*L is a view
+    if on_gpu and copies and len(rows) == 2:
+        rows = [*torch.cat(rows).chunk(2)]  # both in one launch
     rows = [each.flatten(2) for each in rows]  # G d R*L
     return scaled_product(rows[0], rows[-1].mT, scale)
 
