@@ -180,7 +180,7 @@ def gather_centred(
         selection: `select_pixels(x, sampling)`.
         centre: subtracted in place of the mean, (C*T,).
     """
-    if _is_whole(sampling, x.shape[2:]):  # a difference needs no copy
+    if _is_pixel(sampling, x.shape[2:]):  # a difference needs no copy
         images = x.to(torch.promote_types(x.dtype, torch.float32)).flatten(2)
         if saves_launches(x.device):
             images = images.transpose(0, 1).flatten(1)[None]
@@ -233,10 +233,10 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
             x[below].add_(by_image[:, :, tap][at])
 
 
-def _is_whole(sampling: Sampling, size: Sequence[int]) -> bool:
-    """Return True if the patches are the pixels of the images, each once and in order."""
-    grid = isinstance(sampling, PatchGrid) and sampling.stays_inside and sampling.taps == 1
-    return grid and sampling.count(size) == prod(size)
+def _is_pixel(sampling: Sampling, size: Sequence[int]) -> bool:
+    """Return True if the only patch of an image is its only pixel."""
+    grid = isinstance(sampling, PatchGrid) and sampling.stays_inside
+    return grid and prod(size) * sampling.taps == sampling.count(size) == 1
 
 
 def _align(images: Tensor, pixels: Tensor) -> tuple[Tensor, int, Tensor]:
