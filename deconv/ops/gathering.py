@@ -75,7 +75,7 @@ def _index_joined_subset(
     device: torch.device,
 ) -> Selection:
     pixels = _number_chosen(subset, count, size, device)
-    constants = _mask_padding(pixels.transpose(1, 2).flatten(0, 1)[None], subset, size)
+    constants = _mask_padding(pixels.transpose(1, 2).contiguous().flatten(0, 1)[None], subset, size)
     for mask in constants[1:]:
         share = mask.view(subset.taps, -1, 1).to(dtype) / max(count * subset.per_image, 1)
         constants += (torch.cat([share, -share], dim=2),)  # T P*N 2

@@ -129,6 +129,7 @@ SAMPLINGS = [
     SEEN,
     PatchSubset(SEEN, 2, first=3),
     PatchSubset(replace(SEEN, padding=(0,) * 4), 2),
+    PatchSubset(replace(PIXELS, padding=(1,) * 4), 2),
 ]
 
 
