@@ -54,6 +54,7 @@ class Whitening(Freezing):
     num_batches_tracked: Tensor | None
     root: str
     replaces_initial = True  # the first batch replaces the initial running statistics
+    pads_with_mean = False  # True: the mean is subtracted before padding, not folded
     _group: GroupHandle | None = None
     input_norm: str
     input_norm_eps = EPS

@@ -13,7 +13,7 @@ from ..ops.covariance import mean_and_covariance, move_centre
 from ..ops.inverse_sqrt import inverse_sqrt
 from ..ops.patches import PatchGrid, sample
 from ..ops.precision import full_precision
-from ..whitening import require_all_statistics
+from ..whitening import require_all_statistics, require_positive
 
 
 class ChannelDeconv(nn.Module):
@@ -44,8 +44,8 @@ class ChannelDeconv(nn.Module):
         (N, C) or (N, C, *size), with C of at least `block`. The output has the shape of the input.
 
     Raises:
-        ValueError: `block` and `num_groups` are both given or both missing, or the input has fewer
-            channels than a block.
+        ValueError: `block` and `num_groups` are both given or both missing, `block` is below 1, or
+            the input has fewer channels than a block.
 
     Example:
         norm = ChannelDeconv(16)
@@ -74,6 +74,7 @@ class ChannelDeconv(nn.Module):
         size = num_groups if block is None else block
         if size is None or None not in (block, num_groups):
             raise ValueError(f"give one of block and num_groups, got {block} and {num_groups}")
+        require_positive(block=size)
         self.block, self.eps, self.n_iter, self.momentum = size, eps, n_iter, momentum
         self.sampling_stride = sampling_stride
         self.register_buffer("running_mean1", torch.zeros(self.block, 1))
@@ -99,8 +100,9 @@ class ChannelDeconv(nn.Module):
                 mean, whiten = self._whiten_batch(first, blocks)
                 rest_mean = rest.mean()
                 rest_var = (rest - rest_mean).square().mean()  # NaN without channels
-                if not in_backward():
-                    self._update_running(mean, whiten, rest_mean, rest_var)
+                if x.numel() and not in_backward():
+                    moments = (rest_mean, rest_var) if rest.numel() else ()
+                    self._update_running(mean, whiten, *moments)
             else:
                 mean, whiten = self.running_mean1.flatten(), self.running_deconv[None]
                 rest_mean, rest_var = self.running_mean2, self.running_var
@@ -119,15 +121,18 @@ class ChannelDeconv(nn.Module):
         return blocks.pool(stats.mean), inverse_sqrt(moment, self.n_iter, "newton", self.eps)
 
     @torch.no_grad()
-    def _update_running(self, mean: Tensor, whiten: Tensor, rest_mean: Tensor, var: Tensor) -> None:
-        """Update the running statistics; skip empty or non-finite batches."""
+    def _update_running(self, *news: Tensor) -> None:
+        """Update the running statistics; skip non-finite batches."""
         step = (self.num_batches_tracked == 0).clamp(min=self.momentum)
-        pairs = [(self.running_mean1, mean), (self.running_deconv, whiten)]
-        pairs += [(self.running_mean2, rest_mean), (self.running_var, var)]
+        olds = self.running_mean1, self.running_deconv, self.running_mean2, self.running_var
+        pairs = [
+            (old, new.reshape(old.shape).to(old.dtype))
+            for old, new in zip(olds, news, strict=False)  # two without further channels
+        ]
+        usable = torch.stack([new.isfinite().all() for _, new in pairs]).all()
         for old, new in pairs:
-            new = torch.where(new.isfinite().all(), new.reshape(old.shape).to(old.dtype), old)
-            old.lerp_(new, step.to(old.dtype))
-        self.num_batches_tracked += 1
+            old.lerp_(torch.where(usable, new, old), step.to(old.dtype))
+        self.num_batches_tracked += usable
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *report: Any) -> None:
         """Load a state_dict; reshape statistics whose number of elements fits.

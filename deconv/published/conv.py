@@ -11,7 +11,7 @@ from .. import conv as layers
 from ..ops.blocks import Blocks, make_blocks
 from ..ops.covariance import Statistics, move_centre
 from ..sync import find_ddp_group
-from ..whitening import Matrices, refuse_sharded
+from ..whitening import Matrices, forward_hooks, refuse_sharded
 from .statistics import PublishedStatistics, find_input_norm, published_block
 
 Size = int | tuple[int, ...]
@@ -139,6 +139,10 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
         super().reset_parameters()
         self._writes = self._count_writes()
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the state of a copy, whose parameters count their writes from 0."""
+        return {**vars(self), "_writes": self._writes - self._count_writes()}
+
     def _count_writes(self) -> int:
         """Return the number of in-place writes to the parameters."""
         counted = (p for p in self.parameters() if not p.is_inference())
@@ -252,6 +256,8 @@ class FastDeconv2019(FastDeconv):
     Source: the published code of Ye et al., Network Deconvolution, of 2019.
     """
 
+    pads_with_mean = True
+
     def __init__(
         self,
         in_channels: int,
@@ -317,7 +323,10 @@ class FastDeconv2019(FastDeconv):
             centre.weight.fill_(1)
             assert centre.bias is not None
             centre.bias.copy_(-self._running_channel_mean().flatten())
-        return nn.Sequential(centre.requires_grad_(False), plain).train(self.training)
+        fused = nn.Sequential(centre.requires_grad_(False), plain).train(self.training)
+        vars(fused).update(forward_hooks(plain))  # hooks see the input of this layer
+        vars(plain).update(forward_hooks(centre))  # none
+        return fused
 
 
 class NormalizedDeconv(FastDeconv):

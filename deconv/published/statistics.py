@@ -11,7 +11,7 @@ from torch import Tensor
 from ..dialects import MATRIX_NAMES
 from ..ops.blocks import Blocks
 from ..ops.covariance import Statistics, move_centre
-from ..whitening import Matrices, Whitening
+from ..whitening import Matrices, Whitening, require_positive
 
 # Keywords that select the numerics of the code of 2020 in `FastDeconv` and `convert`.
 PUBLISHED: dict[str, Any] = {"eps": 1e-5, "block": 64, "root": "newton", "rows_per_feature": 0}
@@ -106,4 +106,5 @@ def find_input_norm(norm_type: str) -> str:
 
 def published_block(channels: int, block: int) -> int:
     """Return the channels per block in the published code: all, or their gcd with `block`."""
+    require_positive(block=block)
     return channels if block >= channels else gcd(channels, block)

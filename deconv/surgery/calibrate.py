@@ -55,8 +55,9 @@ def calibrate(
 
     Raises:
         ValueError: there is no deconvolution layer or no finite batch; `limit` is below 1; a layer
-            has no running statistics, or shares its weight or bias with another layer; a part of
-            the model is wrapped or sharded; or a hook computes the weight of a layer.
+            has no running statistics, pads with its mean (FastDeconv2019), or shares its weight or
+            bias with another layer; a part of the model is wrapped or sharded; or a hook computes
+            the weight of a layer.
         TypeError: a batch contains no tensor where expected, and `forward` is None.
 
     Example:
@@ -73,6 +74,12 @@ def calibrate(
         for module, training in flags:
             module.training = training
     layers = [(name, m) for name, m in model.named_modules() if isinstance(m, Whitening)]
+    for name, layer in layers:
+        if layer.pads_with_mean:
+            raise ValueError(
+                f"{name or 'the layer'} ({type(layer).__name__}) pads with its mean, so no bias "
+                "keeps its outputs: train it without calibrate"
+            )
     kept = [(layer, *layer._fold_running()) for _, layer in layers]
     for name, layer in layers:
         twin = plain.get_submodule(name)

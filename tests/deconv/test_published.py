@@ -166,6 +166,16 @@ def test_calls_of_2019_equal_the_published_layer(call, channels, block):
     follow_published(layer, oracle, doubles(channels, 11, 11))
 
 
+def test_hooks_of_a_fused_layer_of_2019_run_once_on_its_input():
+    layer, x = published.FastDeconv2019(4, 6, 3, padding=1, num_groups=4), doubles(4, 9, 9)[0]
+    layer.double()(x)
+    layer.register_forward_pre_hook(lambda module, args: (3 * args[0],))
+    layer.register_forward_hook(lambda module, args, y: 2 * y)
+    layer.eval()
+    for fused in (layer.fuse(), deconv.fuse(layer), deconv.fuse(nn.Sequential(layer).eval())):
+        torch.testing.assert_close(fused(x), layer(x))
+
+
 def published_channels(x, layer, running=None):
     """Whiten blocks of channels by their uncentred second moment, normalise the rest."""
     B, n = layer.block, x.shape[1] // layer.block
@@ -202,6 +212,16 @@ def test_channel_deconv_equals_the_published_layer(shape):
         torch.testing.assert_close(getattr(layer, name).squeeze(), value.squeeze().detach())
     running = [value.detach() for value in running]
     torch.testing.assert_close(layer.eval()(x), published_channels(x, layer, running)[0])
+
+
+def test_channel_deconv_skips_batches_without_finite_statistics():
+    layer, other, x = published.ChannelDeconv(4), published.ChannelDeconv(4), torch.randn(8, 6, 3)
+    for batch in (x[:0], x * torch.nan, x, x[:0]):  # the first good batch replaces 0 and I
+        layer(batch)
+    other(x)
+    torch.testing.assert_close(layer.state_dict(), other.state_dict())
+    other.half()(400 * x.half())  # a variance of 160,000 is infinite
+    torch.testing.assert_close(layer.half().state_dict(), other.state_dict())
 
 
 @loop_over("mode", [1, 2, 4])
@@ -284,6 +304,9 @@ def test_calls_that_the_published_classes_cannot_take_are_refused():
         with pytest.raises(ValueError, match="give one of block and num_groups"):
             published.ChannelDeconv(**dict(zip(("block", "num_groups"), sizes, strict=False)))
 
+    for call in (published.ChannelDeconv, partial(published.Delinear, 4, 4, block=0)):
+        with pytest.raises(ValueError, match="block must be at least 1, got 0"):
+            call(block=0)
     with pytest.raises(ValueError, match="the layer of 2019 takes no input_norm, got 'l1'"):
         published.FastDeconv(4, 4, 3, num_groups=2, input_norm="l1")
 
@@ -352,6 +375,14 @@ def test_layers_with_a_past_refuse_to_become_1d():
     refuse("images .N, 4, H, W. or signals .N, 4, L.", x=signal.mT)
     refuse("bias was changed", prepare=lambda layer: nn.init.ones_(layer.weight))
     refuse("must be images", call=published.NormalizedDeconv)
+    for duplicate in (copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))):
+        layer, changed = published.FastDeconv(4, 6, 3), published.FastDeconv(4, 6, 3)
+        nn.init.ones_(changed.bias)
+        changed_later = duplicate(layer)
+        nn.init.ones_(changed_later.bias)
+        for copied in (duplicate(changed), changed_later):
+            with pytest.raises(ValueError, match="bias was changed"):
+                copied(signal)
     refuse("must be images", call=partial(published.FastDeconv, stride=(1, 1)))
     layer = published.FastDeconv(4, 6, 3)
     y = torch.compile(layer, backend="eager")(signal)  # the compiler leaves out the first signal

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from deconv import FastDeconv, calibrate, convert
+from deconv import FastDeconv, calibrate, convert, published
 from deconv.whitening import Whitening
 from tests.deconv.surgery.helpers import TOLERANCE, assert_kept, pair, randomize
 from tests.pairwise import loop_over, pairwise
@@ -221,6 +221,8 @@ def test_an_error_leaves_a_model_as_it_was():
     assert model.training
     with pytest.raises(ValueError, match="has no deconvolution layer"):
         calibrate(pair(), images())
+    with pytest.raises(ValueError, match="0 .FastDeconv2019. pads with its mean"):
+        calibrate(nn.Sequential(published.FastDeconv2019(4, 4, 3)), images())
 
 
 def test_half_precision_keeps_its_type_and_outputs():
