@@ -1,6 +1,5 @@
 """Sampled patches against loops and torch's im2col."""
 
-import functools
 import weakref
 from dataclasses import replace
 from unittest import mock
@@ -169,17 +168,18 @@ def test_subset_of_an_image_differ_and_those_of_many_are_all(size):
         assert later.tolist() == numbers[5:9].tolist() or positions < 5
 
 
-def test_what_a_cuda_graph_reads_is_never_freed_and_all_else_is_evicted(monkeypatch):
+@pytest.mark.parametrize("bound, value", [("KEPT", 1), ("KEPT_BYTES", 11)])
+def test_what_a_cuda_graph_reads_is_never_freed_and_all_else_is_evicted(bound, value, monkeypatch):
     capturing = [False]
     monkeypatch.setattr(constants, "_captures_graph", lambda device: capturing[0])
-    monkeypatch.setattr(constants, "lru_cache", lambda maxsize: functools.lru_cache(1))
-    find, like = cache_constants(lambda size, device: torch.zeros(size)), torch.zeros(0)
-    known = weakref.ref(find(1, like=like))
-    assert known() is find(1, like=like)
+    monkeypatch.setattr(constants, bound, value)
+    find, like = cache_constants(lambda size, device: (torch.zeros(size),)), torch.zeros(0)
+    known = weakref.ref(find(1, like=like)[0])
+    assert known() is find(1, like=like)[0]
     find(2, like=like)
     assert known() is None
     capturing[0] = True
-    captured = weakref.ref(find(1, like=like))
+    captured = weakref.ref(find(1, like=like)[0])
     find(2, like=like)
     assert captured() is not None
 
