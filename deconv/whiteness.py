@@ -149,7 +149,7 @@ def _measure_layer(name: str, layer: Whitening, x: torch.Tensor) -> LayerWhitene
     Eigenvalues of rank-deficient covariances do not converge in float32.
     """
     with full_precision(x.device):
-        x = layer.prepare_input(x)
+        x = layer.centre_input(layer.prepare_input(x))
         sampling, blocks = layer.choose_patches(x)
         patches = sample(x, sampling)
         if not patches.samples:

@@ -146,6 +146,10 @@ class Whitening(Freezing):
         """Return the layer's input as (N, C, *size), checked, normalised and padded."""
         raise NotImplementedError
 
+    def centre_input(self, x: Tensor) -> Tensor:
+        """Subtract the mean from a prepared input, if the layer `pads_with_mean`."""
+        return x
+
     def normalize_input(self, x: Tensor) -> Tensor:
         """Normalise each sample of the input by its own statistics, as set by `input_norm`."""
         return normalize_samples(x, self.input_norm, self.sample_dims, self.input_norm_eps)

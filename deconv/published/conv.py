@@ -290,15 +290,18 @@ class FastDeconv2019(FastDeconv):
     def fold_whitening(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Subtract the running mean if it is used; `batch_whitening` subtracts the batch mean."""
         if self.uses_running_stats:
-            x = x - self._running_channel_mean().to(x.dtype)
+            x = self.centre_input(x)
         return super().fold_whitening(x)
 
+    def centre_input(self, x: Tensor) -> Tensor:
+        mean = self._average_channels(x) if self.running_mean is None else self.running_mean
+        return x - self._expand_channels(mean).to(x.dtype)
+
     def batch_whitening(self, x: Tensor) -> tuple[Tensor, int | Tensor, Tensor, Matrices, Matrices]:
-        means = x.mean((0, 2, 3)).unflatten(0, (-1, self.blocks.size)).mean(0)
-        pooled = means.reshape(1, -1, 1, 1)
-        centred = x - pooled.repeat(1, self.blocks.count, 1, 1)
+        mean = self._average_channels(x)
+        centred = x - self._expand_channels(mean)
         x, count, zero, observed, whiten = super().batch_whitening(centred)
-        return x, count, zero, {**observed, "mean": pooled}, whiten
+        return x, count, zero, {**observed, "mean": mean}, whiten
 
     def recentre(self, stats: Statistics, blocks: Blocks, axis: str) -> Statistics:
         """Return the statistics about 0, since the mean is already subtracted from the input."""
@@ -310,9 +313,14 @@ class FastDeconv2019(FastDeconv):
             return None
         return self.running_mean.new_zeros(self.in_channels * self.blocks.taps)
 
-    def _running_channel_mean(self) -> Tensor:
-        assert self.running_mean is not None
-        return self.running_mean.repeat(1, self.blocks.count, 1, 1)
+    def _average_channels(self, x: Tensor) -> Tensor:
+        """Return the mean of channels with equal c mod G, (1, G, 1, 1)."""
+        means = x.mean((0, 2, 3)).unflatten(0, (-1, self.blocks.size)).mean(0)
+        return means.reshape(1, -1, 1, 1)
+
+    def _expand_channels(self, mean: Tensor) -> Tensor:
+        """Repeat the mean for all channels, (1, C, 1, 1)."""
+        return mean.repeat(1, self.blocks.count, 1, 1)
 
     def fuse(self) -> nn.Module:
         """Return a depthwise convolution that subtracts the mean, then the plain convolution."""
@@ -321,8 +329,8 @@ class FastDeconv2019(FastDeconv):
         centre = nn.Conv2d(self.in_channels, self.in_channels, 1, groups=self.in_channels, **like)
         with torch.no_grad():
             centre.weight.fill_(1)
-            assert centre.bias is not None
-            centre.bias.copy_(-self._running_channel_mean().flatten())
+            assert centre.bias is not None and self.running_mean is not None
+            centre.bias.copy_(-self._expand_channels(self.running_mean).flatten())
         fused = nn.Sequential(centre.requires_grad_(False), plain).train(self.training)
         vars(fused).update(forward_hooks(plain))  # hooks see the input of this layer
         vars(plain).update(forward_hooks(centre))  # none

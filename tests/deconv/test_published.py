@@ -166,6 +166,15 @@ def test_calls_of_2019_equal_the_published_layer(call, channels, block):
     follow_published(layer, oracle, doubles(channels, 11, 11))
 
 
+@loop_over("tracks", [True, False])
+def test_whiteness_of_a_layer_of_2019_pads_with_its_mean(tracks):
+    options = dict(n_iter=15, momentum=1.0, num_groups=4, track_running_stats=tracks)
+    layer, x = published.FastDeconv2019(4, 6, 3, padding=1, eps=1e-5, **options), images() + 100
+    layer(x)
+    (row,) = whiteness(layer, x)
+    assert row.after > 0.9
+
+
 def test_hooks_of_a_fused_layer_of_2019_run_once_on_its_input():
     layer, x = published.FastDeconv2019(4, 6, 3, padding=1, num_groups=4), doubles(4, 9, 9)[0]
     layer.double()(x)
