@@ -38,6 +38,8 @@ def read_published(layer: Any, state: dict[str, Any], prefix: str) -> None:
     whiten, mean = state[prefix + name], state.get(f"{prefix}running_mean")
     if mean is None:
         raise ValueError(f"the checkpoint has {name} but no running_mean: load both")
+    if not (whiten.isfinite().all() and mean.isfinite().all()):
+        raise ValueError(f"{name} or running_mean is not finite: load an earlier checkpoint")
     _check_layer(layer, tuple(whiten.shape), name)
     mean = _find_patch_mean(layer, mean)
     whiten = whiten.reshape(-1, *whiten.shape[-2:])

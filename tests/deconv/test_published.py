@@ -597,6 +597,14 @@ def test_incomplete_running_statistics_are_refused_without_strict_too(layer):
     layer.load_state_dict(weights, strict=False)
 
 
+def test_published_statistics_that_are_not_finite_are_refused():
+    for name in ("running_mean", "running_deconv"):
+        state = published.FastDeconv(4, 6, 3).state_dict()
+        state[name][0] = torch.nan
+        with pytest.raises(RuntimeError, match="is not finite: load an earlier checkpoint"):
+            deconv.FastDeconv(4, 6, 3, **CONV).load_state_dict(state, strict=False)
+
+
 def test_published_statistics_load_under_either_name_and_into_a_frozen_layer():
     state = train(published.FastDeconv(4, 6, 3), doubles(4, 9, 9)).state_dict()
     other = published.NormalizedDeconv(4, 6, 3, freeze=True)
