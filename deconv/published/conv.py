@@ -43,6 +43,11 @@ class _FastDeconv(PublishedStatistics, layers.Convolution):
     ) -> None:
         if "num_groups" in options:
             raise TypeError("num_groups belongs to the code of 2019: subclass FastDeconv2019")
+        if isinstance(groups, bool):  # bias, in the order of 2019
+            raise TypeError(
+                f"groups must be a number, got {groups}: for positional calls of 2019, "
+                "import FastDeconv2019 as FastDeconv"
+            )
         if groups == 1:
             block = published_block(in_channels, block)
         else:
@@ -107,7 +112,8 @@ class FastDeconv(_FastDeconv, layers.FastDeconv):
     Raises:
         ValueError: an argument is out of range; the input has another shape, or is a signal and
             the layer can no longer become 1-d.
-        TypeError: a subclass passes `num_groups`, which needs `FastDeconv2019`.
+        TypeError: a subclass passes `num_groups`, or a call has `bias` in the place of `groups`:
+            both need `FastDeconv2019`.
 
     Example:
         stem = FastDeconv(3, 64, kernel_size=7, stride=2, padding=3, n_iter=15)

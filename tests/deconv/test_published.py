@@ -319,6 +319,9 @@ def test_calls_that_the_published_classes_cannot_take_are_refused():
     with pytest.raises(ValueError, match="the layer of 2019 takes no input_norm, got 'l1'"):
         published.FastDeconv(4, 4, 3, num_groups=2, input_norm="l1")
 
+    with pytest.raises(TypeError, match="groups must be a number, got False: .* of 2019"):
+        published.FastDeconv(4, 4, 3, 1, 1, 1, False)  # bias in the order of 2019
+
     class Own(published.FastDeconv):
         pass
 
