@@ -192,7 +192,9 @@ def _keep(model: nn.Module, *, pretrained: bool) -> nn.Module:
 def _convert(stem: Options, model: nn.Module, *, pretrained: bool, **options: Any) -> nn.Module:
     """Convert a network of another library; `stem` has the options of its first layer."""
     model = convert(model, pretrained=pretrained, **options)
-    first = next(m for m in model.modules() if isinstance(m, FastDeconv))
+    first = next((m for m in model.modules() if isinstance(m, FastDeconv)), None)
+    if first is None:
+        raise ValueError("no convolution can be replaced by a deconvolution, see deconv.plan")
     first.n_iter = stem["n_iter"]
     first.init_freeze(stem["freeze"], stem["freeze_iter"])
     return model
