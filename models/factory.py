@@ -194,7 +194,7 @@ def _convert(stem: Options, model: nn.Module, *, pretrained: bool, **options: An
     model = convert(model, pretrained=pretrained, **options)
     first = next((m for m in model.modules() if isinstance(m, FastDeconv)), None)
     if first is None:
-        raise ValueError("no convolution can be replaced by a deconvolution, see deconv.plan")
+        raise ValueError("no convolution of images can be replaced by a deconvolution")
     first.n_iter = stem["n_iter"]
     first.init_freeze(stem["freeze"], stem["freeze_iter"])
     return model

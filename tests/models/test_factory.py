@@ -107,8 +107,8 @@ def test_networks_from_elsewhere_keep_their_layers_or_are_converted():
     assert (head.eps, head.n_iter, head.layout) == (0.1, 4, "contiguous")
     whole = make_layers(deconv=True, block_final=0).adapt(network, pretrained=True)
     assert type(whole[-1]) is nn.Linear and whole[0].bias is not None
-    with pytest.raises(ValueError, match="no convolution can be replaced"):
-        layers.adapt(nn.Sequential(nn.Flatten(), nn.Linear(4, 2)), pretrained=False)
+    with pytest.raises(ValueError, match="no convolution of images can be replaced"):
+        layers.adapt(nn.Sequential(nn.Conv1d(3, 4, 3)), pretrained=False)
 
 
 @loop_over(
