@@ -104,6 +104,9 @@ def read_published(path: Path) -> dict[str, Any]:
         raise CheckpointError(f"{path}: state_dict has entries that are not tensors")
     if type(saved.get("epoch")) is not int or type(saved.get("arch")) is not str:
         raise CheckpointError(f"{path}: epoch (int) or arch (str) is missing")
+    best = saved.get("best_acc", saved.get("best_acc1", 0))
+    if not isinstance(best, int | float) and not (type(best) is Tensor and best.numel() == 1):
+        raise CheckpointError(f"{path}: best_acc or best_acc1 must be a number, got {best!r}")
     return saved
 
 

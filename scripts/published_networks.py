@@ -137,7 +137,10 @@ def find_flags(arch: str, layers: Layers) -> dict[str, tuple[str, str]]:
     family = find_family(arch)
     if family is None:
         return flags
-    stem, *_, before, last = _sort_layers(family, layers).values()
+    found = [*_sort_layers(family, layers).values()]
+    if len(found) < 3:
+        raise ValueError(f"too few layers for a published {family}: {len(found)}")
+    stem, before, last = found[0], *found[-2:]
     stem_iter = STEM_ITER.get("large" if arch.endswith("d") else family)
     if deconv and stem_iter and stem["weight"].shape[1] == 3:
         flags |= {"stem_iter": ("--stem-iter", str(stem_iter)), "freeze": ("--freeze", "True")}

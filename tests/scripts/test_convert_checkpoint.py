@@ -295,6 +295,8 @@ class Foreign:
     [
         ({"optimizer": Foreign()}, "", "may run code"),
         ({"state_dict": None}, "", "no state_dict"),
+        ({"state_dict": {"features.0.weight": torch.ones(1)}}, "", "too few layers for a"),
+        ({"best_acc": None}, "", "best_acc or best_acc1 must be a number, got None"),
         ({"arch": "dpn"}, "", "arch dpn cannot be converted: its layers have other names"),
         ({}, "--arch vgg13", "has 9 layers with weights, the network of the flags 11"),
         ({}, "--num-groups 16", "published running_deconv needs a layer with block=64"),
