@@ -54,6 +54,7 @@ def frobenius_norm(cov: Tensor) -> Tensor:
     """Return |A|_F of symmetric positive semidefinite A (G, d, d) as (G, 1, 1), NaN for infinity.
 
     Squares overflow in float32 from variances of 1e19 on. The largest element is on the diagonal.
+    Float64, as in `inverse_cholesky`, would enter exported Newton-Schulz iterations.
     """
     largest = cov.detach().diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
     return largest * torch.linalg.matrix_norm(cov / largest, keepdim=True)
