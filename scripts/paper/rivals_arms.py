@@ -51,7 +51,7 @@ NETWORKS = {
         2,
         # The recipe scales the output of a plain last layer.
         " --recipe airbench --lr-scheduler linear --label-smoothing 0.2 --num-groups-final 0"
-        " --print-freq 2",
+        " --print-freq 2 --amp bf16 --channels-last True",
         AIRBENCH_RATES,
     ),
 }
@@ -68,6 +68,7 @@ class Arm:
         kind: kind of layers, which has one colour in plots.
         flags: of the layers.
         optimizers: by network; elsewhere the network's own.
+        recipe: flags of the recipe of airbench: the rates of the last layer and of the biases.
         slowdown: of a step by network, relative to `costs.py`; a guess by layer arithmetic.
     """
 
@@ -75,17 +76,20 @@ class Arm:
     kind: str
     flags: str
     optimizers: Mapping[str, str] = field(default_factory=dict)
+    recipe: str = ""
     slowdown: tuple[float, float, float] = (1.0, 1.0, 1.0)
 
 
 BATCHNORM, DECONV = "--deconv False", "--deconv True"
 RIVAL = "--deconv False --batchnorm False --rival"
 SGD, ADAMW, MUON = (dict.fromkeys(NETWORKS, name) for name in ("SGD", "AdamW", "Muon"))
+# Those of airbench, tuned for BatchNorm, cost deconvolution points; see docs/experiments.md, 29.
+LOW_RATES = " --head-rate 0.05 --bias-rate 0.018"
 SLOW_MUON = (2.0, 1.4, 1.0)  # by the iteration on large matrices after few images
 ARMS = {
     "bn-sgd": Arm("BatchNorm", "bn", BATCHNORM, SGD),
     "bn-adamw": Arm("BatchNorm", "bn", BATCHNORM, ADAMW),
-    "bn-muon": Arm("BatchNorm", "bn", BATCHNORM, MUON, SLOW_MUON),
+    "bn-muon": Arm("BatchNorm", "bn", BATCHNORM, MUON, slowdown=SLOW_MUON),
     # Without a norm, the recipe of airbench diverges at its rates of biases and of the last layer.
     "ws": Arm(
         "no norm, weight standardisation",
@@ -100,13 +104,18 @@ ARMS = {
         "decorrelation",
         f"{BATCHNORM} --rival decorrelation --cuda-graphs False",
         ADAMW,
-        (3.5, 2.0, 1.5),
+        slowdown=(3.5, 2.0, 1.5),
     ),
-    "deconv-sgd": Arm("deconvolution", "deconv", DECONV, SGD),
+    "deconv-sgd": Arm("deconvolution", "deconv", DECONV, SGD, recipe=LOW_RATES),
     "deconv-adamw": Arm("deconvolution", "deconv", DECONV, ADAMW),
-    "deconv-muon": Arm("deconvolution", "deconv", DECONV, MUON, SLOW_MUON),
+    "deconv-muon": Arm(
+        "deconvolution", "deconv", DECONV, MUON, recipe=LOW_RATES, slowdown=SLOW_MUON
+    ),
     "outnorm": Arm(
-        "deconvolution, outputs of unit variance", "outnorm", f"{DECONV} --rival output-norm"
+        "deconvolution, outputs of unit variance",
+        "outnorm",
+        f"{DECONV} --rival output-norm",
+        recipe=LOW_RATES,
     ),
 }
 Case = tuple[str, str]  # network, arm
@@ -123,7 +132,7 @@ def make_flags(case: Case, rate: float, seed: int) -> str:
     network, arm, optimizer = NETWORKS[case[0]], ARMS[case[1]], find_optimizer(case)
     flags = f"--arch {case[0]} {arm.flags} --optimizer {optimizer} --lr {rate:g} --seed {seed}"
     flags += f"{DECAYS[optimizer]} --batch-size {network.batch_size} --epochs {network.epochs}"
-    return flags + network.flags
+    return flags + network.flags + (arm.recipe if case[0] == "airbench" else "")
 
 
 def name_run(case: Case, rate: float, seed: int) -> str:

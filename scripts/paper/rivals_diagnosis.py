@@ -3,8 +3,9 @@
     python scripts/paper/rivals_diagnosis.py --data DIR      writes results/rivals_diagnosis.json
 
 DIR holds images as train/CLASS/* and test/CLASS/*. BatchNorm with Muon and deconvolution with Muon
-take the first steps of their runs in `rivals.py`, on the same batches. Chosen steps are measured
-before the update, layer by layer; the table has medians over the layers.
+take the first steps of their runs in `rivals.py`, on the same batches, but in float32 and both with
+the rates of airbench for biases and last layer. Chosen steps are measured before the update, layer
+by layer; the table has medians over the layers.
 
 G is the gradient by the kernel that acts on the (centred) input: W, or W D with deconvolution. D
 whitens blocks of the layer's input, as the layer of deconvolution does. C is the covariance of all
@@ -46,7 +47,7 @@ from deconv.ops.patches import sample
 from models import init_from_images
 from scripts.bench.steps import describe_environment
 from scripts.paper import rivals_train
-from scripts.paper.airbench import orthogonalize
+from scripts.paper.airbench import BIAS_RATE, HEAD_RATE, orthogonalize
 from scripts.paper.records import RESULTS, round_floats
 from scripts.paper.rivals_arms import NETWORKS, make_flags
 from scripts.paper.tables import format_table
@@ -61,6 +62,7 @@ from util.training.resume import Plan
 from util.training.session import RunContext
 
 ARMS = ("bn-muon", "deconv-muon")
+COMMON = f"--amp off --bias-rate {BIAS_RATE} --head-rate {HEAD_RATE}"
 ROWS = 8  # sampled patches per feature behind C
 DECILES = (0.1, 0.5, 0.9)
 
@@ -104,7 +106,7 @@ def make_parser() -> Parser:
 def make_context(arm: str, flags: Namespace) -> RunContext:
     """Return the settings of an arm, and this process; `measure` are the measured steps."""
     line = make_flags(("airbench", arm), flags.lr, flags.seed)
-    words = [*line.split(), "--batch-size", str(flags.batch_size)]
+    words = [*line.split(), *COMMON.split(), "--batch-size", str(flags.batch_size)]
     words += ["--dataset", "folder", "--data", flags.data]
     words += ["--cache-dir", flags.cache_dir] if flags.cache_dir else []
     settings, _ = read_settings(rivals_train.build_script(), words)

@@ -33,6 +33,7 @@ from util.cli.parser import Parser, bounded_int, path_name
 from util.cli.settings import read_settings
 from util.data.images import DataSpec
 from util.files import atomic_write
+from util.training.accelerator import Accelerator
 
 BASE = "bn-sgd"  # arm of the ratios
 CIFAR10 = DataSpec("cifar10", 3, 32, tuple("0123456789"), (0.5,) * 3, (0.25,) * 3)
@@ -102,13 +103,18 @@ def make_step(network: str, arm: str, flags: Namespace) -> Step:
     settings, _ = read_settings(rivals_train.build_script(), words)
     torch.manual_seed(0)
     model = rivals_train.build_network(settings, CIFAR10).train()
+    precision = {"amp": settings.amp, "channels_last": settings.channels_last}
+    accelerator = Accelerator(torch.device("cpu"), **precision)
+    accelerator.to_device(model)
     optimizer = rivals_train.choose_builders(settings).optimizer(settings, model)
     count = flags.batch_size or settings.batch_size
-    images, targets = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
+    batch = torch.randn(count, 3, 32, 32), torch.randint(10, (count,))
+    images, targets = accelerator.batch_to_device(*batch)
 
     def step() -> float:
         optimizer.zero_grad()
-        loss = cross_entropy(model(images), targets)
+        with accelerator.autocast():
+            loss = cross_entropy(model(images), targets)
         loss.backward()
         optimizer.step()
         return loss.item()

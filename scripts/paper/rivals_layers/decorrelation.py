@@ -42,7 +42,8 @@ class Decorrelated(nn.Module):
 
     def effective_weight(self) -> Tensor:
         """Return W R in the shape of W."""
-        return (self.weight.flatten(1) @ self.R).reshape(self.weight.shape)
+        with torch.autocast(self.R.device.type, enabled=False):
+            return (self.weight.flatten(1) @ self.R).reshape(self.weight.shape)
 
     def keep_sample(self, x: Tensor) -> None:
         """Keep the first tenth of a training batch for the update."""
@@ -58,7 +59,7 @@ class Decorrelated(nn.Module):
         """Update R by the kept sample, once."""
         if self.sample is None:
             return
-        z = self.R @ self.to_patches(self.sample)  # F M
+        z = self.R @ self.to_patches(self.sample.to(self.R.dtype))  # F M
         self.sample = None
         k, second = self.balance, z.square().mean(1, keepdim=True)
         # (1 - k) C + k V = (1 - k) z z^T / M + diagonal; the product of three in the cheaper order.

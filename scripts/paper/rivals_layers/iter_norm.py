@@ -56,6 +56,10 @@ class IterNorm(nn.Module):
         self.register_buffer("running_whiten", torch.eye(self.group).repeat(shape[0], 1, 1))
 
     def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, enabled=False):  # squares need float32
+            return self.normalize(x.to(self.running_mean.dtype)).to(x.dtype)
+
+    def normalize(self, x: Tensor) -> Tensor:
         rows = x.transpose(0, 1).reshape(*self.running_mean.shape[:2], -1)  # G d M
         if self.training:
             mean = rows.mean(2, keepdim=True)

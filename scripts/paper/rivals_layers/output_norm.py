@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from deconv import FastDeconv
 from deconv.ops.blocks import transform_along
+from deconv.ops.precision import full_precision
 from models.airbench import NORM
 
 
@@ -61,7 +62,8 @@ class NormalizedDeconv(FastDeconv):
         x, weight, bias = super().fold_whitening(x)
         cov = self.running_cov_joint if self.uses_running_stats else self._cov
         self._cov = None
-        return x, *self.normalize(weight, bias, cov)
+        with full_precision(x.device):
+            return x, *self.normalize(weight, bias, cov)
 
     def normalize(self, weight: Tensor, bias: Tensor, cov: Tensor) -> tuple[Tensor, Tensor]:
         """Return weight and bias with outputs of unit variance, the learned bias unscaled."""

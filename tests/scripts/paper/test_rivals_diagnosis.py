@@ -83,7 +83,8 @@ def test_the_arms_take_the_first_steps_of_their_runs(image_folder, tmp_path, mon
         assert [*layers] == [f"{group}.{i}" for group in range(3) for i in (0, 4)], arm
         deviations = [row["GELU: decile 5"] for row in layers.values()]
         assert (deviations == pytest.approx([1] * 6, rel=1e-3)) == (arm == "bn-muon"), arm
-        words = rivals_arms.make_flags(("airbench", arm), 0.24, 0).split()
+        line = rivals_arms.make_flags(("airbench", arm), 0.24, 0)
+        words = [*line.split(), *rivals_diagnosis.COMMON.split()]
         words += ["--batch-size", "8", "--print-freq", "1", "--dataset", "folder", *data]
         words += ["--max-steps", "2", "--run-dir", str(tmp_path / arm), *QUIET.split()]
         rivals_train.main(words)

@@ -206,3 +206,30 @@ class FoldOf:
 
     def __call__(self, x):
         return super(NormalizedDeconv, self.conv).fold_whitening(x)[1].detach()
+
+
+def make_normalized_deconv():
+    return NormalizedDeconv(16, 8, 3, padding=1, block=4)
+
+
+@loop_over(
+    "make",
+    [
+        lambda: IterNorm(16, group=8, momentum=1.0),
+        lambda: DecorrelatedConv2d(16, 8, 3, padding=1),
+        make_normalized_deconv,
+    ],
+)
+def test_statistics_of_rivals_are_float32_under_autocast(make):
+    found = []
+    for amp in (False, True):
+        torch.manual_seed(0)
+        layer = make().train()
+        x = correlated_images(20, 16).float().bfloat16()  # equal in both precisions
+        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
+            y = layer(x if amp else x.float())
+        decorrelate(layer)
+        found.append({"y": y.detach().float()} | dict(layer.named_buffers()))
+    for name, value in found[0].items():
+        tolerance = 2**-7 * found[0]["y"].abs().max().item() if name == "y" else 1e-6
+        torch.testing.assert_close(found[1][name], value, rtol=1e-5, atol=tolerance)
