@@ -18,7 +18,7 @@ COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "dpn": ((0.0, 250.0), (2.0, 350.0)),
     "pnasnetA": ((0.31, 38.8), (0.61, 92.8)),
     "efficient": ((0.18, 9.5), (0.44, 22.9)),
-    "airbench": ((0.1, 2.4), (0.2, 3.0)),  # bfloat16
+    "airbench": ((0.1, 2.4), (0.2, 3.0)),  # bfloat16, AMD EPYC
 }
 # BatchNorm, then deconvolution: milliseconds per step of up to 128 images on an NVIDIA H200, from
 # results/table1.json. Several trainings shared the GPU, so these are upper bounds.
