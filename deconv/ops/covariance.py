@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .blocks import Blocks, transform_along
-from .gathering import gather_centred, scatter, select_pixels, weigh_pixels
+from .gathering import gather_centred, memory_order, scatter, select_pixels, weigh_pixels
 from .matmul import outer_products, saves_launches, scaled_transform
 from .once import differentiable_once
 from .patches import Patches, PatchSubset, Sampling
@@ -194,8 +194,12 @@ def keeps_patches(patches: Patches) -> bool:
 
 def _average_pixels(x: Tensor, weights: Tensor) -> Tensor:
     """Return the mean (C*T,) of all patches of a grid on x, by `weigh_pixels`; 0 for no images."""
-    average = x.mean if len(x) else x.sum
-    return (average(0, dtype=weights.dtype).flatten(1) @ weights.mT).flatten()
+    in_order = memory_order(x) is torch.contiguous_format
+    images = x if in_order else x.movedim(1, -1)  # elsewhere the reduction is ten times slower
+    average = images.mean if len(x) else images.sum
+    image = average(0, dtype=weights.dtype)
+    image = image.flatten(1) if in_order else image.flatten(0, -2).mT  # C pixels
+    return (image @ weights.mT).flatten()
 
 
 def _add_to_every_image(grad: Tensor, taps: Tensor, weights: Tensor) -> None:
@@ -207,11 +211,14 @@ def _add_to_every_image(grad: Tensor, taps: Tensor, weights: Tensor) -> None:
         weights: (T, pixels), from `weigh_pixels`.
     """
     share = 1 / max(len(grad), 1)
-    if not saves_launches(grad.device) or grad.dtype != weights.dtype:
-        grad.add_((taps @ weights).reshape(grad.shape[1:]), alpha=share)
+    if saves_launches(grad.device) and grad.dtype == weights.dtype:
+        taps, weights = (factor.expand(len(grad), -1, -1) for factor in (taps, weights))
+        grad.view(*taps.shape[:2], weights.shape[2]).baddbmm_(taps, weights, alpha=share)
         return
-    taps, weights = (factor.expand(len(grad), -1, -1) for factor in (taps, weights))
-    grad.view(*taps.shape[:2], weights.shape[2]).baddbmm_(taps, weights, alpha=share)
+    image = (taps @ weights).reshape(1, *grad.shape[1:])
+    if not saves_launches(grad.device):  # a CPU is slow with two dtypes or orders of memory
+        image = image.to(grad.dtype, memory_format=memory_order(grad))
+    grad.add_(image, alpha=share)
 
 
 def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor, Tensor]]:
@@ -228,8 +235,7 @@ def _split(x: Tensor, grad: Tensor, sampling: Sampling) -> Iterator[tuple[Tensor
 
 def _make_writable(grad: Tensor) -> Tensor:
     """Return the gradient, copied where its elements may share memory or a compiler is at work."""
-    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(grad.dim())
-    dense = last is not None and grad.is_contiguous(memory_format=last)
-    if (grad.is_contiguous() or dense) and not torch.compiler.is_compiling():
+    dense = grad.is_contiguous() or memory_order(grad) is not torch.contiguous_format
+    if dense and not torch.compiler.is_compiling():
         return grad
     return grad.clone(memory_format=torch.contiguous_format)

@@ -212,11 +212,17 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
     count, channels, *size = x.shape
     joined, images = saves_launches(x.device), x.view(count, channels, prod(size))
     if isinstance(sampling, PatchSubset):
-        images, dim, pixels = _align(images, selection[0])
+        aligned, dim, pixels = _align(images, selection[0])
         patches = patches.reshape(pixels.shape)
         for mask in selection[1:2]:
             patches *= mask
-        images.scatter_add_(dim, pixels, patches.to(x.dtype))
+        if joined or memory_order(x) is torch.contiguous_format:
+            aligned.scatter_add_(dim, pixels, patches.to(x.dtype))
+            return
+        # A pixel is a row of memory; scatter_add_ would convert all images of bfloat16 and back.
+        rows = (selection[0][:, 0] + prod(size) * torch.arange(count)[:, None]).flatten()
+        patches = patches.mT.reshape(-1, channels).to(x.dtype)
+        images.mT.view(-1, channels).index_add_(0, rows, patches)
     elif selection:
         matrix = selection[0]
         if joined:
@@ -231,6 +237,14 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
         for tap, where, under in sampling.split_taps(size):
             at, below = (..., *where), (..., *under)
             x[below].add_(by_image[:, :, tap][at])
+
+
+def memory_order(x: Tensor) -> torch.memory_format:
+    """Return the channels-last format if x (N, C, *size) has it, else the contiguous format."""
+    last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if last is None or x.is_contiguous() or not x.is_contiguous(memory_format=last):
+        return torch.contiguous_format
+    return last
 
 
 def _is_pixel(sampling: Sampling, size: Sequence[int]) -> bool:

@@ -124,6 +124,23 @@ def test_of_few_patches_comes_the_mean_of_all(dtype):
     torch.testing.assert_close(found, torch.autograd.grad((expected * a).sum() + (x * b).sum(), x))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_channels_last_images_have_the_same_statistics_and_gradients(sampling, dtype):
+    x = images().to(dtype)
+    last = x.to(memory_format=torch.channels_last)
+    results = []
+    for inputs in (x, last):
+        inputs.requires_grad_()
+        maps, *found = measure_patches(inputs, SAMPLINGS[sampling], INTERLEAVED, "joint")
+        loss = sum((each * torch.arange(each.numel()).view_as(each)).sum() for each in found)
+        (grad,) = torch.autograd.grad(loss + maps.square().sum(), inputs)
+        assert gathering.memory_order(grad) is gathering.memory_order(inputs)
+        results.append([*found, grad])
+    tolerance = {"rtol": 1e-2, "atol": 0.1} if dtype == torch.bfloat16 else {}
+    torch.testing.assert_close(results[1], results[0], **tolerance)
+
+
 def test_equals_numpy_for_every_group():
     x = images()
     blocks = Blocks(2, 2, 2, 6, 12, True)
