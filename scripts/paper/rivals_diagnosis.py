@@ -3,9 +3,9 @@
     python scripts/paper/rivals_diagnosis.py --data DIR      writes results/rivals_diagnosis.json
 
 DIR holds images as train/CLASS/* and test/CLASS/*. BatchNorm with Muon and deconvolution with Muon
-take the first steps of their runs in `rivals.py`, on the same batches, but in float32 and both with
-the rates of airbench for biases and last layer. Chosen steps are measured before the update, layer
-by layer; the table has medians over the layers.
+take the first steps of their runs in `rivals.py`, on the same batches, but in float32, and both
+with a plain last layer and the rates of airbench for biases and last layer. Chosen steps are
+measured before the update, layer by layer; the table has medians over the layers.
 
 G is the gradient by the kernel that acts on the (centred) input: W, or W D with deconvolution. D
 whitens blocks of the layer's input, as the layer of deconvolution does. C is the covariance of all
@@ -62,7 +62,7 @@ from util.training.resume import Plan
 from util.training.session import RunContext
 
 ARMS = ("bn-muon", "deconv-muon")
-COMMON = f"--amp off --bias-rate {BIAS_RATE} --head-rate {HEAD_RATE}"
+COMMON = f"--amp off --num-groups-final 0 --bias-rate {BIAS_RATE} --head-rate {HEAD_RATE}"
 ROWS = 8  # sampled patches per feature behind C
 DECILES = (0.1, 0.5, 0.9)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from deconv import FastDeconv
+from deconv import Delinear, FastDeconv
 from models import airbench
 from scripts.paper import records, rivals, rivals_arms, rivals_steps, rivals_train, runner
 from scripts.paper.rivals_layers.decorrelation import DecorrelatedConv2d, DecorrelatedLinear
@@ -49,11 +49,12 @@ def step_every_arm_on(network, arm):
     ("arm", "kinds", "absent"),
     [
         ("bn-sgd", {nn.Conv2d, nn.BatchNorm2d}, FastDeconv),
+        ("head-muon", {nn.Conv2d, nn.BatchNorm2d, Delinear}, FastDeconv),
         ("ws", {StandardizedConv2d}, nn.BatchNorm2d),
         ("gn", {nn.GroupNorm}, nn.BatchNorm2d),
         ("iternorm", {IterNorm}, nn.BatchNorm2d),
         ("decorrelation", {DecorrelatedConv2d, DecorrelatedLinear, nn.BatchNorm2d}, FastDeconv),
-        ("deconv-muon", {FastDeconv}, NormalizedDeconv),
+        ("deconv-muon", {FastDeconv, Delinear}, NormalizedDeconv),
         ("outnorm", {NormalizedDeconv}, nn.BatchNorm2d),
     ],
 )
@@ -65,7 +66,7 @@ def test_an_arm_has_its_layers_in_every_network(arm, kinds, absent):
         found = {type(module) for module in model.modules()}
         assert kinds <= found and absent not in found, network
         plain = {nn.Conv2d} & found
-        assert not plain or arm in ("bn-sgd", "gn", "iternorm"), network
+        assert not plain or arm in ("bn-sgd", "head-muon", "gn", "iternorm"), network
 
 
 def test_batchnorm_follows_pooling_and_the_other_outputs_are_normalized_by_their_layer():
