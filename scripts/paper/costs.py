@@ -18,7 +18,10 @@ COSTS: dict[str, tuple[tuple[float, float], tuple[float, float]]] = {
     "dpn": ((0.0, 250.0), (2.0, 350.0)),
     "pnasnetA": ((0.31, 38.8), (0.61, 92.8)),
     "efficient": ((0.18, 9.5), (0.44, 22.9)),
-    "airbench": ((0.1, 2.4), (0.2, 3.0)),  # bfloat16, AMD EPYC
+    # One core of an AMD EPYC (AVX-512 BF16), channels last; blocks of 16.
+    "vgg11, bfloat16": ((0.04, 2.8), (0.17, 3.0)),
+    "resnet18, bfloat16": ((0.03, 9.4), (0.34, 8.9)),
+    "airbench, bfloat16": ((0.1, 2.0), (0.2, 2.1)),
 }
 # BatchNorm, then deconvolution: milliseconds per step of up to 128 images on an NVIDIA H200, from
 # results/table1.json. Several trainings shared the GPU, so these are upper bounds.
@@ -36,7 +39,9 @@ GPU_COSTS = {
     "dpn": (278, 564),
     "pnasnetA": (97, 250),
     "efficient": (63, 129),
-    "airbench": (4, 10),  # a guess
+    "vgg11, bfloat16": (22, 67),  # as in float32
+    "resnet18, bfloat16": (52, 185),
+    "airbench, bfloat16": (4, 10),  # a guess
 }
 GPU_START = 20.0  # seconds: imports, decoding of images, capture of the graph
 TEST_IMAGES = 10_000  # of CIFAR-10 and Fashion-MNIST

@@ -3,10 +3,11 @@
     python scripts/paper/rivals.py --cifar10 DIR --dry-run
     python scripts/paper/rivals.py --cifar10 DIR --only vgg11
 
-Each arm, a kind of layers with an optimizer, trains VGG-11 and ResNet-18 for one epoch in batches
-of 128, and the network of airbench for 50 steps of 2,000 images with the recipe of airbench. The
-search tries three learning rates, and extends the range while the best rate is at its end. The
-best rate is repeated with two more seeds. A run is one of `rivals_train.py`.
+Each arm, a kind of layers with an optimizer, trains VGG-11 for one epoch and ResNet-18 for 150
+steps in batches of 128, and the network of airbench for 50 steps of 2,000 images with the recipe of
+airbench, all in bfloat16. The search tries three learning rates, and extends the range while the
+best rate is at its end. The best rate is repeated with two more seeds. A run is one of
+`rivals_train.py`.
 
 After the last run, `rivals_steps.py` times the steps of all arms in turn and counts their FLOPs.
 """
@@ -64,9 +65,8 @@ def search(case: Case, find_top1: FindTop1) -> tuple[list[float], float | None]:
 
 def make_run(case: Case, rate: float, seed: int) -> Run:
     network, arm = NETWORKS[case[0]], ARMS[case[1]]
-    arch = "vgg11, blocks of 16" if case[0] == "vgg11" else case[0]
     cost = estimate(
-        arch,
+        f"{case[0]}, bfloat16",
         "True" in arm.flags,
         network.steps,
         network.batch_size,

@@ -40,17 +40,18 @@ AIRBENCH_RATES = {
     "Muon": (0.06, 0.12, 0.24, 0.48, 0.96),
 }
 EPOCH = count_steps("cifar10", 128)
+BFLOAT16 = " --amp bf16 --channels-last True"
+SHORT = f"{BFLOAT16} --max-steps 150"
 NETWORKS = {
-    "vgg11": Network("VGG-11", "SGD", 128, EPOCH, 1, "", PLAIN_RATES),
-    "resnet18": Network("ResNet-18", "SGD", 128, EPOCH, 1, "", PLAIN_RATES),
+    "vgg11": Network("VGG-11", "SGD", 128, EPOCH, 1, BFLOAT16, PLAIN_RATES),
+    "resnet18": Network("ResNet-18", "SGD", 128, 150, 1, SHORT, PLAIN_RATES),
     "airbench": Network(
         "airbench",
         "Muon",
         2000,
         50,
         2,
-        " --recipe airbench --lr-scheduler linear --label-smoothing 0.2 --print-freq 2 --amp bf16"
-        " --channels-last True",
+        f" --recipe airbench --lr-scheduler linear --label-smoothing 0.2 --print-freq 2{BFLOAT16}",
         AIRBENCH_RATES,
     ),
 }
@@ -85,7 +86,7 @@ SGD, ADAMW, MUON = (dict.fromkeys(NETWORKS, name) for name in ("SGD", "AdamW", "
 # The recipe's rate of the last layer is tuned for features behind BatchNorm, which are larger than
 # whitened ones; see docs/experiments.md, 31.
 WHITENED_HEAD = " --head-rate 6"
-SLOW_MUON = (2.0, 1.4, 1.0)  # by the iteration on large matrices after few images
+SLOW_MUON = (1.6, 1.25, 1.0)  # by the iteration on large matrices after few images
 ARMS = {
     "bn-sgd": Arm("BatchNorm", "bn", BATCHNORM, SGD),
     "bn-adamw": Arm("BatchNorm", "bn", BATCHNORM, ADAMW),
