@@ -3,11 +3,10 @@
     python scripts/paper/rivals.py --cifar10 DIR --dry-run
     python scripts/paper/rivals.py --cifar10 DIR --only vgg11
 
-Each arm, a kind of layers with an optimizer, trains VGG-11 for one epoch and ResNet-18 for 150
-steps in batches of 128, and the network of airbench for 50 steps of 2,000 images with the recipe of
-airbench, all in bfloat16. The search tries three learning rates, and extends the range while the
-best rate is at its end. The best rate is repeated with two more seeds. A run is one of
-`rivals_train.py`.
+Each arm, a kind of layers with an optimizer, trains VGG-11 and ResNet-18 for 150 steps of 128
+images, and the network of airbench for 50 steps of 2,000 images with the recipe of airbench, all in
+bfloat16. The search tries three learning rates, and extends the range while the best rate is at its
+end. The best rate is repeated with two more seeds. A run is one of `rivals_train.py`.
 
 After the last run, `rivals_steps.py` times the steps of all arms in turn and counts their FLOPs.
 """

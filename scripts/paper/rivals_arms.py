@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from scripts.paper.runner import count_steps
-
 
 @dataclass(frozen=True)
 class Network:
@@ -39,11 +37,10 @@ AIRBENCH_RATES = {
     "AdamW": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
     "Muon": (0.06, 0.12, 0.24, 0.48, 0.96),
 }
-EPOCH = count_steps("cifar10", 128)
 BFLOAT16 = " --amp bf16 --channels-last True"
 SHORT = f"{BFLOAT16} --max-steps 150"
 NETWORKS = {
-    "vgg11": Network("VGG-11", "SGD", 128, EPOCH, 1, BFLOAT16, PLAIN_RATES),
+    "vgg11": Network("VGG-11", "SGD", 128, 150, 1, SHORT, PLAIN_RATES),
     "resnet18": Network("ResNet-18", "SGD", 128, 150, 1, SHORT, PLAIN_RATES),
     "airbench": Network(
         "airbench",

@@ -209,8 +209,8 @@ def test_a_run_in_a_new_folder_has_six_views_and_its_validation(
 def make_record(top1, rate, seed, **more):
     flags = {"seed": seed, "lr": rate, "weight_decay": 0.0, "batch_size": 128}
     machine = {"versions": {"torch": "2"}, "commit": "c" * 40, "device": "cpu", "processor": "P"}
-    metrics = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 391}
-    curves = {"curve": [[10, 2.0], [391, 1.0]], "top1_curve": [[10, 20.0], [391, 50.0]]}
+    metrics = {"test_top1": top1, "train_seconds": 90.0, "train_loss": 1.5, "steps": 150}
+    curves = {"curve": [[10, 2.0], [150, 1.0]], "top1_curve": [[10, 20.0], [150, 50.0]]}
     epochs = [[1, 1.5, 40.0, 1.4, top1, 0.0, 90.0]]
     return {"flags": flags, **machine, **metrics, **curves, "epochs": epochs, **more}
 
@@ -233,7 +233,7 @@ def test_the_table_shows_finished_arms_and_every_rate(few_records, monkeypatch):
     monkeypatch.setattr(rivals, "load", lambda *args: {**measured, "rows": [row]})
     shown = rivals.format_tables(few_records)
     top1 = "| VGG-11 | BatchNorm | SGD | 0.03 | **71.00** (70.00, 71.00, 72.00)"
-    assert f"{top1} | - | 500 | 1.00 | 196 | 0.7820 |" in shown["accuracy"]
+    assert f"{top1} | - | 500 | 1.00 | 75 | 0.3000 |" in shown["accuracy"]
     assert shown["accuracy"].count("\n") == 3  # the search of the other arm has not ended
     rates = "| VGG-11 | BatchNorm | SGD | 0.01: 60.00, 0.03: 70.00, 0.1: 50.00 |"
     assert rates in shown["rates"] and "0.24: 80.00" in shown["rates"]
@@ -266,8 +266,8 @@ def test_pictures_depend_on_the_records_alone(few_records, tmp_path):
 def test_curves_have_the_seconds_of_steps_timed_in_turn():
     record = make_record(70.0, 0.1, 0)
     curves = rivals._make_curves(record, {"seconds": 0.5}, rivals_arms.NETWORKS["vgg11"])
-    assert curves.testing("top1").seconds.tolist() == [195.5]
-    assert curves.training("top1").seconds.tolist() == [5.0, 195.5]
+    assert curves.testing("top1").seconds.tolist() == [75.0]
+    assert curves.training("top1").seconds.tolist() == [5.0, 75.0]
     curves = rivals._make_curves(record, None, rivals_arms.NETWORKS["vgg11"])
     assert curves.testing("top1").seconds.tolist() == [90.0]  # those of the run itself
 
