@@ -10,7 +10,7 @@ import torchvision
 from PIL import Image
 
 import deconv
-from deconv.conv import Convolution
+from deconv.whitening import Whitening
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "use_the_layer.md"
 TEXT = PAGE.read_text(encoding="utf-8")
@@ -66,10 +66,10 @@ def test_a_section_runs(title, here):
         code = code.replace(large, small)
     names = {"__name__": "page"}
     exec(compile(code, f"{PAGE.name}: {title}", "exec"), names)
-    layers = [m for m in names["network"].modules() if isinstance(m, Convolution)]
+    layers = [m for m in names["network"].modules() if isinstance(m, Whitening)]
     assert layers
     if "served" in names:
-        assert not any(isinstance(m, Convolution) for m in names["served"].modules())
+        assert not any(isinstance(m, Whitening) for m in names["served"].modules())
     else:
         assert all(layer.weight.grad is not None for layer in layers)
 
