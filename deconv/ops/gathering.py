@@ -218,11 +218,12 @@ def scatter(patches: Tensor, x: Tensor, sampling: Sampling, selection: Selection
             patches *= mask
         if joined or memory_order(x) is torch.contiguous_format:
             aligned.scatter_add_(dim, pixels, patches.to(x.dtype))
-            return
-        # A pixel is a row of memory; scatter_add_ would convert all images of bfloat16 and back.
-        rows = (selection[0][:, 0] + prod(size) * torch.arange(count)[:, None]).flatten()
-        patches = patches.mT.reshape(-1, channels).to(x.dtype)
-        images.mT.view(-1, channels).index_add_(0, rows, patches)
+        else:
+            # Pixels are rows of memory. In bfloat16, scatter_add_ would convert all images.
+            first = prod(size) * torch.arange(count, device=x.device)  # row of each image
+            rows = (selection[0][:, 0] + first[:, None]).flatten()
+            patches = patches.mT.reshape(-1, channels).to(x.dtype)
+            images.mT.view(-1, channels).index_add_(0, rows, patches)
     elif selection:
         matrix = selection[0]
         if joined:

@@ -38,10 +38,11 @@ AIRBENCH_RATES = {
     "Muon": (0.06, 0.12, 0.24, 0.48, 0.96),
 }
 BFLOAT16 = " --amp bf16 --channels-last True"
-SHORT = f"{BFLOAT16} --max-steps 150"
+STEPS = 150  # of VGG-11 and ResNet-18, less than an epoch
+SHORT = f"{BFLOAT16} --max-steps {STEPS}"
 NETWORKS = {
-    "vgg11": Network("VGG-11", "SGD", 128, 150, 1, SHORT, PLAIN_RATES),
-    "resnet18": Network("ResNet-18", "SGD", 128, 150, 1, SHORT, PLAIN_RATES),
+    "vgg11": Network("VGG-11", "SGD", 128, STEPS, 1, SHORT, PLAIN_RATES),
+    "resnet18": Network("ResNet-18", "SGD", 128, STEPS, 1, SHORT, PLAIN_RATES),
     "airbench": Network(
         "airbench",
         "Muon",

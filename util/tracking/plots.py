@@ -29,8 +29,8 @@ from util.files import atomic_write
 METRICS = {"top1": "top-1 accuracy (%)", "loss": "loss (mean per image)"}
 AXES = {"step": "training step", "seconds": "training time (s)"}
 # Okabe and Ito's colours, which the colour-blind can tell apart, and a grey. BatchNorm is blue.
-BATCHNORM_COLOR, GREY = "#0072B2", "#8C8C8C"
-DECONV_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", GREY)
+BATCHNORM_COLOR = "#0072B2"
+DECONV_COLORS = ("#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C8C8C")
 MARKERS = "os^Dvp"
 DARKEST = 0.65  # blackness of the darkest shade of a kind
 LEGEND_BELOW = "outside lower center"
